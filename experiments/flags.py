@@ -1,0 +1,79 @@
+"""Flags that the binaries share, and how every binary starts and ends.
+
+Exit status: 0 on success; 2 with one line on a wrong flag, file or value; 3 with one
+line where the numbers failed (with advice); a traceback is a defect of ours.
+"""
+
+import os
+import sys
+
+from absl import app, flags, logging
+
+FLAGS = flags.FLAGS
+
+
+def define_common() -> None:
+  """Flags of every binary that loads a dataset and builds a kernel."""
+  flags.DEFINE_string("dataset", "digits", "'digits' (embedded), a TFDS image-classification name (mnist, cifar10, ...), "
+                      "or a path to an .npz with x_train, y_train, x_test, y_test.")
+  flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets; TFDS's own default if not given.")
+  flags.DEFINE_string("architecture", "fc1", "fc1, fc2, ..., conv1, conv2, ... (with _vec: no pooling, _gap: global "
+                      "average pooling), myrtle5, myrtle7, myrtle10.")
+  flags.DEFINE_enum("kernel", "ntk", ["ntk", "nngp"], "Which infinite-width kernel of the architecture.")
+  flags.DEFINE_integer("images_per_class", 1, "Distilled (or selected) images of each class.", lower_bound=1)
+  flags.DEFINE_enum("preprocess", "standardize",
+                    ["none", "standardize", "zca", "zca_kip", "zca_rfad", "zca_dcbench", "zca_absolute"],
+                    "Fitted on training rows; see kipcore.preprocess for what each ZCA is.")
+  flags.DEFINE_float("validation_fraction", 0.1, "Share of the training rows kept for validation; 0 for none.",
+                     lower_bound=0.0, upper_bound=0.9)
+  flags.DEFINE_integer("test_rows", 0, "Score on the first so many test rows (for slow kernels); 0 for all.",
+                       lower_bound=0)
+  flags.DEFINE_integer("seed", 0, "Root of every random stream.", lower_bound=0)
+  flags.DEFINE_integer("num_devices", 0, "Devices to map the work over; 0 for all local ones.", lower_bound=0)
+  define_output()
+
+
+def define_output() -> None:
+  """Flags of every binary that writes a run folder."""
+  flags.DEFINE_string("output_dir", None, "Run folder; by default a new one under runs/, named after the run.")
+  flags.DEFINE_bool("overwrite", False, "Replace the files of an earlier run in --output_dir.")
+  flags.DEFINE_bool("x64", False, "float64 throughout: slower, for small ridges and large supports.")
+
+
+def launch(main) -> None:
+  """Runs `main()` after parsing the flags, with the exit statuses above."""
+  # TensorFlow, where TFDS needs it, is to stay silent.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  app.run(lambda argv: _run(main), flags_parser=_parse)
+
+
+def _parse(argv):
+  try:
+    rest = FLAGS(argv)
+  except flags.Error as error:
+    _end(2, str(error))
+  if len(rest) > 1:
+    _end(2, f"expected flags only, got {' '.join(rest[1:])!r}")
+  return rest
+
+
+def _run(main) -> None:
+  logging.set_verbosity(logging.WARNING)  # not which accelerators JAX did not find
+  import jax
+  if "x64" in FLAGS:
+    jax.config.update("jax_enable_x64", FLAGS.x64)
+  from kipcore.types import NumericalError
+  from experiments.errors import UsageError
+  try:
+    main()
+  except UsageError as error:
+    _end(2, str(error))
+  except NumericalError as error:
+    _end(3, str(error))
+  except OSError as error:
+    _end(2, str(error))
+
+
+def _end(status: int, message: str) -> None:
+  print("error: " + " ".join(message.split()), file=sys.stderr)
+  sys.exit(status)

@@ -1,0 +1,344 @@
+"""The one path of the data: dataset, preprocessing, start, distillation, artefact, evaluation, pictures."""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from kipcore import artifact, checks, coreset, datasets, evaluate, keys, kernels, krr, preprocess, report
+from kipcore.architectures import architecture
+from kipcore.distill import kip, loop, samplers
+from kipcore.types import Support
+from experiments import run_folder
+from experiments.errors import UsageError, usage
+
+METHODS = ("kip", "label_solve")
+INITS = ("uniform", "noise")
+_BASELINE_DRAWS = 3
+_VALIDATION_ROWS = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What `load` needs; see the flags of the same names."""
+
+  dataset: str = "digits"
+  data_dir: str | None = None
+  architecture: str = "fc1"
+  kernel: str = "ntk"
+  images_per_class: int = 1
+  preprocess: str = "standardize"
+  validation_fraction: float = 0.1
+  test_rows: int = 0
+  seed: int = 0
+  num_devices: int = 0
+  x64: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig(DataConfig):
+  """What `distil` needs besides."""
+
+  method: str = "kip"
+  init: str = "uniform"
+  sampler: str = "uniform"
+  steps: int = 1000
+  target_batch_size: int = 0
+  learning_rate: float = 0.01
+  schedule: str = "cosine"
+  relative_ridge: float = 1e-6
+  loss: str = "mse"
+  learn_labels: bool = True
+  log_test_accuracy: bool = False
+
+
+class Data(NamedTuple):
+  """A dataset behind its preprocessing, as host arrays of the run's dtype.
+
+  `y_*` are one-hot labels minus 1/c.
+  """
+
+  raw: datasets.Dataset
+  preprocess: preprocess.Preprocess
+  x_train: np.ndarray
+  y_train: np.ndarray
+  x_validation: np.ndarray
+  y_validation: np.ndarray
+  x_test: np.ndarray
+  y_test: np.ndarray
+  kernel_fn: kernels.NetworkKernel
+
+
+def load(config: DataConfig) -> Data:
+  """The dataset, preprocessed, with the kernel of the run checked against it.
+
+  Raises:
+    UsageError: for anything that the user can mend.
+  """
+  with usage():
+    arch = architecture(config.architecture)
+    raw = datasets.load_dataset(config.dataset, config.data_dir, config.validation_fraction, config.seed)
+    return prepare(config, raw, preprocess.fit_preprocess(raw.x_train, config.preprocess, raw.pixel_max),
+                   kernels.NetworkKernel(arch, config.kernel))
+
+
+def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel_fn) -> Data:
+  """Applies a fitted preprocessing to every split of a dataset."""
+  dtype = np.dtype("float64" if config.x64 else "float32")
+  test_rows = config.test_rows or raw.x_test.shape[0]
+
+  def split(x, labels):
+    y = preprocess.one_hot_centred(labels, raw.num_classes, dtype)
+    return fitted.apply(x, dtype), np.asarray(y)
+
+  data = Data(raw, fitted, *split(raw.x_train, raw.y_train), *split(raw.x_validation, raw.y_validation),
+              *split(raw.x_test[:test_rows], raw.y_test[:test_rows]), kernel_fn)
+  # The kernel's own checks of rank and size, without computing anything.
+  jax.eval_shape(kernel_fn, jax.ShapeDtypeStruct((1, *data.x_train.shape[1:]), dtype))
+  return data
+
+
+def start(key, data: Data, strategy: str, images_per_class: int) -> Support:
+  """The first support of a strategy, class by class."""
+  with usage():
+    checks.one_of("init", strategy, INITS)
+    rows = coreset.class_balanced_indices(keys.stream(key, "init"), data.raw.y_train, images_per_class,
+                                          data.raw.num_classes)
+  x = data.x_train[rows]
+  if strategy == "noise":
+    x = coreset.noise_like(keys.stream(key, "noise"), x, len(rows))
+  return Support(jnp.asarray(x), jnp.asarray(data.y_train[rows]))
+
+
+class Outcome(NamedTuple):
+  """What a method gave: the learned support, its history, and what it cost."""
+
+  support: Support
+  history: list
+  target_evaluations: int
+  compile_seconds: float
+  seconds: float
+
+
+def distil(config: DistillConfig, data: Data, support: Support, callback=None, progress=None) -> Outcome:
+  """Runs the method of the config from a starting support."""
+  if config.method == "label_solve":
+    return _solve_labels(config, data, support)
+  batch_size = batch_size_of(config, data)
+  with usage():
+    options = kip.KIPOptions(config.relative_ridge, config.loss, config.learn_labels)
+    distiller = loop.Distiller(kip.kip(data.kernel_fn, options), samplers.sampler(config.sampler),
+                               loop.adam(config.learning_rate, config.steps, config.schedule), batch_size)
+  result = loop.distill(config.seed, distiller, support, data.x_train, data.y_train, config.steps,
+                        devices=devices_of(config), callback=callback, progress=progress)
+  return Outcome(result.support, result.history, config.steps * batch_size, result.compile_seconds, result.seconds)
+
+
+def _solve_labels(config: DistillConfig, data: Data, support: Support) -> Outcome:
+  started = time.perf_counter()
+  ridge = krr.relative_ridge(data.kernel_fn.diag(support.x), config.relative_ridge)
+  solution = krr.label_solve_rows(data.kernel_fn, support.x, jnp.asarray(data.x_train), jnp.asarray(data.y_train),
+                                  float(ridge))
+  checks.raise_for_status("label solve", solution.status)
+  return Outcome(Support(support.x, solution.labels), [], data.x_train.shape[0], 0.0, time.perf_counter() - started)
+
+
+def batch_size_of(config: DistillConfig, data: Data) -> int:
+  """The target batch: as asked, or 1,000 rows or all of fewer."""
+  rows = data.x_train.shape[0]
+  if config.target_batch_size > rows:
+    raise UsageError(f"--target_batch_size: expected at most the {rows} training rows, got {config.target_batch_size}")
+  return config.target_batch_size or min(1000, rows)
+
+
+def devices_of(config: DataConfig) -> list:
+  """The devices that the work is mapped over."""
+  found = jax.local_devices()
+  if config.num_devices > len(found):
+    raise UsageError(f"--num_devices: expected at most the {len(found)} local devices, got {config.num_devices}")
+  return found[:config.num_devices or len(found)]
+
+
+def score(config: DistillConfig, data: Data, support: Support, x=None, y=None) -> float:
+  """Test accuracy (or that on given rows) of ridge regression on a support; raises if the fit failed."""
+  x, y = (data.x_test, data.y_test) if x is None else (x, y)
+  result = evaluate.evaluate_krr(data.kernel_fn, support, x, y, relative_ridge=config.relative_ridge)
+  checks.raise_for_status("kernel ridge regression on the support", result.status)
+  return float(result.accuracy)
+
+
+def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite: bool = False,
+                verbose: bool = True) -> tuple[pathlib.Path, dict]:
+  """The main job: distils, scores, and writes the run folder.
+
+  Args:
+    config: all choices.
+    output_dir: run folder; None for a new one under runs/.
+    overwrite: replace the files of an earlier run there.
+    verbose: print progress and a summary.
+
+  Returns:
+    The folder, and the content of `result.json`.
+
+  Raises:
+    UsageError: for anything that the user can mend; NumericalError where numbers failed.
+  """
+  started = time.perf_counter()
+  say = (lambda text: tqdm.write(text, file=sys.stdout)) if verbose else (lambda text: None)
+  devices = devices_of(config)
+  _check(config)
+  data = load(config)
+  batch = batch_size_of(config, data) if config.method == "kip" else data.x_train.shape[0]
+  support = start(config.seed, data, config.init, config.images_per_class)
+  m = support.x.shape[0]
+  name = f"{_slug(config.dataset)}-{config.method}-{config.architecture}-ipc{config.images_per_class}-seed{config.seed}"
+  folder = run_folder.create(output_dir, name, overwrite)
+  run_folder.write_config(folder, config, support_size=m, resolved_target_batch_size=batch,
+                          resolved_num_devices=len(devices), dataset_hashes=data.raw.hashes, note=data.raw.note)
+  say(f"{config.dataset}: {data.x_train.shape[0]:,} training, {data.x_validation.shape[0]:,} validation, "
+      f"{data.x_test.shape[0]:,} test rows of shape {data.x_train.shape[1:]}, {data.raw.num_classes} classes")
+  say(f"{config.method} with the {config.kernel} of {config.architecture}: {m} images "
+      f"({config.images_per_class} a class), {config.steps if config.method == 'kip' else 0} steps of {batch} targets "
+      f"on {len(devices)} {devices[0].platform} device(s)")
+  baseline = [score(config, data, start(10_000 + config.seed + draw, data, "uniform", config.images_per_class))
+              for draw in range(_BASELINE_DRAWS)]
+  init_accuracy = score(config, data, support)
+  say(f"random real images: {100 * np.mean(baseline):.1f} % test accuracy (mean of {_BASELINE_DRAWS} draws); "
+      f"start ({config.init}): {100 * init_accuracy:.1f} %")
+
+  with tqdm(total=config.steps if config.method == "kip" else None, desc=config.method, unit="step",
+            disable=None if verbose and config.method == "kip" else True, leave=False) as bar:
+
+    def callback(step, params, record):
+      current = Support(params["x"], params["y"])
+      if data.x_validation.shape[0]:
+        record["validation_accuracy"] = score(config, data, current, data.x_validation[:_VALIDATION_ROWS],
+                                              data.y_validation[:_VALIDATION_ROWS])
+      if config.log_test_accuracy:
+        record["test_accuracy"] = score(config, data, current)
+      run_folder.append_metrics(folder, record)
+      if "loss" in record:
+        shown = "  ".join(f"{k.removesuffix('_accuracy').replace('accuracy', 'batch')} {100 * v:.1f} %"
+                          for k, v in record.items() if k.endswith("accuracy"))
+        say(f"step {step:>6}/{config.steps}  loss {record['loss']:.5f}  {shown}  ({record['seconds']:.1f} s)")
+
+    outcome = distil(config, data, support, callback, lambda done: bar.update(done - bar.n))
+
+  test_accuracy = score(config, data, outcome.support)
+  result = {
+      "dataset": config.dataset, "method": config.method, "init": config.init, "sampler": config.sampler,
+      "architecture": config.architecture, "kernel": config.kernel, "seed": config.seed, "support_size": m,
+      "steps": config.steps if config.method == "kip" else 0,
+      "target_evaluations": outcome.target_evaluations,
+      "init_test_accuracy": init_accuracy,
+      "test_accuracy": test_accuracy,
+      "random_baseline_test_accuracy": float(np.mean(baseline)),
+      "random_baseline_test_accuracy_std": float(np.std(baseline, ddof=1)),
+      "test_rows": data.x_test.shape[0],
+      "wall_seconds": time.perf_counter() - started,
+      "compile_seconds": outcome.compile_seconds,
+      "step_seconds": outcome.seconds,
+  }
+  _write_artifact(folder, config, data, outcome.support, result)
+  _write_pictures(folder, data, support, outcome, result)
+  run_folder.write_json(folder / "result.json", result)
+  say(_summary(folder, result))
+  return folder, result
+
+
+def _check(config: DistillConfig) -> None:
+  """Values that are wrong whatever the data, before any work."""
+  with usage():
+    checks.one_of("method", config.method, METHODS)
+    checks.one_of("init", config.init, INITS)
+    samplers.sampler(config.sampler)
+    kip.kip(kernels.ntk_fn(architecture(config.architecture)),
+            kip.KIPOptions(config.relative_ridge, config.loss, config.learn_labels))
+    loop.adam(config.learning_rate, config.steps, config.schedule)
+
+
+def _write_artifact(folder, config, data: Data, support: Support, result: dict) -> None:
+  x = np.asarray(support.x)
+  metadata = {
+      "dataset": {"name": config.dataset, "num_classes": data.raw.num_classes, "hashes": data.raw.hashes,
+                  "class_names": list(data.raw.class_names) if data.raw.class_names else None, "note": data.raw.note,
+                  "validation_fraction": config.validation_fraction, "test_rows": data.x_test.shape[0]},
+      "config": dataclasses.asdict(config),
+      "environment": run_folder.environment(),
+      "result": result,
+  }
+  artifact.save_artifact(folder / "distilled.npz", artifact.Artifact(
+      data.preprocess.invert(x, x.dtype), np.asarray(support.y), x, data.preprocess, data.kernel_fn.arch,
+      data.kernel_fn.get, config.relative_ridge, metadata))
+
+
+def _write_pictures(folder, data: Data, support: Support, outcome: Outcome, result: dict) -> None:
+  if support.x.ndim == 4 and support.x.shape[-1] in (1, 3):
+    before, after = (data.preprocess.invert(np.asarray(s.x)) for s in (support, outcome.support))
+    pixel_range = float(np.min(data.raw.x_train)), float(np.max(data.raw.x_train))
+    report.save_image_grid(folder / "images.png", before, after, np.argmax(np.asarray(support.y), axis=1),
+                           pixel_range, data.raw.class_names)
+  if outcome.history:
+    report.save_learning_curve(folder / "learning_curve.png", outcome.history, {
+        "random real images (test)": result["random_baseline_test_accuracy"],
+        "distilled (test)": result["test_accuracy"]})
+
+
+def _summary(folder, result: dict) -> str:
+  gain = result["test_accuracy"] - result["random_baseline_test_accuracy"]
+  return (f"\n{result['support_size']} distilled images: {100 * result['test_accuracy']:.2f} % test accuracy, "
+          f"{100 * gain:+.1f} points over {result['support_size']} random real images "
+          f"({100 * result['random_baseline_test_accuracy']:.1f} %)\n"
+          f"{result['wall_seconds']:.1f} s in all, {result['compile_seconds']:.1f} s of it compiling the step\n"
+          f"written to {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
+
+
+def _slug(dataset: str) -> str:
+  return pathlib.Path(dataset).stem
+
+
+def run_evaluate(stored: artifact.Artifact, data_dir: str | None, evaluators: list[str], num_seeds: int, seed: int,
+                 dataset: str | None = None) -> dict:
+  """Scores an artefact on the test split of its dataset.
+
+  Args:
+    stored: the artefact; JAX's 64-bit switch must suit its dtype.
+    data_dir: where TFDS keeps prepared datasets.
+    evaluators: among "krr" and "network".
+    num_seeds: networks to train.
+    seed: root of their random streams.
+    dataset: another name or path for the dataset; its content must have the recorded hash.
+
+  Returns:
+    JSON-able results; `test_accuracy` is to the last digit what was recorded.
+
+  Raises:
+    UsageError: for a wrong evaluator, or a dataset that is not the recorded one.
+  """
+  with usage():
+    for name in evaluators:
+      checks.one_of("evaluators", name, ("krr", "network"))
+    about, config = stored.metadata["dataset"], DistillConfig(**stored.metadata["config"])
+    raw = datasets.load_dataset(dataset or about["name"], data_dir or config.data_dir, about["validation_fraction"],
+                                config.seed)
+    if raw.hashes["test"] != about["hashes"]["test"]:
+      raise UsageError(f"the test split of {dataset or about['name']} is not the one that the artefact was scored on: "
+                       f"expected sha256 {about['hashes']['test'][:12]}..., got {raw.hashes['test'][:12]}...")
+    data = prepare(config, raw, stored.preprocess, stored.kernel_fn())
+  support = Support(jnp.asarray(stored.support), jnp.asarray(stored.labels))
+  result = {"dataset": about["name"], "support_size": len(stored.images),
+            "recorded_test_accuracy": stored.metadata["result"]["test_accuracy"]}
+  if "krr" in evaluators:
+    result["test_accuracy"] = score(config, data, support)
+  if "network" in evaluators:
+    scores = evaluate.evaluate_network(seed, stored.arch, support, data.x_test, data.y_test, num_seeds)
+    result["network_test_accuracy"] = [float(s) for s in scores]
+    result["network_test_accuracy_mean"] = float(np.mean(scores))
+    result["network_test_accuracy_std"] = float(np.std(scores, ddof=1)) if num_seeds > 1 else 0.0
+  return result

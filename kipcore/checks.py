@@ -1,0 +1,114 @@
+"""Eager checks at the public edge: shape, dtype and range, "expected ..., got ...".
+
+Checks of shape and dtype look at nothing but shape and dtype and so also work on
+traced arrays. Checks of values (`finite`) belong to the host and skip tracers.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kipcore.types import NumericalError, Status
+
+_ADVICE = {
+    Status.MAX_STEPS: "it reached the step limit before it converged; allow more steps or a looser tolerance",
+    Status.NOT_POSITIVE_DEFINITE: (
+        "the matrix is not positive definite at this precision; use a larger ridge "
+        "(relative 1e-4 or more in float32), or float64 (--x64), and remove duplicate rows"
+    ),
+    Status.NOT_FINITE: "it contains NaN or infinity; check the inputs, or lower the learning rate",
+}
+
+
+def is_traced(x) -> bool:
+  """True if `x` is an abstract value inside a transformation, so has no values to check."""
+  return isinstance(x, jax.core.Tracer)
+
+
+def rank(name: str, x, *expected: int) -> None:
+  """Raises ValueError unless `x.ndim` is one of `expected`."""
+  if np.ndim(x) not in expected:
+    raise ValueError(
+        f"{name}: expected an array with {' or '.join(map(str, expected))} dimensions, got shape {np.shape(x)}")
+
+
+def square(name: str, x) -> None:
+  """Raises ValueError unless `x` is `(n, n)`."""
+  rank(name, x, 2)
+  if x.shape[0] != x.shape[1]:
+    raise ValueError(f"{name}: expected a square matrix, got shape {x.shape}")
+
+
+def shape(name: str, x, expected: tuple) -> None:
+  """Raises ValueError unless `x.shape` equals `expected`, where None stands for any size."""
+  got = np.shape(x)
+  if len(got) != len(expected) or any(e is not None and e != g for e, g in zip(expected, got)):
+    wanted = tuple("any" if e is None else e for e in expected)
+    raise ValueError(f"{name}: expected shape {wanted}, got {got}")
+
+
+def same_rows(name1: str, x1, name2: str, x2) -> None:
+  """Raises ValueError unless both arrays have the same leading size."""
+  if x1.shape[0] != x2.shape[0]:
+    raise ValueError(
+        f"expected {name1} and {name2} to have the same number of rows, got shapes {x1.shape} and {x2.shape}")
+
+
+def floating(name: str, x) -> None:
+  """Raises TypeError unless `x` has a floating dtype."""
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}; convert it first")
+
+
+def positive(name: str, value) -> None:
+  """Raises ValueError unless the concrete number or array is > 0 everywhere; tracers pass."""
+  if not is_traced(value) and not np.all(np.asarray(value) > 0):
+    raise ValueError(f"{name}: expected values > 0, got {np.min(np.asarray(value))}")
+
+
+def non_negative(name: str, value) -> None:
+  """Raises ValueError unless the concrete number or array is >= 0 everywhere; tracers pass."""
+  if not is_traced(value) and not np.all(np.asarray(value) >= 0):
+    raise ValueError(f"{name}: expected values >= 0, got {np.min(np.asarray(value))}")
+
+
+def in_range(name: str, value, low, high) -> None:
+  """Raises ValueError unless `low <= value <= high`; tracers pass."""
+  if not is_traced(value) and not np.all((np.asarray(value) >= low) & (np.asarray(value) <= high)):
+    raise ValueError(f"{name}: expected a value in [{low}, {high}], got {value}")
+
+
+def positive_int(name: str, value) -> None:
+  """Raises unless `value` is an integer >= 1."""
+  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    raise TypeError(f"{name}: expected a positive integer, got {value!r}")
+  if value < 1:
+    raise ValueError(f"{name}: expected a positive integer, got {value}")
+
+
+def finite(name: str, x) -> None:
+  """Raises ValueError if a concrete array holds NaN or infinity; tracers pass."""
+  if is_traced(x):
+    return
+  bad = ~np.isfinite(np.asarray(x))
+  if bad.any():
+    first = tuple(int(i) for i in np.argwhere(bad)[0])
+    raise ValueError(f"{name}: expected finite values, got {int(bad.sum())} NaN or infinite, the first at index {first}")
+
+
+def one_of(name: str, value, choices) -> None:
+  """Raises ValueError unless `value` is among `choices`."""
+  if value not in choices:
+    raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def raise_for_status(what: str, status) -> None:
+  """Raises NumericalError, with advice, unless the (concrete) status is OK.
+
+  Args:
+    what: what was computed, e.g. "kernel ridge regression at step 7".
+    status: scalar or array of `Status` values; the worst one counts.
+  """
+  worst = Status(int(np.max(np.asarray(status))))
+  if worst is not Status.OK:
+    raise NumericalError(f"{what} failed ({worst.name}): {_ADVICE[worst]}")

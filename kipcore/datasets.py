@@ -1,0 +1,350 @@
+"""Image-classification data from scikit-learn, a TFDS name or an `.npz` file, checked and hashed.
+
+Every fault of the data or of its file is one `DatasetError` of one line that says
+what was expected and what came. TensorFlow is imported only when a TFDS name is
+asked for, is kept off accelerators, and writes nothing to the terminal.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import math
+import os
+import socket
+import sys
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+class DatasetError(ValueError):
+  """The data cannot be had or cannot be used; the message is one line."""
+
+
+class Dataset(NamedTuple):
+  """Three disjoint splits, in stored pixel units.
+
+  Attributes:
+    x_train, x_validation, x_test: `(n, height, width, channels)`, or `(n, features)` for
+      tabular data. uint8 and floats stay as they are stored; other integers and bool become
+      float32 (float64 where they exceed 2^24). Not scaled: digits are float32 in 0..16.
+    y_train, y_validation, y_test: `(n,)` int32 in 0..c-1; each class occurs in y_train.
+    num_classes, class_names: c, and c names or None.
+    pixel_max: the stored value of full white: 255 for uint8, 16 for digits; for floats 1,
+      or the largest training value where that is over 1.
+    hashes: sha256 in hex of "train", "validation" and "test", over dtype, shape and bytes.
+    note: what a reader should know about the splits and conversions, "" if nothing.
+  """
+
+  name: str
+  x_train: np.ndarray
+  y_train: np.ndarray
+  x_validation: np.ndarray
+  y_validation: np.ndarray
+  x_test: np.ndarray
+  y_test: np.ndarray
+  num_classes: int
+  class_names: tuple[str, ...] | None
+  pixel_max: float
+  hashes: Mapping[str, str]
+  note: str
+
+
+def load_dataset(name: str, data_dir: str | os.PathLike | None = None, validation_fraction: float = 0.1,
+                 seed: int = 0) -> Dataset:
+  """Loads a dataset and cuts a validation split from its training rows.
+
+  The validation split is stratified: round(fraction * n) rows over all classes, shared by
+  largest remainder, drawn by the raw stream of NumPy's PCG64 (stable over versions), but
+  each class keeps a training row. The test split does not depend on the seed.
+
+  Args:
+    name: "digits": scikit-learn's 8 x 8 digits, no file needed; test is every fifth row of a class.
+      A path that ends in `.npz`: x_train, x_test `(n, h, w, c)`, `(n, h, w)` (a channel is
+      added) or `(n, d)`, y_train, y_test `(n,)` integers or strings, and at will
+      `class_names`. Nothing is unpickled; sizes are checked before memory is taken.
+      A TFDS image-classification name: prepared in data_dir, or else downloaded by TFDS.
+      Where it has no labelled test split its validation split stands in, or else every
+      fifth training row of a class; `note` says so.
+    data_dir: the TFDS directory, which must exist; None for TFDS's default.
+    validation_fraction: in [0, 1); 0 gives an empty validation split.
+    seed: of the validation split, an integer >= 0.
+
+  Raises:
+    DatasetError: where the data cannot be found, read or used.
+    ValueError: on a fraction or seed out of range.
+  """
+  if not 0 <= validation_fraction < 1:
+    raise ValueError(f"validation_fraction: expected a number in [0, 1), got {validation_fraction!r}")
+  if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+    raise ValueError(f"seed: expected an integer >= 0, got {seed!r}")
+  name = os.fspath(name)
+  is_file = name.lower().endswith(".npz")
+  raw = _read_npz(name) if is_file else _read_digits() if name == "digits" else _read_tfds(name, data_dir)
+  return _finish(name, validation_fraction, seed, **raw)
+
+
+def _finish(name, fraction, seed, *, x_train, y_train, x_test, y_test, class_names=None, pixel_max=None, note=""):
+  """The checked `Dataset` of the arrays that a reader gives."""
+  if x_train.dtype.kind in "biu" and x_train.dtype != np.uint8:
+    note = "; ".join(filter(None, (note, f"{x_train.dtype} pixels were converted to floats")))
+  x_train, x_test = _pixels(f"{name}: x_train", x_train), _pixels(f"{name}: x_test", x_test)
+  if x_train.shape[1:] != x_test.shape[1:] or (x_train.dtype == np.uint8) != (x_test.dtype == np.uint8):
+    raise DatasetError(f"{name}: expected x_train and x_test with rows of one shape, both uint8 or neither; got "
+                       f"{x_train.shape} {x_train.dtype} and {x_test.shape} {x_test.dtype}")
+  x_train, x_test = (x.astype(np.result_type(x_train, x_test), copy=False) for x in (x_train, x_test))
+  for key, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+    if y.shape not in ((len(x),), (len(x), 1)):
+      raise DatasetError(f"{name}: expected y_{key} with one label for each of {len(x)} rows, got shape {y.shape}")
+  y_train, y_test, num_classes, class_names = _labels(name, y_train.ravel(), y_test.ravel(), class_names)
+  pixel_max = 255.0 if x_train.dtype == np.uint8 else pixel_max or max(float(x_train.max()), 1.0)
+  held = _stratified(y_train, fraction, seed)
+  arrays = (x_train[~held], y_train[~held], x_train[held], y_train[held], x_test, y_test)
+  hashes = {key: _sha256(*arrays[2 * i:2 * i + 2]) for i, key in enumerate(("train", "validation", "test"))}
+  return Dataset(name, *arrays, num_classes, class_names, pixel_max, hashes, note)
+
+
+def _sha256(*arrays) -> str:
+  digest = hashlib.sha256()
+  for array in arrays:
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))  # one hash whatever the machine
+    digest.update(f"{array.dtype.str} {array.shape}\n".encode())
+    digest.update(array.reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def _pixels(what, x) -> np.ndarray:
+  """Rows as `(n, h, w, c)` or `(n, d)`, in a native dtype, finite."""
+  if x.ndim not in (2, 3, 4) or 0 in x.shape:
+    raise DatasetError(f"{what}: expected a non-empty (n, h, w, c), (n, h, w) or (n, d), got shape {x.shape}")
+  if x.dtype.kind not in "biuf":
+    raise DatasetError(f"{what}: expected uint8 or floating pixels, got {x.dtype}")
+  if x.dtype.kind == "f":
+    x = x.astype(np.dtype(f"f{min(x.itemsize, 8)}"), copy=False)
+    bad = ~np.isfinite(x)
+    if bad.any():
+      first = tuple(int(i) for i in np.unravel_index(bad.argmax(), x.shape))
+      raise DatasetError(
+          f"{what}: expected finite pixels, got {int(bad.sum())} NaN or infinite, the first at index {first}")
+  elif x.dtype != np.uint8:
+    exact = x.itemsize <= 2 or max(abs(int(x.min())), abs(int(x.max()))) <= 2**24
+    x = x.astype(np.float32 if exact else np.float64)
+  return x[..., None] if x.ndim == 3 else x
+
+
+def _labels(name, train, test, class_names):
+  """`(y_train, y_test, num_classes, class_names)`, labels as int32 in 0..c-1, all of them seen in training."""
+  if {train.dtype.kind, test.dtype.kind} <= set("SU"):
+    train, test = (np.char.decode(y, "utf-8", "replace") if y.dtype.kind == "S" else y for y in (train, test))
+    names, y_train = np.unique(train, return_inverse=True)
+    unseen = np.setdiff1d(test, names)
+    if unseen.size:
+      raise DatasetError(f"{name}: expected y_test labels that occur in y_train, got {unseen.size} others, "
+                         f"the first {str(unseen[0])!r}")
+    y_test = np.searchsorted(names, test)
+    return y_train.astype(np.int32), y_test.astype(np.int32), len(names), tuple(names.tolist())
+  y_train, y_test = (_integers(f"{name}: {key}", y) for key, y in (("y_train", train), ("y_test", test)))
+  num_classes = int(y_train.max()) + 1
+  if num_classes > len(y_train) or (np.bincount(y_train, minlength=num_classes) == 0).any():
+    seen = np.unique(y_train)
+    absent = int(np.flatnonzero(seen != np.arange(len(seen)))[0])
+    raise DatasetError(f"{name}: expected y_train to hold every class of 0..{num_classes - 1}, got {len(seen)} classes "
+                       f"from {seen[0]} to {seen[-1]}, without {absent}")
+  if y_test.max() >= num_classes:
+    raise DatasetError(f"{name}: expected y_test in 0..{num_classes - 1}, the classes of y_train, got {y_test.max()}")
+  return y_train, y_test, num_classes, class_names if len(class_names or ()) == num_classes else None
+
+
+def _integers(what, y) -> np.ndarray:
+  if y.dtype.kind not in "biuf":
+    raise DatasetError(f"{what}: expected integer labels (or strings in both splits), got {y.dtype}")
+  whole = np.floor(y) == y if y.dtype.kind == "f" else True  # False at NaN
+  bad = ~(whole & (y >= 0) & (y < 2**31 - 1))
+  if bad.any():
+    first = int(bad.argmax())
+    raise DatasetError(f"{what}: expected integers 0..c-1, got {int(bad.sum())} other values, the first {y[first]} "
+                       f"at index {first}")
+  return y.astype(np.int32)
+
+
+def _stratified(labels, fraction, seed) -> np.ndarray:
+  """Which rows are held out, bool `(n,)`; every class keeps at least one."""
+  counts = np.bincount(labels)
+  share = fraction * counts
+  take = np.floor(share).astype(np.int64)
+  extra = round(fraction * len(labels)) - take.sum()
+  take[np.argsort(take - share, kind="stable")[:extra]] += 1
+  take = np.minimum(take, counts - 1)
+  order = np.lexsort((np.random.PCG64(seed).random_raw(len(labels)), labels))
+  held = np.zeros(len(labels), bool)
+  held[order] = _rank_in_class(labels[order]) < take[labels[order]]
+  return held
+
+
+def _rank_in_class(labels) -> np.ndarray:
+  """How many earlier rows have the row's label."""
+  counts, rank = np.bincount(labels), np.empty(len(labels), np.int64)
+  rank[np.argsort(labels, kind="stable")] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+  return rank
+
+
+def _cut_test(x, y) -> dict[str, np.ndarray]:
+  """Every fifth row of each class as the test split."""
+  test = _rank_in_class(y) % 5 == 4
+  return {"x_train": x[~test], "y_train": y[~test], "x_test": x[test], "y_test": y[test]}
+
+
+def _read_digits() -> dict:
+  from sklearn.datasets import load_digits
+
+  x, y = load_digits(return_X_y=True)
+  named = {"class_names": tuple("0123456789"), "note": "pixels are 0..16; test is every fifth row of each class"}
+  return {**_cut_test(x.reshape(-1, 8, 8, 1).astype(np.float32), y), "pixel_max": 16.0, **named}
+
+
+def _line(error) -> str:
+  """The text of an error or object on one line of readable length."""
+  text = " ".join(str(error).split())
+  return text[:300] + "..." * (len(text) > 300)
+
+
+@contextlib.contextmanager
+def _one_fault(what):
+  """Makes any failure one `DatasetError`; what readers call raises many kinds, over many lines."""
+  try:
+    yield
+  except DatasetError:
+    raise
+  except Exception as error:
+    raise DatasetError(f"{what}, got {type(error).__name__}: {_line(error)}") from error
+
+
+def _read_npz(name) -> dict:
+  path = os.path.expanduser(name)
+  if not os.path.isfile(path):
+    raise DatasetError(f"{name}: expected an .npz file, got {'a directory' if os.path.isdir(path) else 'no such file'}")
+  with _one_fault(f"{name}: expected a readable .npz file (a zip of .npy arrays)"), zipfile.ZipFile(path) as archive:
+    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    missing = [key for key in _ARRAYS if key not in members]
+    if missing:
+      raise DatasetError(f"{name}: expected the arrays {', '.join(_ARRAYS)}; {', '.join(missing)} missing, "
+                         f"found {', '.join(sorted(members)[:20]) or 'nothing'}")
+    raw = {key: _read_member(f"{name}: {key}", archive, members[key]) for key in _ARRAYS}
+    for key in (key for key in ("label_names", "class_names") if key in members):
+      names = _read_member(f"{name}: {key}", archive, members[key])
+      if names.ndim == 1 and names.dtype.kind == "U":
+        raw["class_names"] = tuple(names.tolist())
+  return raw
+
+
+def _read_member(what, archive, info) -> np.ndarray:
+  """One array, read after its header, the size of its member and the bytes in the file agree."""
+  if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    raise DatasetError(f"{what}: expected a stored or deflated member, got compression type {info.compress_type}")
+  stored = min(info.compress_size, os.fstat(archive.fp.fileno()).st_size)
+  if info.file_size > 1032 * stored + 1024:  # 1032 is the most that deflate can gain
+    raise DatasetError(f"{what}: expected a size that {stored} compressed bytes can hold, got {info.file_size}")
+  with archive.open(info) as member:
+    version = np.lib.format.read_magic(member)
+    if version not in ((1, 0), (2, 0)):
+      raise DatasetError(f"{what}: expected .npy format 1.0 or 2.0, got {version}")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(member)
+    if dtype.kind not in "biufSU":  # so no "O", and no "V", in which objects can hide
+      raise DatasetError(f"{what}: expected a plain numeric or string array, got dtype {_line(dtype)} "
+                         "(Python objects are never unpickled)")
+    claimed, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
+    if claimed != held or min(shape, default=0) < 0:
+      raise DatasetError(f"{what}: expected {claimed} bytes for shape {shape} {dtype}, got {held}")
+  with archive.open(info) as member:
+    return np.lib.format.read_array(member, allow_pickle=False)
+
+
+@contextlib.contextmanager
+def _silenced():
+  """Sends both output streams, those of C++ included, to nowhere."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  saved = {fd: os.dup(fd) for fd in (1, 2)}
+  with open(os.devnull, "w") as nowhere:
+    try:
+      for fd in saved:
+        os.dup2(nowhere.fileno(), fd)
+      with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+    finally:
+      for fd, copy in saved.items():
+        os.dup2(copy, fd)
+        os.close(copy)
+
+
+def _read_tfds(name, data_dir) -> dict:
+  if data_dir is not None and not os.path.isdir(data_dir):
+    raise DatasetError(f"{name}: expected data_dir to be an existing directory, got {os.fspath(data_dir)!r}")
+  for setting in ("TF_CPP_MIN_LOG_LEVEL=3", "GRPC_VERBOSITY=ERROR", "NO_GCE_CHECK=true"):
+    os.environ.setdefault(*setting.split("="))
+  where = f"in {os.fspath(data_dir)}" if data_dir else "in TFDS's default directory"
+  with _one_fault(f"{name}: expected a dataset that TFDS can load {where}"), _silenced():
+    return _read_builder(name, data_dir)
+
+
+def _read_builder(name, data_dir) -> dict:
+  import tensorflow as tf
+  import tensorflow_datasets as tfds
+
+  for device in ("GPU", "TPU"):
+    with contextlib.suppress(RuntimeError, ValueError):  # The caller has started TensorFlow, and so has decided.
+      tf.config.set_visible_devices([], device)
+  tfds.disable_progress_bar()
+  try:
+    builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+  except tfds.core.DatasetNotFoundError as error:
+    close = difflib.get_close_matches(name, ["digits", *tfds.list_builders()], n=3)
+    raise DatasetError(f"unknown dataset {name!r}: expected digits, a path ending in .npz or a TFDS name"
+                       + (f"; close: {', '.join(close)}" if close else "")) from error
+  features = builder.info.features
+  x_key, y_key = builder.info.supervised_keys or ("image", "label")
+  if not (x_key in features and isinstance(features[x_key], tfds.features.Image) and
+          y_key in features and isinstance(features[y_key], tfds.features.ClassLabel)):
+    raise DatasetError(f"{name}: expected a TFDS dataset of images with class labels, got features {_line(features)}")
+  if None in features[x_key].shape:
+    raise DatasetError(f"{name}: expected images of one size, got image shape {features[x_key].shape}")
+  if not builder.is_prepared():
+    _require_host(name, builder)
+    builder.download_and_prepare()
+
+  def read(split):
+    decoders = tfds.decode.PartialDecoding({x_key: True, y_key: True})
+    rows = builder.as_dataset(split=split, batch_size=-1, shuffle_files=False, decoders=decoders)
+    return rows[x_key].numpy(), rows[y_key].numpy()
+
+  splits = builder.info.splits
+  if "train" not in splits:
+    raise DatasetError(f"{name}: expected a split called train, got {', '.join(splits)}")
+  raw = dict(zip(("x_train", "y_train"), read("train")), class_names=tuple(features[y_key].names or ()) or None)
+  for split in ("test", "validation"):
+    if split in splits:
+      x_test, y_test = read(split)
+      if (y_test >= 0).all():  # Some test splits come without labels, as -1.
+        note = "" if split == "test" else "the TFDS validation split is the test split"
+        return {**raw, "x_test": x_test, "y_test": y_test, "note": note}
+  note = "no labelled test split: test is every fifth training row of each class"
+  return {**raw, **_cut_test(raw["x_train"], raw["y_train"]), "note": note}
+
+
+def _require_host(name, builder):
+  """Fails at once where no download host has an address; TFDS itself retries for minutes."""
+  hosts = sorted({urllib.parse.urlsplit(url).hostname or "" for url in getattr(builder, "url_infos", None) or ()})
+  for host in hosts:
+    with contextlib.suppress(OSError):
+      socket.getaddrinfo(host, None)
+      return
+  if hosts and not urllib.request.getproxies():
+    raise DatasetError(f"{name}: expected it prepared in {builder.data_dir}, or a network to download it; "
+                       f"got neither (no address for {', '.join(hosts)})")

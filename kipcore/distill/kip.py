@@ -1,0 +1,80 @@
+"""Kernel Inducing Points: learn the support so that its ridge regression predicts the targets."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kipcore import checks, krr
+from kipcore.distill.method import Batch, LossInfo, Method, Params
+from kipcore.types import Array, KernelFn, Support
+
+
+class KIPOptions(NamedTuple):
+  """Choices of KIP.
+
+  Attributes:
+    relative_ridge: ridge as a fraction of tr(K_ss) / m.
+    loss: "mse" (half mean squared error) or "cross_entropy" (of the predictions times a
+      learned temperature: ridge regression of one-hot labels does not give logits).
+    learn_labels: whether the labels of the support are learned too.
+    initial_temperature: where the temperature starts.
+  """
+
+  relative_ridge: float = 1e-6
+  loss: str = "mse"
+  learn_labels: bool = False
+  initial_temperature: float = 10.0
+
+
+def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
+  """The KIP method over any kernel.
+
+      P = K_ts (K_ss + ridge I)^{-1} y_s,   ridge = relative_ridge tr(K_ss) / m
+      mse:            loss_t = 1/2 mean_c (P_tc - y_tc)^2
+      cross_entropy:  loss_t = CE(softmax(temperature P_t), class of y_t)
+
+  The gradient flows through K_ss (the trace in the ridge included) and K_ts into the
+  support; targets are constants.
+
+  Args:
+    kernel_fn: kernel of the inputs.
+    options: see `KIPOptions`.
+
+  Returns:
+    A `Method` that learns `x`, `y` and `log_temperature` (the last two if asked).
+
+  Raises:
+    ValueError: for a ridge or temperature <= 0, or an unknown loss.
+
+  Source: Nguyen, Chen, Lee 2021 (KIP), algorithm 1; temperature: Loo et al. 2022 (RFAD), section 3.
+  """
+  checks.positive("relative_ridge", options.relative_ridge)
+  checks.positive("initial_temperature", options.initial_temperature)
+  checks.one_of("loss", options.loss, ("mse", "cross_entropy"))
+
+  def init_params(support: Support) -> Params:
+    log_temperature = jnp.asarray(math.log(options.initial_temperature), support.x.dtype)
+    return {"x": support.x, "y": support.y, "log_temperature": log_temperature}
+
+  def trainable(params: Params) -> dict[str, bool]:
+    del params
+    return {"x": True, "y": options.learn_labels, "log_temperature": options.loss == "cross_entropy"}
+
+  def loss(params: Params, aux, batch: Batch, weights: Array, key: Array):
+    del aux, key
+    k_ss = kernel_fn(params["x"], None)
+    fit = krr.krr_fit(k_ss, params["y"], krr.relative_ridge(k_ss, options.relative_ridge))
+    predictions = krr.krr_predict(fit, kernel_fn(batch.x, params["x"]))
+    if options.loss == "mse":
+      per_example = 0.5 * jnp.mean((predictions - batch.y) ** 2, axis=1)
+    else:
+      logits = jnp.exp(params["log_temperature"]) * predictions
+      per_example = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.argmax(batch.y, axis=1))
+    value = jnp.mean(weights.astype(per_example.dtype) * per_example)
+    info = LossInfo(per_example, krr.accuracy(predictions, batch.y), fit.status)
+    return value, jax.lax.stop_gradient(info)
+
+  return Method("kip", init_params, lambda params: Support(params["x"], params["y"]), trainable, loss)

@@ -1,0 +1,331 @@
+"""The distillation loop: pure steps, mapped over devices, driven from the host.
+
+Target rows are divided over the devices; what is learned is replicated. Each device
+draws its share of the batch from its own rows, and gradients are averaged. Every
+random draw depends on (key, step, device) alone, so a run can be continued from any
+state and equals an uninterrupted one.
+"""
+
+import time
+from typing import Any, Callable, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kipcore import checks, keys
+from kipcore.distill.method import Batch, Method, Params, Sampler
+from kipcore.types import Array, NumericalError, Status, Support
+
+_AXIS = "devices"
+_MAX_STEPS = 1000  # in one call to the devices
+
+
+class Distiller(NamedTuple):
+  """The fixed parts of a run.
+
+  Attributes:
+    method: what to learn, e.g. `kip.kip(kernel_fn)`.
+    sampler: which targets to learn from, e.g. `samplers.uniform()`.
+    optimizer: any optax transformation, over the trainable part of the parameters.
+    batch_size: targets a step, over all devices.
+  """
+
+  method: Method
+  sampler: Sampler
+  optimizer: optax.GradientTransformation
+  batch_size: int
+
+
+class Targets(NamedTuple):
+  """Rows to learn from, grouped by class; made by `arrange_targets`.
+
+  Attributes:
+    x: `(n, ...)`, padded at the end with repeated rows that are never drawn.
+    y: `(n, c)` labels.
+    class_counts: `(c,)` int32, rows of each class without the padding.
+    share: scalar, these rows' share of all rows times the number of devices; 1 on one device.
+  """
+
+  x: Array
+  y: Array
+  class_counts: Array
+  share: Array
+
+
+class DistillState(NamedTuple):
+  """What the next step needs. `step` is the number of steps done."""
+
+  params: Params
+  opt_state: Any
+  aux: Any
+  sampler: Any
+  step: Array
+
+
+class DistillInfo(NamedTuple):
+  """What a reader wants to log of a step, all scalars; `accuracy` is of the batch, before the update."""
+
+  loss: Array
+  accuracy: Array
+  gradient_norm: Array
+  status: Array
+
+
+class DistillResult(NamedTuple):
+  """`support` learned, final `state`, `history` (a dict a logged step), `compile_seconds`.
+
+  `seconds` is the time of the steps, without compilation and callbacks.
+  """
+
+  support: Support
+  state: DistillState
+  history: list
+  compile_seconds: float
+  seconds: float
+
+
+def adam(learning_rate: float, num_steps: int, schedule: str = "constant") -> optax.GradientTransformation:
+  """Adam with a constant rate or one that falls along a cosine to zero.
+
+  Args:
+    learning_rate: > 0.
+    num_steps: length of the schedule.
+    schedule: "constant" or "cosine".
+
+  Returns:
+    An optax transformation.
+
+  Raises:
+    ValueError: for a rate <= 0 or an unknown schedule.
+  """
+  checks.positive("learning_rate", learning_rate)
+  checks.one_of("schedule", schedule, ("constant", "cosine"))
+  if schedule == "cosine":
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, max(num_steps, 1)))
+  return optax.adam(learning_rate)
+
+
+def arrange_targets(x, y, num_devices: int = 1, key=None) -> Targets:
+  """Groups rows by class and deals them out to devices, with a leading device axis.
+
+  Args:
+    x: `(n, ...)` rows (host array).
+    y: `(n, c)` labels; the largest entry of a row is its class.
+    num_devices: D; shards differ by at most one row a class.
+    key: shuffles the rows within their class; None keeps their order.
+
+  Returns:
+    `Targets` with arrays `(D, n_max, ...)`.
+
+  Raises:
+    ValueError: where `x` and `y` disagree, or there are fewer rows than devices.
+  """
+  checks.rank("y", y, 2)
+  checks.same_rows("x", x, "y", y)
+  checks.positive_int("num_devices", num_devices)
+  x, y = np.asarray(x), np.asarray(y)
+  if x.shape[0] < num_devices:
+    raise ValueError(f"expected at least one target row a device, got {x.shape[0]} rows for {num_devices} devices")
+  labels = np.argmax(y, axis=1)
+  order = np.arange(x.shape[0])
+  if key is not None:
+    order = np.asarray(jax.random.permutation(keys.canonical_key(key), x.shape[0]))
+  order = order[np.argsort(labels[order], kind="stable")]
+  shards = [order[d::num_devices] for d in range(num_devices)]
+  longest = max(map(len, shards))
+  counts = np.stack([np.bincount(labels[shard], minlength=y.shape[1]) for shard in shards]).astype(np.int32)
+  share = np.array([len(shard) for shard in shards]) * (num_devices / x.shape[0])
+  rows = np.stack([np.pad(shard, (0, longest - len(shard)), mode="edge") for shard in shards])
+  return Targets(x[rows], y[rows], counts, share.astype(y.dtype))
+
+
+def distill_init(key, distiller: Distiller, support: Support, class_counts: Array) -> DistillState:
+  """The state before the first step.
+
+  Args:
+    key: root key (or int seed).
+    distiller: fixed parts of the run.
+    support: starting inputs `(m, ...)` and labels `(m, c)`, floating.
+    class_counts: `(c,)` rows of each class among the targets.
+
+  Returns:
+    `DistillState`.
+
+  Raises:
+    ValueError, TypeError: for inputs and labels that disagree, or integers.
+  """
+  checks.same_rows("support.x", support.x, "support.y", support.y)
+  checks.floating("support.x", support.x)
+  checks.floating("support.y", support.y)
+  params = distiller.method.init_params(support)
+  opt_state = _optimizer(distiller, params).init(params)
+  aux = distiller.method.init_aux(keys.stream(key, "aux"))
+  return DistillState(params, opt_state, aux, distiller.sampler.init(class_counts), jnp.zeros((), jnp.int32))
+
+
+def distill_step(key, distiller: Distiller, state: DistillState, targets: Targets,
+                 axis_name: str | None = None) -> tuple[DistillState, DistillInfo]:
+  """One update; pure, so that callers can jit, scan or map it.
+
+  Args:
+    key: root key, the same at every step.
+    distiller: fixed parts of the run.
+    state: from `distill_init` or the step before.
+    targets: this device's rows, without the device axis.
+    axis_name: name of the mapped device axis, None on one device.
+
+  Returns:
+    The next state, and `DistillInfo`.
+  """
+  num_devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
+  step_key = keys.at_step(keys.stream(key, "step"), state.step)
+  device_key = step_key if axis_name is None else keys.at_step(step_key, jax.lax.axis_index(axis_name))
+  size = -(-distiller.batch_size // num_devices)
+  indices, weights = distiller.sampler.draw(keys.stream(device_key, "draw"), state.sampler, size)
+  batch = Batch(targets.x[indices], targets.y[indices])
+  weights = weights.astype(targets.y.dtype) * targets.share
+
+  def loss_fn(params):
+    return distiller.method.loss(params, state.aux, batch, weights, keys.stream(step_key, "loss"))
+
+  (loss, info), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+  means, status = (loss, info.accuracy, gradient), info.status
+  if axis_name is not None:
+    means = jax.lax.pmean(means, axis_name)
+    status = jax.lax.pmax(status, axis_name)
+  loss, accuracy, gradient = means
+  norm = optax.global_norm(gradient)
+  updates, opt_state = _optimizer(distiller, state.params).update(gradient, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  aux = distiller.method.update_aux(keys.stream(step_key, "aux"), params, state.aux, state.step)
+  sampler = distiller.sampler.update(state.sampler, indices, info.per_example)
+  status = jnp.where(jnp.isfinite(loss) & jnp.isfinite(norm), status, jnp.maximum(status, Status.NOT_FINITE))
+  return (DistillState(params, opt_state, aux, sampler, state.step + 1),
+          DistillInfo(loss, accuracy, norm, status))
+
+
+def distill(key, distiller: Distiller, support: Support, x_target, y_target, num_steps: int,
+            devices: Sequence[jax.Device] | None = None, log_steps: Sequence[int] | None = None,
+            callback: Callable[[int, Params, dict], None] | None = None,
+            progress: Callable[[int], None] | None = None) -> DistillResult:
+  """Distils: `num_steps` updates of the support towards the targets.
+
+  Args:
+    key: root key (or int seed); equal keys on equal numbers of devices give equal runs.
+    distiller: fixed parts of the run.
+    support: where to start, `(m, ...)` and `(m, c)`.
+    x_target: `(n, ...)` rows to learn from, floating host or device array.
+    y_target: `(n, c)` labels in the convention of `support.y`.
+    num_steps: >= 0.
+    devices: one entry a shard; None for the first local device alone.
+    log_steps: steps after which to log; None for `default_log_steps(num_steps)`.
+    callback: called as `callback(step, params, record)` at logged steps, the first (0) and
+      the last included; it may add to `record`.
+    progress: called with the number of steps done, about once a second.
+
+  Returns:
+    `DistillResult`.
+
+  Raises:
+    NumericalError: if a step met a failed factorisation or a value that is not finite;
+      it names the step.
+    ValueError: for shapes that disagree.
+  """
+  devices = [jax.local_devices()[0]] if devices is None else list(devices)
+  if num_steps < 0:
+    raise ValueError(f"num_steps: expected an integer >= 0, got {num_steps}")
+  checks.positive_int("batch_size", distiller.batch_size)
+  checks.shape("x_target", x_target, (None, *support.x.shape[1:]))
+  checks.shape("y_target", y_target, (None, support.y.shape[1]))
+  log_steps = sorted({0, num_steps, *(default_log_steps(num_steps) if log_steps is None else log_steps)})
+  key = keys.canonical_key(key)
+  targets = arrange_targets(x_target, y_target, len(devices), keys.stream(key, "arrange"))
+  init = jax.vmap(lambda counts: distill_init(key, distiller, support, counts))
+  state = init(jnp.asarray(targets.class_counts))
+  run = _mapped(distiller, devices)
+  started = time.perf_counter()
+  raw_key = np.broadcast_to(jax.random.key_data(key), (len(devices), *jax.random.key_data(key).shape))
+  # Placed on their devices once: otherwise every call would copy, and the second would compile anew.
+  place = jax.pmap(lambda tree: tree, axis_name=_AXIS, devices=devices)
+  raw_key, state, targets = place((raw_key, state, targets))
+  # A call of no steps compiles, and nothing more.
+  state, _ = jax.block_until_ready(run(raw_key, state, targets, _every(0, devices)))
+  compile_seconds = time.perf_counter() - started
+  history, done, seconds, record, pace = [], 0, 0.0, {}, 1
+  for stop in log_steps:
+    while done < stop:
+      started = time.perf_counter()
+      count = min(stop - done, pace)
+      state, infos = run(raw_key, state, targets, _every(count, devices))
+      infos = jax.tree.map(lambda a: np.asarray(a)[0, :count], infos)
+      _raise_if_failed(infos, done)
+      done += count
+      record = {name: float(value[-1]) for name, value in infos._asdict().items() if name != "status"}
+      elapsed = time.perf_counter() - started
+      seconds += elapsed
+      # About a second of work in a call: Python is no bottleneck, and progress is seen.
+      pace = int(min(max(count / elapsed, 1), 2 * pace, _MAX_STEPS))
+      if progress is not None:
+        progress(done)
+    record = {"step": done, "seconds": seconds, **record}
+    if callback is not None:
+      callback(done, _first(state.params), record)
+    history.append(record)
+  final = _first(state)
+  return DistillResult(distiller.method.support(final.params), final, history, compile_seconds, seconds)
+
+
+def default_log_steps(num_steps: int) -> list[int]:
+  """Early and then ever rarer steps, for a readable curve: 1, 2, 5, 10, 20, 50, 100, then 20 more."""
+  early = [s for s in (1, 2, 5, 10, 20, 50, 100) if s <= num_steps]
+  stride = max(100, -(-num_steps // 2000) * 100)
+  return early + list(range(stride, num_steps + 1, stride))
+
+
+def _mapped(distiller: Distiller, devices: list):
+  """The only place where work is mapped over devices.
+
+  The number of steps is an argument, so one compilation serves every distance between
+  two logged steps.
+  """
+
+  def run(raw_key, state, targets, count):
+    key = jax.random.wrap_key_data(raw_key)
+
+    def body(i, carry):
+      state, infos = carry
+      state, info = distill_step(key, distiller, state, targets, _AXIS)
+      return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value.astype(buffer.dtype)), infos, info)
+
+    dtype = jax.tree.leaves(state.params)[0].dtype
+    zeros = jnp.zeros((_MAX_STEPS,), dtype)
+    infos = DistillInfo(zeros, zeros, zeros, jnp.zeros((_MAX_STEPS,), jnp.int32))
+    return jax.lax.fori_loop(0, count, body, (state, infos))
+
+  return jax.pmap(run, axis_name=_AXIS, devices=devices, donate_argnums=(1,))
+
+
+def _every(count: int, devices: list) -> np.ndarray:
+  return np.full((len(devices),), count, np.int32)
+
+
+def _first(tree):
+  """The copy of the first device."""
+  return jax.tree.map(lambda a: a[0], tree)
+
+
+def _optimizer(distiller: Distiller, params: Params) -> optax.GradientTransformation:
+  labels = {name: "learn" if on else "keep" for name, on in distiller.method.trainable(params).items()}
+  return optax.multi_transform({"learn": distiller.optimizer, "keep": optax.set_to_zero()}, labels)
+
+
+def _raise_if_failed(infos: DistillInfo, done: int) -> None:
+  failed = np.flatnonzero(infos.status != Status.OK)
+  if failed.size:
+    try:
+      checks.raise_for_status(f"distillation at step {done + int(failed[0]) + 1}", infos.status[failed[0]])
+    except NumericalError as error:
+      raise NumericalError(f"{error} (loss {infos.loss[failed[0]]:.6g}, gradient norm "
+                           f"{infos.gradient_norm[failed[0]]:.6g})") from None

@@ -1,0 +1,120 @@
+"""How well a support teaches: kernel ridge regression and finite networks, on a test split."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from kipcore import checks, keys, krr, networks
+from kipcore.architectures import Architecture
+from kipcore.gram import gram_matvec, map_row_blocks
+from kipcore.types import Array, KernelFn, Support
+
+
+class KRREvaluation(NamedTuple):
+  """`accuracy` in [0, 1], `loss` (half mean squared error), `status`; all scalars."""
+
+  accuracy: Array
+  loss: Array
+  status: Array
+
+
+def evaluate_krr(kernel_fn: KernelFn, support: Support, x: Array, y: Array, ridge=None,
+                 relative_ridge: float | None = None, block_size: int = 2000) -> KRREvaluation:
+  """Fits ridge regression on the support and scores it on rows it has not seen.
+
+  Args:
+    kernel_fn: the kernel (hashable).
+    support: inputs `(m, ...)` and labels `(m, c)`.
+    x: `(n, ...)` test rows.
+    y: `(n, c)` test labels; the largest entry of a row is its class.
+    ridge: absolute, > 0, scalar or `(m,)`; or else
+    relative_ridge: fraction of tr(K_ss) / m. Exactly one of the two.
+    block_size: test rows at a time.
+
+  Returns:
+    `KRREvaluation`.
+
+  Raises:
+    ValueError: for shapes that disagree, no rows, or not exactly one kind of ridge.
+  """
+  if (ridge is None) == (relative_ridge is None):
+    raise ValueError(f"expected one of ridge and relative_ridge, got {ridge} and {relative_ridge}")
+  checks.same_rows("x", x, "y", y)
+  checks.shape("x", x, (None, *support.x.shape[1:]))
+  if x.shape[0] == 0:
+    raise ValueError("x: expected at least one row, got none")
+  value = relative_ridge if ridge is None else ridge
+  checks.positive("ridge", value)
+  value = jnp.asarray(value, support.x.dtype)
+  return _evaluate_krr(kernel_fn, ridge is None, block_size, support, jnp.asarray(x), jnp.asarray(y), value)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _evaluate_krr(kernel_fn, relative, block_size, support, x, y, ridge):
+  k_ss = kernel_fn(support.x, None)
+  fit = krr.krr_fit(k_ss, support.y, krr.relative_ridge(k_ss, ridge) if relative else ridge)
+  predictions = gram_matvec(kernel_fn, x, support.x, fit.dual.astype(x.dtype), block_size)
+  loss = 0.5 * jnp.mean((predictions - y) ** 2)
+  return KRREvaluation(krr.accuracy(predictions, y), loss, fit.status)
+
+
+def evaluate_network(key, arch: Architecture, support: Support, x: Array, y: Array, num_seeds: int = 5,
+                     width: int = 128, num_steps: int = 1000, learning_rate: float = 1e-3,
+                     batch_size: int = 256) -> np.ndarray:
+  """Trains finite networks on the support and scores them on rows they have not seen.
+
+  Each network minimises the mean squared error on the support's labels with Adam and a
+  cosine schedule, on all of the support or on batches of it. No step is chosen by
+  looking at the test rows.
+
+  Args:
+    key: random key (or int seed).
+    arch: the architecture; NHWC inputs for a convolutional one.
+    support: inputs `(m, ...)` and labels `(m, c)`.
+    x, y: test rows `(n, ...)` and labels `(n, c)`.
+    num_seeds: networks, each with its own initialisation and batches.
+    width: units or channels.
+    num_steps: optimiser steps.
+    learning_rate: peak rate.
+    batch_size: support rows a step; all of them if there are fewer.
+
+  Returns:
+    `(num_seeds,)` accuracies in [0, 1].
+
+  Raises:
+    ValueError: for shapes that disagree.
+  """
+  checks.same_rows("x", x, "y", y)
+  checks.shape("x", x, (None, *support.x.shape[1:]))
+  checks.positive_int("num_seeds", num_seeds)
+  module = networks.network(arch, width, support.y.shape[1])
+  stream = keys.stream(key, "evaluate_network")
+  x, y = jnp.asarray(x), jnp.asarray(y)
+  return np.array([
+      _train_and_score(module, num_steps, min(batch_size, support.x.shape[0]), keys.at_step(stream, seed), support,
+                       x, y, jnp.asarray(learning_rate, support.x.dtype)) for seed in range(num_seeds)])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _train_and_score(module, num_steps, batch_size, key, support, x, y, learning_rate):
+  params = module.init(keys.stream(key, "init"), support.x[:1])
+  optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate)
+  opt_state = optimizer.init(params)
+  m = support.x.shape[0]
+
+  def step(carry, i):
+    params, opt_state = carry
+    rows = jax.random.permutation(keys.at_step(keys.stream(key, "batch"), i), m)[:batch_size]
+    loss = lambda p: jnp.mean((module.apply(p, support.x[rows]) - support.y[rows]) ** 2)
+    phase = i.astype(learning_rate.dtype) / num_steps
+    opt_state.hyperparams["learning_rate"] = learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * phase))
+    updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), None
+
+  (params, _), _ = jax.lax.scan(step, (params, opt_state), jnp.arange(num_steps, dtype=jnp.int32))
+  predictions = map_row_blocks(lambda block: module.apply(params, block), x, 1000)
+  return krr.accuracy(predictions, y)

@@ -1,0 +1,80 @@
+"""Kernel matrices and products with them in row blocks, so that memory is set by a block.
+
+The blocks are traced once inside `jax.lax.map`; the last one is padded. All
+functions are pure and can be jitted with the kernel function closed over.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kipcore import checks, linalg
+from kipcore.types import Array, KernelFn
+
+
+def map_row_blocks(fn, x, block_size: int | None):
+  """Applies `fn` to blocks of rows and joins the results along the rows.
+
+  Args:
+    fn: maps `(b, ...)` (an array or a pytree of them with equal leading size) to an
+      array or pytree with leading size b; rows must not influence one another.
+    x: array or pytree, leading size n.
+    block_size: rows a block, None for all at once.
+
+  Returns:
+    `fn(x)`, computed with the memory of one block.
+  """
+  n = jax.tree.leaves(x)[0].shape[0]
+  if block_size is None or n <= block_size:
+    return fn(x)
+  blocks = -(-n // block_size)
+
+  def split(a):
+    # Padding repeats the last row: a valid input, so it makes no NaN of its own.
+    a = jnp.concatenate([a, jnp.broadcast_to(a[-1:], (blocks * block_size - n, *a.shape[1:]))])
+    return a.reshape(blocks, block_size, *a.shape[1:])
+
+  out = jax.lax.map(fn, jax.tree.map(split, x))
+  return jax.tree.map(lambda a: a.reshape(blocks * block_size, *a.shape[2:])[:n], out)
+
+
+def gram(kernel_fn: KernelFn, x1: Array, x2: Array | None = None, block_size: int | None = None) -> Array:
+  """The kernel matrix k(x1_i, x2_j), computed in blocks of rows of `x1`.
+
+  Args:
+    kernel_fn: see `types.KernelFn`.
+    x1: `(n1, ...)` rows.
+    x2: `(n2, ...)` rows, or None for `x1` itself.
+    block_size: rows of `x1` at a time; None for all at once. It bounds the working
+      memory of the kernel, not the `(n1, n2)` result.
+
+  Returns:
+    `(n1, n2)`.
+
+  Raises:
+    ValueError: where the rows of `x1` and `x2` differ in shape, or a block size < 1.
+  """
+  if block_size is not None:
+    checks.positive_int("block_size", block_size)
+  if x2 is not None and x1.shape[1:] != x2.shape[1:]:
+    raise ValueError(f"expected rows of one shape, got x1 {x1.shape} and x2 {x2.shape}")
+  if block_size is None or x1.shape[0] <= block_size:
+    return kernel_fn(x1, x2)
+  k = map_row_blocks(lambda block: kernel_fn(block, x1 if x2 is None else x2), x1, block_size)
+  if x2 is None:
+    # A block does not know which of its pairs are a point with itself; the diagonal does, exactly.
+    diagonal = jnp.arange(x1.shape[0])
+    k = (0.5 * (k + k.T)).at[diagonal, diagonal].set(gram_diag(kernel_fn, x1, block_size))
+  return k
+
+
+def gram_diag(kernel_fn: KernelFn, x: Array, block_size: int | None = None) -> Array:
+  """k(x_i, x_i), `(n,)`, without the matrix; uses `kernel_fn.diag` where there is one."""
+  one = getattr(kernel_fn, "diag", None)
+  if one is None:
+    one = jax.vmap(lambda row: kernel_fn(row[None], None)[0, 0])
+  return map_row_blocks(one, x, block_size)
+
+
+def gram_matvec(kernel_fn: KernelFn, x1: Array, x2: Array, v: Array, block_size: int | None = None) -> Array:
+  """K(x1, x2) @ v for `v` `(n2, c)`, `(n1, c)`, never holding more than a block of K."""
+  return map_row_blocks(lambda block: linalg.matmul(kernel_fn(block, x2), v), x1, block_size)

@@ -1,0 +1,85 @@
+"""Dense symmetric solves that report a status, at an explicit precision.
+
+Matrix products ask for the highest precision, because the default is bfloat16 on
+TPU and TF32 on recent GPUs. Factorisations run in the widest float that JAX's
+64-bit switch allows: float64 when it is on, else the dtype of the input.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+from kipcore.types import Array, Status
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def matmul(a: Array, b: Array) -> Array:
+  """`a @ b` at the highest precision."""
+  return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def widest_dtype(dtype) -> jnp.dtype:
+  """float64 where the 64-bit switch is on, else `dtype`."""
+  return jnp.promote_types(dtype, jax.dtypes.canonicalize_dtype(jnp.float64))
+
+
+class Factor(NamedTuple):
+  """Cholesky factor of a symmetric positive-definite matrix.
+
+  Attributes:
+    lower: `(m, m)` lower triangle L with L L^T = K + ridge.
+    status: int32 scalar, `Status`.
+  """
+
+  lower: Array
+  status: Array
+
+
+def add_ridge(k: Array, ridge) -> Array:
+  """K + diag(ridge); `ridge` is absolute, a scalar or one value a point `(m,)`."""
+  m = k.shape[0]
+  ridge = jnp.broadcast_to(jnp.asarray(ridge, k.dtype), (m,))
+  return k + jnp.diag(ridge)
+
+
+def factor(k: Array, ridge=0.0) -> Factor:
+  """Cholesky factor of K + diag(ridge), symmetrised, in the widest float available.
+
+  Args:
+    k: `(m, m)` symmetric positive semi-definite.
+    ridge: absolute, scalar or `(m,)`.
+
+  Returns:
+    `Factor`; where the matrix is not finite or not positive definite its status
+    says so and its entries are NaN.
+  """
+  k = k.astype(widest_dtype(k.dtype))
+  k = add_ridge(0.5 * (k + k.T), ridge)
+  lower = jnp.linalg.cholesky(k, symmetrize_input=False)
+  failed = jnp.where(jnp.isfinite(k).all(), Status.NOT_POSITIVE_DEFINITE, Status.NOT_FINITE)
+  status = jnp.where(jnp.isfinite(lower).all(), Status.OK, failed).astype(jnp.int32)
+  return Factor(lower, status)
+
+
+def whiten(f: Factor, b: Array) -> Array:
+  """L^{-1} b."""
+  return solve_triangular(f.lower, b.astype(f.lower.dtype), lower=True)
+
+
+def unwhiten(f: Factor, b: Array) -> Array:
+  """L^{-T} b."""
+  return solve_triangular(f.lower, b.astype(f.lower.dtype), lower=True, trans="T")
+
+
+def solve(f: Factor, b: Array) -> Array:
+  """(L L^T)^{-1} b, in the dtype of the factor."""
+  return unwhiten(f, whiten(f, b))
+
+
+def inverse_diagonal(f: Factor) -> Array:
+  """The diagonal of (L L^T)^{-1}, `(m,)`, as column sums of squares of L^{-1}."""
+  eye = jnp.eye(f.lower.shape[0], dtype=f.lower.dtype)
+  return jnp.sum(whiten(f, eye) ** 2, axis=0)

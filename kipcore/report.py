@@ -1,0 +1,126 @@
+"""Pictures of a run: image grids in pixel space, and the learning curve."""
+
+import io
+
+import numpy as np
+
+from kipcore import artifact, checks
+
+_MAX_COLUMNS = 10
+
+
+def save_image_grid(path, before, after, labels, pixel_range: tuple[float, float], class_names=None) -> None:
+  """A PNG of the starting images beside the distilled ones: a row a class, up to 10 columns.
+
+  Args:
+    path: PNG file name.
+    before, after: `(m, h, w, 1 or 3)` in pixel space.
+    labels: `(m,)` integer class of each image.
+    pixel_range: (black, white); values outside are clipped for the picture only.
+    class_names: names by class, or None for numbers.
+
+  Raises:
+    ValueError: for arrays that are not images with 1 or 3 channels.
+  """
+  for name, x in (("before", before), ("after", after)):
+    checks.rank(name, x, 4)
+    if x.shape[-1] not in (1, 3):
+      raise ValueError(f"{name}: expected 1 or 3 channels, got shape {x.shape}")
+  labels = np.asarray(labels)
+  classes = np.unique(labels)
+  columns = min(_MAX_COLUMNS, max(np.sum(labels == c) for c in classes))
+  if columns <= 2:  # one or two images a class: a row of classes reads better than a column
+    _grid_by_columns(path, before, after, labels, classes, columns, pixel_range, class_names)
+    return
+  figure = _figure((2 * columns + 1.5) * 0.55, len(classes) * 0.6 + 0.7)
+  panels = [_panel(x, labels, classes, columns, pixel_range) for x in (before, after)]
+  for axes, panel, title in zip(figure.subplots(1, 2), panels, ("start", "distilled")):
+    _show(axes, panel, title)
+    height = panel.shape[0] / len(classes)
+    axes.set_yticks([(i + 0.5) * height for i in range(len(classes))], _names(classes, class_names), fontsize=7)
+  _save(figure, path)
+
+
+def _grid_by_columns(path, before, after, labels, classes, rows, pixel_range, class_names):
+  figure = _figure(max(4.0, len(classes) * 0.75), 2 * rows * 0.75 + 1.1)
+  for axes, x, title in zip(figure.subplots(2, 1), (before, after), ("start", "distilled")):
+    panel = _panel(x, labels, classes, rows, pixel_range, transpose=True)
+    _show(axes, panel, title)
+    width = panel.shape[1] / len(classes)
+    rotation = 45 if class_names and max(map(len, class_names)) > 3 or len(classes) > 20 else 0
+    axes.set_xticks([(i + 0.5) * width for i in range(len(classes))], _names(classes, class_names), fontsize=7,
+                    rotation=rotation)
+  _save(figure, path)
+
+
+def _panel(x, labels, classes, per_class, pixel_range, transpose=False) -> np.ndarray:
+  """One big image with a thin border round each cell; missing cells are white."""
+  low, high = pixel_range
+  x = np.clip((np.asarray(x, np.float64) - low) / (high - low), 0.0, 1.0)
+  h, w = x.shape[1] + 2, x.shape[2] + 2
+  lines = len(classes)
+  panel = np.ones((per_class * h, lines * w, 3) if transpose else (lines * h, per_class * w, 3))
+  for line, c in enumerate(classes):
+    for place, image in enumerate(x[labels == c][:per_class]):
+      row, column = (place, line) if transpose else (line, place)
+      panel[row * h + 1:(row + 1) * h - 1, column * w + 1:(column + 1) * w - 1] = image
+  return panel
+
+
+def save_learning_curve(path, history: list[dict], lines: dict[str, float] | None = None) -> None:
+  """A PNG of loss (left) and accuracies (right) against the step, on a scale that shows the early ones.
+
+  Args:
+    path: PNG file name.
+    history: one dict a logged step, with `step`, `loss` and any keys that end in
+      `accuracy`.
+    lines: horizontal reference lines by name, e.g. the random baseline.
+  """
+  figure = _figure(9.0, 3.4)
+  left, right = figure.subplots(1, 2)
+  steps = [r["step"] for r in history if "loss" in r]
+  left.plot(steps, [r["loss"] for r in history if "loss" in r], color="tab:blue")
+  left.set_yscale("log")
+  left.set_ylabel("loss on the target batch")
+  names = sorted({name for r in history for name in r if name.endswith("accuracy")})
+  for name in names:
+    points = [(r["step"], 100 * r[name]) for r in history if name in r]
+    label = "target batch" if name == "accuracy" else name.removesuffix("_accuracy").replace("_", " ")
+    right.plot(*zip(*points), label=label, alpha=0.5 if name == "accuracy" else 1.0)
+  for i, (name, value) in enumerate((lines or {}).items()):
+    right.axhline(100 * value, linestyle="--", color=f"C{len(names) + i}", label=f"{name}: {100 * value:.1f} %")
+  right.set_ylabel("accuracy, %")
+  right.legend(fontsize=8)
+  for axes in (left, right):
+    axes.set_xscale("symlog", linthresh=10)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+  _save(figure, path)
+
+
+def _names(classes, class_names):
+  return [str(class_names[c]) if class_names else str(c) for c in classes]
+
+
+def _show(axes, panel, title):
+  height, width = panel.shape[:2]
+  axes.imshow(panel, extent=(0, width, height, 0), interpolation="nearest")
+  axes.set_title(title, fontsize=9)
+  axes.tick_params(length=0)
+  axes.set_xticks([])
+  axes.set_yticks([])
+  for spine in axes.spines.values():
+    spine.set_visible(False)
+
+
+def _figure(width: float, height: float):
+  # The object interface: no global state, no display needed.
+  from matplotlib.figure import Figure
+  return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure, path) -> None:
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png", dpi=130)
+  artifact.write_atomically(path, buffer.getvalue())

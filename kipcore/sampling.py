@@ -1,0 +1,537 @@
+"""Draws of rows by score, with the weights that keep weighted sums unbiased.
+
+Draws with replacement invert the distribution function in two levels. Draws without
+replacement are systematic and count probability in units of 2^-32 with integers that
+wrap, so neither the size of the sample nor the inclusion probabilities suffer from
+rounding, in float32 as in float64. All take one pass over the rows and no sort.
+
+Where a value is wrong the host raises ValueError. Inside a transformation nothing can
+be raised: there the weights come back NaN, so that the first loss shows it.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kipcore import checks, keys, linalg
+from kipcore.types import Array, Status
+
+# The float32 estimate of a sum of inclusion probabilities must be within 1/2 of the truth up to here.
+_MAX_DRAWS_FLOAT32 = 2**16
+_LARGEST_UNITS = 2**32 - 1
+_SPREADS = 16
+
+
+class Sample(NamedTuple):
+  """Drawn rows: `indices` `(m,)` int32 and `weights` `(m,)`; the convention is that of the function."""
+
+  indices: Array
+  weights: Array
+
+
+class SystematicSample(NamedTuple):
+  """Rows drawn without replacement.
+
+  Attributes:
+    indices: `(m,)` int32, distinct.
+    weights: `(m,)`, 1 / inclusion.
+    inclusion: `(m,)`, the exact probability that the row is in the sample.
+    status: int32 scalar, `Status`; NOT_FINITE where the scores are no law (then the weights are NaN).
+  """
+
+  indices: Array
+  weights: Array
+  inclusion: Array
+  status: Array
+
+
+class MergedSample(NamedTuple):
+  """Distinct rows, in increasing order, before the vacated slots.
+
+  Attributes:
+    indices: `(m,)` int32; vacated slots repeat the largest index.
+    weights: `(m,)` summed weights; 0 in vacated slots.
+    num_distinct: int32 scalar; on the host, `indices[:num_distinct]` is the shrunk set.
+  """
+
+  indices: Array
+  weights: Array
+  num_distinct: Array
+
+
+class SamplingGain(NamedTuple):
+  """How far a law p is from uniform.
+
+  Attributes:
+    second_moment: n sum p^2, from 1 (uniform) to n. Where the contributions are proportional
+      to p, the second moment of one uniform draw is this many times that of a draw by p.
+    effective_sample_size: 1 / sum p^2, from 1 to n.
+    max_over_mean: n max p.
+  """
+
+  second_moment: Array
+  effective_sample_size: Array
+  max_over_mean: Array
+
+
+def sensitivity_sample(
+    key, scores: Array, num_samples: int, *, input_weights: Array | None = None, uniform_mix=0.0,
+    replace: bool = True) -> Sample:
+  """Draws rows by sensitivity; E[sum_j w_j f(i_j)] = sum_i u_i f(i) for every f.
+
+  p_i = (1 - g) s_i / sum(s) + g u_i / sum(u), with g = `uniform_mix`. With replacement
+  w = u_i / (m p_i) (Feldman and Langberg 2011); one row drawn twice stands twice in the
+  result (`merge_duplicates`). Without replacement `systematic_sample` draws and
+  w = u_i / P(i is drawn).
+
+  Proved: unbiasedness, and with replacement the sizes of `guarantees.sample_size`, where
+  scores are at least the sensitivities u_i f_i / sum u f (the mix divides the total by
+  1 - g and caps weights at sum(u) / (g m)). The sizes are not proved for systematic draws.
+
+  Args:
+    key: a random key or an int seed.
+    scores: `(n,)`, >= 0, not all zero; sensitivities of the weighted terms u_i f_i.
+    num_samples: m; without replacement at most n.
+    input_weights: u `(n,)`, >= 0, or None for ones.
+    uniform_mix: g in [0, 1], traced. Rows with p_i = 0 are never drawn.
+    replace: with replacement or not.
+
+  Returns:
+    `Sample(indices, weights)`.
+
+  Raises:
+    ValueError, TypeError: a wrong shape, dtype or range, non-finite or all-zero scores, or
+      fewer rows with p_i > 0 than draws without replacement.
+  """
+  scores, input_weights = _check_scores(scores, num_samples, uniform_mix, input_weights)
+  if not replace:
+    _check_distinct(scores, num_samples, uniform_mix, input_weights)
+  return _sensitivity_core(
+      keys.canonical_key(key), scores, input_weights, jnp.asarray(uniform_mix, scores.dtype), num_samples, replace)
+
+
+def systematic_sample(key, scores: Array, num_samples: int, *, uniform_mix=0.0) -> SystematicSample:
+  """b distinct rows in one pass, with P(i is drawn) = pi_i = min(1, c p_i), sum_i pi_i = b.
+
+  The rows are put in a pseudo-random order, their pi are laid end to end from a uniform
+  start in [0, 1), and a row is drawn where its interval holds an integer (Madow 1949).
+  Rows with pi_i = 1 are always drawn. E[sum_j w_j f(i_j)] = sum_i f(i) with w = 1 / pi_i.
+
+  Exact in integers: the number of rows, that they are distinct, and `inclusion`, in
+  multiples of 2^-32 (a positive score has at least one). pi follows the scores to the
+  rounding of their dtype. The order is a keyed bijection (multiplications and shifts), not
+  a uniform permutation; first-order inclusion is exact in any order, joint inclusion is
+  near that of a random order, and no variance is proved.
+
+  Args:
+    key: a random key or an int seed.
+    scores: `(n,)`, >= 0.
+    num_samples: b, at most the number of rows with p_i > 0.
+    uniform_mix: g in [0, 1]: p_i = (1 - g) s_i / sum(s) + g / n.
+
+  Returns:
+    `SystematicSample`.
+
+  Raises:
+    ValueError, TypeError: as `sensitivity_sample`.
+  """
+  scores, ones = _check_scores(scores, num_samples, uniform_mix, None)
+  _check_distinct(scores, num_samples, uniform_mix, ones)
+  return _systematic_core(
+      keys.canonical_key(key), scores, jnp.asarray(uniform_mix, scores.dtype), num_samples)
+
+
+def gumbel_sample(key, scores: Array, num_samples: int) -> Sample:
+  """Successive sampling without replacement (Gumbel top-b); E[sum_j w_j f(i_j)] = sum_i f(i).
+
+  The b largest log p_i + Gumbel noise are drawn, kappa is the next largest, and
+  w_i = 1 / (1 - exp(-exp(log p_i - kappa))) (Kool, van Hoof and Welling 2020, eq. 9: the
+  Horvitz-Thompson form given the threshold). 1 / (b p_i) would be biased, because inclusion is
+  not b p_i. The variance is infinite at b = 1. `systematic_sample` is cheaper; this one has a
+  simpler joint law.
+
+  Args:
+    key: a random key or an int seed.
+    scores: `(n,)`, >= 0, in any scale.
+    num_samples: b, at most the number of positive scores.
+
+  Returns:
+    `Sample(indices, weights)`.
+
+  Raises:
+    ValueError, TypeError: as `sensitivity_sample`.
+  """
+  scores, ones = _check_scores(scores, num_samples, 0.0, None)
+  _check_distinct(scores, num_samples, 0.0, ones)
+  return _gumbel_core(keys.canonical_key(key), scores, num_samples)
+
+
+def importance_sample(
+    key, losses: Array, num_samples: int, uniform_mix=0.1, weight_exponent=1.0, *, power=1.0) -> Sample:
+  """A batch of distinct rows by loss: p_i = (1 - g) l_i^power / sum(l^power) + g / n.
+
+  Drawn systematically. w_i = (b / (n pi_i))^e with e = `weight_exponent`, for a *mean* over
+  the batch: at e = 1, E[(1/b) sum_j w_j f(i_j)] = (1/n) sum_i f(i) for every f, however stale
+  the losses; at e = 0 all weights are 1 and the batch follows a different objective, which
+  stresses rows of high loss (no estimate of the mean). Values between trade bias for variance.
+  At e = 1 weights are at most 1 / g where no row is certain to be drawn.
+
+  Proved: unbiasedness at e = 1. Smallest variance with independent draws needs gradient
+  norms in place of the losses (Alain et al. 2015), so pass residual norms where you have them.
+
+  Args:
+    key: a random key or an int seed.
+    losses: `(n,)`, >= 0. All zero: uniform.
+    num_samples: b <= n, and at most the number of positive losses where `uniform_mix` is 0.
+    uniform_mix: g in [0, 1], traced.
+    weight_exponent: e in [0, 1], traced.
+    power: of the losses, >= 0, traced; 0 is uniform, below 1 tempers.
+
+  Returns:
+    `Sample(indices, weights)`.
+
+  Raises:
+    ValueError, TypeError: a wrong shape, dtype or range, negative or non-finite losses.
+  """
+  losses, ones = _check_scores(losses, num_samples, uniform_mix, None, name="losses", allow_zeros=True)
+  checks.in_range("weight_exponent", weight_exponent, 0, 1)
+  checks.non_negative("power", power)
+  _check_distinct(losses, num_samples, uniform_mix, ones, name="losses", allow_zeros=True)
+  mix, exponent, power = (jnp.asarray(v, losses.dtype) for v in (uniform_mix, weight_exponent, power))
+  return _importance_core(keys.canonical_key(key), losses, mix, exponent, power, num_samples)
+
+
+def stratified_sample(
+    key, scores: Array, labels, num_samples: int, *, allocation: str = "equal", uniform_mix=0.0,
+    replace: bool = True) -> Sample:
+  """`sensitivity_sample` within each class, with a fixed number of draws a class.
+
+  Class by class with quota m_c, so again E[sum_j w_j f(i_j)] = sum_i f(i). Quotas are equal, or
+  proportional to the class's total score (then the cost over an unstratified draw is nil up to
+  rounding; equal quotas cost the factor max_c t_c m / (t m_c) in total sensitivity).
+
+  Args:
+    key: a random key or an int seed.
+    scores: `(n,)`, >= 0, not all zero in any class. May be traced where the quotas are equal.
+    labels: `(n,)` integers, concrete: the classes set the shapes.
+    num_samples: m, a multiple of the number of classes where quotas are equal.
+    allocation: "equal" or "proportional" (at least one a class, at most the class without replacement).
+    uniform_mix: g in [0, 1], uniform within the class.
+    replace: with replacement, or systematic.
+
+  Returns:
+    `Sample(indices, weights)`, `(m,)`, ordered by class.
+
+  Raises:
+    ValueError, TypeError: as `sensitivity_sample`, and where a class has fewer rows (or positive
+      scores) than its equal quota without replacement.
+  """
+  scores, ones = _check_scores(scores, num_samples, uniform_mix, None)
+  checks.one_of("allocation", allocation, ("equal", "proportional"))
+  if checks.is_traced(labels) or (allocation == "proportional" and checks.is_traced(scores)):
+    raise TypeError("expected concrete labels (and scores, for proportional quotas), got traced ones")
+  labels = np.asarray(labels)
+  checks.shape("labels", labels, scores.shape)
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise TypeError(f"labels: expected integers, got {labels.dtype}")
+  classes, labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+  rooms, totals = sizes, None
+  if not checks.is_traced(scores):
+    totals = np.bincount(labels, weights=np.asarray(scores, np.float64))
+    uniform = checks.is_traced(uniform_mix) or uniform_mix > 0
+    live = np.ones(labels.size) if uniform else np.asarray(scores) > 0
+    rooms = np.bincount(labels, weights=live).astype(np.int64)
+    if totals.min() <= 0:
+      raise ValueError(f"scores: expected a positive score in each class, got none in {classes[totals.argmin()]}")
+  quotas = _quotas(classes, rooms, totals if allocation == "proportional" else None, num_samples, replace)
+  members = np.zeros((classes.size, sizes.max()), np.int32)
+  valid = np.arange(sizes.max())[None] < sizes[:, None]
+  members[valid] = np.argsort(labels, kind="stable")
+  taken = np.arange(quotas.max())[None] < quotas[:, None]
+  mix = jnp.asarray(uniform_mix, scores.dtype)
+  sample = _stratified_core(
+      keys.canonical_key(key), scores, members, valid, quotas.astype(np.int32), mix, int(quotas.max()), replace)
+  slots = np.flatnonzero(taken)
+  return Sample(sample.indices.reshape(-1)[slots], sample.weights.reshape(-1)[slots])
+
+
+@jax.jit
+def merge_duplicates(indices: Array, weights: Array) -> MergedSample:
+  """Adds the weights of equal indices, with static shapes; weighted sums are unchanged."""
+  order = jnp.argsort(indices)
+  ordered = indices[order]
+  first = jnp.concatenate([jnp.ones((1,), bool), ordered[1:] != ordered[:-1]])
+  slot = jnp.cumsum(first.astype(jnp.int32)) - 1
+  merged = jnp.full_like(ordered, ordered[-1]).at[slot].set(ordered)
+  return MergedSample(merged, jnp.zeros_like(weights).at[slot].add(weights[order]), slot[-1] + 1)
+
+
+def sampling_gain(scores: Array) -> SamplingGain:
+  """Diagnostics of the law p = scores / sum(scores), `(n,)`; 1 everywhere in `second_moment` means flat scores."""
+  checks.rank("scores", scores, 1)
+  n = scores.shape[0]
+  p = scores / _total(scores)
+  squares = jnp.sum(p * p)
+  return SamplingGain(n * squares, 1 / squares, n * jnp.max(p))
+
+
+def draw_rows(key: Array, scores: Array, num_draws: int) -> Array:
+  """Independent draws with P(i) = scores_i / sum(scores), `(num_draws,)` int32, in O(n + num_draws log n).
+
+  First a block of about sqrt(n) rows, then a row in it, each by its own uniform: float32
+  never has to tell apart more than sqrt(n) rows. A row of score 0 is never drawn.
+  """
+  width = 1 << (max(scores.shape[0] - 1, 1).bit_length() + 1) // 2
+  rows = jnp.pad(scores / jnp.max(scores), (0, -scores.shape[0] % width)).reshape(-1, width)
+  within = _increasing(jnp.cumsum(rows, axis=1), rows > 0)
+  blocks = _increasing(jnp.cumsum(within[:, -1]), within[:, -1] > 0)
+  key_block, key_row = jax.random.split(key)
+  block = _search(blocks[None], jnp.zeros((num_draws,), jnp.int32), _below(key_block, blocks[-1:], num_draws))
+  row = _search(within, block, _below(key_row, within[block, -1], num_draws))
+  return block * width + row
+
+
+def _increasing(cumulative, positive):
+  """A parallel cumulative sum made monotone, and constant (to the bit) over entries of no mass."""
+  return jax.lax.cummax(jnp.where(positive, cumulative, 0), axis=cumulative.ndim - 1)
+
+
+def _below(key, tops, num_draws):
+  """Uniform on [0, top), `(num_draws,)`, and below the top after rounding as well."""
+  draws = jax.random.uniform(key, (num_draws,), tops.dtype) * tops
+  return jnp.minimum(draws, jnp.nextafter(tops, jnp.zeros_like(tops)))
+
+
+def _search(table, row, values):
+  """The first column of `table[row]` above the value, by bisection: `table` is `(rows, columns)` and sorted."""
+  columns = table.shape[1]
+  flat = table.reshape(-1)
+  found = jnp.zeros_like(row)
+  for step in (1 << s for s in reversed(range(max(columns - 1, 1).bit_length()))):
+    probe = jnp.minimum(found + step, columns - 1)
+    found = jnp.where((flat[row * columns + probe - 1] <= values) & (probe > found), probe, found)
+  return found
+
+
+def _check_scores(scores, num_samples, uniform_mix, input_weights, name="scores", allow_zeros=False):
+  scores = jnp.asarray(scores)
+  checks.rank(name, scores, 1)
+  checks.floating(name, scores)
+  checks.positive_int("num_samples", num_samples)
+  if scores.shape[0] < 1:
+    raise ValueError(f"{name}: expected at least one row, got none")
+  checks.finite(name, scores)
+  checks.non_negative(name, scores)
+  checks.in_range("uniform_mix", uniform_mix, 0, 1)
+  if not allow_zeros and not checks.is_traced(scores) and not np.any(np.asarray(scores) > 0):
+    raise ValueError(f"{name}: expected at least one value > 0, got zeros")
+  if input_weights is None:
+    return scores, jnp.ones_like(scores)
+  input_weights = jnp.asarray(input_weights, scores.dtype)
+  checks.shape("input_weights", input_weights, scores.shape)
+  checks.finite("input_weights", input_weights)
+  checks.non_negative("input_weights", input_weights)
+  return scores, input_weights
+
+
+def _check_distinct(scores, num_samples, uniform_mix, input_weights, name="scores", allow_zeros=False):
+  """Raises unless so many distinct rows can be drawn."""
+  if num_samples > scores.shape[0]:
+    raise ValueError(f"num_samples: expected at most the number of rows, {scores.shape[0]}, got {num_samples}")
+  if num_samples > _MAX_DRAWS_FLOAT32 and linalg.widest_dtype(scores.dtype) != jnp.float64:
+    raise ValueError(f"num_samples: expected at most {_MAX_DRAWS_FLOAT32} in float32, got {num_samples}; use float64")
+  if any(map(checks.is_traced, (scores, uniform_mix, input_weights))):
+    return
+  mix, rows = np.asarray(uniform_mix), np.asarray(scores)
+  possible = ((mix < 1) & (rows > 0)) | ((mix > 0) & (np.asarray(input_weights) > 0))
+  if possible.sum() < num_samples and not (allow_zeros and not rows.any()):
+    raise ValueError(
+        f"{name}: expected at least {num_samples} rows of positive probability, got {possible.sum()}; "
+        "use a positive uniform_mix")
+
+
+def _quotas(classes, rooms, totals, num_samples, replace):
+  """Draws a class, `(C,)`: equal where `totals` is None, else by largest remainders, at least 1, at most the room."""
+  if num_samples < classes.size:
+    raise ValueError(f"num_samples: expected at least one for each of {classes.size} classes, got {num_samples}")
+  if totals is None:
+    if num_samples % classes.size:
+      raise ValueError(f"num_samples: expected a multiple of the number of classes, {classes.size}, got {num_samples}")
+    quotas = np.full(classes.size, num_samples // classes.size)
+  else:
+    limit = np.full(classes.size, num_samples) if replace else rooms
+    if limit.sum() < num_samples:
+      raise ValueError(f"num_samples: expected at most the rows of positive score, {limit.sum()}, got {num_samples}")
+    quotas = np.ones(classes.size, np.int64)
+    # One at a time to the class that is furthest below its share (the highest quotient) is exact and simple.
+    for _ in range(num_samples - classes.size):
+      quotas[np.argmax(np.where(quotas < limit, totals / (quotas + 0.5), -1))] += 1
+  if not replace and (quotas > rooms).any():
+    worst = np.argmax(quotas - rooms)
+    raise ValueError(f"class {classes[worst]}: expected at least {quotas[worst]} rows to draw, got {rooms[worst]}")
+  return quotas
+
+
+def _total(x):
+  """The sum of a vector by a tree, so that float32 keeps its relative precision over millions of rows."""
+  while x.shape[0] > 16:
+    x = jnp.sum(jnp.pad(x, (0, -x.shape[0] % 16)).reshape(-1, 16), axis=1)
+  return jnp.sum(x)
+
+
+def _law(scores, input_weights, mix, power=None):
+  """Probabilities `(n,)` in the widest float, and whether they are a law (else they are uniform)."""
+  scores, input_weights, mix = (v.astype(linalg.widest_dtype(v.dtype)) for v in (scores, input_weights, mix))
+  good = jnp.isfinite(scores).all() & (scores >= 0).all()
+  top = jnp.max(scores)
+  if power is not None:
+    scores = jnp.where(top > 0, (scores / top) ** power.astype(scores.dtype), 1)
+  else:
+    scores, good = scores / top, good & (top > 0)
+  p = (1 - mix) * (scores / _total(scores)) + mix * (input_weights / _total(input_weights))
+  good &= jnp.isfinite(p).all()
+  return jnp.where(good, p, 1 / p.shape[0]), good
+
+
+def _inclusion_units(p, b):
+  """pi = min(1, c p) with sum b: `units` uint32 of 2^-32 for the rows below 1, and `always` for the rest.
+
+  The units sum to a multiple of 2^32 exactly; a positive p has at least one.
+  """
+  n, dtype = p.shape[0], p.dtype
+  count = lambda mask: jnp.sum(mask.astype(jnp.int32), dtype=jnp.int32)
+  positive = p > 0
+
+  def scaled(always):
+    free = jnp.where(always, 0, p)
+    return free * ((b - count(always)).astype(dtype) / _total(free))
+
+  def grow(state):
+    more = state[0] | (scaled(state[0]) >= 1)
+    return more, jnp.any(more != state[0])
+
+  always, _ = jax.lax.while_loop(lambda s: s[1], grow, (positive & (count(positive) <= b), jnp.bool_(True)))
+  # Rounding only: rows that share exactly what is left, and rows too light to be seen beside b certain ones.
+  always |= positive & (count(positive) - count(always) <= b - count(always))
+  full = (count(always) == b) & (count(positive) > b)
+  lightest = jnp.argmin(jnp.where(always, p, jnp.inf))
+  always &= ~(full & (jnp.arange(n) == lightest))
+  free = positive & ~always
+  below_one = 1 - max(2.0**-32, float(jnp.finfo(dtype).epsneg))
+  units = jnp.rint(jnp.minimum(scaled(always), below_one) * 2.0**32).astype(jnp.uint32)
+  units = jnp.where(free, jnp.maximum(units, 1), 0).astype(jnp.uint32)
+  missing = jax.lax.bitcast_convert_type(-jnp.sum(units, dtype=jnp.uint32), jnp.int32)
+
+  def spread(state):
+    units, missing, step = state
+    room = jnp.where(free, jnp.where(missing > 0, jnp.uint32(_LARGEST_UNITS) - units, units - 1), 0).astype(jnp.uint32)
+    wide = room.astype(dtype)
+    roomy = free & (wide >= 0.5 * _total(wide) / count(free).astype(dtype))
+    shares, amount = jnp.maximum(count(roomy), 1).astype(jnp.uint32), jnp.abs(missing).astype(jnp.uint32)
+    rank = _prefix_sum(roomy.astype(jnp.uint32)) - 1
+    take = amount // shares + (rank < amount % shares).astype(jnp.uint32)
+    take = jnp.where(roomy, jnp.minimum(take, room), 0).astype(jnp.uint32)
+    left = (amount - jnp.sum(take, dtype=jnp.uint32)).astype(jnp.int32)
+    return jnp.where(missing > 0, units + take, units - take), jnp.sign(missing) * left, step + 1
+
+  units, _, _ = jax.lax.while_loop(
+      lambda s: (s[1] != 0) & (s[2] < _SPREADS), spread, (units, missing, jnp.int32(0)))
+  return units, always
+
+
+def _prefix_sum(x):
+  """Inclusive sums of an integer vector; wrapping makes them exact modulo 2^32 in any order."""
+  width = 1 << (max(x.shape[0] - 1, 1).bit_length() + 1) // 2
+  within = jnp.cumsum(jnp.pad(x, (0, -x.shape[0] % width)).reshape(-1, width), axis=1, dtype=x.dtype)
+  before = jnp.cumsum(within[:, -1], dtype=x.dtype) - within[:, -1]
+  return (within + before[:, None]).reshape(-1)[:x.shape[0]]
+
+
+def _scrambled(words, log_size):
+  """A bijection of 0 .. 2^log_size - 1 keyed by six words: odd multiplications and right shifts undo one by one."""
+  i = jnp.arange(2**log_size, dtype=jnp.uint32)
+  for r in range(3):
+    i = (i * (words[2 * r] | 1) + words[2 * r + 1]) & jnp.uint32(2**log_size - 1)
+    i ^= i >> ((log_size + 1) // 2) if log_size else 0
+  return i
+
+
+def _systematic(key, p, size, b):
+  """Indices `(size,)`, the first b valid, and their inclusion; `b` may be traced."""
+  n = p.shape[0]
+  units, always = _inclusion_units(p, b)
+  words = jax.random.bits(key, (7,), jnp.uint32)
+  log_size = (n - 1).bit_length()
+  order = _scrambled(words[:6], log_size)
+  ordered = jnp.pad(units, (0, 2**log_size - n))[order]
+  ends = _prefix_sum(ordered) + words[6]
+  hit = (ends < ordered) | jnp.pad(always, (0, 2**log_size - n))[order]
+  rank = _prefix_sum(hit.astype(jnp.int32))
+  slots = jnp.searchsorted(rank, jnp.arange(1, size + 1, dtype=jnp.int32))
+  indices = jnp.minimum(order[jnp.minimum(slots, 2**log_size - 1)].astype(jnp.int32), n - 1)
+  return indices, jnp.where(always[indices], 1, units[indices].astype(p.dtype) * 2.0**-32)
+
+
+@functools.partial(jax.jit, static_argnames=("num_samples", "replace"))
+def _sensitivity_core(key, scores, input_weights, mix, num_samples, replace):
+  p, good = _law(scores, input_weights, mix)
+  if replace:
+    indices = draw_rows(key, p, num_samples)
+    expected = num_samples * p[indices]
+  else:
+    indices, expected = _systematic(key, p, num_samples, jnp.int32(num_samples))
+    good &= jnp.sum(p > 0) >= num_samples
+  weights = (1 / expected).astype(scores.dtype) * input_weights[indices]
+  return Sample(indices, jnp.where(good, weights, jnp.nan))
+
+
+@functools.partial(jax.jit, static_argnames="num_samples")
+def _systematic_core(key, scores, mix, num_samples):
+  p, good = _law(scores, jnp.ones_like(scores), mix)
+  indices, inclusion = _systematic(key, p, num_samples, jnp.int32(num_samples))
+  good &= jnp.sum(p > 0) >= num_samples
+  inclusion = jnp.where(good, inclusion, jnp.nan).astype(scores.dtype)
+  status = jnp.where(good, Status.OK, Status.NOT_FINITE).astype(jnp.int32)
+  return SystematicSample(indices, 1 / inclusion, inclusion, status)
+
+
+@functools.partial(jax.jit, static_argnames="num_samples")
+def _importance_core(key, losses, mix, exponent, power, num_samples):
+  p, good = _law(losses, jnp.ones_like(losses), mix, power)
+  indices, inclusion = _systematic(key, p, num_samples, jnp.int32(num_samples))
+  good &= jnp.sum(p > 0) >= num_samples
+  weights = (num_samples / losses.shape[0] / inclusion) ** exponent.astype(p.dtype)
+  return Sample(indices, jnp.where(good, weights, jnp.nan).astype(losses.dtype))
+
+
+@functools.partial(jax.jit, static_argnames="num_samples")
+def _gumbel_core(key, scores, num_samples):
+  p, good = _law(scores, jnp.ones_like(scores), jnp.zeros((), scores.dtype))
+  log_p = jnp.log(p)
+  top, indices = jax.lax.top_k(log_p + jax.random.gumbel(key, p.shape, p.dtype), min(num_samples + 1, p.shape[0]))
+  threshold = top[num_samples] if num_samples < p.shape[0] else -jnp.inf
+  indices = indices[:num_samples].astype(jnp.int32)
+  good &= jnp.sum(p > 0) >= num_samples
+  weights = -1 / jnp.expm1(-jnp.exp(log_p[indices] - threshold))
+  return Sample(indices, jnp.where(good, weights, jnp.nan).astype(scores.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("size", "replace"))
+def _stratified_core(key, scores, members, valid, quotas, mix, size, replace):
+
+  def draw(key, rows, valid, quota):
+    valid = valid.astype(scores.dtype)
+    p, good = _law(scores[rows] * valid, valid, mix)
+    if replace:
+      places = draw_rows(key, p, size)
+      expected = quota.astype(p.dtype) * p[places]
+    else:
+      places, expected = _systematic(key, p, size, quota)
+      good &= jnp.sum(p > 0) >= quota
+    return Sample(rows[places], jnp.where(good, 1 / expected, jnp.nan).astype(scores.dtype))
+
+  return jax.vmap(draw)(jax.random.split(key, members.shape[0]), members, valid, quotas)

@@ -1,0 +1,50 @@
+"""Small types that every room shares."""
+
+import enum
+from typing import NamedTuple, Protocol
+
+import jax
+
+Array = jax.Array
+
+
+class Status(enum.IntEnum):
+  """How a traced computation ended; the host reads it with `checks.raise_for_status`.
+
+  Exceptions cannot be raised inside a compiled function on every backend, so a
+  failure travels as a value. When several parts each have a status, the largest
+  is kept.
+  """
+
+  OK = 0
+  MAX_STEPS = 1
+  NOT_POSITIVE_DEFINITE = 2
+  NOT_FINITE = 3
+
+
+class NumericalError(ArithmeticError):
+  """A computation ended with a `Status` other than `OK`."""
+
+
+class KernelFn(Protocol):
+  """A positive semi-definite kernel, `kernel_fn(x1, x2=None) -> (n1, n2)`.
+
+  `x1` is `(n1, ...)`, `x2` is `(n2, ...)` or None for "with itself". It must be a
+  pure function of its arguments, so that it can be jitted and differentiated. It
+  may offer `diag(x) -> (n,)`, which `gram_diag` then uses.
+  """
+
+  def __call__(self, x1: Array, x2: Array | None = None) -> Array:
+    ...
+
+
+class Support(NamedTuple):
+  """A distilled (or selected) set, in the space that the kernel sees.
+
+  Attributes:
+    x: `(m, ...)` inputs.
+    y: `(m, c)` labels, in the convention of the targets (`preprocess.one_hot_centred`).
+  """
+
+  x: Array
+  y: Array

@@ -1,0 +1,31 @@
+"""Strict numerics for the whole suite: 8 simulated devices, no silent promotion."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+from helpers import enable_x64
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+  """Runs the test twice: in float32 with the 64-bit switch off, in float64 with it on."""
+  with enable_x64(request.param == "float64"):
+    yield jnp.dtype(request.param)
+
+
+@pytest.fixture
+def x64():
+  """Runs the test with the 64-bit switch on."""
+  with enable_x64(True):
+    yield

@@ -1,0 +1,272 @@
+"""Kernels against neural-tangents, Monte Carlo networks, and identities."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kipcore
+from kipcore.architectures import architecture
+from kipcore.kernels import NetworkKernel, dual, finite
+from kipcore.kernels.stax import import_neural_tangents, to_stax
+from helpers import RTOL, assert_close, enable_x64, standard_promotion
+
+NAMES = ["fc1", "fc3", "conv2", "conv2_vec", "conv1_vec_gap", "conv2_gap", "myrtle5"]
+
+
+def images(dtype, n1=4, n2=3, shape=(4, 5, 2)):
+  """Two sets; in the first, row 1 repeats row 0 and row 2 is twice row 0."""
+  rng = np.random.default_rng(0)
+  x1, x2 = rng.normal(size=(n1, *shape)), rng.normal(size=(n2, *shape))
+  x1[1], x1[2] = x1[0], 2 * x1[0]
+  return x1.astype(dtype), x2.astype(dtype)
+
+
+def neural_tangents_kernel(arch, get, x1, x2):
+  """Value and gradient of a random combination of entries, in float64: the reference for both dtypes."""
+  with enable_x64(True):
+    kernel = kipcore.from_stax(to_stax(arch)[2], get)
+    x1, x2 = jnp.asarray(x1, jnp.float64), None if x2 is None else jnp.asarray(x2, jnp.float64)
+    return value_and_gradient(kernel, x1, x2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradient(kernel, x1, x2):
+  value, pull = jax.vjp(lambda x: kernel(x, x2), x1)
+  return value, pull(jnp.asarray(combination(value.shape), x1.dtype))[0]
+
+
+def combination(shape):
+  return np.random.default_rng(1).normal(size=shape)
+
+
+@pytest.mark.parametrize("name, get", [(name, "ntk") for name in NAMES] + [
+    (name, "nngp") for name in ("fc3", "conv2_vec", "conv2_gap")])
+def test_equals_neural_tangents(name, get, dtype):
+  arch = architecture(name)
+  x1, x2 = images(dtype)
+  kernel = NetworkKernel(arch, get)
+  for other in (None, x2):
+    value, gradient = value_and_gradient(kernel, jnp.asarray(x1), other if other is None else jnp.asarray(other))
+    expected, expected_gradient = neural_tangents_kernel(arch, get, x1, other)
+    rtol, coincident = RTOL[dtype.name], RTOL[dtype.name]
+    distinct = np.ones(value.shape, bool)
+    if other is None:
+      # At parallel rows neural-tangents takes sqrt(v1 v2 - k^2) of rounding noise: half of the digits of its
+      # NTK are lost, in float64 too. `test_diagonal_is_exact` holds ours there.
+      distinct[:3, :3], coincident = False, {"float32": 2e-4, "float64": 1e-6}[dtype.name]
+      distinct[3, 3] = False
+    np.testing.assert_allclose(np.asarray(value)[distinct], expected[distinct], rtol=rtol)
+    np.testing.assert_allclose(np.asarray(value), expected, rtol=coincident)
+    assert_close(gradient, expected_gradient, rtol=coincident)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_diagonal_is_exact(depth, dtype):
+  """K(x, x) by the recursion at angle 0, in float64 NumPy; equal and rescaled rows agree to what 1 - cos allows."""
+  x, _ = images(dtype)
+  q = np.mean(x.astype(np.float64).reshape(4, -1)**2, axis=1)
+  q = 2 * q + 0.01
+  theta = q
+  for _ in range(depth):
+    q = 2 * (q / 2) + 0.01
+    theta = q + 2 * theta / 2
+  k = np.asarray(kipcore.ntk_fn(kipcore.fc(depth))(jnp.asarray(x)))
+  np.testing.assert_allclose(np.diag(k), theta, rtol=RTOL[dtype.name] / 10)
+  np.testing.assert_allclose(k[0, 1], theta[0], rtol=2 * depth * np.sqrt(np.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("name", ["fc2", "conv2", "conv2_vec", "myrtle5"])
+def test_diagonal_and_symmetry(name, dtype):
+  kernel = kipcore.ntk_fn(architecture(name))
+  x, _ = images(dtype)
+  k = np.asarray(kernel(jnp.asarray(x)))
+  np.testing.assert_allclose(np.diag(k), np.asarray(kernel.diag(jnp.asarray(x))), rtol=RTOL[dtype.name])
+  np.testing.assert_allclose(k, k.T, rtol=RTOL[dtype.name])
+  assert np.linalg.eigvalsh(k.astype(np.float64)).min() > -1e-5 * np.trace(k)
+
+
+@pytest.mark.parametrize("name", ["fc2", "conv2", "conv2_vec_gap"])
+def test_tiles_and_blocks_do_not_change_values(name, x64):
+  arch = architecture(name)
+  x1, x2 = (jnp.asarray(x) for x in images(np.float64, 5, 7))
+  whole = NetworkKernel(arch, "ntk", tile_elements=1 << 22)
+  small = NetworkKernel(arch, "ntk", tile_elements=1)
+  assert_close(small(x1, x2), whole(x1, x2), rtol=1e-13)
+  for block_size in (1, 2, 5, 8):
+    assert_close(kipcore.gram(whole, x1, x2, block_size), whole(x1, x2), rtol=1e-13)
+    assert_close(kipcore.gram(whole, x1, None, block_size), whole(x1), rtol=1e-7)
+    assert_close(kipcore.gram_diag(whole, x1, block_size), jnp.diagonal(whole(x1)), rtol=1e-13)
+
+
+def test_memory_of_a_pooled_kernel_does_not_grow_with_the_pairs():
+  """The compiled program's scratch memory, forward and backward, at 4 and at 144 pairs of 16x16 images."""
+  kernel = NetworkKernel(architecture("conv2"), "ntk", tile_elements=1 << 17)
+
+  def scratch(n):
+    x = jax.ShapeDtypeStruct((n, 16, 16, 3), jnp.float32)
+    fn = jax.jit(lambda a, b: jax.grad(lambda a: jnp.sum(kernel(a, b)))(a))
+    return fn.lower(x, x).compile().memory_analysis().temp_size_in_bytes
+
+  covariances = 144 * 16**4 * 4
+  assert scratch(12) < scratch(2) + 0.25 * covariances
+
+
+@pytest.mark.parametrize("name", ["fc2", "conv2", "conv2_vec"])
+def test_gradient_equals_finite_differences(name, x64):
+  kernel = kipcore.ntk_fn(architecture(name))
+  rng = np.random.default_rng(2)
+  x, v = jnp.asarray(rng.normal(size=(3, 6, 6, 2))), jnp.asarray(rng.normal(size=(3, 6, 6, 2)))
+  w = jnp.asarray(combination((3, 3)))
+  f = lambda x: jnp.sum(w * kernel(x))
+  slope = jnp.vdot(jax.grad(f)(x), v)
+  h = 1e-5
+  np.testing.assert_allclose(slope, (f(x + h * v) - f(x - h * v)) / (2 * h), rtol=1e-6)
+
+
+@pytest.mark.parametrize("b_std", [0.0, 0.1])
+@pytest.mark.parametrize("make", [kipcore.fc, kipcore.conv_net])
+def test_gradients_stay_finite_at_degenerate_rows(make, b_std, dtype):
+  kernel = kipcore.ntk_fn(make(2, b_std=b_std))
+  x, _ = images(dtype, 7)
+  x[3], x[4], x[5] = 0.0, -x[0], 1.0
+  for other in (None, jnp.asarray(x)):
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(kernel(x, other) ** 2))(jnp.asarray(x))
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_naive_arc_cosine_gradient_is_nan_where_ours_is_not(x64):
+  naive = lambda k, v: (jnp.pi - jnp.arccos(k / v)) / (2 * jnp.pi)
+  assert np.isnan(jax.grad(lambda v: naive(v, v))(jnp.float64(2.0)))
+  assert jax.grad(lambda v: dual.relu_dual(v, v, v)[1])(jnp.float64(2.0)) == 0.0
+
+
+def test_relu_dual_equals_quadrature(x64):
+  """Gauss-Hermite quadrature of E relu(u) relu(v) over the half plane by polar angle, exact for the step too."""
+  v1, v2 = 1.3, 0.7
+  for c in (-0.99, -0.3, 0.0, 0.6, 0.999):
+    angle = np.linspace(0, 2 * np.pi, 200_001)[:-1]
+    u, v = np.cos(angle), c * np.cos(angle) + np.sqrt(1 - c * c) * np.sin(angle)
+    radial = 2.0  # E r^2 of a 2-d standard normal
+    first = np.sqrt(v1 * v2) * radial * np.mean(np.maximum(u, 0) * np.maximum(v, 0))
+    second = np.mean((u > 0) & (v > 0))
+    ours = dual.relu_dual(jnp.float64(c * np.sqrt(v1 * v2)), jnp.float64(v1), jnp.float64(v2))
+    np.testing.assert_allclose(ours, (first, second), rtol=2e-5, atol=1e-5)
+
+
+def test_float32_arccos_is_accurate():
+  c = np.linspace(-1, 1, 100_001).astype(np.float32)
+  assert np.abs(np.asarray(dual._arccos(jnp.asarray(c)), np.float64) - np.arccos(c.astype(np.float64))).max() < 5e-7
+
+
+def test_bias_free_kernel_is_homogeneous(x64):
+  kernel = kipcore.ntk_fn(kipcore.fc(2, b_std=0.0))
+  x1, x2 = (jnp.asarray(x) for x in images(np.float64))
+  assert_close(kernel(3.0 * x1, 0.5 * x2), 1.5 * kernel(x1, x2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fc2", "conv2", "conv1_vec_gap"])
+def test_monte_carlo_of_the_flax_realisation(name):
+  """The mean over random networks is within 5 standard errors (and 3 % for the finite width)."""
+  arch = architecture(name)
+  x = np.random.default_rng(3).normal(size=(3, 4, 4, 2)).astype(np.float32)
+  module = kipcore.network(arch, width=256, num_outputs=1, parameterization="ntk")
+
+  @jax.jit
+  def draw(key):
+    variables = module.init(key, x)
+    ntk = finite.empirical_ntk(module.apply, variables, x)
+    return ntk, finite.empirical_nngp(module.apply, variables, x)
+
+  with standard_promotion():
+    ntks, nngps = zip(*(draw(key) for key in jax.random.split(jax.random.key(0), 150)))
+  for draws, exact in ((ntks, kipcore.ntk_fn(arch)), (nngps, kipcore.nngp_fn(arch))):
+    draws, exact = np.asarray(draws, np.float64), np.asarray(exact(jnp.asarray(x)), np.float64)
+    error = draws.std(0, ddof=1) / np.sqrt(len(draws))
+    assert (np.abs(draws.mean(0) - exact) < 5 * error + 0.03 * np.abs(exact)).all()
+    assert np.abs(draws.mean(0) - exact).max() < 0.25 * np.abs(exact).max()
+
+
+def test_parameterisations_draw_the_same_function_law():
+  arch = kipcore.conv_net(1)
+  x = np.random.default_rng(4).normal(size=(2, 4, 4, 2)).astype(np.float32)
+  moments = []
+  for parameterization in ("ntk", "standard"):
+    module = kipcore.network(arch, 64, 256, parameterization)
+    f = [module.apply(module.init(key, x), x) for key in jax.random.split(jax.random.key(1), 20)]
+    moments.append(np.mean(np.square(f), axis=(0, 2)))
+  np.testing.assert_allclose(*moments, rtol=0.25)
+
+
+def test_neural_tangents_leaves_jax_as_it_was():
+  """Only while it is being imported are the moved names there; TensorFlow stays out."""
+  import subprocess
+  import sys
+  code = ("import sys, jax, jax.core\nbefore = set(dir(jax.core)) | set(dir(jax.interpreters.ad))\n"
+          "from kipcore.kernels.stax import import_neural_tangents\n"
+          "assert 'neural_tangents' not in sys.modules\nnt = import_neural_tangents()\n"
+          "assert (set(dir(jax.core)) | set(dir(jax.interpreters.ad))) == before\n"
+          "assert nt.stax.Dense and nt is import_neural_tangents() and 'tensorflow' not in sys.modules\n"
+          "assert 'neural_tangents.experimental' not in sys.modules\n")
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_neural_tangents_empirical_kernel_runs(dtype):
+  nt = import_neural_tangents()
+  arch = kipcore.fc(1)
+  init, apply, _ = to_stax(arch, width=16)
+  x = images(dtype)[0].reshape(4, -1)
+  with standard_promotion():
+    _, params = init(jax.random.PRNGKey(0), x.shape)
+    theirs = nt.empirical_ntk_fn(apply, implementation=nt.NtkImplementation.JACOBIAN_CONTRACTION)(x, None, params)
+  assert_close(finite.empirical_ntk(apply, params, jnp.asarray(x)), theirs, rtol=RTOL[dtype.name])
+
+
+def test_simple_kernels_equal_scikit_learn(dtype):
+  from sklearn.metrics import pairwise
+  x1, x2 = (x.reshape(len(x), -1) for x in images(dtype))
+  assert_close(kipcore.linear_fn()(jnp.asarray(x1), jnp.asarray(x2)), x1 @ x2.T, rtol=RTOL[dtype.name])
+  expected = pairwise.rbf_kernel(x1.astype(np.float64), x2, gamma=0.5 / 20.0**2)
+  assert_close(kipcore.rbf_fn(20.0)(jnp.asarray(x1), jnp.asarray(x2)), expected, rtol=RTOL[dtype.name])
+
+
+def test_zero_rows_give_an_empty_matrix():
+  x, _ = images(np.float32)
+  for name in ("fc1", "conv1"):
+    kernel = kipcore.ntk_fn(architecture(name))
+    assert kernel(jnp.asarray(x[:0]), jnp.asarray(x)).shape == (0, 4)
+    assert kernel.diag(jnp.asarray(x[:0])).shape == (0,)
+    assert kernel(jnp.asarray(x[:1])).shape == (1, 1)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda x: kipcore.ntk_fn(kipcore.conv_net(1))(x.reshape(4, -1)), "expected NHWC images"),
+    (lambda x: kipcore.ntk_fn(kipcore.conv_net(4))(x), "too small for the pooling"),
+    (lambda x: kipcore.ntk_fn(kipcore.fc(1))(x, x[:, :2]), "expected rows of one shape"),
+    (lambda x: kipcore.gram(kipcore.linear_fn(), x, x, 0), "positive integer"),
+    (lambda x: kipcore.rbf_fn(0.0), "bandwidth"),
+    (lambda x: kipcore.from_stax(None, "both"), "'ntk' or 'nngp'"),
+    (lambda x: architecture("vgg16"), "got 'vgg16'"),
+    (lambda x: kipcore.fc(0), "depth"),
+    (lambda x: kipcore.myrtle(6), "expected one of 5, 7, 10"),
+    (lambda x: kipcore.Architecture("a", (kipcore.architectures.Relu(),)), "Dense readout"),
+    (lambda x: kipcore.Architecture.from_json("{}"), "expected the JSON of an architecture"),
+])
+def test_wrong_input_is_named(call, message):
+  with pytest.raises(ValueError, match=message):
+    call(jnp.asarray(images(np.float32)[0]))
+
+
+def test_integers_are_refused():
+  with pytest.raises(TypeError, match="floating"):
+    kipcore.ntk_fn(kipcore.fc(1))(jnp.ones((2, 3), jnp.int32))
+
+
+@pytest.mark.parametrize("name", NAMES + ["myrtle7", "myrtle10", "conv3"])
+def test_description_survives_json_and_hashing(name):
+  arch = architecture(name)
+  assert arch.name == name
+  copy = kipcore.Architecture.from_json(arch.to_json())
+  assert copy == arch and hash(copy) == hash(arch)
