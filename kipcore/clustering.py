@@ -47,13 +47,16 @@ def draw_rows(key: Array, weights: Array, num_draws: int) -> Array:
   no float32 sum or uniform has to tell apart more than sqrt(n) rows, and a row of weight 0
   is never drawn while any is positive.
   """
+  return draw_rows_at(jax.random.uniform(key, (num_draws, 2), weights.dtype), weights)
+
+
+def draw_rows_at(uniforms: Array, weights: Array) -> Array:
+  """`draw_rows` as a function of its uniforms, `(num_draws, 2)`."""
   n = weights.shape[0]
   width = max(1, math.isqrt(n))
   table = jnp.pad(weights, (0, -n % width)).reshape(-1, width)
-  key_block, key_row = jax.random.split(key)
-  uniform = functools.partial(jax.random.uniform, shape=(num_draws, 1), dtype=weights.dtype)
-  block = _invert(jnp.sum(table, axis=1)[None], uniform(key_block))
-  row = _invert(table[block], uniform(key_row))
+  block = _invert(jnp.sum(table, axis=1)[None], uniforms[:, :1])
+  row = _invert(table[block], uniforms[:, 1:])
   return jnp.minimum(block * width + row, n - 1)
 
 
@@ -145,8 +148,6 @@ def kernel_kmeans_plusplus(
   """
   x, weights = _check(x, num_clusters, weights)
   checks.positive_int("num_trials", num_trials)
-  if block_size is not None:
-    checks.positive_int("block_size", block_size)
   indices = _kernel_seeds(keys.canonical_key(key), kernel_fn, x, weights, num_clusters, num_trials, block_size)
   return Seeds(x[indices], indices)
 
@@ -180,29 +181,27 @@ def _seeds(key, columns, weights, num_seeds, num_trials):
   """D^2 seeding by blocks of proposals; `columns(rows)` gives squared distances `(n, b)`."""
   n = weights.shape[0]
   all_rows = jnp.arange(n, dtype=jnp.int32)
-  key_first, key_rounds = jax.random.split(key)
-  first = draw_rows(key_first, weights, 1)
+  first = draw_rows(jax.random.fold_in(key, 0), weights, 1)
 
   def one_round(size, state):
     count, step, nearest, taken, chosen = state
-    key_draw, key_accept = jax.random.split(jax.random.fold_in(key_rounds, step))
+    uniforms = jax.random.uniform(jax.random.fold_in(key, step), (size, 3), weights.dtype)
     # With no distance left the law is: by weight among rows not taken (see `kmeans_plusplus`).
     spent = ~jnp.any(weights * nearest > 0)
     free = ~taken & (weights > 0)
     start = jnp.where(spent, (free | ~free.any()).astype(nearest.dtype), nearest)
-    rows = draw_rows(key_draw, weights * start, size)
-    same = all_rows[:, None] == rows[None]
-    distances = jnp.where(same, 0, jnp.where(spent, jnp.inf, columns(rows)))
-    # Accept while threshold < distance now; weights cancel.
-    thresholds = jax.random.uniform(key_accept, (size,), start.dtype) * start[rows]
+    rows = draw_rows_at(uniforms[:, :2], weights * start)
+    distances = jnp.where(all_rows[:, None] == rows[None], 0, jnp.where(spent, jnp.inf, columns(rows)))
+    thresholds = uniforms[:, 2] * start[rows]  # accepted while below the distance now; weights cancel
     count, current, _, chosen = _accept(weights, num_trials, start, rows, distances, thresholds, count, chosen)
     added = jnp.where(jnp.arange(num_seeds, dtype=jnp.int32) < count, chosen, n)
     return count, step + 1, jnp.where(spent, nearest, current), taken.at[added].set(True, mode="drop"), chosen
 
   state = (
-      jnp.int32(1), jnp.int32(0), jnp.where(all_rows == first, 0, columns(first)[:, 0]), all_rows == first,
+      jnp.int32(1), jnp.int32(1), jnp.where(all_rows == first, 0, columns(first)[:, 0]), all_rows == first,
       jnp.broadcast_to(first, (num_seeds,)))
-  for limit, steps in ((min(_EARLY_SEEDS, num_seeds), _EARLY_STEPS), (num_seeds, _STEPS)):
+  phases = ((min(_EARLY_SEEDS, num_seeds), _EARLY_STEPS), (num_seeds, _STEPS))
+  for limit, steps in phases[:1 if num_seeds <= _EARLY_SEEDS else 2]:
     body = functools.partial(one_round, min(steps, num_seeds) * num_trials)
     state = jax.lax.while_loop(lambda s, limit=limit: s[0] < limit, body, state)
   return state[-1]
@@ -261,12 +260,12 @@ def kmeans(
   block_size = max(256, _BLOCK_ENTRIES // num_clusters) if block_size is None else block_size
   checks.positive_int("block_size", block_size)
   return _kmeans(
-      keys.canonical_key(key), x, weights, jnp.asarray(tolerance, x.dtype), num_clusters, num_trials, num_inits,
-      max_iterations, block_size)
+      keys.canonical_key(key), x, weights, jnp.asarray(tolerance, x.dtype), jnp.int32(max_iterations), num_clusters,
+      num_trials, num_inits, block_size)
 
 
-@functools.partial(jax.jit, static_argnames=("num_clusters", "num_trials", "num_inits", "max_iterations", "block_size"))
-def _kmeans(key, x, weights, tolerance, num_clusters, num_trials, num_inits, max_iterations, block_size):
+@functools.partial(jax.jit, static_argnames=("num_clusters", "num_trials", "num_inits", "block_size"))
+def _kmeans(key, x, weights, tolerance, max_iterations, num_clusters, num_trials, num_inits, block_size):
   total = jnp.sum(weights)
   shift = linalg.matmul(weights[None], x) / total
   x = x - shift
@@ -300,8 +299,8 @@ def _kmeans(key, x, weights, tolerance, num_clusters, num_trials, num_inits, max
 def _assign(x, centers, block_size):
   """Nearest centre of each row, and the squared distance to it."""
   def block(rows):
-    norms = jnp.sum(rows * rows, axis=1)[:, None] + jnp.sum(centers * centers, axis=1)[None]
-    distances = jnp.maximum(norms - 2 * linalg.matmul(rows, centers.T), 0)
+    distances = jnp.sum(rows * rows, axis=1)[:, None] + jnp.sum(centers * centers, axis=1)[None]
+    distances = jnp.maximum(distances - 2 * linalg.matmul(rows, centers.T), 0)
     return jnp.argmin(distances, axis=1).astype(jnp.int32), jnp.min(distances, axis=1)
 
   return map_row_blocks(block, x, block_size)

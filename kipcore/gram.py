@@ -68,7 +68,16 @@ def gram(kernel_fn: KernelFn, x1: Array, x2: Array | None = None, block_size: in
 
 
 def gram_diag(kernel_fn: KernelFn, x: Array, block_size: int | None = None) -> Array:
-  """k(x_i, x_i), `(n,)`, without the matrix; uses `kernel_fn.diag` where there is one."""
+  """The diagonal k(x_i, x_i) of a kernel matrix, without the matrix.
+
+  Args:
+    kernel_fn: see `types.KernelFn`; its method `diag` is used where it has one.
+    x: `(n, ...)` rows.
+    block_size: rows at a time; None for all at once.
+
+  Returns:
+    `(n,)`.
+  """
   one = getattr(kernel_fn, "diag", None)
   if one is None:
     one = jax.vmap(lambda row: kernel_fn(row[None], None)[0, 0])
@@ -76,5 +85,16 @@ def gram_diag(kernel_fn: KernelFn, x: Array, block_size: int | None = None) -> A
 
 
 def gram_matvec(kernel_fn: KernelFn, x1: Array, x2: Array, v: Array, block_size: int | None = None) -> Array:
-  """K(x1, x2) @ v for `v` `(n2, c)`, `(n1, c)`, never holding more than a block of K."""
+  """The product K(x1, x2) v, never holding more than a block of K.
+
+  Args:
+    kernel_fn: see `types.KernelFn`.
+    x1: `(n1, ...)` rows.
+    x2: `(n2, ...)` rows.
+    v: `(n2, c)`.
+    block_size: rows of `x1` at a time; None for all at once.
+
+  Returns:
+    `(n1, c)`.
+  """
   return map_row_blocks(lambda block: linalg.matmul(kernel_fn(block, x2), v), x1, block_size)

@@ -205,8 +205,8 @@ def measure_coreset(
   (then nothing is lost: the supremum over W is one over the span of the rows), else uniform random
   rows. F, F_S and F(W_S) are exact for each such W. The bank: zero, the optimum W*, random
   W* + G^{-1/2} N with tr U^T G U between F*/100 and 100 F*, and for the rows of top sensitivity
-  the query at which that sensitivity is attained, W* + G^{-1} phi_i r_i^T F* / ||r_i||^2, and one far
-  along the same direction. The bank depends on the key and the data, not on the subset.
+  the query at which that sensitivity is attained, W* - G^{-1} phi_i r_i^T F* / ||r_i||^2 (r = y minus the
+  prediction), and one far along the same direction. The bank depends on the key and the data, not on the subset.
 
   F* is exact for all rows. Otherwise any dual vector a gives F* >= ridge (2 <a, Y> - <a, (K + ridge) a>);
   `dual_steps` steps of conjugate gradients from the landmark fit, each of which evaluates all n^2 kernel
@@ -274,7 +274,7 @@ class _Data(NamedTuple):
 
 
 class _Basis(NamedTuple):
-  """Coordinates z = L^{-1} k(landmarks, x): `to_dual` L, G = Z^T Z + ridge, its factor, and Z^T Y."""
+  """Coordinates z = L^{-1} k(landmarks, x): factors of K_LL and of G = Z^T Z + ridge, W* in them, and traces."""
 
   chol: linalg.Factor
   normal: linalg.Factor
@@ -372,7 +372,7 @@ def _bank(kernel_fn, key, data, landmarks, basis, num_queries, block_size):
   sizes = 10.0 ** jax.random.uniform(key_size, (num_queries, 1), best.dtype, -1, 1) * jnp.sqrt(best)
   noise = (noise * sizes / jnp.linalg.norm(noise, axis=1, keepdims=True)).reshape(num_queries, -1, c)
   moved = start + _unwhiten_all(basis.normal, noise)
-  pulled = [start + pulls * scale[:, None, None] for scale in (sharp, far)]
+  pulled = [start - pulls * scale[:, None, None] for scale in (sharp, far)]
   queries = jnp.concatenate([jnp.zeros_like(start), start, moved, *pulled])
   queries = jnp.where(jnp.isfinite(queries), queries, 0)
   # The true ||W||^2 = <alpha, K alpha>, so the jitter of the basis does not enter.

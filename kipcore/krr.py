@@ -223,7 +223,7 @@ def label_solve_rows(kernel_fn: KernelFn, x_support: Array, x: Array, y: Array, 
 
 def _jitter(k_ss: Array) -> Array:
   """A ridge at rounding level: only for the change of basis, it cancels from the solution."""
-  return 10.0 * k_ss.shape[0] * jnp.finfo(linalg.widest_dtype(k_ss.dtype)).eps * jnp.mean(jnp.diagonal(k_ss))
+  return 10.0 * k_ss.shape[0] * float(jnp.finfo(linalg.widest_dtype(k_ss.dtype)).eps) * jnp.mean(jnp.diagonal(k_ss))
 
 
 def _label_ridges(ridge, fit_ridge, penalty: str):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from kipcore import checks, linalg
+from kipcore import checks, keys, linalg
 from kipcore.gram import gram_diag
 from kipcore.types import Array, KernelFn, Status
 
@@ -78,7 +78,7 @@ def ridge_leverage_scores(k: Array, ridge, weights: Array | None = None) -> Arra
       1e-4 tr K / n when only float32 is available (NaN on a traced path).
   """
   k, ridge, root = prepare_matrix(k, ridge, weights)
-  return _exact(k, ridge, root)[0].astype(k.dtype)
+  return _exact(k, ridge, root).astype(k.dtype)
 
 
 def effective_dimension(k: Array, ridge, weights: Array | None = None) -> Array:
@@ -244,7 +244,7 @@ def landmark_score_ridge(key, kernel_fn: KernelFn, x: Array, target, num_landmar
   _check_target(target, n)
   checks.positive_int("num_landmarks", num_landmarks)
   ridge, root = prepare_rows("x", x, 1.0, weights)
-  landmarks = jax.random.permutation(key, n)[:num_landmarks]
+  landmarks = jax.random.permutation(keys.canonical_key(key), n)[:num_landmarks].astype(jnp.int32)
   values, tail = _nystrom_spectrum(kernel_fn, x, root, landmarks, min(block_size, n))
   return _bisect_ridge(values, tail, jnp.asarray(target, ridge.dtype))
 
@@ -254,7 +254,7 @@ def warn_if_flat(max_over_mean) -> None:
   if not checks.is_traced(max_over_mean) and float(max_over_mean) < FLAT_RATIO:
     warnings.warn(
         f"scores are flat (largest / mean = {float(max_over_mean):.3f}): sampling by them is uniform sampling; "
-        "score with a larger ridge, see score_ridge_for_dimension", stacklevel=3)
+        "score with a larger ridge, see score_ridge_for_dimension", stacklevel=4)
 
 
 # What the sensitivity room shares: validated inputs in the working dtype, and weighted kernel blocks.
@@ -447,12 +447,12 @@ _exact = jax.jit(lambda k, ridge, root: factor_leverage(
 
 @functools.partial(jax.jit, static_argnames="block_size")
 def _feature_leverage(z, ridge, root, block_size):
-  return feature_fit(z, root, jnp.zeros((z.shape[0], 0), root.dtype), ridge, block_size)[0]
+  return feature_fit(z, root, jnp.zeros((z.shape[0], 1), root.dtype), ridge, block_size)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size"))
 def _landmark_leverage(kernel_fn, x, root, landmarks, landmark_weights, ridge, block_size):
-  y = jnp.zeros((x.shape[0], 0), root.dtype)
+  y = jnp.zeros((x.shape[0], 1), root.dtype)
   tau, _, _, status = landmark_fit(kernel_fn, x, root, y, landmarks, landmark_weights, ridge, block_size)
   return jnp.where(status == Status.OK, tau, jnp.nan)
 
@@ -500,7 +500,8 @@ def _bisect_ridge(values, tail, target):
   # d_eff <= tr K / ridge, so the upper end is at or below the target.
   trace = jnp.sum(values) + tail
   high = jnp.log(trace / target)
-  low = jnp.log(jnp.max(values) * jnp.finfo(values.dtype).eps)
+  # Eigenvalues below n eps times the largest are rounding, and so is a ridge there.
+  low = jnp.log(jnp.max(values) * values.shape[0] * jnp.finfo(values.dtype).eps)
 
   def halve(_, ends):
     middle = 0.5 * (ends[0] + ends[1])

@@ -5,6 +5,7 @@ TPU and TF32 on recent GPUs. Factorisations run in the widest float that JAX's
 64-bit switch allows: float64 when it is on, else the dtype of the input.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,13 @@ from kipcore.types import Array, Status
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
+@contextlib.contextmanager
+def permissive_promotion():
+  """Around calls of libraries that mix dtypes and ranks, which the caller may have forbidden."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
 def matmul(a: Array, b: Array) -> Array:
   """`a @ b` at the highest precision."""
   return jnp.matmul(a, b, precision=HIGHEST)
@@ -23,7 +31,8 @@ def matmul(a: Array, b: Array) -> Array:
 
 def widest_dtype(dtype) -> jnp.dtype:
   """float64 where the 64-bit switch is on, else `dtype`."""
-  return jnp.promote_types(dtype, jax.dtypes.canonicalize_dtype(jnp.float64))
+  wide = jnp.dtype(jax.dtypes.canonicalize_dtype(jnp.float64))
+  return wide if wide.itemsize > jnp.dtype(dtype).itemsize else jnp.dtype(dtype)
 
 
 class Factor(NamedTuple):
@@ -41,7 +50,7 @@ class Factor(NamedTuple):
 def add_ridge(k: Array, ridge) -> Array:
   """K + diag(ridge); `ridge` is absolute, a scalar or one value a point `(m,)`."""
   m = k.shape[0]
-  ridge = jnp.broadcast_to(jnp.asarray(ridge, k.dtype), (m,))
+  ridge = jnp.broadcast_to(jnp.asarray(ridge).astype(k.dtype), (m,))
   return k + jnp.diag(ridge)
 
 

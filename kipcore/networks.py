@@ -59,6 +59,7 @@ class Network(nn.Module):
     else:
       y = nn.Dense(**options)(x)
     bias = self.param(f"bias_{i}", nn.initializers.normal(1.0 if ntk else bias_scale), (features,), x.dtype)
+    bias = jnp.expand_dims(bias, range(x.ndim - 1))
     return (y * weight_scale + bias * bias_scale) if ntk else y + bias
 
 

@@ -323,8 +323,15 @@ def _symmetric(triangle, d) -> np.ndarray:
 def one_hot_centred(labels, num_classes: int, dtype=jnp.float32) -> Array:
   """One-hot labels minus 1/c, `(n, c)`: 1 - 1/c at the class, -1/c elsewhere; `uncentre` undoes it.
 
-  The target convention of KIP (Nguyen et al. 2021), RFAD and FRePo, for any c. `labels` is
-  `(n,)` integers in [0, c), checked where they are concrete.
+  The target convention of KIP (Nguyen et al. 2021), RFAD and FRePo, for any c.
+
+  Args:
+    labels: `(n,)` integers in [0, c), checked where they are concrete.
+    num_classes: c.
+    dtype: floating dtype of the result.
+
+  Returns:
+    `(n, c)`; each row sums to zero.
 
   Raises:
     ValueError, TypeError: on another rank, a label outside [0, c), or labels that are not integers.

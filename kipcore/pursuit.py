@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from kipcore import checks, keys, linalg
-from kipcore.clustering import draw_rows
+from kipcore.clustering import draw_rows_at
 from kipcore.gram import gram, gram_diag
 from kipcore.types import Array, KernelFn, Status
 
@@ -124,11 +124,11 @@ def _rpcholesky(key, kernel_fn, x, weights, rank, block_size, row_block_size):
 
   def one_round(state):
     count, step, residual, factor, pivots = state
-    key_draw, key_accept = jax.random.split(jax.random.fold_in(key, step))
-    rows = draw_rows(key_draw, law(residual), proposals)
+    uniforms = jax.random.uniform(jax.random.fold_in(key, step), (proposals, 3), residual.dtype)
+    rows = draw_rows_at(uniforms[:, :2], law(residual))
     inside = factor[:, rows]
     schur = kernel_fn(x[rows], None) - linalg.matmul(inside.T, inside)
-    thresholds = jax.random.uniform(key_accept, (proposals,), residual.dtype) * residual[rows]
+    thresholds = uniforms[:, 2] * residual[rows]
     # A proposal is judged by the same residual that it was proposed by; the kernel block is only as exact as rounding.
     schur = jnp.fill_diagonal(schur, residual[rows], inplace=False)
     accepted, lower = _reject(schur, rows, thresholds, floor[rows], jnp.minimum(rank - count, block_size))

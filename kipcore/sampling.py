@@ -3,14 +3,13 @@
 Draws with replacement invert the distribution function in two levels. Draws without
 replacement are systematic and count probability in units of 2^-32 with integers that
 wrap, so neither the size of the sample nor the inclusion probabilities suffer from
-rounding, in float32 as in float64. All take one pass over the rows and no sort.
+rounding, in float32 as in float64. Both take a few passes over the rows and no sort.
 
 Where a value is wrong the host raises ValueError. Inside a transformation nothing can
 be raised: there the weights come back NaN, so that the first loss shows it.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -178,7 +177,7 @@ def importance_sample(
   the batch: at e = 1, E[(1/b) sum_j w_j f(i_j)] = (1/n) sum_i f(i) for every f, however stale
   the losses; at e = 0 all weights are 1 and the batch follows a different objective, which
   stresses rows of high loss (no estimate of the mean). Values between trade bias for variance.
-  At e = 1 weights are at most 1 / g where no row is certain to be drawn.
+  At e = 1 weights are at most 1 / g.
 
   Proved: unbiasedness at e = 1. Smallest variance with independent draws needs gradient
   norms in place of the losses (Alain et al. 2015), so pass residual norms where you have them.
@@ -376,6 +375,11 @@ def _quotas(classes, rooms, totals, num_samples, replace):
   return quotas
 
 
+def _count(mask):
+  """Number of true entries, int32 whatever the 64-bit switch."""
+  return jnp.sum(mask, dtype=jnp.int32)
+
+
 def _total(x):
   """The sum of a vector by a tree, so that float32 keeps its relative precision over millions of rows."""
   while x.shape[0] > 16:
@@ -403,21 +407,20 @@ def _inclusion_units(p, b):
   The units sum to a multiple of 2^32 exactly; a positive p has at least one.
   """
   n, dtype = p.shape[0], p.dtype
-  count = lambda mask: jnp.sum(mask.astype(jnp.int32), dtype=jnp.int32)
   positive = p > 0
 
   def scaled(always):
     free = jnp.where(always, 0, p)
-    return free * ((b - count(always)).astype(dtype) / _total(free))
+    return free * ((b - _count(always)).astype(dtype) / _total(free))
 
   def grow(state):
     more = state[0] | (scaled(state[0]) >= 1)
     return more, jnp.any(more != state[0])
 
-  always, _ = jax.lax.while_loop(lambda s: s[1], grow, (positive & (count(positive) <= b), jnp.bool_(True)))
+  always, _ = jax.lax.while_loop(lambda s: s[1], grow, (positive & (_count(positive) <= b), jnp.bool_(True)))
   # Rounding only: rows that share exactly what is left, and rows too light to be seen beside b certain ones.
-  always |= positive & (count(positive) - count(always) <= b - count(always))
-  full = (count(always) == b) & (count(positive) > b)
+  always |= positive & (_count(positive) - _count(always) <= b - _count(always))
+  full = (_count(always) == b) & (_count(positive) > b)
   lightest = jnp.argmin(jnp.where(always, p, jnp.inf))
   always &= ~(full & (jnp.arange(n) == lightest))
   free = positive & ~always
@@ -430,8 +433,8 @@ def _inclusion_units(p, b):
     units, missing, step = state
     room = jnp.where(free, jnp.where(missing > 0, jnp.uint32(_LARGEST_UNITS) - units, units - 1), 0).astype(jnp.uint32)
     wide = room.astype(dtype)
-    roomy = free & (wide >= 0.5 * _total(wide) / count(free).astype(dtype))
-    shares, amount = jnp.maximum(count(roomy), 1).astype(jnp.uint32), jnp.abs(missing).astype(jnp.uint32)
+    roomy = free & (wide >= 0.5 * _total(wide) / _count(free).astype(dtype))
+    shares, amount = jnp.maximum(_count(roomy), 1).astype(jnp.uint32), jnp.abs(missing).astype(jnp.uint32)
     rank = _prefix_sum(roomy.astype(jnp.uint32)) - 1
     take = amount // shares + (rank < amount % shares).astype(jnp.uint32)
     take = jnp.where(roomy, jnp.minimum(take, room), 0).astype(jnp.uint32)
@@ -484,7 +487,7 @@ def _sensitivity_core(key, scores, input_weights, mix, num_samples, replace):
     expected = num_samples * p[indices]
   else:
     indices, expected = _systematic(key, p, num_samples, jnp.int32(num_samples))
-    good &= jnp.sum(p > 0) >= num_samples
+    good &= _count(p > 0) >= num_samples
   weights = (1 / expected).astype(scores.dtype) * input_weights[indices]
   return Sample(indices, jnp.where(good, weights, jnp.nan))
 
@@ -493,7 +496,7 @@ def _sensitivity_core(key, scores, input_weights, mix, num_samples, replace):
 def _systematic_core(key, scores, mix, num_samples):
   p, good = _law(scores, jnp.ones_like(scores), mix)
   indices, inclusion = _systematic(key, p, num_samples, jnp.int32(num_samples))
-  good &= jnp.sum(p > 0) >= num_samples
+  good &= _count(p > 0) >= num_samples
   inclusion = jnp.where(good, inclusion, jnp.nan).astype(scores.dtype)
   status = jnp.where(good, Status.OK, Status.NOT_FINITE).astype(jnp.int32)
   return SystematicSample(indices, 1 / inclusion, inclusion, status)
@@ -503,7 +506,7 @@ def _systematic_core(key, scores, mix, num_samples):
 def _importance_core(key, losses, mix, exponent, power, num_samples):
   p, good = _law(losses, jnp.ones_like(losses), mix, power)
   indices, inclusion = _systematic(key, p, num_samples, jnp.int32(num_samples))
-  good &= jnp.sum(p > 0) >= num_samples
+  good &= _count(p > 0) >= num_samples
   weights = (num_samples / losses.shape[0] / inclusion) ** exponent.astype(p.dtype)
   return Sample(indices, jnp.where(good, weights, jnp.nan).astype(losses.dtype))
 
@@ -515,7 +518,7 @@ def _gumbel_core(key, scores, num_samples):
   top, indices = jax.lax.top_k(log_p + jax.random.gumbel(key, p.shape, p.dtype), min(num_samples + 1, p.shape[0]))
   threshold = top[num_samples] if num_samples < p.shape[0] else -jnp.inf
   indices = indices[:num_samples].astype(jnp.int32)
-  good &= jnp.sum(p > 0) >= num_samples
+  good &= _count(p > 0) >= num_samples
   weights = -1 / jnp.expm1(-jnp.exp(log_p[indices] - threshold))
   return Sample(indices, jnp.where(good, weights, jnp.nan).astype(scores.dtype))
 
@@ -531,7 +534,7 @@ def _stratified_core(key, scores, members, valid, quotas, mix, size, replace):
       expected = quota.astype(p.dtype) * p[places]
     else:
       places, expected = _systematic(key, p, size, quota)
-      good &= jnp.sum(p > 0) >= quota
+      good &= _count(p > 0) >= quota
     return Sample(rows[places], jnp.where(good, 1 / expected, jnp.nan).astype(scores.dtype))
 
   return jax.vmap(draw)(jax.random.split(key, members.shape[0]), members, valid, quotas)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, leverage, linalg
+from kipcore import checks, keys, leverage, linalg
 from kipcore.types import Array, KernelFn, Status
 
 # Halvings of the exponent in the bound on a spectral norm by Frobenius norms of powers.
@@ -184,13 +184,15 @@ def approximate_krr_sensitivities(key, kernel_fn: KernelFn, x: Array, y: Array, 
      lower bound F_low <= F* (see `_joint`).
   2. Nystrom (with `refine`): K = V V^T + E with V from S. The upper bound of
      `leverage.low_rank_leverage_bounds` on tau_i, where ||E|| is at most the sum over
-     diagonal blocks of their norms, and for any fit W~ with residuals r~_i
+     diagonal blocks of their norms; and with W~ the fit in the span of S, r~_i its residuals,
      ||r_i|| <= ||r~_i|| + sqrt(tau_i (F(W~) - F*)), because r_i - r~_i = (W~ - W*)^T phi_i.
 
-  F_low: cutting rows and regulariser in B parts, F(W) = sum_b F_b(W) with ridge / B each,
-  so F* >= sum_b min F_b (and F* >= F*_S). Memory is that of s x s and block x (s + block).
-  Bound 2 is tight while the norms of E's blocks sum to less than the ridge (d_eff in the
-  low hundreds for 60,000 rows of MNIST); beyond it bound 1 rules, or class blocks do.
+  F_low: the gradient of F at W~ lies outside the span of S and G >= ridge, so
+  F(W~) - F* <= <R~, E R~> / ridge <= (sum_b <R~_b, E_bb R~_b>^{1/2})^2 / ridge, the triangle
+  inequality over blocks b of rows (for each output); also F* >= F*_S. Memory is that of
+  s x s and block x (s + block). Bound 2 is tight while the norms of E's blocks sum to less
+  than the ridge (d_eff in the low hundreds for 60,000 rows of MNIST); beyond it bound 1
+  rules, and class blocks are tighter.
 
   Args:
     key: random key for the landmarks and for the order of the blocks.
@@ -215,7 +217,7 @@ def approximate_krr_sensitivities(key, kernel_fn: KernelFn, x: Array, y: Array, 
   if landmarks is not None:
     landmarks = leverage.prepare_landmarks(landmarks, x.shape[0])
     checks.shape("landmarks", landmarks, (num_landmarks,))
-  order = jax.random.permutation(key, x.shape[0]).astype(jnp.int32)
+  order = jax.random.permutation(keys.canonical_key(key), x.shape[0]).astype(jnp.int32)
   landmarks = order[:num_landmarks] if landmarks is None else landmarks
   parts = _landmark_scores(kernel_fn, x, y, ridge, root, landmarks, order, block_size, refine)
   return _finish(parts, Guarantee.OVER_ESTIMATE, x.dtype)
@@ -431,7 +433,6 @@ def _nystrom(kernel_fn, x, y, ridge, root, landmarks, order, block_size, bound) 
   xs, rs = x[landmarks], root[landmarks]
   f = leverage.nystrom_factor(kernel_fn, xs, rs)
   blocks = leverage.split_blocks(block_size, order, root[order], y[order])
-  share_of_ridge = ridge / blocks[0].shape[0]
 
   def features(rows, weight):
     return linalg.whiten(f, leverage.weighted_block(kernel_fn, x[rows], weight, xs, rs).T)
@@ -439,17 +440,13 @@ def _nystrom(kernel_fn, x, y, ridge, root, landmarks, order, block_size, bound) 
   def gather(total, block):
     rows, weight, yb = block
     v = features(rows, weight)
-    k = leverage.weighted_block(kernel_fn, x[rows], weight)
-    missed = k - linalg.matmul(v.T, v)
-    part = linalg.factor(k, share_of_ridge)
-    # A block that this precision cannot factor gives 0, which is a bound too.
-    optimum = jnp.nan_to_num(share_of_ridge * jnp.sum(linalg.whiten(part, yb) ** 2), nan=0.0)
-    new = linalg.matmul(v, v.T), linalg.matmul(v, yb), jnp.trace(missed), _norm_bound(missed), optimum
+    missed = leverage.weighted_block(kernel_fn, x[rows], weight) - linalg.matmul(v.T, v)
+    new = linalg.matmul(v, v.T), linalg.matmul(v, yb), jnp.trace(missed), _norm_bound(missed)
     return jax.tree.map(jnp.add, total, new), None
 
   scalar = jnp.zeros((), root.dtype)
-  start = (jnp.zeros_like(f.lower), jnp.zeros((xs.shape[0], y.shape[1]), root.dtype), scalar, scalar, scalar)
-  (moment, cross, tail, norm, objective), _ = jax.lax.scan(gather, start, blocks)
+  start = (jnp.zeros_like(f.lower), jnp.zeros((xs.shape[0], y.shape[1]), root.dtype), scalar, scalar)
+  (moment, cross, tail, norm), _ = jax.lax.scan(gather, start, blocks)
   values = jnp.maximum(jnp.linalg.eigvalsh(moment), 0)
   share = leverage.best_share(values, jnp.maximum(tail, 0), ridge, norm)
   kept = leverage.kept_share(share, ridge, norm)
@@ -461,12 +458,15 @@ def _nystrom(kernel_fn, x, y, ridge, root, landmarks, order, block_size, bound) 
     v = features(rows, weight)
     missed = jnp.maximum(leverage.weighted_diagonal(kernel_fn, x[rows], weight) - jnp.sum(v**2, axis=0), 0)
     h = jnp.sum(linalg.whiten(kept_factor, v) ** 2, axis=0)
-    return leverage.corrected(h, missed, kept, share, ridge), jnp.sum((yb - linalg.matmul(v.T, fit)) ** 2, axis=1)
+    r = yb - linalg.matmul(v.T, fit)
+    k = leverage.weighted_block(kernel_fn, x[rows], weight)
+    unseen = jnp.sum(r * linalg.matmul(k, r), axis=0) - jnp.sum(linalg.matmul(v, r) ** 2, axis=0)
+    return leverage.corrected(h, missed, kept, share, ridge), jnp.sum(r**2, axis=1), jnp.sqrt(jnp.maximum(unseen, 0))
 
-  tau, residual2 = (jnp.zeros_like(root).at[order].set(a)
-                    for a in leverage.join_blocks(jax.lax.map(score, blocks), x.shape[0]))
-  bound = jnp.maximum(bound, objective)
+  *of_rows, unseen = jax.lax.map(score, blocks)
+  tau, residual2 = (jnp.zeros_like(root).at[order].set(a) for a in leverage.join_blocks(of_rows, x.shape[0]))
   reached = jnp.sum(residual2) + ridge * jnp.sum(fit**2)
+  bound = jnp.maximum(bound, reached - jnp.sum(jnp.sum(unseen, axis=0) ** 2) / ridge)
   gap = jnp.maximum(_label_term(reached, bound) - 1, 0)
   status = jnp.maximum(f.status, jnp.maximum(kept_factor.status, fit_factor.status))
   return _Nystrom(tau, residual2, bound, gap, jnp.sum(values / (values + ridge)), status)

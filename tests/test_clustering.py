@@ -56,7 +56,7 @@ class TestDrawRows:
     weights = np.random.default_rng(0).uniform(size=n).astype(np.float32)
     weights[::2] = 0
     draws = np.concatenate([
-        np.asarray(draw_rows(jax.random.key(i), jnp.asarray(weights), 4_000)) for i in range(50)])
+        np.asarray(draw_rows(jax.random.key(i), jnp.asarray(weights), 4_000)) for i in range(15)])
     assert (weights[draws] > 0).all()
     bins = np.bincount(draws // (n // 20), minlength=20)
     assert chi_square_p(bins, weights.reshape(20, -1).sum(1, dtype=np.float64)) > 1e-3
@@ -73,7 +73,8 @@ class TestSeedingLaw:
   weights = np.array([1.0, 2.0, 1.0, 0.5, 1.0, 0.0])
 
   def sequences(self, k, draws, **kwargs):
-    run = jax.jit(jax.vmap(lambda key: kmeans_plusplus(key, jnp.asarray(self.x), k, jnp.asarray(self.weights), **kwargs)[1]))
+    x, weights = jnp.asarray(self.x), jnp.asarray(self.weights)
+    run = jax.jit(jax.vmap(lambda key: kmeans_plusplus(key, x, k, weights, **kwargs)[1]))
     return np.asarray(run(jax.random.split(jax.random.key(1), draws)))
 
   def law(self, previous):
@@ -81,8 +82,8 @@ class TestSeedingLaw:
       return self.weights
     return self.weights * squared_distances(self.x, self.x[list(previous)]).min(1)
 
-  @pytest.mark.parametrize("k", [2, 3, 4])
-  def test_last_seed(self, x64, k):
+  @pytest.mark.parametrize("k", [2, 4])
+  def test_order_of_seeds(self, x64, k):
     drawn = self.sequences(k, 20_000)
     expected = {}
 
@@ -144,27 +145,24 @@ class TestSeedingLaw:
         nearest = np.minimum(nearest, ((x - x[chosen[-1]]) ** 2).sum(1))
       return nearest.sum()
 
-    reference = np.array([loop() for _ in range(300)])
+    reference = np.array([loop() for _ in range(200)])
     run = jax.jit(jax.vmap(lambda key: kmeans_plusplus(key, jnp.asarray(x), 60)[0]))
     ours = np.array([cost(x, c) for c in run(jax.random.split(jax.random.key(0), 300))])
-    error = np.sqrt(ours.var() / 300 + reference.var() / 300)
+    error = np.sqrt(ours.var() / 300 + reference.var() / 200)
     assert abs(ours.mean() - reference.mean()) < 4 * error
 
 
 class TestSeeding:
 
-  @pytest.mark.parametrize("num_trials", [1, 4])
-  def test_basic(self, dtype, num_trials):
+  def test_basic(self, dtype):
     x = jnp.asarray(blobs(), dtype)
-    centers, indices = kmeans_plusplus(jax.random.key(0), x, 25, num_trials=num_trials)
+    centers, indices = kmeans_plusplus(jax.random.key(0), x, 25)
     assert centers.dtype == dtype and indices.dtype == jnp.int32
     assert len(set(np.asarray(indices).tolist())) == 25
     np.testing.assert_array_equal(centers, x[indices])
-    again = kmeans_plusplus(jax.random.key(0), x, 25, num_trials=num_trials)
+    again = kmeans_plusplus(jax.random.key(0), x, 25)
     np.testing.assert_array_equal(indices, again.indices)
-    outer = jax.jit(lambda key: kmeans_plusplus(key, x, 25, num_trials=num_trials).indices)(jax.random.key(0))
-    np.testing.assert_array_equal(indices, outer)
-    assert not np.array_equal(indices, kmeans_plusplus(jax.random.key(1), x, 25, num_trials=num_trials).indices)
+    assert not np.array_equal(indices, kmeans_plusplus(jax.random.key(1), x, 25).indices)
 
   @pytest.mark.parametrize("num_trials", [1, 3])
   def test_duplicates_only_when_distinct_rows_are_used_up(self, dtype, num_trials):
@@ -181,9 +179,7 @@ class TestSeeding:
     same = jnp.ones((5, 3), dtype)
     assert sorted(np.asarray(kmeans_plusplus(0, same, 5).indices).tolist()) == [0, 1, 2, 3, 4]
     assert kmeans_plusplus(0, same[:1], 1).indices.tolist() == [0]
-    x = jnp.asarray(blobs(30), dtype)
-    assert sorted(np.asarray(kmeans_plusplus(0, x, 30).indices).tolist()) == list(range(30))
-    padded = kmeans_plusplus(0, same, 4, weights=jnp.array([0, 1, 1, 0, 0], dtype)).indices
+    padded = kmeans_plusplus(0, same, 5, weights=jnp.array([0, 1, 1, 0, 0], dtype)).indices
     assert set(np.asarray(padded).tolist()) == {1, 2}
 
   def test_zero_weight_is_absent(self, dtype):
@@ -193,8 +189,13 @@ class TestSeeding:
       indices = np.asarray(kmeans_plusplus(jax.random.key(seed), x, 20, weights).indices)
       assert sorted(indices.tolist()) == list(range(0, 60, 3))
 
-  @pytest.mark.parametrize("num_trials", [1, 4])
-  def test_vmap_over_classes(self, x64, num_trials):
+  def test_jit(self, x64):
+    x = jnp.asarray(blobs())
+    outer = jax.jit(lambda key, x: kmeans_plusplus(key, x, 10).indices)(jax.random.key(0), x)
+    np.testing.assert_array_equal(outer, kmeans_plusplus(jax.random.key(0), x, 10).indices)
+
+  def test_vmap_over_classes(self, x64):
+    num_trials = 2
     x = jnp.asarray(blobs(240).reshape(3, 80, 5))
     weights = (jnp.arange(80)[None] < jnp.array([80, 50, 33])[:, None]).astype(jnp.float64)
     split = jax.random.split(jax.random.key(0), 3)
@@ -204,14 +205,14 @@ class TestSeeding:
       np.testing.assert_array_equal(together[c], seeds(split[c], x[c], weights[c]))
       assert np.asarray(weights[c])[np.asarray(together[c])].all()
 
-  @pytest.mark.parametrize("num_trials", [1, 4])
+  @pytest.mark.parametrize("num_trials", [1, 3])
   def test_linear_kernel_is_euclidean(self, x64, num_trials):
-    x = jnp.asarray(load_digits().data[:400]) / 16
+    x = jnp.asarray(load_digits().data[:200]) / 16
     for seed in range(5):
       key = jax.random.key(seed)
-      euclidean = kmeans_plusplus(key, x, 40, num_trials=num_trials)
+      euclidean = kmeans_plusplus(key, x, 30, num_trials=num_trials)
       np.testing.assert_array_equal(
-          euclidean.indices, kernel_kmeans_plusplus(key, linear, x, 40, num_trials=num_trials, block_size=70).indices)
+          euclidean.indices, kernel_kmeans_plusplus(key, linear, x, 30, num_trials=num_trials, block_size=70).indices)
 
   def test_kernel_law(self, x64):
     """The second seed of an RBF kernel follows 2 - 2 k(i, first)."""
@@ -227,10 +228,11 @@ class TestSeeding:
   @pytest.mark.parametrize("num_trials", [1, None])
   @pytest.mark.parametrize("name", ["blobs", "digits"])
   def test_quality_of_scikit_learn(self, name, num_trials):
-    x, k = (blobs(1000, 8, 20), 20) if name == "blobs" else (load_digits().data, 30)
+    x, k = (blobs(1000, 8, 20), 20) if name == "blobs" else (load_digits().data[:600], 30)
     ours, theirs = [], []
     for seed in range(30):
-      centers, _ = kmeans_plusplus(jax.random.key(seed), jnp.asarray(x, jnp.float32), k, num_trials=num_trials or 2 + int(np.log(k)))
+      trials = num_trials or 2 + int(np.log(k))
+      centers, _ = kmeans_plusplus(jax.random.key(seed), jnp.asarray(x, jnp.float32), k, num_trials=trials)
       ours.append(cost(x, centers))
       theirs.append(cost(x, sklearn_plusplus(x, k, n_local_trials=num_trials, random_state=seed)[0]))
     ratio = np.mean(ours) / np.mean(theirs)
@@ -238,13 +240,12 @@ class TestSeeding:
     assert abs(ratio - 1) < max(0.05, 3 * error), ratio
 
   def test_expected_cost_bound(self, x64):
+    run = jax.jit(jax.vmap(lambda key, x: kmeans_plusplus(key, x, 6).centers, (0, None)))
     for instance in range(20):
-      x = blobs(150, 2 + instance % 5, 3 + instance % 6, seed=instance)
-      k = 4 + instance % 5
-      best = KMeans(k, n_init=10, random_state=0).fit(x).inertia_
-      run = jax.vmap(lambda key: kmeans_plusplus(key, jnp.asarray(x), k).centers)
-      mean = np.mean([cost(x, c) for c in run(jax.random.split(jax.random.key(instance), 20))])
-      assert mean <= 5 * (np.log(k) + 2) * best
+      x = blobs(150, 3, 3 + instance % 6, seed=instance)
+      best = KMeans(6, n_init=5, random_state=0).fit(x).inertia_
+      mean = np.mean([cost(x, c) for c in run(jax.random.split(jax.random.key(instance), 20), jnp.asarray(x))])
+      assert mean <= 5 * (np.log(6) + 2) * best
 
   def test_rare_cluster(self):
     """5 of 345 rows far away: D^2 seeding finds them; uniform draws would in about 1 of 7 runs."""
@@ -260,7 +261,7 @@ class TestSeeding:
     kmeans(jax.random.key(0), x, 7)
     before = clustering._euclidean_seeds._cache_size(), clustering._kmeans._cache_size()
     kmeans_plusplus(jax.random.key(1), x + 1, 7)
-    kmeans(jax.random.key(1), x, 7, tolerance=1e-3)
+    kmeans(jax.random.key(1), x, 7, tolerance=1e-3, max_iterations=3)
     assert before == (clustering._euclidean_seeds._cache_size(), clustering._kmeans._cache_size())
 
   def test_errors(self):
@@ -304,15 +305,12 @@ class TestLloyd:
 
   def test_inertia_never_rises(self, dtype):
     x = jnp.asarray(load_digits().data, dtype)
-    path = [float(kmeans(jax.random.key(0), x, 30, max_iterations=i, tolerance=0.0).inertia) for i in range(1, 12)]
+    runs = [kmeans(jax.random.key(0), x, 10, max_iterations=i, tolerance=0.0) for i in range(1, 9)]
+    path = [float(run.inertia) for run in runs]
     assert all(b <= a * (1 + RTOL[dtype.name]) for a, b in zip(path, path[1:]))
-    seeds = kmeans_plusplus(jax.random.split(jax.random.key(0), 1)[0], x, 30).centers
-    assert path[0] < cost(x, seeds)
-
-  def test_step_limit(self, dtype):
-    x = jnp.asarray(load_digits().data, dtype)
-    result = kmeans(jax.random.key(0), x, 20, max_iterations=2, tolerance=0.0)
-    assert int(result.iterations) == 2 and not bool(result.converged)
+    seeds = kmeans_plusplus(jax.random.split(jax.random.key(0), 1)[0], x, 10).centers
+    assert path[-1] < path[0] < cost(x, seeds)
+    assert int(runs[1].iterations) == 2 and not bool(runs[1].converged)
 
   def test_as_good_as_scikit_learn(self):
     x = load_digits().data
@@ -339,25 +337,19 @@ class TestLloyd:
     assert_close(weighted.inertia, repeated.inertia, 1e-12)
     assert_close(np.sort(weighted.centers, axis=0), np.sort(repeated.centers, axis=0), 1e-12)
 
-  def test_empty_clusters_move_to_far_rows(self, dtype):
-    """Three copies of the same start: two clusters are empty after the first assignment and must both move."""
-    x = jnp.asarray([[0.0, 0], [0, 1], [10, 0], [10, 1], [0, 20]], dtype)
-    duplicated = jnp.asarray(np.repeat([[0.0, 0.0], [5.0, 5.0], [9.0, 1.0]], [50, 1, 1], axis=0), dtype)
-    for seed in range(5):
-      result = kmeans(jax.random.key(seed), duplicated, 3)
-      assert float(result.inertia) <= 1e-6
-      assert int(kmeans(jax.random.key(seed), x, 5).converged) == 1
-    more = kmeans(jax.random.key(0), duplicated, 6)
-    assert bool(more.converged) and float(more.inertia) <= 1e-6 and bool(jnp.isfinite(more.centers).all())
+  def test_more_clusters_than_distinct_rows(self, dtype):
+    x = jnp.asarray(np.repeat([[0.0, 0.0], [5.0, 5.0], [9.0, 1.0]], [50, 1, 1], axis=0), dtype)
+    result = kmeans(jax.random.key(0), x, 6)
+    assert bool(result.converged) and float(result.inertia) <= 1e-6 and bool(jnp.isfinite(result.centers).all())
 
-  def test_emptied_cluster(self, x64, monkeypatch):
-    """Seeds that all coincide leave two empty clusters; the reseated ones reach the optimum."""
-    x = jnp.asarray(make_blobs(60, 2, centers=[[0, 0], [50, 0], [0, 50]], random_state=0)[0])
+  def test_emptied_cluster_is_reseated(self, x64, monkeypatch):
+    """Coinciding seeds leave one of two clusters empty; it moves to a far row, and the optimum is found."""
+    x = jnp.asarray(make_blobs(40, 2, centers=[[0, 0], [50, 0]], random_state=0)[0])
     monkeypatch.setattr(clustering, "_euclidean_seeds", lambda key, x, w, k, t: jnp.zeros(k, jnp.int32))
     result = clustering._kmeans.__wrapped__(
-        jax.random.key(0), x, jnp.ones(60), jnp.asarray(0.0), 3, 1, 1, 50, 256)
-    assert_close(result.inertia, KMeans(3, n_init=5, random_state=0).fit(x).inertia_, 1e-9)
-    assert sorted(np.bincount(np.asarray(result.assignment)).tolist()) == [20, 20, 20]
+        jax.random.key(0), x, jnp.ones(40), jnp.asarray(0.0), jnp.int32(50), 2, 1, 1, 256)
+    assert_close(result.inertia, KMeans(2, n_init=5, random_state=0).fit(x).inertia_, 1e-9)
+    assert np.bincount(np.asarray(result.assignment)).tolist() == [20, 20]
 
   def test_vmap_over_padded_classes(self, x64):
     x = jnp.asarray(blobs(240).reshape(3, 80, 5))

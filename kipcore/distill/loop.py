@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kipcore import checks, keys
+from kipcore import checks, keys, linalg
 from kipcore.distill.method import Batch, Method, Params, Sampler
 from kipcore.types import Array, NumericalError, Status, Support
 
@@ -181,7 +181,7 @@ def distill_step(key, distiller: Distiller, state: DistillState, targets: Target
   """
   num_devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
   step_key = keys.at_step(keys.stream(key, "step"), state.step)
-  device_key = step_key if axis_name is None else keys.at_step(step_key, jax.lax.axis_index(axis_name))
+  device_key = keys.at_step(step_key, 0 if axis_name is None else jax.lax.axis_index(axis_name))
   size = -(-distiller.batch_size // num_devices)
   indices, weights = distiller.sampler.draw(keys.stream(device_key, "draw"), state.sampler, size)
   batch = Batch(targets.x[indices], targets.y[indices])
@@ -196,12 +196,15 @@ def distill_step(key, distiller: Distiller, state: DistillState, targets: Target
     means = jax.lax.pmean(means, axis_name)
     status = jax.lax.pmax(status, axis_name)
   loss, accuracy, gradient = means
-  norm = optax.global_norm(gradient)
-  updates, opt_state = _optimizer(distiller, state.params).update(gradient, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
+  with linalg.permissive_promotion():
+    updates, opt_state = _optimizer(distiller, state.params).update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
   aux = distiller.method.update_aux(keys.stream(step_key, "aux"), params, state.aux, state.step)
   sampler = distiller.sampler.update(state.sampler, indices, info.per_example)
-  status = jnp.where(jnp.isfinite(loss) & jnp.isfinite(norm), status, jnp.maximum(status, Status.NOT_FINITE))
+  # A failed factorisation makes the loss NaN as well: the first cause is the one to report.
+  not_finite = (status == Status.OK) & ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+  status = jnp.where(not_finite, Status.NOT_FINITE, status)
   return (DistillState(params, opt_state, aux, sampler, state.step + 1),
           DistillInfo(loss, accuracy, norm, status))
 

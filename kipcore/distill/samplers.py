@@ -17,19 +17,21 @@ def uniform() -> Sampler:
 
   Row r of a stratum of s rows is drawn with probability 1 / s; the strata differ by at
   most one row, and the weight size * s / n makes mean(w f) exactly unbiased for the
-  mean over all rows. Batches larger than n repeat rows.
+  mean over all rows. Batches larger than n repeat rows and share the weight.
 
   Returns:
     A `Sampler`; its state is the number of rows.
   """
 
   def draw(key: Array, num_rows: Array, size: int):
-    first, count = _strata(num_rows, size)
-    offset = _uniform_integers(key, count)
-    weights = count.astype(jnp.float32) * (size / num_rows.astype(jnp.float32))
-    return first + offset, weights
+    first, count = _stratum(jnp.arange(size, dtype=jnp.int32), num_rows, size)
+    indices = first + _uniform_integers(key, count)
+    # Of more strata than rows, several are the same row.
+    copies = jnp.where(size > num_rows, -(-(indices + 1) * size // num_rows) + (-indices * size // num_rows), 1)
+    weights = (count / copies).astype(jnp.float32) * (size / num_rows.astype(jnp.float32))
+    return indices, weights
 
-  return Sampler("uniform", lambda class_counts: jnp.sum(class_counts), draw)
+  return Sampler("uniform", lambda class_counts: jnp.sum(class_counts, dtype=jnp.int32), draw)
 
 
 def class_balanced() -> Sampler:
@@ -45,7 +47,7 @@ def class_balanced() -> Sampler:
 
   def draw(key: Array, class_counts: Array, size: int):
     num_classes = class_counts.shape[0]
-    starts = jnp.cumsum(class_counts) - class_counts
+    starts = jnp.cumsum(class_counts, dtype=jnp.int32) - class_counts
     position = jnp.arange(size, dtype=jnp.int32)
     label = position % num_classes
     per_class = jnp.full((num_classes,), size // num_classes, jnp.int32) + (
@@ -62,6 +64,12 @@ SAMPLERS = {"uniform": uniform, "class_balanced": class_balanced}
 def sampler(name: str) -> Sampler:
   """The sampler of a name.
 
+  Args:
+    name: "uniform" or "class_balanced".
+
+  Returns:
+    A `Sampler`.
+
   Raises:
     ValueError: for an unknown name.
   """
@@ -69,13 +77,9 @@ def sampler(name: str) -> Sampler:
   return SAMPLERS[name]()
 
 
-def _strata(num_rows: Array, size: int):
-  return _stratum(jnp.arange(size, dtype=jnp.int32), num_rows, size)
-
-
 def _stratum(i: Array, num_rows: Array, size):
   """First row and number of rows of stratum i of `size`: disjoint, and at least one row each."""
-  # floor(i n / size) without 32-bit overflow: n = q size + r.
+  # floor(i n / size) with n = q size + r: no overflow of 32 bits up to a size of 46,340.
   q, r = num_rows // size, num_rows % size
   low, high = (j * q + (j * r) // size for j in (i, i + 1))
   return jnp.minimum(low, num_rows - 1), jnp.maximum(high - low, 1)

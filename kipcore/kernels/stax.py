@@ -13,6 +13,7 @@ from typing import Callable
 
 import jax
 
+from kipcore import linalg
 from kipcore.architectures import Architecture, AvgPool, Conv, Dense, Flatten, GlobalAvgPool, Relu
 from kipcore.types import KernelFn
 
@@ -98,8 +99,7 @@ def from_stax(kernel_fn: Callable, get: str = "ntk") -> KernelFn:
     raise ValueError(f"get: expected 'ntk' or 'nngp', got {get!r}")
 
   def kernel(x1, x2=None):
-    # neural-tangents mixes dtypes and ranks freely; its user may have forbidden that.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with linalg.permissive_promotion():
       return kernel_fn(x1, x2, get).astype(x1.dtype)
 
   return kernel
