@@ -19,7 +19,6 @@ from experiments import run_folder
 from experiments.errors import UsageError, usage
 
 METHODS = ("kip", "label_solve")
-INITS = ("uniform", "noise")
 _BASELINE_DRAWS = 3
 _VALIDATION_ROWS = 2000
 
@@ -104,16 +103,23 @@ def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel
   return data
 
 
-def start(key, data: Data, strategy: str, images_per_class: int) -> Support:
-  """The first support of a strategy, class by class."""
+def random_support(key, data: Data, images_per_class: int) -> Support:
+  """Class-balanced random real rows: the baseline of every result."""
   with usage():
-    checks.one_of("init", strategy, INITS)
-    rows = coreset.class_balanced_indices(keys.stream(key, "init"), data.raw.y_train, images_per_class,
-                                          data.raw.num_classes)
-  x = data.x_train[rows]
-  if strategy == "noise":
-    x = coreset.noise_like(keys.stream(key, "noise"), x, len(rows))
-  return Support(jnp.asarray(x), jnp.asarray(data.y_train[rows]))
+    rows = coreset.class_balanced_indices(key, data.raw.y_train, images_per_class, data.raw.num_classes)
+  return Support(jnp.asarray(data.x_train[rows]), jnp.asarray(data.y_train[rows]))
+
+
+def start(config: DistillConfig, data: Data) -> tuple[coreset.Coreset, Support]:
+  """The coreset of the config's init, and the support that it gives, with its weights absorbed."""
+  with usage():
+    chosen = coreset.select_coreset(config.seed, data.x_train, data.y_train, config.images_per_class, config.init,
+                                    data.kernel_fn, config.relative_ridge)
+  support = Support(chosen.x, chosen.y)
+  if chosen.ridge is not None:
+    used = krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge)
+    support, _ = coreset.absorb_weights(data.kernel_fn, chosen, chosen.ridge, used)
+  return chosen, support
 
 
 class Outcome(NamedTuple):
@@ -195,9 +201,10 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
   _check(config)
   data = load(config)
   batch = batch_size_of(config, data) if config.method == "kip" else data.x_train.shape[0]
-  support = start(config.seed, data, config.init, config.images_per_class)
-  m = support.x.shape[0]
-  name = f"{_slug(config.dataset)}-{config.method}-{config.architecture}-ipc{config.images_per_class}-seed{config.seed}"
+  baselines = [random_support(keys.stream(config.seed, f"baseline {draw}"), data, config.images_per_class)
+               for draw in range(_BASELINE_DRAWS)]
+  m = baselines[0].x.shape[0]
+  name = f"{slug(config.dataset)}-{config.method}-{config.architecture}-ipc{config.images_per_class}-seed{config.seed}"
   folder = run_folder.create(output_dir, name, overwrite)
   run_folder.write_config(folder, config, support_size=m, resolved_target_batch_size=batch,
                           resolved_num_devices=len(devices), dataset_hashes=data.raw.hashes, note=data.raw.note)
@@ -206,11 +213,11 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
   say(f"{config.method} with the {config.kernel} of {config.architecture}: {m} images "
       f"({config.images_per_class} a class), {config.steps if config.method == 'kip' else 0} steps of {batch} targets "
       f"on {len(devices)} {devices[0].platform} device(s)")
-  baseline = [score(config, data, start(10_000 + config.seed + draw, data, "uniform", config.images_per_class))
-              for draw in range(_BASELINE_DRAWS)]
+  baseline = [score(config, data, random) for random in baselines]
+  chosen, support = start(config, data)
   init_accuracy = score(config, data, support)
   say(f"random real images: {100 * np.mean(baseline):.1f} % test accuracy (mean of {_BASELINE_DRAWS} draws); "
-      f"start ({config.init}): {100 * init_accuracy:.1f} %")
+      f"start ({chosen.strategy}): {100 * init_accuracy:.1f} %")
 
   with tqdm(total=config.steps if config.method == "kip" else None, desc=config.method, unit="step",
             disable=None if verbose and config.method == "kip" else True, leave=False) as bar:
@@ -245,7 +252,7 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
       "compile_seconds": outcome.compile_seconds,
       "step_seconds": outcome.seconds,
   }
-  _write_artifact(folder, config, data, outcome.support, result)
+  write_artifact(folder, config, data, outcome.support, result)
   _write_pictures(folder, data, support, outcome, result)
   run_folder.write_json(folder / "result.json", result)
   say(_summary(folder, result))
@@ -256,14 +263,15 @@ def _check(config: DistillConfig) -> None:
   """Values that are wrong whatever the data, before any work."""
   with usage():
     checks.one_of("method", config.method, METHODS)
-    checks.one_of("init", config.init, INITS)
+    checks.one_of("init", config.init, coreset.STRATEGIES)
     samplers.sampler(config.sampler)
     kip.kip(kernels.ntk_fn(architecture(config.architecture)),
             kip.KIPOptions(config.relative_ridge, config.loss, config.learn_labels))
     loop.adam(config.learning_rate, config.steps, config.schedule)
 
 
-def _write_artifact(folder, config, data: Data, support: Support, result: dict) -> None:
+def write_artifact(folder, config, data: Data, support: Support, result: dict) -> None:
+  """`distilled.npz` with everything that `run_evaluate` needs."""
   x = np.asarray(support.x)
   metadata = {
       "dataset": {"name": config.dataset, "num_classes": data.raw.num_classes, "hashes": data.raw.hashes,
@@ -281,13 +289,17 @@ def _write_artifact(folder, config, data: Data, support: Support, result: dict) 
 def _write_pictures(folder, data: Data, support: Support, outcome: Outcome, result: dict) -> None:
   if support.x.ndim == 4 and support.x.shape[-1] in (1, 3):
     before, after = (data.preprocess.invert(np.asarray(s.x)) for s in (support, outcome.support))
-    pixel_range = float(np.min(data.raw.x_train)), float(np.max(data.raw.x_train))
     report.save_image_grid(folder / "images.png", before, after, np.argmax(np.asarray(support.y), axis=1),
-                           pixel_range, data.raw.class_names)
+                           pixel_range(data), data.raw.class_names)
   if outcome.history:
     report.save_learning_curve(folder / "learning_curve.png", outcome.history, {
         "random real images (test)": result["random_baseline_test_accuracy"],
         "distilled (test)": result["test_accuracy"]})
+
+
+def pixel_range(data: Data) -> tuple[float, float]:
+  """(black, white) of a dataset, for pictures."""
+  return float(np.min(data.raw.x_train)), float(np.max(data.raw.x_train))
 
 
 def _summary(folder, result: dict) -> str:
@@ -299,7 +311,8 @@ def _summary(folder, result: dict) -> str:
           f"written to {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
 
 
-def _slug(dataset: str) -> str:
+def slug(dataset: str) -> str:
+  """A dataset's name as part of a file name."""
   return pathlib.Path(dataset).stem
 
 
@@ -324,7 +337,8 @@ def run_evaluate(stored: artifact.Artifact, data_dir: str | None, evaluators: li
   with usage():
     for name in evaluators:
       checks.one_of("evaluators", name, ("krr", "network"))
-    about, config = stored.metadata["dataset"], DistillConfig(**stored.metadata["config"])
+    about, recorded = stored.metadata["dataset"], stored.metadata["config"]
+    config = DistillConfig(**{f.name: recorded[f.name] for f in dataclasses.fields(DistillConfig) if f.name in recorded})
     raw = datasets.load_dataset(dataset or about["name"], data_dir or config.data_dir, about["validation_fraction"],
                                 config.seed)
     if raw.hashes["test"] != about["hashes"]["test"]:

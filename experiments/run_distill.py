@@ -16,7 +16,8 @@ FLAGS = flags.FLAGS
 
 common.define_common()
 flags.DEFINE_string("method", "kip", "kip (learn the images) or label_solve (real images, best labels).")
-flags.DEFINE_string("init", "uniform", "Where to start: uniform (class-balanced real rows) or noise.")
+flags.DEFINE_string("init", "uniform", "Where to start: uniform (class-balanced real rows), krr_sensitivity, kmeans "
+                    "(centroids), kmedoids, kmeans_plusplus, krr_pursuit, noise, or auto (the best by measure).")
 flags.DEFINE_string("sampler", "uniform", "Which targets to learn from next: uniform or class_balanced.")
 flags.DEFINE_integer("steps", 1000, "Optimiser steps.", lower_bound=0)
 flags.DEFINE_integer("target_batch_size", 0, "Targets a step, over all devices; 0 for 1,000 or all of fewer.",

@@ -14,7 +14,8 @@ import kipcore
 from kipcore import artifact
 from experiments.errors import UsageError
 
-RUN_FILES = ("config.json", "metrics.jsonl", "result.json", "distilled.npz", "images.png", "learning_curve.png")
+RUN_FILES = ("config.json", "metrics.jsonl", "result.json", "distilled.npz", "images.png", "learning_curve.png", "certificate.json",
+             "certificate.png", "selection.npz")
 
 
 def create(output_dir: str | None, name: str, overwrite: bool) -> pathlib.Path:
@@ -60,6 +61,13 @@ def append_metrics(path: pathlib.Path, record: dict) -> None:
   """One more line of `metrics.jsonl`."""
   with open(path / "metrics.jsonl", "a", encoding="utf-8") as file:
     file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: pathlib.Path) -> list[dict]:
+  """The lines of `metrics.jsonl`; none where the run logged no step."""
+  if not (path / "metrics.jsonl").exists():
+    return []
+  return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def environment() -> dict:

@@ -5,7 +5,7 @@ The public functions, by the room they live in; the README has a quickstart.
 
 from kipcore.architectures import Architecture, architecture, conv_net, fc, myrtle
 from kipcore.artifact import Artifact, ArtifactError, load_artifact, save_artifact
-from kipcore.coreset import class_balanced_indices
+from kipcore.coreset import Coreset, absorb_weights, class_balanced_indices, select_coreset
 from kipcore.distill.kip import KIPOptions, kip
 from kipcore.distill.loop import (DistillInfo, DistillResult, DistillState, Distiller, Targets, adam, arrange_targets,
                                   distill, distill_init, distill_step)
@@ -22,11 +22,11 @@ from kipcore.types import NumericalError, Status, Support
 from kipcore.version import __version__
 
 __all__ = [
-    "Architecture", "Artifact", "ArtifactError", "Batch", "DistillInfo", "DistillResult", "DistillState", "Distiller",
+    "Architecture", "Artifact", "ArtifactError", "Batch", "Coreset", "DistillInfo", "DistillResult", "DistillState", "Distiller",
     "KIPOptions", "KRREvaluation", "KRRFit", "KRRLoss", "LabelSolution", "LossInfo", "Method", "NumericalError",
-    "Preprocess", "Sampler", "Status", "Support", "Targets", "adam", "architecture", "arrange_targets",
+    "Preprocess", "Sampler", "Status", "Support", "Targets", "absorb_weights", "adam", "architecture", "arrange_targets",
     "class_balanced_indices", "conv_net", "distill", "distill_init", "distill_step", "evaluate_krr",
     "evaluate_network", "fc", "fit_preprocess", "from_stax", "gram", "gram_diag", "gram_matvec", "kip", "krr_fit",
     "krr_loss", "krr_predict", "label_solve", "label_solve_rows", "linear_fn", "load_artifact", "myrtle", "network",
-    "nngp_fn", "ntk_fn", "one_hot_centred", "rbf_fn", "relative_ridge", "sampler", "save_artifact", "__version__",
+    "nngp_fn", "ntk_fn", "one_hot_centred", "rbf_fn", "relative_ridge", "sampler", "save_artifact", "select_coreset", "__version__",
 ]

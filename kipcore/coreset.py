@@ -1,10 +1,116 @@
-"""Where to start: a strategy by name gives the first support."""
+"""Where to start: a strategy by name chooses rows (or makes points), with weights that survive.
+
+Which strategies are backed by theorems, and for what, is said at `select_coreset`.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, keys
+from kipcore import checks, clustering, evaluate, keys, krr, leverage, linalg, pursuit, sampling, sensitivity
+from kipcore.gram import gram_diag
+from kipcore.types import Array, KernelFn, Support
+
+STRATEGIES = ("uniform", "krr_sensitivity", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit", "noise", "auto")
+# What "auto" compares; the rest either cannot win (noise) or need their weights.
+AUTO_CANDIDATES = ("uniform", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit")
+NEEDS_KERNEL = ("krr_sensitivity", "krr_pursuit", "auto")
+# Ridge, as a fraction of the mean diagonal, of objectives over all n rows (pursuit, label solve):
+# the region where full-data ridge regression of natural images is at its best.
+OBJECTIVE_RIDGE = 0.1
+_OBJECTIVE_ROWS = 10_000
+_EXACT_ROWS = 3_000
+
+
+class Coreset(NamedTuple):
+  """Chosen or made points, grouped by class.
+
+  Attributes:
+    x: `(m, ...)` inputs.
+    y: `(m, c)` labels, as given (not yet absorbing the weights).
+    indices: `(m,)` int32 rows of the data; -1 for points that were made (centroids, noise).
+    weights: `(m,)`: a point stands for that many rows. 1 / (inclusion probability) for uniform
+      and krr_sensitivity, so that weighted sums are unbiased; cluster sizes for kmeans and
+      kmedoids; else equal shares of the class, which promise nothing.
+    strategy: the one used; for "auto", the candidate that won.
+    ridge: absolute score ridge of `krr_sensitivity`, else None.
+    scores: `sensitivity.SensitivityScores` of `krr_sensitivity`, else None.
+    objectives: measured objective of each candidate of "auto", else empty.
+  """
+
+  x: Array
+  y: Array
+  indices: np.ndarray
+  weights: Array
+  strategy: str
+  ridge: float | None = None
+  scores: sensitivity.SensitivityScores | None = None
+  objectives: dict = {}
+
+
+def select_coreset(key, x: Array, y: Array, images_per_class: int, strategy: str = "auto",
+                   kernel_fn: KernelFn | None = None, relative_ridge: float = 1e-6, score_ridge="auto",
+                   num_candidates: int = 2000) -> Coreset:
+  """Chooses `images_per_class` points of each class.
+
+  uniform: distinct rows, uniformly. krr_sensitivity: rows by certified sensitivities of
+  kernel ridge regression at the score ridge, systematically within each class, with
+  weights 1 / (inclusion probability): weighted sums of any function are unbiased, and
+  the theorem of `guarantees.sample_size` holds for m large enough (at a few images a
+  class it promises nothing). kmeans: centroids of each class (made points); its seeding
+  bounds the k-means cost, that it starts distillation well is empirical. kmedoids: the
+  nearest distinct real rows. kmeans_plusplus: the seeds. krr_pursuit: greedy descent of
+  the ridge regression objective over all rows (see `pursuit.krr_pursuit`). noise:
+  standard normal. auto: the candidate of AUTO_CANDIDATES with the least half mean squared
+  error of ridge regression on (up to 10,000 of) the given rows, so by that measure
+  never worse than uniform with the same key.
+
+  Args:
+    key: random key (or int seed).
+    x: `(n, ...)` floating rows, preprocessed.
+    y: `(n, c)` labels; the largest entry of a row is its class.
+    images_per_class: points of each class, >= 1.
+    strategy: see above.
+    kernel_fn: the kernel; needed by krr_sensitivity, krr_pursuit and auto.
+    relative_ridge: ridge, as a fraction of tr(K_ss) / m, at which "auto" compares.
+    score_ridge: absolute ridge of the sensitivities, or "auto": the one at which the
+      effective dimension is about `leverage.AUTO_KAPPA` m. The training ridge would make all
+      scores equal.
+    num_candidates: pool of krr_pursuit, at most n.
+
+  Returns:
+    `Coreset`.
+
+  Raises:
+    ValueError: for an unknown strategy, a missing kernel, a class smaller than
+      `images_per_class`, or shapes that disagree.
+  """
+  checks.one_of("strategy", strategy, STRATEGIES)
+  checks.same_rows("x", x, "y", y)
+  checks.rank("y", y, 2)
+  checks.floating("x", x)
+  if kernel_fn is None and strategy in NEEDS_KERNEL:
+    raise ValueError(f"kernel_fn: expected a kernel for strategy {strategy!r}, got None")
+  x, y = jnp.asarray(x), jnp.asarray(y)
+  labels, num_classes = np.asarray(jnp.argmax(y, axis=1)), y.shape[1]
+  stream = keys.stream(key, "coreset")
+  uniform = class_balanced_indices(stream, labels, images_per_class, num_classes)
+  if strategy == "auto":
+    return _best(key, x, y, images_per_class, kernel_fn, relative_ridge, num_candidates)
+  share = jnp.repeat(jnp.asarray(np.bincount(labels, minlength=num_classes) / images_per_class, x.dtype),
+                     images_per_class)
+  if strategy == "uniform":
+    return _rows(x, y, uniform, share, strategy)
+  if strategy == "noise":
+    noise = jax.random.normal(keys.stream(stream, "noise"), (uniform.size, *x.shape[1:]), x.dtype)
+    return Coreset(noise, y[uniform], np.full(uniform.size, -1, np.int32), share, strategy)
+  if strategy == "krr_pursuit":
+    return _pursue(stream, x, y, images_per_class, kernel_fn, max(num_candidates, uniform.size), share)
+  if strategy == "krr_sensitivity":
+    return _by_sensitivity(stream, x, y, labels, uniform.size, kernel_fn, score_ridge)
+  return _cluster(stream, x, y, labels, images_per_class, strategy)
 
 
 def class_balanced_indices(key, labels, per_class: int, num_classes: int) -> np.ndarray:
@@ -34,15 +140,175 @@ def class_balanced_indices(key, labels, per_class: int, num_classes: int) -> np.
   return np.concatenate([order[labels[order] == c][:per_class] for c in range(num_classes)])
 
 
-def noise_like(key, x, num_rows: int) -> jax.Array:
-  """Standard normal rows of the shape of `x`: noise in the standardised space.
+def absorb_weights(kernel_fn: KernelFn, coreset: Coreset, ridge, used_ridge, how: str = "labels"):
+  """The weighted ridge regression of a coreset as an unweighted one, exactly.
+
+  The weighted fit solves (K_SS + ridge diag(1/w)) a = y. The three cures give the same
+  predictor from an ordinary solve:
+    labels: y' = (K_SS + used_ridge I)(K_SS + ridge diag(1/w))^{-1} y, for any kernel.
+    ridge: the vector ridge / w, with y as it is.
+    scale: x' = sqrt(w) x and y' = sqrt(w) y, with the ridge `ridge`; only for kernels with
+      k(a x, b z) = a b k(x, z): bias-free ReLU networks and the linear kernel.
+  "drop" keeps x, y and `used_ridge` and forgets the weights: heuristic, no theorem holds.
 
   Args:
-    key: random key (or int seed).
-    x: `(n, ...)`; only its row shape and dtype count.
-    num_rows: m.
+    kernel_fn: the kernel.
+    coreset: from `select_coreset`.
+    ridge: absolute ridge of the weighted problem, e.g. `coreset.ridge`.
+    used_ridge: absolute ridge with which the result will be used (labels, drop).
+    how: "labels", "ridge", "scale" or "drop".
 
   Returns:
-    `(m, ...)`.
+    `(support, ridge)`: `Support` and the absolute ridge (scalar or `(m,)`) to use with it.
+
+  Raises:
+    ValueError: for another `how`, weights that are not positive, or "scale" with a kernel
+      that is not homogeneous.
+    NumericalError: where the factorisation failed.
   """
-  return jax.random.normal(keys.canonical_key(key), (num_rows, *x.shape[1:]), jnp.dtype(x.dtype))
+  checks.one_of("how", how, ("labels", "ridge", "scale", "drop"))
+  checks.positive("weights", coreset.weights)
+  x, y, w = coreset.x, coreset.y, coreset.weights
+  if how == "drop":
+    return Support(x, y), used_ridge
+  if how == "ridge":
+    return Support(x, y), ridge / w
+  if how == "scale":
+    probe = jnp.asarray(np.random.default_rng(0).normal(size=(2, *x.shape[1:])), x.dtype)
+    k, scaled = kernel_fn(probe[:1], probe[1:]), kernel_fn(2.0 * probe[:1], 3.0 * probe[1:])
+    if not np.allclose(scaled, 6.0 * k, rtol=1e-3):
+      raise ValueError("how='scale': expected a kernel with k(a x, b z) = a b k(x, z), such as a bias-free ReLU "
+                       "network's; this one is not homogeneous, use how='labels'")
+    root = jnp.sqrt(w)
+    return Support(x * root.reshape(-1, *(1,) * (x.ndim - 1)), y * root[:, None]), ridge
+  k = kernel_fn(x, None)
+  fit = krr.krr_fit(k, y, ridge / w)
+  checks.raise_for_status("the weighted fit", fit.status)
+  return Support(x, linalg.matmul(linalg.add_ridge(k, used_ridge), fit.dual)), used_ridge
+
+
+def _rows(x, y, rows, weights, strategy, **extra) -> Coreset:
+  """Real rows, grouped by class."""
+  rows = np.asarray(rows, np.int32)
+  order = np.argsort(np.asarray(jnp.argmax(y[rows], axis=1)), kind="stable")
+  weights = jnp.broadcast_to(jnp.asarray(weights, x.dtype), rows.shape)[order]
+  return Coreset(x[rows[order]], y[rows[order]], rows[order], weights, strategy, **extra)
+
+
+def _cluster(key, x, y, labels, per_class, strategy) -> Coreset:
+  """Per class: k-means centroids, the rows nearest to them, or the seeds alone."""
+  flat = x.reshape(x.shape[0], -1)
+  longest = int(np.bincount(labels).max())
+  points, indices, weights, targets = [], [], [], []
+  for c in np.unique(labels):
+    rows = np.flatnonzero(labels == c)
+    # Padded to the largest class with absent rows, so that every class shares one compilation.
+    padded = flat[np.resize(rows, longest)]
+    present = jnp.asarray(np.arange(longest) < rows.size, x.dtype)
+    class_key = keys.at_step(keys.stream(key, "cluster"), int(c))
+    if strategy == "kmeans_plusplus":
+      chosen = clustering.kmeans_plusplus(class_key, padded, per_class, present, num_trials=_trials(per_class)).indices
+      mass = jnp.full((per_class,), rows.size / per_class, x.dtype)
+    else:
+      result = clustering.kmeans(class_key, padded, per_class, present, num_trials=_trials(per_class), num_inits=2)
+      mass = jnp.zeros((per_class,), x.dtype).at[result.assignment].add(present)
+      chosen = clustering.nearest_rows(padded, result.centers, present) if strategy == "kmedoids" else None
+    if chosen is None:
+      points.append(result.centers)
+      indices.append(np.full(per_class, -1, np.int32))
+    else:
+      points.append(padded[chosen])
+      indices.append(rows[np.asarray(chosen)].astype(np.int32))
+    weights.append(mass)
+    targets.append(jnp.broadcast_to(y[rows[0]], (per_class, y.shape[1])))
+  points = jnp.concatenate(points).reshape(-1, *x.shape[1:])
+  # Cluster sizes; a made point for which none was nearest keeps a weight of one row.
+  weights = jnp.maximum(jnp.concatenate(weights), 1.0)
+  return Coreset(points, jnp.concatenate(targets), np.concatenate(indices), weights, strategy)
+
+
+def _trials(k: int) -> int:
+  """scikit-learn's number of trials of greedy k-means++."""
+  return 2 + int(np.log(k))
+
+
+def objective_ridge(kernel_fn: KernelFn, x: Array) -> float:
+  """Absolute ridge of objectives over all rows: OBJECTIVE_RIDGE of the mean diagonal of (up to 1,000) rows.
+
+  Args:
+    kernel_fn: the kernel.
+    x: `(n, ...)` rows.
+
+  Returns:
+    A number.
+  """
+  stride = max(1, x.shape[0] // 1000)
+  return float(OBJECTIVE_RIDGE * jnp.mean(gram_diag(kernel_fn, x[::stride])))
+
+
+def _pursue(key, x, y, per_class, kernel_fn, num_candidates, share) -> Coreset:
+  m = per_class * y.shape[1]
+  result = pursuit.krr_pursuit(keys.stream(key, "pursuit"), kernel_fn, x, y, min(num_candidates, x.shape[0]), m,
+                               objective_ridge(kernel_fn, x), quota=per_class)
+  checks.raise_for_status("krr_pursuit (are there enough distinct rows of each class?)", result.status)
+  return _rows(x, y, result.indices, 1.0, "krr_pursuit")._replace(weights=share)
+
+
+def score_rows(key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn,
+               score_ridge="auto") -> tuple[float, sensitivity.SensitivityScores]:
+  """Ridge regression sensitivities of all rows: exact up to 3,000 rows, else certified over-estimates.
+
+  Args:
+    key: random key (or int seed), for landmarks.
+    x, y, kernel_fn, score_ridge: as in `select_coreset`.
+    num_samples: m, for the automatic ridge.
+
+  Returns:
+    The absolute score ridge, and `SensitivityScores`.
+
+  Raises:
+    ValueError: for a score ridge <= 0. NumericalError: where a factorisation failed.
+  """
+  n = x.shape[0]
+  exact = n <= _EXACT_ROWS
+  num_landmarks = min(n, max(2 * num_samples, 1000))
+  k = kernel_fn(x, None) if exact else None
+  if score_ridge == "auto":
+    target = min(max(leverage.AUTO_KAPPA * num_samples, 2.0), 0.5 * n)
+    chosen = leverage.score_ridge_for_dimension(k, target) if exact else leverage.landmark_score_ridge(
+        keys.stream(key, "ridge"), kernel_fn, x, target, num_landmarks)
+    ridge = float(chosen.ridge)
+  else:
+    checks.positive("score_ridge", score_ridge)
+    ridge = float(score_ridge)
+  if exact:
+    scores = sensitivity.krr_sensitivity_scores(k, y, ridge)
+  else:
+    scores = sensitivity.approximate_krr_sensitivities(keys.stream(key, "landmarks"), kernel_fn, x, y, ridge,
+                                                       num_landmarks)
+  checks.raise_for_status("krr_sensitivities", scores.status)
+  return ridge, scores
+
+
+def _by_sensitivity(key, x, y, labels, m, kernel_fn, score_ridge) -> Coreset:
+  ridge, scores = score_rows(key, x, y, m, kernel_fn, score_ridge)
+  sample = sampling.stratified_sample(keys.stream(key, "sample"), scores.scores, labels, m, uniform_mix=0.1,
+                                      replace=False)
+  return _rows(x, y, sample.indices, sample.weights, "krr_sensitivity", ridge=ridge, scores=scores)
+
+
+def _best(key, x, y, per_class, kernel_fn, relative_ridge, num_candidates) -> Coreset:
+  stride = max(1, -(-x.shape[0] // _OBJECTIVE_ROWS))
+  best, objectives = None, {}
+  for strategy in AUTO_CANDIDATES:
+    candidate = select_coreset(key, x, y, per_class, strategy, kernel_fn, relative_ridge,
+                               num_candidates=num_candidates)
+    result = evaluate.evaluate_krr(kernel_fn, Support(candidate.x, candidate.y), x[::stride], y[::stride],
+                                   relative_ridge=relative_ridge)
+    if int(result.status) == 0:
+      objectives[strategy] = float(result.loss)
+      if objectives[strategy] <= min(objectives.values()):
+        best = candidate
+  if best is None:
+    raise ValueError("auto: no candidate has a kernel matrix that can be factorised; raise relative_ridge")
+  return best._replace(objectives=objectives)

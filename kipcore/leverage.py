@@ -306,8 +306,8 @@ def check_precision(ridge, mean_diagonal, dtype) -> None:
   mean = mean_diagonal()
   if not checks.is_traced(mean) and float(ridge) < FLOAT32_RIDGE_FLOOR * float(mean):
     raise ValueError(
-        f"ridge: expected at least {FLOAT32_RIDGE_FLOOR:g} tr K / n = {FLOAT32_RIDGE_FLOOR * float(mean):.3g} in float32, "
-        f"got {float(ridge):.3g}; switch 64-bit on, or score with a larger ridge")
+        f"ridge: expected at least {FLOAT32_RIDGE_FLOOR:g} tr K / n = {FLOAT32_RIDGE_FLOOR * float(mean):.3g} "
+        f"in float32, got {float(ridge):.3g}; switch 64-bit on, or score with a larger ridge")
 
 
 def weighted_block(kernel_fn: KernelFn, xa, root_a, xb=None, root_b=None) -> Array:

@@ -1,9 +1,8 @@
 """Preprocessing as an explicit list of fitted steps with an exact inverse, and label centring.
 
-"ZCA" names five different recipes in published distillation code; an image made
-under one and read under another is at chance. So a `Preprocess` holds every step,
-its order, its settings and its fitted arrays, and travels with the distilled set.
-Pixels enter in the units they are stored in; nothing is rescaled silently.
+"ZCA" names five different recipes in published distillation code; an image made under one and read
+under another is at chance. So a `Preprocess` holds every step, its order, its settings and its fitted
+arrays, and travels with the distilled set. Pixels enter in the units they are stored in, never rescaled silently.
 """
 
 import dataclasses
@@ -73,11 +72,10 @@ class Step:
 class Preprocess:
   """Fitted steps in the order in which `apply` runs them; made by `fit_preprocess`.
 
-  `apply` and `invert` take `(n, *row_shape)`. NumPy in gives NumPy out, in row blocks of
-  about 64 MiB: entrywise steps in float64, the whitening product in `dtype`. A
-  `jax.Array` gives a `jax.Array`, all rows at once in `dtype`, and may be traced; the
-  `(d, d)` whitening matrix is then a constant of the compiled function.
-  `kind` is the name of the recipe, or "custom".
+  `apply` and `invert` take `(n, *row_shape)`. NumPy in gives NumPy out, in row blocks of about 64 MiB:
+  entrywise steps in float64, the whitening product in `dtype`. A `jax.Array` gives a `jax.Array`, all
+  rows at once in `dtype`, and may be traced; the `(d, d)` whitening matrix is then a constant of the
+  compiled function. `kind` is the name of the recipe, or "custom".
   """
 
   kind: str
@@ -91,11 +89,10 @@ class Preprocess:
   def invert(self, x, dtype=np.float32):
     """The rows in stored pixel units in `dtype`, not clipped; ValueError on another row shape.
 
-    Every step but `unit_norm` is a bijection: without it `invert` undoes `apply` up to
-    rounding. `unit_norm` forgets an image's mean and norm and `invert` puts their training
-    averages there. So it is a right inverse on the range of `apply` (apply(invert(z)) = z),
-    and invert(apply(x)) is x up to each image's brightness and contrast. Off that range, as
-    distilled images may be, apply(invert(z)) is z centred and rescaled at that step.
+    Every step but `unit_norm` is a bijection: without it `invert` undoes `apply` up to rounding.
+    `unit_norm` forgets an image's mean and norm and `invert` puts their training averages there. So it is
+    a right inverse on the range of `apply` (apply(invert(z)) = z), and invert(apply(x)) is x up to each image's
+    brightness and contrast. Off it, as distilled images may be, apply(invert(z)) is z centred and rescaled there.
     """
     return self._run(x, dtype, self.steps[::-1], inverse=True)
 
@@ -111,10 +108,7 @@ class Preprocess:
     return out
 
   def to_arrays(self) -> tuple[dict, dict[str, np.ndarray]]:
-    """`(spec, arrays)`: a JSON-able description and float64 arrays, for `from_arrays`.
-
-    The symmetric whitening matrix is stored as its upper triangle, d (d + 1) / 2 numbers.
-    """
+    """`(spec, arrays)` for `from_arrays`: JSON values and float64 arrays (a whitening matrix as its upper triangle)."""
     steps = [{"name": step.name, "settings": dict(step.settings)} for step in self.steps]
     arrays = {
         f"{i}_{step.name}_{name}": value[np.triu_indices(len(value))] if name == "whitening" else value.copy()
@@ -126,8 +120,7 @@ class Preprocess:
     """The object whose `to_arrays` gave `spec` and `arrays`, bit for bit; other arrays are ignored.
 
     Raises:
-      ValueError: where the spec has another format, an unknown step or setting, or where an
-        array is missing, not float64, of another shape, not finite or (a divisor) not > 0.
+      ValueError: another format, an unknown step or setting, an array missing or of wrong dtype, shape or range.
     """
     try:
       version, kind, row_shape = spec["format"], str(spec["kind"]), tuple(int(size) for size in spec["row_shape"])
@@ -160,38 +153,35 @@ def fit_preprocess(x_train, kind: str | Sequence = "zca", pixel_max: float = 255
 
   Steps (X the n training rows as the steps before leave them, d numbers a row):
     scale        x / divisor.
-    standardize  (x - mean) / std for each channel, over rows and pixels (tabular: for each
-                 feature, over rows); a constant one has std 1.
-    unit_norm    each row: subtract its own mean, divide by its own L2 norm (a constant row
-                 becomes 0). Two numbers a row are lost, see `Preprocess.invert`.
+    standardize  (x - mean) / std for each channel, over rows and pixels (tabular: for each feature,
+                 over rows); a constant one has std 1.
+    unit_norm    each row: subtract its own mean, divide by its own L2 norm (a constant row becomes 0).
+                 Two numbers a row are lost, see `Preprocess.invert`.
     center       subtract the mean training row.
-    zca          x W, W = (S + r I)^(-1/2) symmetric, S = X^T X / (n - ddof) about zero: put
-                 `center` before it for a covariance. regularization "trace_relative":
-                 r = value * tr(S) / d; "absolute": r = value. rank_control: where n < d,
-                 directions in which X is zero keep gain 1 instead of r^(-1/2). (Published
-                 code does so for all but the n leading eigenvectors, which is arbitrary
-                 among equal eigenvalues; here it goes by numerical rank.)
+    zca          x W, W = (S + r I)^(-1/2) symmetric, S = X^T X / (n - ddof) about zero: put `center` before it
+                 for a covariance. regularization "trace_relative": r = value * tr(S) / d; "absolute": r = value.
+                 rank_control: where n < d, directions in which X is zero keep gain 1 instead of r^(-1/2), by numerical
+                 rank (published code: all but the n leading eigenvectors, arbitrary among equal eigenvalues).
   Kinds, all but the last for pixels of any scale:
     none, standardize   what they say.
     zca           standardize, center, zca 0.1 tr/d with rank control (Zhou et al. 2022, FRePo).
     zca_kip       standardize, unit_norm, zca 0.1 tr/d with rank control (Nguyen et al. 2021).
     zca_rfad      standardize, zca 0.1 tr/d (Loo et al. 2022, RFAD, its CIFAR recipe).
     zca_dcbench   scale, unit_norm, zca 0.1 tr/d with rank control (Cui et al. 2022, reading KIP's sets).
-    zca_absolute  scale to [0, 1], center, zca with 0.1 added and ddof 1 (Cazenavette et al. 2022,
-                  MTT). The one kind that depends on the scale, so `pixel_max` must be right.
+    zca_absolute  scale to [0, 1], center, zca 0.1 absolute, ddof 1 (Cazenavette et al. 2022, MTT): needs `pixel_max`.
 
   Args:
     x_train: `(n, ...)` training rows only; channels (or features) last.
     kind: one of `KINDS`, or a sequence of steps, each a name or a pair (name, settings).
-    pixel_max: stored value of full white, divisor of a `scale` step that names none (255
-      for uint8 images, 16 for scikit-learn's digits, 1 for pixels in [0, 1]).
+    pixel_max: stored value of full white (255 for uint8 images, 16 for scikit-learn's digits, 1 for pixels in [0, 1]),
+      the divisor of a `scale` step that names none.
 
   Returns:
     `Preprocess`. Extra memory: about 5 d^2 numbers for a zca step, plus row blocks.
 
   Raises:
-    ValueError, TypeError: where x_train is empty, not numeric or not finite, or has over
-      16384 numbers a row with a zca step; on unknown kinds, steps or settings; on overflow.
+    ValueError, TypeError: x_train is empty, not numeric, not finite, or over 16384 numbers a row with
+      a zca step; unknown kinds, steps or settings; overflow.
   """
   x = np.asarray(x_train)
   if x.ndim < 2 or 0 in x.shape:
@@ -321,9 +311,7 @@ def _symmetric(triangle, d) -> np.ndarray:
 
 
 def one_hot_centred(labels, num_classes: int, dtype=jnp.float32) -> Array:
-  """One-hot labels minus 1/c, `(n, c)`: 1 - 1/c at the class, -1/c elsewhere; `uncentre` undoes it.
-
-  The target convention of KIP (Nguyen et al. 2021), RFAD and FRePo, for any c.
+  """One-hot labels minus 1/c, the targets of KIP (Nguyen et al. 2021), RFAD and FRePo; `uncentre` undoes it.
 
   Args:
     labels: `(n,)` integers in [0, c), checked where they are concrete.
@@ -331,7 +319,7 @@ def one_hot_centred(labels, num_classes: int, dtype=jnp.float32) -> Array:
     dtype: floating dtype of the result.
 
   Returns:
-    `(n, c)`; each row sums to zero.
+    `(n, c)`: 1 - 1/c at the class, -1/c elsewhere.
 
   Raises:
     ValueError, TypeError: on another rank, a label outside [0, c), or labels that are not integers.

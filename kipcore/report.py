@@ -9,7 +9,8 @@ from kipcore import artifact, checks
 _MAX_COLUMNS = 10
 
 
-def save_image_grid(path, before, after, labels, pixel_range: tuple[float, float], class_names=None) -> None:
+def save_image_grid(path, before, after, labels, pixel_range: tuple[float, float], class_names=None,
+                    titles=("start", "distilled")) -> None:
   """A PNG of the starting images beside the distilled ones: a row a class, up to 10 columns.
 
   Args:
@@ -18,6 +19,7 @@ def save_image_grid(path, before, after, labels, pixel_range: tuple[float, float
     labels: `(m,)` integer class of each image.
     pixel_range: (black, white); values outside are clipped for the picture only.
     class_names: names by class, or None for numbers.
+    titles: over the two halves.
 
   Raises:
     ValueError: for arrays that are not images with 1 or 3 channels.
@@ -30,20 +32,20 @@ def save_image_grid(path, before, after, labels, pixel_range: tuple[float, float
   classes = np.unique(labels)
   columns = min(_MAX_COLUMNS, max(np.sum(labels == c) for c in classes))
   if columns <= 2:  # one or two images a class: a row of classes reads better than a column
-    _grid_by_columns(path, before, after, labels, classes, columns, pixel_range, class_names)
+    _grid_by_columns(path, before, after, labels, classes, columns, pixel_range, class_names, titles)
     return
   figure = _figure((2 * columns + 1.5) * 0.55, len(classes) * 0.6 + 0.7)
   panels = [_panel(x, labels, classes, columns, pixel_range) for x in (before, after)]
-  for axes, panel, title in zip(figure.subplots(1, 2), panels, ("start", "distilled")):
+  for axes, panel, title in zip(figure.subplots(1, 2), panels, titles):
     _show(axes, panel, title)
     height = panel.shape[0] / len(classes)
     axes.set_yticks([(i + 0.5) * height for i in range(len(classes))], _names(classes, class_names), fontsize=7)
   _save(figure, path)
 
 
-def _grid_by_columns(path, before, after, labels, classes, rows, pixel_range, class_names):
+def _grid_by_columns(path, before, after, labels, classes, rows, pixel_range, class_names, titles):
   figure = _figure(max(4.0, len(classes) * 0.75), 2 * rows * 0.75 + 1.1)
-  for axes, x, title in zip(figure.subplots(2, 1), (before, after), ("start", "distilled")):
+  for axes, x, title in zip(figure.subplots(2, 1), (before, after), titles):
     panel = _panel(x, labels, classes, rows, pixel_range, transpose=True)
     _show(axes, panel, title)
     width = panel.shape[1] / len(classes)
@@ -96,6 +98,48 @@ def save_learning_curve(path, history: list[dict], lines: dict[str, float] | Non
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
+  _save(figure, path)
+
+
+def save_scores(path, scores, indices, certificate: dict) -> None:
+  """A PNG of the sorted scores with the chosen rows marked, and what the certificate measured.
+
+  Args:
+    path: PNG file name.
+    scores: `(n,)` sensitivities.
+    indices: `(m,)` chosen rows, -1 for points that are no rows.
+    certificate: `certificate.json`.
+  """
+  figure = _figure(9.0, 3.4)
+  left, right = figure.subplots(1, 2)
+  scores, chosen = np.asarray(scores, np.float64), np.asarray(indices)
+  order = np.argsort(-scores)
+  place = np.empty_like(order)
+  place[order] = np.arange(order.size)
+  left.plot(np.arange(1, order.size + 1), scores[order] / scores.mean(), color="tab:blue", label="all rows")
+  rows = chosen[chosen >= 0]
+  if rows.size:
+    left.plot(place[rows] + 1, scores[rows] / scores.mean(), "o", ms=4, color="tab:red", label="chosen")
+  left.axhline(1.0, color="grey", linestyle="--", label="uniform")
+  left.set_xscale("log")
+  left.set_xlabel("rank of the row")
+  left.set_ylabel("sensitivity / mean")
+  left.legend(fontsize=8)
+  shown = {"epsilon, worst query": "measured_epsilon", "epsilon, mean": "mean_epsilon",
+           "epsilon at the optimum": "epsilon_at_optimum", "epsilon promised": "promised_epsilon",
+           "F / F* - 1 (at most)": "objective_ratio"}
+  bars = {name: certificate[key] for name, key in shown.items() if certificate.get(key) is not None}
+  if "F / F* - 1 (at most)" in bars:
+    bars["F / F* - 1 (at most)"] -= 1
+  if bars:
+    right.barh(list(bars)[::-1], list(bars.values())[::-1], color="tab:blue")
+    for i, value in enumerate(list(bars.values())[::-1]):
+      right.text(value, i, f" {value:.3g}", va="center", fontsize=8)
+    right.margins(x=0.2)
+    right.set_title("relative error of the weighted subset", fontsize=9)
+  else:
+    right.text(0.5, 0.5, "the points are not rows: no certificate", ha="center", va="center", fontsize=9)
+    right.axis("off")
   _save(figure, path)
 
 

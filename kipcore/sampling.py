@@ -1,9 +1,7 @@
 """Draws of rows by score, with the weights that keep weighted sums unbiased.
 
-Draws with replacement invert the distribution function in two levels. Draws without
-replacement are systematic and count probability in units of 2^-32 with integers that
-wrap, so neither the size of the sample nor the inclusion probabilities suffer from
-rounding, in float32 as in float64. Both take a few passes over the rows and no sort.
+Each function checks its arguments, has `draws` pick the rows, and weighs them: with
+replacement, systematically without, or by Gumbel noise.
 
 Where a value is wrong the host raises ValueError. Inside a transformation nothing can
 be raised: there the weights come back NaN, so that the first loss shows it.
@@ -16,13 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, keys, linalg
+from kipcore import checks, draws, keys
 from kipcore.types import Array, Status
-
-# The float32 estimate of a sum of inclusion probabilities must be within 1/2 of the truth up to here.
-_MAX_DRAWS_FLOAT32 = 2**16
-_LARGEST_UNITS = 2**32 - 1
-_SPREADS = 16
 
 
 class Sample(NamedTuple):
@@ -106,9 +99,9 @@ def sensitivity_sample(
     ValueError, TypeError: a wrong shape, dtype or range, non-finite or all-zero scores, or
       fewer rows with p_i > 0 than draws without replacement.
   """
-  scores, input_weights = _check_scores(scores, num_samples, uniform_mix, input_weights)
+  scores, input_weights = draws.check_scores(scores, num_samples, uniform_mix, input_weights)
   if not replace:
-    _check_distinct(scores, num_samples, uniform_mix, input_weights)
+    draws.check_distinct(scores, num_samples, uniform_mix, input_weights)
   return _sensitivity_core(
       keys.canonical_key(key), scores, input_weights, jnp.asarray(uniform_mix, scores.dtype), num_samples, replace)
 
@@ -138,8 +131,8 @@ def systematic_sample(key, scores: Array, num_samples: int, *, uniform_mix=0.0) 
   Raises:
     ValueError, TypeError: as `sensitivity_sample`.
   """
-  scores, ones = _check_scores(scores, num_samples, uniform_mix, None)
-  _check_distinct(scores, num_samples, uniform_mix, ones)
+  scores, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
+  draws.check_distinct(scores, num_samples, uniform_mix, ones)
   return _systematic_core(
       keys.canonical_key(key), scores, jnp.asarray(uniform_mix, scores.dtype), num_samples)
 
@@ -164,8 +157,8 @@ def gumbel_sample(key, scores: Array, num_samples: int) -> Sample:
   Raises:
     ValueError, TypeError: as `sensitivity_sample`.
   """
-  scores, ones = _check_scores(scores, num_samples, 0.0, None)
-  _check_distinct(scores, num_samples, 0.0, ones)
+  scores, ones = draws.check_scores(scores, num_samples, 0.0, None)
+  draws.check_distinct(scores, num_samples, 0.0, ones)
   return _gumbel_core(keys.canonical_key(key), scores, num_samples)
 
 
@@ -196,10 +189,10 @@ def importance_sample(
   Raises:
     ValueError, TypeError: a wrong shape, dtype or range, negative or non-finite losses.
   """
-  losses, ones = _check_scores(losses, num_samples, uniform_mix, None, name="losses", allow_zeros=True)
+  losses, ones = draws.check_scores(losses, num_samples, uniform_mix, None, name="losses", allow_zeros=True)
   checks.in_range("weight_exponent", weight_exponent, 0, 1)
   checks.non_negative("power", power)
-  _check_distinct(losses, num_samples, uniform_mix, ones, name="losses", allow_zeros=True)
+  draws.check_distinct(losses, num_samples, uniform_mix, ones, name="losses", allow_zeros=True)
   mix, exponent, power = (jnp.asarray(v, losses.dtype) for v in (uniform_mix, weight_exponent, power))
   return _importance_core(keys.canonical_key(key), losses, mix, exponent, power, num_samples)
 
@@ -229,7 +222,7 @@ def stratified_sample(
     ValueError, TypeError: as `sensitivity_sample`, and where a class has fewer rows (or positive
       scores) than its equal quota without replacement.
   """
-  scores, ones = _check_scores(scores, num_samples, uniform_mix, None)
+  scores, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
   checks.one_of("allocation", allocation, ("equal", "proportional"))
   if checks.is_traced(labels) or (allocation == "proportional" and checks.is_traced(scores)):
     raise TypeError("expected concrete labels (and scores, for proportional quotas), got traced ones")
@@ -246,7 +239,7 @@ def stratified_sample(
     rooms = np.bincount(labels, weights=live).astype(np.int64)
     if totals.min() <= 0:
       raise ValueError(f"scores: expected a positive score in each class, got none in {classes[totals.argmin()]}")
-  quotas = _quotas(classes, rooms, totals if allocation == "proportional" else None, num_samples, replace)
+  quotas = draws.class_quotas(classes, rooms, totals if allocation == "proportional" else None, num_samples, replace)
   members = np.zeros((classes.size, sizes.max()), np.int32)
   valid = np.arange(sizes.max())[None] < sizes[:, None]
   members[valid] = np.argsort(labels, kind="stable")
@@ -273,230 +266,29 @@ def sampling_gain(scores: Array) -> SamplingGain:
   """Diagnostics of the law p = scores / sum(scores), `(n,)`; 1 everywhere in `second_moment` means flat scores."""
   checks.rank("scores", scores, 1)
   n = scores.shape[0]
-  p = scores / _total(scores)
+  p = scores / draws.total(scores)
   squares = jnp.sum(p * p)
   return SamplingGain(n * squares, 1 / squares, n * jnp.max(p))
 
 
-def draw_rows(key: Array, scores: Array, num_draws: int) -> Array:
-  """Independent draws with P(i) = scores_i / sum(scores), `(num_draws,)` int32, in O(n + num_draws log n).
-
-  First a block of about sqrt(n) rows, then a row in it, each by its own uniform: float32
-  never has to tell apart more than sqrt(n) rows. A row of score 0 is never drawn.
-  """
-  width = 1 << (max(scores.shape[0] - 1, 1).bit_length() + 1) // 2
-  rows = jnp.pad(scores / jnp.max(scores), (0, -scores.shape[0] % width)).reshape(-1, width)
-  within = _increasing(jnp.cumsum(rows, axis=1), rows > 0)
-  blocks = _increasing(jnp.cumsum(within[:, -1]), within[:, -1] > 0)
-  key_block, key_row = jax.random.split(key)
-  block = _search(blocks[None], jnp.zeros((num_draws,), jnp.int32), _below(key_block, blocks[-1:], num_draws))
-  row = _search(within, block, _below(key_row, within[block, -1], num_draws))
-  return block * width + row
-
-
-def _increasing(cumulative, positive):
-  """A parallel cumulative sum made monotone, and constant (to the bit) over entries of no mass."""
-  return jax.lax.cummax(jnp.where(positive, cumulative, 0), axis=cumulative.ndim - 1)
-
-
-def _below(key, tops, num_draws):
-  """Uniform on [0, top), `(num_draws,)`, and below the top after rounding as well."""
-  draws = jax.random.uniform(key, (num_draws,), tops.dtype) * tops
-  return jnp.minimum(draws, jnp.nextafter(tops, jnp.zeros_like(tops)))
-
-
-def _search(table, row, values):
-  """The first column of `table[row]` above the value, by bisection: `table` is `(rows, columns)` and sorted."""
-  columns = table.shape[1]
-  flat = table.reshape(-1)
-  found = jnp.zeros_like(row)
-  for step in (1 << s for s in reversed(range(max(columns - 1, 1).bit_length()))):
-    probe = jnp.minimum(found + step, columns - 1)
-    found = jnp.where((flat[row * columns + probe - 1] <= values) & (probe > found), probe, found)
-  return found
-
-
-def _check_scores(scores, num_samples, uniform_mix, input_weights, name="scores", allow_zeros=False):
-  scores = jnp.asarray(scores)
-  checks.rank(name, scores, 1)
-  checks.floating(name, scores)
-  checks.positive_int("num_samples", num_samples)
-  if scores.shape[0] < 1:
-    raise ValueError(f"{name}: expected at least one row, got none")
-  checks.finite(name, scores)
-  checks.non_negative(name, scores)
-  checks.in_range("uniform_mix", uniform_mix, 0, 1)
-  if not allow_zeros and not checks.is_traced(scores) and not np.any(np.asarray(scores) > 0):
-    raise ValueError(f"{name}: expected at least one value > 0, got zeros")
-  if input_weights is None:
-    return scores, jnp.ones_like(scores)
-  input_weights = jnp.asarray(input_weights, scores.dtype)
-  checks.shape("input_weights", input_weights, scores.shape)
-  checks.finite("input_weights", input_weights)
-  checks.non_negative("input_weights", input_weights)
-  return scores, input_weights
-
-
-def _check_distinct(scores, num_samples, uniform_mix, input_weights, name="scores", allow_zeros=False):
-  """Raises unless so many distinct rows can be drawn."""
-  if num_samples > scores.shape[0]:
-    raise ValueError(f"num_samples: expected at most the number of rows, {scores.shape[0]}, got {num_samples}")
-  if num_samples > _MAX_DRAWS_FLOAT32 and linalg.widest_dtype(scores.dtype) != jnp.float64:
-    raise ValueError(f"num_samples: expected at most {_MAX_DRAWS_FLOAT32} in float32, got {num_samples}; use float64")
-  if any(map(checks.is_traced, (scores, uniform_mix, input_weights))):
-    return
-  mix, rows = np.asarray(uniform_mix), np.asarray(scores)
-  possible = ((mix < 1) & (rows > 0)) | ((mix > 0) & (np.asarray(input_weights) > 0))
-  if possible.sum() < num_samples and not (allow_zeros and not rows.any()):
-    raise ValueError(
-        f"{name}: expected at least {num_samples} rows of positive probability, got {possible.sum()}; "
-        "use a positive uniform_mix")
-
-
-def _quotas(classes, rooms, totals, num_samples, replace):
-  """Draws a class, `(C,)`: equal where `totals` is None, else by largest remainders, at least 1, at most the room."""
-  if num_samples < classes.size:
-    raise ValueError(f"num_samples: expected at least one for each of {classes.size} classes, got {num_samples}")
-  if totals is None:
-    if num_samples % classes.size:
-      raise ValueError(f"num_samples: expected a multiple of the number of classes, {classes.size}, got {num_samples}")
-    quotas = np.full(classes.size, num_samples // classes.size)
-  else:
-    limit = np.full(classes.size, num_samples) if replace else rooms
-    if limit.sum() < num_samples:
-      raise ValueError(f"num_samples: expected at most the rows of positive score, {limit.sum()}, got {num_samples}")
-    quotas = np.ones(classes.size, np.int64)
-    # One at a time to the class that is furthest below its share (the highest quotient) is exact and simple.
-    for _ in range(num_samples - classes.size):
-      quotas[np.argmax(np.where(quotas < limit, totals / (quotas + 0.5), -1))] += 1
-  if not replace and (quotas > rooms).any():
-    worst = np.argmax(quotas - rooms)
-    raise ValueError(f"class {classes[worst]}: expected at least {quotas[worst]} rows to draw, got {rooms[worst]}")
-  return quotas
-
-
-def _count(mask):
-  """Number of true entries, int32 whatever the 64-bit switch."""
-  return jnp.sum(mask, dtype=jnp.int32)
-
-
-def _total(x):
-  """The sum of a vector by a tree, so that float32 keeps its relative precision over millions of rows."""
-  while x.shape[0] > 16:
-    x = jnp.sum(jnp.pad(x, (0, -x.shape[0] % 16)).reshape(-1, 16), axis=1)
-  return jnp.sum(x)
-
-
-def _law(scores, input_weights, mix, power=None):
-  """Probabilities `(n,)` in the widest float, and whether they are a law (else they are uniform)."""
-  scores, input_weights, mix = (v.astype(linalg.widest_dtype(v.dtype)) for v in (scores, input_weights, mix))
-  good = jnp.isfinite(scores).all() & (scores >= 0).all()
-  top = jnp.max(scores)
-  if power is not None:
-    scores = jnp.where(top > 0, (scores / top) ** power.astype(scores.dtype), 1)
-  else:
-    scores, good = scores / top, good & (top > 0)
-  p = (1 - mix) * (scores / _total(scores)) + mix * (input_weights / _total(input_weights))
-  good &= jnp.isfinite(p).all()
-  return jnp.where(good, p, 1 / p.shape[0]), good
-
-
-def _inclusion_units(p, b):
-  """pi = min(1, c p) with sum b: `units` uint32 of 2^-32 for the rows below 1, and `always` for the rest.
-
-  The units sum to a multiple of 2^32 exactly; a positive p has at least one.
-  """
-  n, dtype = p.shape[0], p.dtype
-  positive = p > 0
-
-  def scaled(always):
-    free = jnp.where(always, 0, p)
-    return free * ((b - _count(always)).astype(dtype) / _total(free))
-
-  def grow(state):
-    more = state[0] | (scaled(state[0]) >= 1)
-    return more, jnp.any(more != state[0])
-
-  always, _ = jax.lax.while_loop(lambda s: s[1], grow, (positive & (_count(positive) <= b), jnp.bool_(True)))
-  # Rounding only: rows that share exactly what is left, and rows too light to be seen beside b certain ones.
-  always |= positive & (_count(positive) - _count(always) <= b - _count(always))
-  full = (_count(always) == b) & (_count(positive) > b)
-  lightest = jnp.argmin(jnp.where(always, p, jnp.inf))
-  always &= ~(full & (jnp.arange(n) == lightest))
-  free = positive & ~always
-  below_one = 1 - max(2.0**-32, float(jnp.finfo(dtype).epsneg))
-  units = jnp.rint(jnp.minimum(scaled(always), below_one) * 2.0**32).astype(jnp.uint32)
-  units = jnp.where(free, jnp.maximum(units, 1), 0).astype(jnp.uint32)
-  missing = jax.lax.bitcast_convert_type(-jnp.sum(units, dtype=jnp.uint32), jnp.int32)
-
-  def spread(state):
-    units, missing, step = state
-    room = jnp.where(free, jnp.where(missing > 0, jnp.uint32(_LARGEST_UNITS) - units, units - 1), 0).astype(jnp.uint32)
-    wide = room.astype(dtype)
-    roomy = free & (wide >= 0.5 * _total(wide) / _count(free).astype(dtype))
-    shares, amount = jnp.maximum(_count(roomy), 1).astype(jnp.uint32), jnp.abs(missing).astype(jnp.uint32)
-    rank = _prefix_sum(roomy.astype(jnp.uint32)) - 1
-    take = amount // shares + (rank < amount % shares).astype(jnp.uint32)
-    take = jnp.where(roomy, jnp.minimum(take, room), 0).astype(jnp.uint32)
-    left = (amount - jnp.sum(take, dtype=jnp.uint32)).astype(jnp.int32)
-    return jnp.where(missing > 0, units + take, units - take), jnp.sign(missing) * left, step + 1
-
-  units, _, _ = jax.lax.while_loop(
-      lambda s: (s[1] != 0) & (s[2] < _SPREADS), spread, (units, missing, jnp.int32(0)))
-  return units, always
-
-
-def _prefix_sum(x):
-  """Inclusive sums of an integer vector; wrapping makes them exact modulo 2^32 in any order."""
-  width = 1 << (max(x.shape[0] - 1, 1).bit_length() + 1) // 2
-  within = jnp.cumsum(jnp.pad(x, (0, -x.shape[0] % width)).reshape(-1, width), axis=1, dtype=x.dtype)
-  before = jnp.cumsum(within[:, -1], dtype=x.dtype) - within[:, -1]
-  return (within + before[:, None]).reshape(-1)[:x.shape[0]]
-
-
-def _scrambled(words, log_size):
-  """A bijection of 0 .. 2^log_size - 1 keyed by six words: odd multiplications and right shifts undo one by one."""
-  i = jnp.arange(2**log_size, dtype=jnp.uint32)
-  for r in range(3):
-    i = (i * (words[2 * r] | 1) + words[2 * r + 1]) & jnp.uint32(2**log_size - 1)
-    i ^= i >> ((log_size + 1) // 2) if log_size else 0
-  return i
-
-
-def _systematic(key, p, size, b):
-  """Indices `(size,)`, the first b valid, and their inclusion; `b` may be traced."""
-  n = p.shape[0]
-  units, always = _inclusion_units(p, b)
-  words = jax.random.bits(key, (7,), jnp.uint32)
-  log_size = (n - 1).bit_length()
-  order = _scrambled(words[:6], log_size)
-  ordered = jnp.pad(units, (0, 2**log_size - n))[order]
-  ends = _prefix_sum(ordered) + words[6]
-  hit = (ends < ordered) | jnp.pad(always, (0, 2**log_size - n))[order]
-  rank = _prefix_sum(hit.astype(jnp.int32))
-  slots = jnp.searchsorted(rank, jnp.arange(1, size + 1, dtype=jnp.int32))
-  indices = jnp.minimum(order[jnp.minimum(slots, 2**log_size - 1)].astype(jnp.int32), n - 1)
-  return indices, jnp.where(always[indices], 1, units[indices].astype(p.dtype) * 2.0**-32)
-
-
 @functools.partial(jax.jit, static_argnames=("num_samples", "replace"))
 def _sensitivity_core(key, scores, input_weights, mix, num_samples, replace):
-  p, good = _law(scores, input_weights, mix)
+  p, good = draws.law(scores, input_weights, mix)
   if replace:
-    indices = draw_rows(key, p, num_samples)
+    indices = draws.draw_rows(key, p, num_samples)
     expected = num_samples * p[indices]
   else:
-    indices, expected = _systematic(key, p, num_samples, jnp.int32(num_samples))
-    good &= _count(p > 0) >= num_samples
+    indices, expected = draws.systematic(key, p, num_samples, jnp.int32(num_samples))
+    good &= draws.count(p > 0) >= num_samples
   weights = (1 / expected).astype(scores.dtype) * input_weights[indices]
   return Sample(indices, jnp.where(good, weights, jnp.nan))
 
 
 @functools.partial(jax.jit, static_argnames="num_samples")
 def _systematic_core(key, scores, mix, num_samples):
-  p, good = _law(scores, jnp.ones_like(scores), mix)
-  indices, inclusion = _systematic(key, p, num_samples, jnp.int32(num_samples))
-  good &= _count(p > 0) >= num_samples
+  p, good = draws.law(scores, jnp.ones_like(scores), mix)
+  indices, inclusion = draws.systematic(key, p, num_samples, jnp.int32(num_samples))
+  good &= draws.count(p > 0) >= num_samples
   inclusion = jnp.where(good, inclusion, jnp.nan).astype(scores.dtype)
   status = jnp.where(good, Status.OK, Status.NOT_FINITE).astype(jnp.int32)
   return SystematicSample(indices, 1 / inclusion, inclusion, status)
@@ -504,21 +296,21 @@ def _systematic_core(key, scores, mix, num_samples):
 
 @functools.partial(jax.jit, static_argnames="num_samples")
 def _importance_core(key, losses, mix, exponent, power, num_samples):
-  p, good = _law(losses, jnp.ones_like(losses), mix, power)
-  indices, inclusion = _systematic(key, p, num_samples, jnp.int32(num_samples))
-  good &= _count(p > 0) >= num_samples
+  p, good = draws.law(losses, jnp.ones_like(losses), mix, power)
+  indices, inclusion = draws.systematic(key, p, num_samples, jnp.int32(num_samples))
+  good &= draws.count(p > 0) >= num_samples
   weights = (num_samples / losses.shape[0] / inclusion) ** exponent.astype(p.dtype)
   return Sample(indices, jnp.where(good, weights, jnp.nan).astype(losses.dtype))
 
 
 @functools.partial(jax.jit, static_argnames="num_samples")
 def _gumbel_core(key, scores, num_samples):
-  p, good = _law(scores, jnp.ones_like(scores), jnp.zeros((), scores.dtype))
+  p, good = draws.law(scores, jnp.ones_like(scores), jnp.zeros((), scores.dtype))
   log_p = jnp.log(p)
   top, indices = jax.lax.top_k(log_p + jax.random.gumbel(key, p.shape, p.dtype), min(num_samples + 1, p.shape[0]))
   threshold = top[num_samples] if num_samples < p.shape[0] else -jnp.inf
   indices = indices[:num_samples].astype(jnp.int32)
-  good &= _count(p > 0) >= num_samples
+  good &= draws.count(p > 0) >= num_samples
   weights = -1 / jnp.expm1(-jnp.exp(log_p[indices] - threshold))
   return Sample(indices, jnp.where(good, weights, jnp.nan).astype(scores.dtype))
 
@@ -528,13 +320,13 @@ def _stratified_core(key, scores, members, valid, quotas, mix, size, replace):
 
   def draw(key, rows, valid, quota):
     valid = valid.astype(scores.dtype)
-    p, good = _law(scores[rows] * valid, valid, mix)
+    p, good = draws.law(scores[rows] * valid, valid, mix)
     if replace:
-      places = draw_rows(key, p, size)
+      places = draws.draw_rows(key, p, size)
       expected = quota.astype(p.dtype) * p[places]
     else:
-      places, expected = _systematic(key, p, size, quota)
-      good &= _count(p > 0) >= quota
+      places, expected = draws.systematic(key, p, size, quota)
+      good &= draws.count(p > 0) >= quota
     return Sample(rows[places], jnp.where(good, 1 / expected, jnp.nan).astype(scores.dtype))
 
   return jax.vmap(draw)(jax.random.split(key, members.shape[0]), members, valid, quotas)

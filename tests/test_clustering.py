@@ -44,11 +44,14 @@ def chi_square_p(counts, probabilities):
   return stats.chisquare(counts[keep], counts.sum() * probabilities[keep] / probabilities.sum()).pvalue
 
 
+draw = jax.jit(draw_rows, static_argnums=2)
+
+
 class TestDrawRows:
 
   def test_law(self, dtype):
     weights = np.array([0, 3, 0, 1, 2, 0, 5, 0, 0, 0.5, 0])
-    draws = np.asarray(draw_rows(jax.random.key(0), jnp.asarray(weights, dtype), 20_000))
+    draws = np.asarray(draw(jax.random.key(0), jnp.asarray(weights, dtype), 20_000))
     assert chi_square_p(np.bincount(draws, minlength=11), weights) > 1e-3
 
   def test_many_rows_never_give_an_empty_one(self):
@@ -56,14 +59,14 @@ class TestDrawRows:
     weights = np.random.default_rng(0).uniform(size=n).astype(np.float32)
     weights[::2] = 0
     draws = np.concatenate([
-        np.asarray(draw_rows(jax.random.key(i), jnp.asarray(weights), 4_000)) for i in range(15)])
+        np.asarray(draw(jax.random.key(i), jnp.asarray(weights), 4_000)) for i in range(15)])
     assert (weights[draws] > 0).all()
     bins = np.bincount(draws // (n // 20), minlength=20)
     assert chi_square_p(bins, weights.reshape(20, -1).sum(1, dtype=np.float64)) > 1e-3
 
   def test_tiny_next_to_huge(self, dtype):
     weights = jnp.zeros(1000, dtype).at[jnp.array([3, 997])].set(jnp.array([1e-20, 1e10], dtype))
-    assert set(np.asarray(draw_rows(jax.random.key(0), weights, 500)).tolist()) == {997}
+    assert set(np.asarray(draw(jax.random.key(0), weights, 500)).tolist()) == {997}
 
 
 class TestSeedingLaw:
@@ -82,8 +85,8 @@ class TestSeedingLaw:
       return self.weights
     return self.weights * squared_distances(self.x, self.x[list(previous)]).min(1)
 
-  @pytest.mark.parametrize("k", [2, 4])
-  def test_order_of_seeds(self, x64, k):
+  def test_order_of_seeds(self, x64):
+    k = 4
     drawn = self.sequences(k, 20_000)
     expected = {}
 
@@ -183,11 +186,11 @@ class TestSeeding:
     assert set(np.asarray(padded).tolist()) == {1, 2}
 
   def test_zero_weight_is_absent(self, dtype):
-    x = jnp.asarray(blobs(60), dtype)
-    weights = jnp.asarray(np.arange(60) % 3 == 0, dtype)
+    x = jnp.asarray(blobs(), dtype)
+    weights = jnp.asarray(np.arange(300) % 30 == 0, dtype)
     for seed in range(5):
-      indices = np.asarray(kmeans_plusplus(jax.random.key(seed), x, 20, weights).indices)
-      assert sorted(indices.tolist()) == list(range(0, 60, 3))
+      indices = np.asarray(kmeans_plusplus(jax.random.key(seed), x, 10, weights).indices)
+      assert sorted(indices.tolist()) == list(range(0, 300, 30))
 
   def test_jit(self, x64):
     x = jnp.asarray(blobs())
@@ -199,7 +202,7 @@ class TestSeeding:
     x = jnp.asarray(blobs(240).reshape(3, 80, 5))
     weights = (jnp.arange(80)[None] < jnp.array([80, 50, 33])[:, None]).astype(jnp.float64)
     split = jax.random.split(jax.random.key(0), 3)
-    seeds = lambda key, x, w: kmeans_plusplus(key, x, 20, w, num_trials).indices
+    seeds = lambda key, x, w: kmeans_plusplus(key, x, 12, w, num_trials).indices
     together = jax.vmap(seeds)(split, x, weights)
     for c in range(3):
       np.testing.assert_array_equal(together[c], seeds(split[c], x[c], weights[c]))
@@ -210,9 +213,9 @@ class TestSeeding:
     x = jnp.asarray(load_digits().data[:200]) / 16
     for seed in range(5):
       key = jax.random.key(seed)
-      euclidean = kmeans_plusplus(key, x, 30, num_trials=num_trials)
+      euclidean = kmeans_plusplus(key, x, 15, num_trials=num_trials)
       np.testing.assert_array_equal(
-          euclidean.indices, kernel_kmeans_plusplus(key, linear, x, 30, num_trials=num_trials, block_size=70).indices)
+          euclidean.indices, kernel_kmeans_plusplus(key, linear, x, 15, num_trials=num_trials, block_size=70).indices)
 
   def test_kernel_law(self, x64):
     """The second seed of an RBF kernel follows 2 - 2 k(i, first)."""
@@ -257,11 +260,11 @@ class TestSeeding:
 
   def test_no_recompilation(self):
     x = jnp.asarray(blobs(), jnp.float32)
-    kmeans_plusplus(jax.random.key(0), x, 7)
-    kmeans(jax.random.key(0), x, 7)
+    kmeans_plusplus(jax.random.key(0), x, 10)
+    kmeans(jax.random.key(0), x, 10)
     before = clustering._euclidean_seeds._cache_size(), clustering._kmeans._cache_size()
-    kmeans_plusplus(jax.random.key(1), x + 1, 7)
-    kmeans(jax.random.key(1), x, 7, tolerance=1e-3, max_iterations=3)
+    kmeans_plusplus(jax.random.key(1), x + 1, 10)
+    kmeans(jax.random.key(1), x, 10, tolerance=1e-3, max_iterations=3)
     assert before == (clustering._euclidean_seeds._cache_size(), clustering._kmeans._cache_size())
 
   def test_errors(self):
@@ -303,11 +306,11 @@ class TestLloyd:
                       for c in range(10)])
     assert_close(result.centers, means, 10 * RTOL[dtype.name])
 
-  def test_inertia_never_rises(self, dtype):
-    x = jnp.asarray(load_digits().data, dtype)
+  def test_inertia_never_rises(self):
+    x = jnp.asarray(load_digits().data, jnp.float32)
     runs = [kmeans(jax.random.key(0), x, 10, max_iterations=i, tolerance=0.0) for i in range(1, 9)]
     path = [float(run.inertia) for run in runs]
-    assert all(b <= a * (1 + RTOL[dtype.name]) for a, b in zip(path, path[1:]))
+    assert all(b <= a * (1 + RTOL["float32"]) for a, b in zip(path, path[1:]))
     seeds = kmeans_plusplus(jax.random.split(jax.random.key(0), 1)[0], x, 10).centers
     assert path[-1] < path[0] < cost(x, seeds)
     assert int(runs[1].iterations) == 2 and not bool(runs[1].converged)
@@ -333,9 +336,9 @@ class TestLloyd:
     x = make_blobs(40, 2, centers=[[0, 0], [50, 0], [0, 50]], random_state=0)[0]
     copies = np.random.default_rng(0).integers(1, 4, 40)
     weighted = kmeans(jax.random.key(0), jnp.asarray(x), 3, jnp.asarray(copies, float), tolerance=0.0)
-    repeated = kmeans(jax.random.key(1), jnp.asarray(np.repeat(x, copies, axis=0)), 3, tolerance=0.0)
-    assert_close(weighted.inertia, repeated.inertia, 1e-12)
-    assert_close(np.sort(weighted.centers, axis=0), np.sort(repeated.centers, axis=0), 1e-12)
+    repeated = KMeans(3, n_init=5, random_state=0, tol=0).fit(np.repeat(x, copies, axis=0))
+    assert_close(weighted.inertia, repeated.inertia_, 1e-10)
+    assert_close(np.sort(weighted.centers, axis=0), np.sort(repeated.cluster_centers_, axis=0), 1e-10)
 
   def test_more_clusters_than_distinct_rows(self, dtype):
     x = jnp.asarray(np.repeat([[0.0, 0.0], [5.0, 5.0], [9.0, 1.0]], [50, 1, 1], axis=0), dtype)

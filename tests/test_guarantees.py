@@ -1,4 +1,4 @@
-"""Theorems' sizes, and measured quality of weighted subsets on problems small enough to know the truth."""
+"""Theorems' sizes, and certificates of weighted subsets on problems small enough to know the truth."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kipcore import guarantees, sampling
+from kipcore import certificate, guarantees, sampling
 from helpers import assert_close
 
 RIDGE = 30.0
@@ -40,12 +40,12 @@ def objective(k, y, ridge, dual, weights=None):
 
 def errors_of(bank, scores, m, draws, seed=0, **options):
   """Errors `(draws, q)` of weighted subsets drawn by the scores."""
-  draw = lambda key: guarantees.query_errors(bank, *sampling.sensitivity_sample(key, scores, m, **options))
+  draw = lambda key: certificate.query_errors(bank, *sampling.sensitivity_sample(key, scores, m, **options))
   return np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(seed), draws)))
 
 
 def bank_of(k, y, ridge=RIDGE, **options):
-  return guarantees.query_bank(0, jnp.asarray(k), None, jnp.asarray(y), ridge, **options)
+  return certificate.query_bank(0, jnp.asarray(k), None, jnp.asarray(y), ridge, **options)
 
 
 def rbf(x1, x2=None):
@@ -177,25 +177,25 @@ def test_certificate_against_direct_formulas(x64):
   scores, best, dimension = closed_form(k, y, RIDGE)
   sample = sampling.sensitivity_sample(0, jnp.asarray(scores), 120)
   weights = sample.weights.at[0].set(0)
-  certificate = guarantees.measure_coreset(
+  found = certificate.measure_coreset(
       1, jnp.asarray(k), None, jnp.asarray(y), RIDGE, sample.indices, weights, total_sensitivity=scores.sum())
   w = np.bincount(np.asarray(sample.indices), weights=np.asarray(weights), minlength=150)
   dual = np.linalg.solve(w[:, None] * k + RIDGE * np.eye(150), w[:, None] * y)
   value = objective(k, y, RIDGE, dual)
-  assert certificate.exact and certificate.num_samples == 120 and certificate.num_queries == 92
-  assert_close(certificate.objective_lower, best, 1e-9)
-  assert_close(certificate.objective_reference, best, 1e-9)
-  assert_close(certificate.objective_subset, value, 1e-9)
-  assert_close(certificate.objective_ratio, value / best, 1e-9)
-  assert_close([certificate.effective_dimension_lower, certificate.effective_dimension_upper], [dimension] * 2, 1e-8)
-  assert_close(certificate.label_mass, scores.sum() - dimension, 1e-8)
+  assert found.exact and found.num_samples == 120 and found.num_queries == 92
+  assert_close(found.objective_lower, best, 1e-9)
+  assert_close(found.objective_reference, best, 1e-9)
+  assert_close(found.objective_subset, value, 1e-9)
+  assert_close(found.objective_ratio, value / best, 1e-9)
+  assert_close([found.effective_dimension_lower, found.effective_dimension_upper], [dimension] * 2, 1e-8)
+  assert_close(found.label_mass, scores.sum() - dimension, 1e-8)
   optimum = np.linalg.solve(k + RIDGE * np.eye(150), y)
-  assert_close(certificate.epsilon_at_optimum, abs(objective(k, y, RIDGE, optimum, w) / best - 1), 0, 1e-9)
-  assert certificate.measured_epsilon >= certificate.epsilon_at_optimum and certificate.promised_epsilon is None
-  assert json.loads(json.dumps(certificate.as_dict(), allow_nan=False)) == certificate.as_dict()
-  again = guarantees.measure_coreset(
+  assert_close(found.epsilon_at_optimum, abs(objective(k, y, RIDGE, optimum, w) / best - 1), 0, 1e-9)
+  assert found.measured_epsilon >= found.epsilon_at_optimum and found.promised_epsilon is None
+  assert json.loads(json.dumps(found.as_dict(), allow_nan=False)) == found.as_dict()
+  again = certificate.measure_coreset(
       1, jnp.asarray(k), None, jnp.asarray(y), RIDGE, sample.indices, weights, total_sensitivity=scores.sum())
-  assert again == certificate
+  assert again == found
 
 
 def test_bank_attains_the_sensitivities(x64):
@@ -214,9 +214,9 @@ def test_whole_set_is_without_error_in_float32():
   dtype = jnp.dtype("float32")
   x = jnp.asarray(np.random.default_rng(6).normal(size=(90, 3)), dtype)
   y = jnp.sin(x[:, :2])
-  certificate = guarantees.measure_coreset(
+  found = certificate.measure_coreset(
       0, rbf, x, y, 1.0, jnp.arange(90), jnp.ones(90, dtype), num_queries=5, total_sensitivity=10.0)
-  assert certificate.measured_epsilon < 2e-4 and abs(certificate.objective_ratio - 1) < 2e-4
+  assert found.measured_epsilon < 2e-4 and abs(found.objective_ratio - 1) < 2e-4
 
 
 def test_landmarks_bracket_the_truth(dtype):
@@ -228,7 +228,7 @@ def test_landmarks_bracket_the_truth(dtype):
   k = np.exp(-0.5 * np.sum((wide[:, None] - wide[None]) ** 2, axis=-1) / 9)
   scores, best, dimension = closed_form(k, y.astype(np.float64), 1.0)
   sample = sampling.sensitivity_sample(0, jnp.asarray(scores, dtype), 150)
-  one, three = (guarantees.measure_coreset(
+  one, three = (certificate.measure_coreset(
       2, rbf, jnp.asarray(x), jnp.asarray(y), 1.0, *sample, num_landmarks=30, num_queries=8, dual_steps=steps,
       block_size=128) for steps in (1, 3))
   slack = {"float32": 1e-4, "float64": 1e-9}[dtype.name]
@@ -252,6 +252,6 @@ def test_measure_errors():
       (dict(weights=jnp.ones(3)), "weights"), (dict(y=y * jnp.nan), "y: expected finite"),
       (dict(kernel=jnp.eye(4)), "kernel"), (dict(num_queries=0), "num_queries")]:
     with pytest.raises(ValueError, match=match):
-      guarantees.measure_coreset(**{**good, **change})
+      certificate.measure_coreset(**{**good, **change})
   with pytest.raises(TypeError, match="integers"):
-    guarantees.measure_coreset(**{**good, "indices": jnp.ones(2)})
+    certificate.measure_coreset(**{**good, "indices": jnp.ones(2)})

@@ -12,7 +12,7 @@ import pytest
 
 import kipcore
 from kipcore import artifact
-from experiments import pipeline, run_folder
+from experiments import pipeline, run_folder, selection
 from experiments.errors import UsageError
 from helpers import enable_x64
 
@@ -46,7 +46,8 @@ def run(tmp_path_factory):
 
 def test_a_run_writes_what_it_promises(run):
   folder, result = run
-  assert {p.name for p in folder.iterdir()} == set(run_folder.RUN_FILES)
+  names = {"config.json", "metrics.jsonl", "result.json", "distilled.npz", "images.png", "learning_curve.png"}
+  assert {p.name for p in folder.iterdir()} == names < set(run_folder.RUN_FILES)
   assert json.loads((folder / "result.json").read_text()) == result
   contract = {"dataset", "method", "init", "sampler", "seed", "support_size", "steps", "target_evaluations",
               "init_test_accuracy", "test_accuracy", "random_baseline_test_accuracy", "wall_seconds",
@@ -158,6 +159,24 @@ def test_wrong_values_are_named_and_nothing_is_left(changes, message, tmp_path):
     pipeline.run_distill(pipeline.DistillConfig(**{**QUICK, **changes}), str(tmp_path / "run"), verbose=False)
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run" / "distilled.npz").exists()
+
+
+@pytest.mark.parametrize("strategy", ["krr_sensitivity", "kmeans", "auto"])
+def test_selection_writes_points_scores_and_certificate(strategy, tmp_path):
+  config = selection.SelectConfig(strategy=strategy, images_per_class=5, num_devices=1)
+  folder, result = selection.run_select(config, str(tmp_path), verbose=False)
+  assert {"d_eff", "total_sensitivity", "max_over_mean_score", "measured_epsilon", "objective_ratio"} <= set(result)
+  assert abs(result["d_eff"] - 50) < 1 and 50 <= result["total_sensitivity"] <= 51.1
+  certified = json.loads((folder / "certificate.json").read_text())
+  made = strategy == "kmeans" or result["chosen_strategy"] == "kmeans"
+  assert ("note" in certified) == made
+  if not made:
+    assert 0 < result["measured_epsilon"] and 1 <= result["objective_ratio"]
+  again = pipeline.run_evaluate(kipcore.load_artifact(folder / "distilled.npz"), None, ["krr"], 1, 0)
+  assert again["test_accuracy"] == result["test_accuracy"]
+  assert (folder / "certificate.png").stat().st_size > 5000
+  with pytest.raises(UsageError, match="score_ridge"):
+    selection.run_select(selection.SelectConfig(score_ridge="-1"), str(tmp_path / "bad"))
 
 
 @pytest.mark.parametrize("changes, message", [

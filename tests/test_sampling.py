@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kipcore import sampling
+from kipcore import draws, sampling
 from kipcore.types import Status
 from helpers import assert_close
 
@@ -108,7 +108,7 @@ def test_lightweight_mixture_caps_the_weights(x64):
 
 def test_inclusion_units_are_exact(dtype):
   """Units of 2^-32 sum to the number of draws exactly, certain rows are apart, a positive row keeps a chance."""
-  units_of = jax.jit(sampling._inclusion_units)
+  units_of = jax.jit(draws._inclusion_units)
   rng, n = np.random.default_rng(5), 200
   tiny = float(jnp.finfo(dtype).tiny)
   laws = [
@@ -136,22 +136,22 @@ def test_inclusion_follows_the_capped_law(x64):
   for _ in range(200):
     mid = (low + high) / 2
     low, high = (mid, high) if np.minimum(1, mid * p).sum() < 20 else (low, mid)
-  units, always = sampling._inclusion_units(jnp.asarray(p / p.sum()), jnp.int32(20))
+  units, always = draws._inclusion_units(jnp.asarray(p / p.sum()), jnp.int32(20))
   assert_close(np.where(always, 1, np.asarray(units) / 2**32), np.minimum(1, low * p), 1e-8)
   assert np.asarray(always).sum() >= 2
 
 
 def test_systematic_frequencies_distinct_rows_and_certain_rows(dtype):
   """Empirical inclusion within 3 sigma (allowing the 0.3 % that lies beyond by chance), capped rows in every draw."""
-  scores, draws = skewed(dtype).at[:2].set(1000.0), 4000
-  sample = jax.vmap(lambda key: sampling.systematic_sample(key, scores, M))(jax.random.split(jax.random.key(1), draws))
+  scores, times = skewed(dtype).at[:2].set(1000.0), 4000
+  sample = jax.vmap(lambda key: sampling.systematic_sample(key, scores, M))(jax.random.split(jax.random.key(1), times))
   counts = np.bincount(np.asarray(sample.indices).ravel(), minlength=N)
   pi = np.full(N, np.nan)
   pi[np.asarray(sample.indices).ravel()] = np.asarray(sample.inclusion, np.float64).ravel()
   assert np.all(np.asarray(sample.status) == Status.OK) and np.isfinite(pi).all()
   assert abs(pi.sum() - M) < 1e-5 * M
-  assert counts[:2].tolist() == [draws, draws] and pi[:2].tolist() == [1, 1]
-  z = (counts - draws * pi)[2:] / np.sqrt(draws * pi * (1 - pi))[2:]
+  assert counts[:2].tolist() == [times, times] and pi[:2].tolist() == [1, 1]
+  z = (counts - times * pi)[2:] / np.sqrt(times * pi * (1 - pi))[2:]
   assert np.mean(np.abs(z) > 3) <= 0.02 and np.abs(z).max() < 4.5
   assert_close(sample.weights, 1 / np.asarray(sample.inclusion), 1e-6)
   assert all(len(set(row)) == M for row in np.asarray(sample.indices).tolist())
@@ -173,7 +173,7 @@ def test_neighbours_are_not_tied_by_the_order():
 @pytest.mark.parametrize("log_size", [0, 1, 2, 3, 8, 11])
 def test_scrambled_order_is_a_bijection(log_size):
   for words in jax.random.bits(jax.random.key(0), (20, 6), jnp.uint32):
-    assert np.array_equal(np.sort(sampling._scrambled(words, log_size)), np.arange(2**log_size))
+    assert np.array_equal(np.sort(draws._scrambled(words, log_size)), np.arange(2**log_size))
 
 
 def test_large_laws_in_float32():
@@ -183,7 +183,7 @@ def test_large_laws_in_float32():
   p = rng.lognormal(0, 1, n).astype(np.float32)
   p[rng.permutation(n)[: n // 2]] = 0
   scores = jnp.asarray(p)
-  rows = np.asarray(jax.jit(sampling.draw_rows, static_argnums=2)(jax.random.key(0), scores, 4_000_000))
+  rows = np.asarray(jax.jit(draws.draw_rows, static_argnums=2)(jax.random.key(0), scores, 4_000_000))
   assert np.all(p[rows] > 0)
   bins = np.arange(n) * 20 // n
   expected = np.bincount(bins, weights=p.astype(np.float64))
@@ -198,20 +198,20 @@ def test_large_laws_in_float32():
 
 
 def test_edges_of_the_uniform_variate_stay_inside():
-  draw = jax.jit(sampling.draw_rows, static_argnums=2)
+  draw = jax.jit(draws.draw_rows, static_argnums=2)
   for weights in ([0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 5.0]):
     rows = draw(jax.random.key(0), jnp.asarray(weights), 1000)
     assert np.all(np.asarray(weights)[np.asarray(rows)] > 0)
   tops = jnp.asarray([1.0, 3.0, 1e-30])
-  assert np.all(np.asarray(sampling._below(jax.random.key(1), tops, 3)) < np.asarray(tops))
+  assert np.all(np.asarray(draws._below(jax.random.key(1), tops, 3)) < np.asarray(tops))
 
 
 def test_gumbel_threshold_is_unbiased_and_the_naive_weight_is_not(x64):
   p = np.r_[0.5, 0.2, np.full(10, 0.03)]
-  f, b, draws = np.ones(12), 6, 5000
+  f, b, times = np.ones(12), 6, 5000
   f[0] = 4.0
   indices, weights = jax.vmap(lambda key: sampling.gumbel_sample(key, jnp.asarray(p), b))(
-      jax.random.split(jax.random.key(3), draws))
+      jax.random.split(jax.random.key(3), times))
   indices = np.asarray(indices)
   assert within_standard_errors((np.asarray(weights) * f[indices]).sum(1)[:, None], f.sum())
   assert not within_standard_errors((f[indices] / (b * p[indices])).sum(1)[:, None], f.sum(), 10.0)

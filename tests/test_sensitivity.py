@@ -206,6 +206,42 @@ def test_refinement_tightens_the_label_term(x64):
   assert totals[1] < 0.8 * totals[0]
 
 
+def test_the_parts_of_the_nystrom_bound(x64):
+  x, y, _, u = problem()
+  k, root, s = rbf_matrix(x), np.sqrt(u), np.arange(12) * 5
+  kw, yw = root[:, None] * k * root, root[:, None] * y
+  for ridge in (0.05, 1.0, 30.0):
+    truth = sensitivity.krr_sensitivity_scores(jnp.asarray(k), jnp.asarray(y), ridge, jnp.asarray(u))
+    # Restricted to the span of the landmarks, W = sum_s c_s phi_s.
+    c = np.linalg.solve(kw[:, s].T @ kw[:, s] + ridge * kw[s][:, s], kw[:, s].T @ yw)
+    r = yw - kw[:, s] @ c
+    reached = (r**2).sum() + ridge * np.sum(c * (kw[s][:, s] @ c))
+    got = sensitivity._nystrom(rbf, jnp.asarray(x), jnp.asarray(yw), jnp.asarray(ridge), jnp.asarray(root),
+                               jnp.asarray(s), jnp.arange(60), 16, jnp.asarray(0.0))
+    assert_close(got.residual2, (r**2).sum(1), 1e-8)
+    assert (np.asarray(got.tau) >= np.asarray(truth.leverage) - 1e-12).all()
+    assert got.bound <= truth.objective
+    if got.bound > 0:
+      assert_close(got.bound * (1 + got.gap), reached, 1e-8)
+    # Written out block by block.
+    e = kw - kw[:, s] @ np.linalg.solve(kw[s][:, s], kw[s])
+    unseen = [np.sqrt(np.diag(r[b:b + 16].T @ e[b:b + 16, b:b + 16] @ r[b:b + 16])) for b in range(0, 60, 16)]
+    assert_close(got.bound, max(reached - (sum(unseen) ** 2).sum() / ridge, 0), 1e-7, 1e-7)
+  assert got.bound > 0.5 * truth.objective
+
+
+def test_the_bound_on_a_norm(dtype):
+  rng = np.random.default_rng(0)
+  for scale in (1e-6, 1.0, 1e6):
+    for rank in (1, 3, 40):
+      f = rng.normal(size=(40, rank))
+      e = scale * f @ f.T
+      norm = np.linalg.norm(e, 2)
+      bound = float(sensitivity._norm_bound(jnp.asarray(e, dtype)))
+      assert norm * (1 - 1e-5) <= bound <= rank ** (1 / 16) * norm * (1 + 1e-5)
+  assert sensitivity._norm_bound(jnp.zeros((4, 4), dtype)) == 0
+
+
 def test_given_landmarks_and_a_callers_jit(dtype):
   x, y, _, u = problem()
   call = lambda key, ridge: approximate(
@@ -308,7 +344,8 @@ def test_mnist_certificates_are_tight():
   for target in (10.0, 100.0):
     ridge = leverage.score_ridge_for_dimension(k, target).ridge
     truth = np.asarray(sensitivity.krr_sensitivities(k, y, ridge))
-    landmarks = sensitivity.approximate_krr_sensitivities(jax.random.key(0), kernel_fn, x, y, ridge, 150, block_size=256)
+    landmarks = sensitivity.approximate_krr_sensitivities(
+        jax.random.key(0), kernel_fn, x, y, ridge, 150, block_size=256)
     known = sensitivity.blocked_krr_sensitivities(kernel_fn, x, y, ridge, label, None, landmarks.objective)
     for got in (landmarks, known):
       assert (np.asarray(got.scores) >= truth - 1e-5).all()

@@ -1,0 +1,77 @@
+"""README, WORKSPACE and notebooks say what is true: their code is executed, their commands exist."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import kipcore
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_library_quickstart_runs(capsys):
+  block, = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+  exec(compile(block, "README.md", "exec"), {})
+  real, distilled = (float(p) for p in re.findall(r"images: ([\d.]+) %", capsys.readouterr().out))
+  assert distilled > real + 10
+
+
+@pytest.mark.parametrize("marker", ["distil", "test"])
+def test_each_command_is_one_line(marker):
+  block, = re.findall(rf"<!-- {marker} -->\n```bash\n(.*?)\n```", README, flags=re.S)
+  assert "\n" not in block and block.startswith("python3 -m venv")
+
+
+def test_commands_name_flags_that_exist():
+  text = README + (ROOT / "WORKSPACE.md").read_text()
+  for module in set(re.findall(r"-m (experiments\.\w+(?:\.\w+)?)", text)):
+    done = subprocess.run([sys.executable, "-m", module, "--helpfull"], cwd=ROOT, capture_output=True, text=True)
+    shown = done.stdout + done.stderr
+    for line in re.findall(rf"-m {re.escape(module)}([^`\n&]*)", text):
+      for flag in re.findall(r"--(\w+)", line):
+        assert re.search(rf"--(\[no\])?{flag}\b", shown), f"{module} has no flag --{flag}"
+
+
+def test_workspace_names_every_room():
+  text = (ROOT / "WORKSPACE.md").read_text()
+  for path in (ROOT / "kipcore").rglob("*.py"):
+    if path.stem not in ("__init__", "version"):
+      assert f"`{path.stem}`" in text, f"WORKSPACE.md does not name {path.stem}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebooks_run_and_hold_no_outputs(path):
+  notebook = json.loads(path.read_text())
+  scope = {}
+  for cell in notebook["cells"]:
+    if cell["cell_type"] != "code":
+      continue
+    assert not cell["outputs"] and cell["execution_count"] is None
+    source = "".join(cell["source"])
+    code = "\n".join(line for line in source.splitlines() if not line.startswith(("%", "!")))
+    exec(compile(code, path.name, "exec"), scope)
+
+
+def test_documents_speak_of_the_software_alone():
+  for path in [ROOT / "README.md", ROOT / "WORKSPACE.md", *(ROOT / "notebooks").glob("*.ipynb")]:
+    assert not re.search(r"(^|[^A-Za-z])/(work|root|tmp)/", path.read_text()), path.name
+
+
+def test_results_carry_their_origin():
+  for path in (ROOT / "experiments" / "results").rglob("*.json"):
+    origin = json.loads(path.read_text())["environment"]
+    assert origin["commit"] and origin["hardware"]["backend"] and origin["versions"]["jax"], path.name
+
+
+def test_version_is_the_installed_one():
+  assert re.fullmatch(r"\d+\.\d+\.\d+", kipcore.__version__)
+
+
+def test_readme_tables_come_from_the_result_files():
+  from experiments import tables
+  assert tables.rendered(README) == README, "run python -m experiments.tables"
