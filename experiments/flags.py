@@ -9,27 +9,30 @@ import sys
 
 from absl import app, flags, logging
 
+from experiments.config import DataConfig
+
 FLAGS = flags.FLAGS
+_DEFAULT = DataConfig()
 
 
 def define_common() -> None:
   """Flags of every binary that loads a dataset and builds a kernel."""
-  flags.DEFINE_string("dataset", "digits", "'digits' (embedded), a TFDS image-classification name (mnist, cifar10, ...), "
+  flags.DEFINE_string("dataset", _DEFAULT.dataset, "'digits' (embedded), a TFDS image-classification name (mnist, cifar10, ...), "
                       "or a path to an .npz with x_train, y_train, x_test, y_test.")
-  flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets; TFDS's own default if not given.")
-  flags.DEFINE_string("architecture", "fc1", "fc1, fc2, ..., conv1, conv2, ... (with _vec: no pooling, _gap: global "
+  flags.DEFINE_string("data_dir", _DEFAULT.data_dir, "Where TFDS keeps its prepared datasets; TFDS's own default if not given.")
+  flags.DEFINE_string("architecture", _DEFAULT.architecture, "fc1, fc2, ..., conv1, conv2, ... (with _vec: no pooling, _gap: global "
                       "average pooling), myrtle5, myrtle7, myrtle10.")
-  flags.DEFINE_enum("kernel", "ntk", ["ntk", "nngp"], "Which infinite-width kernel of the architecture.")
-  flags.DEFINE_integer("images_per_class", 1, "Distilled (or selected) images of each class.", lower_bound=1)
-  flags.DEFINE_enum("preprocess", "standardize",
+  flags.DEFINE_enum("kernel", _DEFAULT.kernel, ["ntk", "nngp"], "Which infinite-width kernel of the architecture.")
+  flags.DEFINE_integer("images_per_class", _DEFAULT.images_per_class, "Distilled (or selected) images of each class.", lower_bound=1)
+  flags.DEFINE_enum("preprocess", _DEFAULT.preprocess,
                     ["none", "standardize", "zca", "zca_kip", "zca_rfad", "zca_dcbench", "zca_absolute"],
                     "Fitted on training rows; see kipcore.preprocess for what each ZCA is.")
-  flags.DEFINE_float("validation_fraction", 0.1, "Share of the training rows kept for validation; 0 for none.",
+  flags.DEFINE_float("validation_fraction", _DEFAULT.validation_fraction, "Share of the training rows kept for validation; 0 for none.",
                      lower_bound=0.0, upper_bound=0.9)
-  flags.DEFINE_integer("test_rows", 0, "Score on the first so many test rows (for slow kernels); 0 for all.",
+  flags.DEFINE_integer("test_rows", _DEFAULT.test_rows, "Score on the first so many test rows (for slow kernels); 0 for all.",
                        lower_bound=0)
-  flags.DEFINE_integer("seed", 0, "Root of every random stream.", lower_bound=0)
-  flags.DEFINE_integer("num_devices", 0, "Devices to map the work over; 0 for all local ones.", lower_bound=0)
+  flags.DEFINE_integer("seed", _DEFAULT.seed, "Root of every random stream.", lower_bound=0)
+  flags.DEFINE_integer("num_devices", _DEFAULT.num_devices, "Devices to map the work over; 0 for all local ones.", lower_bound=0)
   define_output()
 
 
@@ -37,7 +40,7 @@ def define_output() -> None:
   """Flags of every binary that writes a run folder."""
   flags.DEFINE_string("output_dir", None, "Run folder; by default a new one under runs/, named after the run.")
   flags.DEFINE_bool("overwrite", False, "Replace the files of an earlier run in --output_dir.")
-  flags.DEFINE_bool("x64", False, "float64 throughout: slower, for small ridges and large supports.")
+  flags.DEFINE_bool("x64", _DEFAULT.x64, "float64 throughout: slower, for small ridges and large supports.")
 
 
 def launch(main) -> None:

@@ -16,45 +16,12 @@ from kipcore.architectures import architecture
 from kipcore.distill import kip, loop, samplers
 from kipcore.types import Support
 from experiments import run_folder
+from experiments.config import DataConfig, DistillConfig
 from experiments.errors import UsageError, usage
 
 METHODS = ("kip", "label_solve")
 _BASELINE_DRAWS = 3
 _VALIDATION_ROWS = 2000
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """What `load` needs; see the flags of the same names."""
-
-  dataset: str = "digits"
-  data_dir: str | None = None
-  architecture: str = "fc1"
-  kernel: str = "ntk"
-  images_per_class: int = 1
-  preprocess: str = "standardize"
-  validation_fraction: float = 0.1
-  test_rows: int = 0
-  seed: int = 0
-  num_devices: int = 0
-  x64: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillConfig(DataConfig):
-  """What `distil` needs besides."""
-
-  method: str = "kip"
-  init: str = "uniform"
-  sampler: str = "uniform"
-  steps: int = 1000
-  target_batch_size: int = 0
-  learning_rate: float = 0.01
-  schedule: str = "cosine"
-  relative_ridge: float = 1e-6
-  loss: str = "mse"
-  learn_labels: bool = True
-  log_test_accuracy: bool = False
 
 
 class Data(NamedTuple):

@@ -3,39 +3,37 @@
 With no flag it learns one image a class of the embedded digits in a few seconds.
 MNIST, 10 images a class, 96 % and more, about two minutes on two cores:
 
-  python -m experiments.run_distill --dataset=mnist --images_per_class=10 --steps=2000 --target_batch_size=2000
+  python -m experiments.run_distill --dataset=mnist --images_per_class=10 --steps=3000 --target_batch_size=2000
 """
-
-import dataclasses
 
 from absl import flags
 
 from experiments import flags as common
+from experiments.config import DistillConfig, from_flags
 
 FLAGS = flags.FLAGS
+_DEFAULT = DistillConfig()
 
 common.define_common()
-flags.DEFINE_string("method", "kip", "kip (learn the images) or label_solve (real images, best labels).")
-flags.DEFINE_string("init", "uniform", "Where to start: uniform (class-balanced real rows), krr_sensitivity, kmeans "
+flags.DEFINE_string("method", _DEFAULT.method, "kip (learn the images) or label_solve (real images, best labels).")
+flags.DEFINE_string("init", _DEFAULT.init, "Where to start: uniform (class-balanced real rows), krr_sensitivity, kmeans "
                     "(centroids), kmedoids, kmeans_plusplus, krr_pursuit, noise, or auto (the best by measure).")
-flags.DEFINE_string("sampler", "uniform", "Which targets to learn from next: uniform or class_balanced.")
-flags.DEFINE_integer("steps", 1000, "Optimiser steps.", lower_bound=0)
-flags.DEFINE_integer("target_batch_size", 0, "Targets a step, over all devices; 0 for 1,000 or all of fewer.",
+flags.DEFINE_string("sampler", _DEFAULT.sampler, "Which targets to learn from next: uniform or class_balanced.")
+flags.DEFINE_integer("steps", _DEFAULT.steps, "Optimiser steps.", lower_bound=0)
+flags.DEFINE_integer("target_batch_size", _DEFAULT.target_batch_size, "Targets a step, over all devices; 0 for 1,000 or all of fewer.",
                      lower_bound=0)
-flags.DEFINE_float("learning_rate", 0.01, "Peak rate of Adam, in units of the preprocessed inputs.")
-flags.DEFINE_enum("schedule", "cosine", ["cosine", "constant"], "Rate over the steps; cosine falls to zero.")
-flags.DEFINE_float("relative_ridge", 1e-6, "Ridge as a fraction of the mean diagonal of the support's kernel.")
-flags.DEFINE_enum("loss", "mse", ["mse", "cross_entropy"], "cross_entropy learns a temperature as well.")
-flags.DEFINE_bool("learn_labels", True, "Learn the labels of the distilled images too.")
-flags.DEFINE_bool("log_test_accuracy", False, "Also log test accuracy during the run (recorded, never chosen by).")
+flags.DEFINE_float("learning_rate", _DEFAULT.learning_rate, "Peak rate of Adam, in units of the preprocessed inputs.")
+flags.DEFINE_enum("schedule", _DEFAULT.schedule, ["cosine", "constant"], "Rate over the steps; cosine falls to zero.")
+flags.DEFINE_float("relative_ridge", _DEFAULT.relative_ridge, "Ridge as a fraction of the mean diagonal of the support's kernel.")
+flags.DEFINE_enum("loss", _DEFAULT.loss, ["mse", "cross_entropy"], "cross_entropy learns a temperature as well.")
+flags.DEFINE_bool("learn_labels", _DEFAULT.learn_labels, "Learn the labels of the distilled images too.")
+flags.DEFINE_bool("log_test_accuracy", _DEFAULT.log_test_accuracy, "Also log test accuracy during the run (recorded, never chosen by).")
 
 
 def main() -> None:
   """Builds the config from the flags and runs it."""
   from experiments import pipeline
-  names = [field.name for field in dataclasses.fields(pipeline.DistillConfig)]
-  config = pipeline.DistillConfig(**{name: getattr(FLAGS, name) for name in names})
-  pipeline.run_distill(config, FLAGS.output_dir, FLAGS.overwrite)
+  pipeline.run_distill(from_flags(DistillConfig, FLAGS), FLAGS.output_dir, FLAGS.overwrite)
 
 
 if __name__ == "__main__":

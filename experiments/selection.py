@@ -1,6 +1,5 @@
 """Selection without distillation: scores, points, weights, and the measured certificate."""
 
-import dataclasses
 import pathlib
 import time
 
@@ -10,19 +9,11 @@ import numpy as np
 from kipcore import certificate, coreset, keys, krr, report
 from kipcore.types import Support
 from experiments import pipeline, run_folder
+from experiments.config import SelectConfig
 from experiments.errors import UsageError, usage
 
 # Beyond this the dual lower bound on F*, which evaluates every kernel entry, is left to the scores.
 _DUAL_ROWS = 10_000
-
-
-@dataclasses.dataclass(frozen=True)
-class SelectConfig(pipeline.DataConfig):
-  """What `run_select` needs besides the data."""
-
-  strategy: str = "krr_sensitivity"
-  score_ridge: str = "auto"
-  relative_ridge: float = 1e-6
 
 
 def run_select(config: SelectConfig, output_dir: str | None = None, overwrite: bool = False,

@@ -20,19 +20,14 @@ objective. Input weights u enter by phi_i -> sqrt(u_i) phi_i, y_i -> sqrt(u_i) y
 """
 
 import enum
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, keys, leverage, linalg
-from kipcore.types import Array, KernelFn, Status
-
-# Halvings of the exponent in the bound on a spectral norm by Frobenius norms of powers.
-_SQUARINGS = 3
-
+from kipcore import checks, keys, leverage, linalg, scoring, sensitivity_cores
+from kipcore.types import Array, KernelFn
 
 class Guarantee(enum.IntEnum):
   """What holds for the scores: equal to the sensitivities, or never below them (up to rounding)."""
@@ -95,10 +90,10 @@ def krr_sensitivity_scores(k: Array, y: Array, ridge, weights: Array | None = No
     ValueError: for shapes that do not fit, a ridge <= 0, NaN or infinite input, or a
       ridge below 1e-4 tr K / n where only float32 is available (a status if traced).
   """
-  k, ridge, root = leverage.prepare_matrix(k, ridge, weights)
+  k, ridge, root = scoring.prepare_matrix(k, ridge, weights)
   y = _prepare_labels(y, k, root)
   checks.finite("k", k)
-  return _finish(_exact_scores(k, y, ridge, root), Guarantee.EXACT, k.dtype)
+  return _finish(sensitivity_cores.exact_scores(k, y, ridge, root), Guarantee.EXACT, k.dtype)
 
 
 def krr_sensitivities(k: Array, y: Array, ridge, weights: Array | None = None) -> Array:
@@ -125,11 +120,11 @@ def feature_krr_sensitivities(z: Array, y: Array, ridge, weights: Array | None =
     ValueError: as `krr_sensitivity_scores`.
   """
   checks.rank("z", z, 2)
-  ridge, root = leverage.prepare_rows("z", z, ridge, weights)
+  ridge, root = scoring.prepare_rows("z", z, ridge, weights)
   y = _prepare_labels(y, z, root)
   checks.finite("z", z)
-  leverage.check_precision(ridge, lambda: jnp.mean(root**2 * jnp.sum(z.astype(root.dtype) ** 2, axis=1)), z.dtype)
-  return _finish(_feature_scores(z, y, ridge, root, block_size), Guarantee.EXACT, z.dtype)
+  scoring.check_precision(ridge, lambda: jnp.mean(root**2 * jnp.sum(z.astype(root.dtype) ** 2, axis=1)), z.dtype)
+  return _finish(sensitivity_cores.feature_scores(z, y, ridge, root, block_size), Guarantee.EXACT, z.dtype)
 
 
 def blocked_krr_sensitivities(kernel_fn: KernelFn, x: Array, y: Array, ridge, groups,
@@ -146,7 +141,7 @@ def blocked_krr_sensitivities(kernel_fn: KernelFn, x: Array, y: Array, ridge, gr
     y, ridge, weights: as `krr_sensitivity_scores`.
     groups: `(n,)` integers on the host, e.g. class labels; sizes may differ.
     objective_bound: a known lower bound on F* over all rows, which tightens the label
-      term (see `_joint`); 0 for none.
+      term (see `sensitivity_cores.joint`); 0 for none.
 
   Returns:
     `SensitivityScores`, over-estimates; `objective` is the best lower bound known.
@@ -168,8 +163,8 @@ def blocked_krr_sensitivities(kernel_fn: KernelFn, x: Array, y: Array, ridge, gr
   # A padded entry repeats a row of the group, with weight 0.
   index = order[start[:, None] + np.minimum(column[None, :], size[:, None] - 1)].astype(np.int32)
   present = column[None, :] < size[:, None]
-  bound = jnp.asarray(objective_bound, root.dtype)
-  parts = _blocked_scores(kernel_fn, x, y, ridge, root, jnp.asarray(index), jnp.asarray(present), bound)
+  parts = sensitivity_cores.blocked_scores(
+      kernel_fn, x, y, ridge, root, jnp.asarray(index), jnp.asarray(present), jnp.asarray(objective_bound, root.dtype))
   return _finish(parts, Guarantee.OVER_ESTIMATE, x.dtype)
 
 
@@ -181,7 +176,7 @@ def approximate_krr_sensitivities(key, kernel_fn: KernelFn, x: Array, y: Array, 
   Each score is the smaller of two bounds, both proved for every S and every order of rows:
 
   1. One pass: tau_i, r_i and F*_i exactly within the rows S and i alone, joined with a
-     lower bound F_low <= F* (see `_joint`).
+     lower bound F_low <= F* (see `joint`).
   2. Nystrom (with `refine`): K = V V^T + E with V from S. The upper bound of
      `leverage.low_rank_leverage_bounds` on tau_i, where ||E|| is at most the sum over
      diagonal blocks of their norms; and with W~ the fit in the span of S, r~_i its residuals,
@@ -215,11 +210,11 @@ def approximate_krr_sensitivities(key, kernel_fn: KernelFn, x: Array, y: Array, 
   checks.positive_int("num_landmarks", num_landmarks)
   checks.positive_int("block_size", block_size)
   if landmarks is not None:
-    landmarks = leverage.prepare_landmarks(landmarks, x.shape[0])
+    landmarks = scoring.prepare_landmarks(landmarks, x.shape[0])
     checks.shape("landmarks", landmarks, (num_landmarks,))
   order = jax.random.permutation(keys.canonical_key(key), x.shape[0]).astype(jnp.int32)
   landmarks = order[:num_landmarks] if landmarks is None else landmarks
-  parts = _landmark_scores(kernel_fn, x, y, ridge, root, landmarks, order, block_size, refine)
+  parts = sensitivity_cores.landmark_scores(kernel_fn, x, y, ridge, root, landmarks, order, block_size, refine)
   return _finish(parts, Guarantee.OVER_ESTIMATE, x.dtype)
 
 
@@ -294,13 +289,13 @@ def _prepare_labels(y, x, root) -> Array:
 
 
 def _prepare_kernel_rows(kernel_fn, x, y, ridge, weights):
-  ridge, root = leverage.prepare_rows("x", x, ridge, weights)
+  ridge, root = scoring.prepare_rows("x", x, ridge, weights)
   y = _prepare_labels(y, x, root)
   checks.finite("x", x)
   # The mean over a few rows is enough to place the ridge against the floor of float32.
   few = slice(None, None, max(1, x.shape[0] // 256))
-  leverage.check_precision(
-      ridge, lambda: jnp.mean(leverage.weighted_diagonal(kernel_fn, x[few], root[few])), x.dtype)
+  scoring.check_precision(
+      ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, x[few], root[few])), x.dtype)
   return ridge, root, y
 
 
@@ -317,159 +312,9 @@ def _prepare_points(x, weights) -> Array:
 
 def _finish(parts, guarantee: Guarantee, dtype) -> SensitivityScores:
   """Diagnostics of (scores, leverage, objective, lower dimension, status); warns where flat."""
-  result = SensitivityScores(*_diagnose(parts, jnp.dtype(dtype)))._replace(guarantee=guarantee)
+  result = SensitivityScores(*sensitivity_cores.diagnose(parts, jnp.dtype(dtype)))._replace(guarantee=guarantee)
   leverage.warn_if_flat(result.max_over_mean)
   return result
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _diagnose(parts, dtype):
-  scores, tau, objective, lower, status = parts
-  n = scores.shape[0]
-  scores = jnp.where(status == Status.OK, jnp.clip(scores, 0, 1), jnp.nan)
-  tau = jnp.minimum(tau, scores)
-  label = scores - tau
-  total = jnp.sum(scores)
-  diagnostics = (objective, total, jnp.sum(tau), lower, jnp.sum(label), n * jnp.max(scores) / total,
-                 n * jnp.sum((scores / total) ** 2))
-  floats = jax.tree.map(lambda a: a.astype(dtype), (scores, tau, label, *diagnostics))
-  return (*floats, Guarantee.EXACT, status)
-
-
-def _label_term(residual2, objective):
-  """||r_i||^2 / F*, and 0 where there is nothing to fit."""
-  return jnp.where(objective > 0, residual2 / jnp.where(objective > 0, objective, 1), 0)
-
-
-def _joint(tau, residual2, part, bound):
-  """Over-estimate from a subproblem with optimum `part` and a lower bound on the full optimum.
-
-  For every g >= 0, (1 + g) F >= F_part + g bound, and the supremum of f_i over the right
-  side is tau + ||r||^2 / (part + g bound) by the closed form. The best g is closed form too.
-  """
-  safe = jnp.where(bound > 0, bound, 1)
-  share, q = part / safe, residual2 / safe
-  root = jnp.sqrt(q * jnp.maximum(1 - share, 0))
-  inside = (bound > 0) & (share < 1) & (root > share * jnp.sqrt(tau))
-  optimum = (jnp.sqrt(jnp.maximum(1 - share, 0) * tau) + jnp.sqrt(q)) ** 2
-  return jnp.where(inside, optimum, tau + _label_term(residual2, part))
-
-
-def _solve_scores(k, y, ridge):
-  """Scores `(tau, ||r||^2, F*, status)` of weighted data by one factorisation."""
-  f = leverage.scoring_factor(k, ridge)
-  dual = linalg.solve(f, y)
-  return (leverage.factor_leverage(f, ridge), ridge**2 * jnp.sum(dual**2, axis=1), ridge * jnp.sum(y * dual), f.status)
-
-
-@jax.jit
-def _exact_scores(k, y, ridge, root):
-  tau, residual2, objective, status = _solve_scores(root[:, None] * k.astype(root.dtype) * root[None, :], y, ridge)
-  return tau + _label_term(residual2, objective), tau, objective, jnp.sum(tau), status
-
-
-@functools.partial(jax.jit, static_argnames="block_size")
-def _feature_scores(z, y, ridge, root, block_size):
-  tau, residual2, objective, status = leverage.feature_fit(z, root, y, ridge, block_size)
-  return tau + _label_term(residual2, objective), tau, objective, jnp.sum(tau), status
-
-
-@functools.partial(jax.jit, static_argnames="kernel_fn")
-def _blocked_scores(kernel_fn, x, y, ridge, root, index, present, bound):
-
-  def group(block):
-    rows, mask = block
-    weight = jnp.where(mask, root[rows], 0)
-    k = leverage.weighted_block(kernel_fn, x[rows], weight)
-    tau, residual2, objective, status = _solve_scores(k, jnp.where(mask[:, None], y[rows], 0), ridge)
-    return tau, residual2, jnp.full_like(tau, objective), jnp.full_like(rows, status)
-
-  tau, residual2, part, status = jax.lax.map(group, (index, present))
-  bound = jnp.maximum(bound, jnp.max(part))
-  scores = _joint(tau, residual2, part, bound)
-  # Padding repeats a row that is there already, so the largest value over copies is the row's own or 0.
-  place = lambda a: jnp.zeros_like(root).at[index].max(jnp.where(present, a, 0))
-  return place(scores), place(tau), bound, jnp.zeros_like(bound), jnp.max(status)
-
-
-def _norm_bound(e):
-  """Upper bound on the spectral norm of a symmetric matrix, ||E^8||_F^{1/8}, scaled on the way."""
-  scales = []
-  for _ in range(_SQUARINGS):
-    scales.append(jnp.linalg.norm(e))
-    e = e / jnp.maximum(scales[-1], jnp.finfo(e.dtype).tiny)
-    e = linalg.matmul(e, e)
-  bound = jnp.linalg.norm(e)
-  for scale in reversed(scales):
-    bound = scale * jnp.sqrt(bound)
-  return bound
-
-
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size", "refine"))
-def _landmark_scores(kernel_fn, x, y, ridge, root, landmarks, order, block_size, refine):
-  tau, residual2, part, status = leverage.landmark_fit(kernel_fn, x, root, y, landmarks, None, ridge, block_size)
-  bound = jnp.min(part)
-  if not refine:
-    return _joint(tau, residual2, part, bound), tau, bound, jnp.zeros_like(bound), status
-  nystrom = _nystrom(kernel_fn, x, y, ridge, root, landmarks, order, block_size, bound)
-  best = jnp.minimum(tau, nystrom.tau)
-  label = (jnp.sqrt(_label_term(nystrom.residual2, nystrom.bound)) + jnp.sqrt(best * nystrom.gap)) ** 2
-  scores = jnp.minimum(best + label, _joint(tau, residual2, part, nystrom.bound))
-  return scores, best, nystrom.bound, nystrom.lower_dimension, jnp.maximum(status, nystrom.status)
-
-
-class _Nystrom(NamedTuple):
-  """Bound 2 of `approximate_krr_sensitivities`: what it needs of each row and of the whole."""
-
-  tau: Array
-  residual2: Array
-  bound: Array
-  gap: Array
-  lower_dimension: Array
-  status: Array
-
-
-def _nystrom(kernel_fn, x, y, ridge, root, landmarks, order, block_size, bound) -> _Nystrom:
-  xs, rs = x[landmarks], root[landmarks]
-  f = leverage.nystrom_factor(kernel_fn, xs, rs)
-  blocks = leverage.split_blocks(block_size, order, root[order], y[order])
-
-  def features(rows, weight):
-    return linalg.whiten(f, leverage.weighted_block(kernel_fn, x[rows], weight, xs, rs).T)
-
-  def gather(total, block):
-    rows, weight, yb = block
-    v = features(rows, weight)
-    missed = leverage.weighted_block(kernel_fn, x[rows], weight) - linalg.matmul(v.T, v)
-    new = linalg.matmul(v, v.T), linalg.matmul(v, yb), jnp.trace(missed), _norm_bound(missed)
-    return jax.tree.map(jnp.add, total, new), None
-
-  scalar = jnp.zeros((), root.dtype)
-  start = (jnp.zeros_like(f.lower), jnp.zeros((xs.shape[0], y.shape[1]), root.dtype), scalar, scalar)
-  (moment, cross, tail, norm), _ = jax.lax.scan(gather, start, blocks)
-  values = jnp.maximum(jnp.linalg.eigvalsh(moment), 0)
-  share = leverage.best_share(values, jnp.maximum(tail, 0), ridge, norm)
-  kept = leverage.kept_share(share, ridge, norm)
-  kept_factor, fit_factor = linalg.factor(kept * moment, ridge), linalg.factor(moment, ridge)
-  fit = linalg.solve(fit_factor, cross)
-
-  def score(block):
-    rows, weight, yb = block
-    v = features(rows, weight)
-    missed = jnp.maximum(leverage.weighted_diagonal(kernel_fn, x[rows], weight) - jnp.sum(v**2, axis=0), 0)
-    h = jnp.sum(linalg.whiten(kept_factor, v) ** 2, axis=0)
-    r = yb - linalg.matmul(v.T, fit)
-    k = leverage.weighted_block(kernel_fn, x[rows], weight)
-    unseen = jnp.sum(r * linalg.matmul(k, r), axis=0) - jnp.sum(linalg.matmul(v, r) ** 2, axis=0)
-    return leverage.corrected(h, missed, kept, share, ridge), jnp.sum(r**2, axis=1), jnp.sqrt(jnp.maximum(unseen, 0))
-
-  *of_rows, unseen = jax.lax.map(score, blocks)
-  tau, residual2 = (jnp.zeros_like(root).at[order].set(a) for a in leverage.join_blocks(of_rows, x.shape[0]))
-  reached = jnp.sum(residual2) + ridge * jnp.sum(fit**2)
-  bound = jnp.maximum(bound, reached - jnp.sum(jnp.sum(unseen, axis=0) ** 2) / ridge)
-  gap = jnp.maximum(_label_term(reached, bound) - 1, 0)
-  status = jnp.maximum(f.status, jnp.maximum(kept_factor.status, fit_factor.status))
-  return _Nystrom(tau, residual2, bound, gap, jnp.sum(values / (values + ridge)), status)
 
 
 @jax.jit

@@ -13,6 +13,7 @@ import pytest
 import kipcore
 from kipcore import artifact
 from experiments import pipeline, run_folder, selection
+from experiments.config import DataConfig, DistillConfig, SelectConfig
 from experiments.errors import UsageError
 from helpers import enable_x64
 
@@ -41,7 +42,7 @@ def write_npz(path, classes=43, shape=(6, 6, 3), train=400, test=80, seed=0, **c
 def run(tmp_path_factory):
   """One short run on digits, which several tests read."""
   folder = tmp_path_factory.mktemp("run")
-  return pipeline.run_distill(pipeline.DistillConfig(**QUICK), str(folder), verbose=False)
+  return pipeline.run_distill(DistillConfig(**QUICK), str(folder), verbose=False)
 
 
 def test_a_run_writes_what_it_promises(run):
@@ -98,7 +99,7 @@ def test_networks_are_evaluated_on_the_artefact(run):
 
 
 def test_same_seed_same_bytes_and_float64_artefact(tmp_path, x64):
-  config = pipeline.DistillConfig(x64=True, steps=5, num_devices=8, loss="cross_entropy", preprocess="zca")
+  config = DistillConfig(x64=True, steps=5, num_devices=8, loss="cross_entropy", preprocess="zca")
   runs = [pipeline.run_distill(config, str(tmp_path / name), verbose=False) for name in "ab"]
   a, b = (kipcore.load_artifact(folder / "distilled.npz") for folder, _ in runs)
   assert a.support.dtype == np.float64 and np.array_equal(a.support, b.support)
@@ -109,7 +110,7 @@ def test_same_seed_same_bytes_and_float64_artefact(tmp_path, x64):
 
 def test_unbalanced_colour_images_of_43_classes_from_a_file(tmp_path):
   path = write_npz(tmp_path / "signs.npz")
-  config = pipeline.DistillConfig(dataset=path, **QUICK)
+  config = DistillConfig(dataset=path, **QUICK)
   folder, result = pipeline.run_distill(config, str(tmp_path / "run"), verbose=False)
   assert result["support_size"] == 43 and result["test_accuracy"] > 0.3
   assert (folder / "images.png").exists()
@@ -121,7 +122,7 @@ def test_unbalanced_colour_images_of_43_classes_from_a_file(tmp_path):
     dict(validation_fraction=0.0, steps=0, log_test_accuracy=True),
 ])
 def test_choices_run(changes, tmp_path):
-  config = pipeline.DistillConfig(**{**QUICK, **changes})
+  config = DistillConfig(**{**QUICK, **changes})
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=False)
   assert 0 <= result["test_accuracy"] <= 1 and np.isfinite(result["init_test_accuracy"])
   if changes.get("steps") == 0:
@@ -129,7 +130,7 @@ def test_choices_run(changes, tmp_path):
 
 
 def test_label_solve_beats_its_start(tmp_path):
-  config = pipeline.DistillConfig(method="label_solve", images_per_class=10)
+  config = DistillConfig(method="label_solve", images_per_class=10)
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=False)
   assert result["test_accuracy"] > result["init_test_accuracy"] and result["steps"] == 0
 
@@ -156,14 +157,14 @@ WRONG = [
 def test_wrong_values_are_named_and_nothing_is_left(changes, message, tmp_path):
   changes = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
   with pytest.raises(UsageError, match=message) as error:
-    pipeline.run_distill(pipeline.DistillConfig(**{**QUICK, **changes}), str(tmp_path / "run"), verbose=False)
+    pipeline.run_distill(DistillConfig(**{**QUICK, **changes}), str(tmp_path / "run"), verbose=False)
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run" / "distilled.npz").exists()
 
 
 @pytest.mark.parametrize("strategy", ["krr_sensitivity", "kmeans", "auto"])
 def test_selection_writes_points_scores_and_certificate(strategy, tmp_path):
-  config = selection.SelectConfig(strategy=strategy, images_per_class=5, num_devices=1)
+  config = SelectConfig(strategy=strategy, images_per_class=5, num_devices=1)
   folder, result = selection.run_select(config, str(tmp_path), verbose=False)
   assert {"d_eff", "total_sensitivity", "max_over_mean_score", "measured_epsilon", "objective_ratio"} <= set(result)
   assert abs(result["d_eff"] - 50) < 1 and 50 <= result["total_sensitivity"] <= 51.1
@@ -176,7 +177,7 @@ def test_selection_writes_points_scores_and_certificate(strategy, tmp_path):
   assert again["test_accuracy"] == result["test_accuracy"]
   assert (folder / "certificate.png").stat().st_size > 5000
   with pytest.raises(UsageError, match="score_ridge"):
-    selection.run_select(selection.SelectConfig(score_ridge="-1"), str(tmp_path / "bad"))
+    selection.run_select(SelectConfig(score_ridge="-1"), str(tmp_path / "bad"))
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -189,7 +190,7 @@ def test_selection_writes_points_scores_and_certificate(strategy, tmp_path):
 def test_wrong_files_are_named(changes, message, tmp_path):
   path = write_npz(tmp_path / "bad.npz", **changes)
   with pytest.raises(UsageError, match=message) as error:
-    pipeline.load(pipeline.DataConfig(dataset=path))
+    pipeline.load(DataConfig(dataset=path))
   assert "bad.npz" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -197,7 +198,7 @@ def test_a_failed_factorisation_leaves_no_artefact(tmp_path):
   x = np.repeat(np.random.default_rng(0).integers(0, 255, (2, 1, 4, 4, 1)), 20, axis=1).reshape(40, 4, 4, 1)
   path = write_npz(tmp_path / "twins.npz", x_train=x.astype(np.uint8), y_train=np.repeat([0, 1], 20),
                    x_test=x[:2].astype(np.uint8), y_test=np.array([0, 1]))
-  config = pipeline.DistillConfig(dataset=path, images_per_class=4, relative_ridge=1e-12, steps=3, num_devices=1)
+  config = DistillConfig(dataset=path, images_per_class=4, relative_ridge=1e-12, steps=3, num_devices=1)
   with pytest.raises(kipcore.NumericalError, match="larger ridge"):
     pipeline.run_distill(config, str(tmp_path / "run"), verbose=False)
   assert {p.name for p in (tmp_path / "run").iterdir()} <= {"config.json", "metrics.jsonl"}

@@ -10,7 +10,7 @@ import scipy.linalg
 from sklearn.cluster import KMeans
 
 from helpers import RTOL, SHARED_DATA, assert_close, needs
-from kipcore import kernels, leverage, sensitivity
+from kipcore import kernels, leverage, sensitivity, sensitivity_cores
 from kipcore.architectures import fc
 from kipcore.sensitivity import Guarantee
 from kipcore.types import Status
@@ -216,7 +216,7 @@ def test_the_parts_of_the_nystrom_bound(x64):
     c = np.linalg.solve(kw[:, s].T @ kw[:, s] + ridge * kw[s][:, s], kw[:, s].T @ yw)
     r = yw - kw[:, s] @ c
     reached = (r**2).sum() + ridge * np.sum(c * (kw[s][:, s] @ c))
-    got = sensitivity._nystrom(rbf, jnp.asarray(x), jnp.asarray(yw), jnp.asarray(ridge), jnp.asarray(root),
+    got = sensitivity_cores.nystrom(rbf, jnp.asarray(x), jnp.asarray(yw), jnp.asarray(ridge), jnp.asarray(root),
                                jnp.asarray(s), jnp.arange(60), 16, jnp.asarray(0.0))
     assert_close(got.residual2, (r**2).sum(1), 1e-8)
     assert (np.asarray(got.tau) >= np.asarray(truth.leverage) - 1e-12).all()
@@ -237,9 +237,9 @@ def test_the_bound_on_a_norm(dtype):
       f = rng.normal(size=(40, rank))
       e = scale * f @ f.T
       norm = np.linalg.norm(e, 2)
-      bound = float(sensitivity._norm_bound(jnp.asarray(e, dtype)))
+      bound = float(sensitivity_cores.norm_bound(jnp.asarray(e, dtype)))
       assert norm * (1 - 1e-5) <= bound <= rank ** (1 / 16) * norm * (1 + 1e-5)
-  assert sensitivity._norm_bound(jnp.zeros((4, 4), dtype)) == 0
+  assert sensitivity_cores.norm_bound(jnp.zeros((4, 4), dtype)) == 0
 
 
 def test_given_landmarks_and_a_callers_jit(dtype):
@@ -248,10 +248,10 @@ def test_given_landmarks_and_a_callers_jit(dtype):
       key, x, jnp.asarray(y, dtype), ridge, 12, jnp.asarray(u, dtype), landmarks=jnp.arange(12) * 5)
   eager = call(jax.random.key(0), 0.5)
   assert_close(jax.jit(call)(jax.random.key(0), 0.5).scores, eager.scores, 20 * RTOL[dtype.name])
-  compiled = sensitivity._landmark_scores._cache_size()
+  compiled = sensitivity_cores.landmark_scores._cache_size()
   call(jax.random.key(5), 0.9)
   call(jax.random.key(6), jnp.asarray(3.0, dtype))
-  assert sensitivity._landmark_scores._cache_size() == compiled
+  assert sensitivity_cores.landmark_scores._cache_size() == compiled
   truth = exact(rbf_matrix(x), y, 0.5, u)
   assert (np.asarray(eager.scores) >= truth - RTOL[dtype.name]).all()
 

@@ -1,0 +1,51 @@
+"""What a run is told: frozen configs, whose defaults are those of the flags. Imports nothing heavy."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What loading needs; see the flags of the same names."""
+
+  dataset: str = "digits"
+  data_dir: str | None = None
+  architecture: str = "fc1"
+  kernel: str = "ntk"
+  images_per_class: int = 1
+  preprocess: str = "standardize"
+  validation_fraction: float = 0.1
+  test_rows: int = 0
+  seed: int = 0
+  num_devices: int = 0
+  x64: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig(DataConfig):
+  """What `run_distill` needs besides."""
+
+  method: str = "kip"
+  init: str = "kmeans"
+  sampler: str = "uniform"
+  steps: int = 1000
+  target_batch_size: int = 0
+  learning_rate: float = 0.04
+  schedule: str = "cosine"
+  relative_ridge: float = 1e-6
+  loss: str = "mse"
+  learn_labels: bool = True
+  log_test_accuracy: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig(DataConfig):
+  """What `run_select` needs besides."""
+
+  strategy: str = "krr_sensitivity"
+  score_ridge: str = "auto"
+  relative_ridge: float = 1e-6
+
+
+def from_flags(kind: type, values):
+  """A config of that kind from parsed flags."""
+  return kind(**{field.name: getattr(values, field.name) for field in dataclasses.fields(kind)})
