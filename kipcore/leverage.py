@@ -75,7 +75,14 @@ def ridge_leverage_scores(k: Array, ridge, weights: Array | None = None) -> Arra
 
 
 def effective_dimension(k: Array, ridge, weights: Array | None = None) -> Array:
-  """d_eff = tr K_u (K_u + ridge I)^{-1}, the sum of `ridge_leverage_scores`; same arguments and errors."""
+  """The effective dimension d_eff = tr K_u (K_u + ridge I)^{-1}, the sum of `ridge_leverage_scores`.
+
+  Args:
+    k, ridge, weights: as `ridge_leverage_scores`, which also says the errors.
+
+  Returns:
+    Scalar in [0, rank K].
+  """
   return jnp.sum(ridge_leverage_scores(k, ridge, weights))
 
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kipcore import checks
+from kipcore import checks, linalg
 from kipcore.architectures import Architecture, AvgPool, Conv, Dense, Flatten, GlobalAvgPool, Relu
 from kipcore.types import Array
 
@@ -38,7 +38,8 @@ class Network(nn.Module):
         case Relu():
           x = nn.relu(x)
         case AvgPool():
-          x = nn.avg_pool(x, (layer.size, layer.size), (layer.size, layer.size))
+          with linalg.permissive_promotion():
+            x = nn.avg_pool(x, (layer.size, layer.size), (layer.size, layer.size))
         case GlobalAvgPool():
           x = jnp.mean(x, axis=(1, 2))
         case Dense():

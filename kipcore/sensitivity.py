@@ -29,6 +29,7 @@ import numpy as np
 from kipcore import checks, keys, leverage, linalg, scoring, sensitivity_cores
 from kipcore.types import Array, KernelFn
 
+
 class Guarantee(enum.IntEnum):
   """What holds for the scores: equal to the sensitivities, or never below them (up to rounding)."""
 
@@ -97,7 +98,11 @@ def krr_sensitivity_scores(k: Array, y: Array, ridge, weights: Array | None = No
 
 
 def krr_sensitivities(k: Array, y: Array, ridge, weights: Array | None = None) -> Array:
-  """The `(n,)` scores of `krr_sensitivity_scores`; same arguments and errors."""
+  """Exact sensitivities tau_i + ||r_i||^2 / F* of kernel ridge regression: the scores alone.
+
+  Args: k, y, ridge, weights as `krr_sensitivity_scores`, which also says the errors.
+  Returns: `(n,)` in [0, 1].
+  """
   return krr_sensitivity_scores(k, y, ridge, weights).scores
 
 

@@ -92,13 +92,14 @@ def test_diagonal_and_symmetry(name, dtype):
 def test_tiles_and_blocks_do_not_change_values(name, x64):
   arch = architecture(name)
   x1, x2 = (jnp.asarray(x) for x in images(np.float64, 5, 7))
-  whole = NetworkKernel(arch, "ntk", tile_elements=1 << 22)
-  small = NetworkKernel(arch, "ntk", tile_elements=1)
-  assert_close(small(x1, x2), whole(x1, x2), rtol=1e-13)
-  for block_size in (1, 2, 5, 8):
-    assert_close(kipcore.gram(whole, x1, x2, block_size), whole(x1, x2), rtol=1e-13)
-    assert_close(kipcore.gram(whole, x1, None, block_size), whole(x1), rtol=1e-7)
-    assert_close(kipcore.gram_diag(whole, x1, block_size), jnp.diagonal(whole(x1)), rtol=1e-13)
+  kernel, tiled = NetworkKernel(arch, "ntk"), NetworkKernel(arch, "ntk", tile_elements=300)
+  two, one = jax.jit(kernel)(x1, x2), jax.jit(kernel)(x1)
+  assert_close(jax.jit(tiled)(x1, x2), two, rtol=1e-13)
+  gram = jax.jit(kipcore.gram, static_argnums=(0, 3))
+  for block_size in (2, 5):
+    assert_close(gram(kernel, x1, x2, block_size), two, rtol=1e-13)
+    assert_close(gram(kernel, x1, None, block_size), one, rtol=1e-7)
+    assert_close(kipcore.gram_diag(kernel, x1, block_size), jnp.diagonal(one), rtol=1e-13)
 
 
 def test_memory_of_a_pooled_kernel_does_not_grow_with_the_pairs():
@@ -121,19 +122,20 @@ def test_gradient_equals_finite_differences(name, x64):
   x, v = jnp.asarray(rng.normal(size=(3, 6, 6, 2))), jnp.asarray(rng.normal(size=(3, 6, 6, 2)))
   w = jnp.asarray(combination((3, 3)))
   f = lambda x: jnp.sum(w * kernel(x))
-  slope = jnp.vdot(jax.grad(f)(x), v)
+  f = jax.jit(f)
+  slope = jnp.vdot(jax.jit(jax.grad(f))(x), v)
   h = 1e-5
   np.testing.assert_allclose(slope, (f(x + h * v) - f(x - h * v)) / (2 * h), rtol=1e-6)
 
 
 @pytest.mark.parametrize("b_std", [0.0, 0.1])
-@pytest.mark.parametrize("make", [kipcore.fc, kipcore.conv_net])
-def test_gradients_stay_finite_at_degenerate_rows(make, b_std, dtype):
-  kernel = kipcore.ntk_fn(make(2, b_std=b_std))
+@pytest.mark.parametrize("make, depth", [(kipcore.fc, 2), (kipcore.conv_net, 1)])
+def test_gradients_stay_finite_at_degenerate_rows(make, depth, b_std, dtype):
+  kernel = kipcore.ntk_fn(make(depth, b_std=b_std))
   x, _ = images(dtype, 7)
   x[3], x[4], x[5] = 0.0, -x[0], 1.0
   for other in (None, jnp.asarray(x)):
-    value, gradient = jax.value_and_grad(lambda x: jnp.sum(kernel(x, other) ** 2))(jnp.asarray(x))
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.sum(kernel(x, other) ** 2)))(jnp.asarray(x))
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
@@ -172,21 +174,20 @@ def test_monte_carlo_of_the_flax_realisation(name):
   """The mean over random networks is within 5 standard errors (and 3 % for the finite width)."""
   arch = architecture(name)
   x = np.random.default_rng(3).normal(size=(3, 4, 4, 2)).astype(np.float32)
-  module = kipcore.network(arch, width=256, num_outputs=1, parameterization="ntk")
+  one, many = (kipcore.network(arch, width=256, num_outputs=c, parameterization="ntk") for c in (1, 64))
 
   @jax.jit
   def draw(key):
-    variables = module.init(key, x)
-    ntk = finite.empirical_ntk(module.apply, variables, x)
-    return ntk, finite.empirical_nngp(module.apply, variables, x)
+    ntk = finite.empirical_ntk(one.apply, one.init(key, x), x)
+    return ntk, finite.empirical_nngp(many.apply, many.init(key, x), x)
 
   with standard_promotion():
-    ntks, nngps = zip(*(draw(key) for key in jax.random.split(jax.random.key(0), 150)))
+    ntks, nngps = zip(*(draw(key) for key in jax.random.split(jax.random.key(0), 100)))
   for draws, exact in ((ntks, kipcore.ntk_fn(arch)), (nngps, kipcore.nngp_fn(arch))):
     draws, exact = np.asarray(draws, np.float64), np.asarray(exact(jnp.asarray(x)), np.float64)
     error = draws.std(0, ddof=1) / np.sqrt(len(draws))
     assert (np.abs(draws.mean(0) - exact) < 5 * error + 0.03 * np.abs(exact)).all()
-    assert np.abs(draws.mean(0) - exact).max() < 0.25 * np.abs(exact).max()
+    assert np.abs(draws.mean(0) - exact).max() < 0.1 * np.abs(exact).max()
 
 
 def test_parameterisations_draw_the_same_function_law():
@@ -195,7 +196,7 @@ def test_parameterisations_draw_the_same_function_law():
   moments = []
   for parameterization in ("ntk", "standard"):
     module = kipcore.network(arch, 64, 256, parameterization)
-    f = [module.apply(module.init(key, x), x) for key in jax.random.split(jax.random.key(1), 20)]
+    f = [np.asarray(module.apply(module.init(key, x), x)) for key in jax.random.split(jax.random.key(1), 20)]
     moments.append(np.mean(np.square(f), axis=(0, 2)))
   np.testing.assert_allclose(*moments, rtol=0.25)
 
