@@ -6,8 +6,7 @@ The sensitivity of row i is the largest share that it can have of the objective,
 
 (Langberg and Schulman, SODA 2010). Sampling in proportion to s_i, or to any
 over-estimate of it, with weights one over the expected count gives a coreset whose
-size grows with the total of the scores (Feldman and Langberg, STOC 2011; Braverman,
-Feldman and Lang, 2016); under-estimates void that theorem.
+size grows with their total (Feldman, Langberg 2011; Braverman et al. 2016); under-estimates void it.
 
 For kernel ridge regression q is a linear map W on features phi, the row loss is
 ||W^T phi_i - y_i||^2, the regulariser ridge ||W||^2 stays in the coreset's objective
