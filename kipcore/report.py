@@ -7,6 +7,8 @@ import numpy as np
 from kipcore import artifact, checks
 
 _MAX_COLUMNS = 10
+_MAX_ROW_OF_CLASSES = 12
+_MAX_CELLS = 120
 
 
 def save_image_grid(path, before, after, labels, pixel_range: tuple[float, float], class_names=None,
@@ -31,6 +33,9 @@ def save_image_grid(path, before, after, labels, pixel_range: tuple[float, float
   labels = np.asarray(labels)
   classes = np.unique(labels)
   columns = min(_MAX_COLUMNS, max(np.sum(labels == c) for c in classes))
+  if columns <= 2 and len(classes) > _MAX_ROW_OF_CLASSES:
+    _grid_of_cells(path, before, after, labels, pixel_range, class_names, titles)
+    return
   if columns <= 2:  # one or two images a class: a row of classes reads better than a column
     _grid_by_columns(path, before, after, labels, classes, columns, pixel_range, class_names, titles)
     return
@@ -52,6 +57,24 @@ def _grid_by_columns(path, before, after, labels, classes, rows, pixel_range, cl
     rotation = 45 if class_names and max(map(len, class_names)) > 3 or len(classes) > 20 else 0
     axes.set_xticks([(i + 0.5) * width for i in range(len(classes))], _names(classes, class_names), fontsize=7,
                     rotation=rotation)
+  _save(figure, path)
+
+
+def _grid_of_cells(path, before, after, labels, pixel_range, class_names, titles):
+  """Many classes of one or two images: cells in class order, wrapped, each with its name; at most 120 of them."""
+  order = np.argsort(labels, kind="stable")[:_MAX_CELLS]
+  across = _MAX_ROW_OF_CLASSES
+  place = np.arange(order.size)
+  down = -(-order.size // across)
+  figure = _figure(across * 0.75, 2 * down * 0.75 + 0.8)
+  for axes, x, title in zip(figure.subplots(2, 1), (before, after), titles):
+    # Lines of the wrapped grid stand in for classes.
+    panel = _panel(np.asarray(x)[order], place // across, np.arange(down), across, pixel_range)
+    _show(axes, panel, title)
+    h, w = panel.shape[0] / down, panel.shape[1] / across
+    for i, c in enumerate(labels[order]):
+      axes.text(i % across * w + 0.06 * w, i // across * h + 0.06 * h, _names([c], class_names)[0], fontsize=5, va="top",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8})
   _save(figure, path)
 
 
