@@ -29,7 +29,7 @@ def neural_tangents_kernel(arch, get, x1, x2):
   with enable_x64(True):
     kernel = kipcore.from_stax(to_stax(arch)[2], get)
     x1, x2 = jnp.asarray(x1, jnp.float64), None if x2 is None else jnp.asarray(x2, jnp.float64)
-    return value_and_gradient(kernel, x1, x2)
+    return [np.asarray(a) for a in value_and_gradient(kernel, x1, x2)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -44,13 +44,15 @@ def combination(shape):
 
 @pytest.mark.parametrize("name, get", [(name, "ntk") for name in NAMES] + [
     (name, "nngp") for name in ("fc3", "conv2_vec", "conv2_gap")])
+@pytest.mark.parametrize("dtype", [np.dtype("float32"), np.dtype("float64")], ids=str)
 def test_equals_neural_tangents(name, get, dtype):
   arch = architecture(name)
   x1, x2 = images(dtype)
   kernel = NetworkKernel(arch, get)
   for other in (None, x2):
-    value, gradient = value_and_gradient(kernel, jnp.asarray(x1), other if other is None else jnp.asarray(other))
     expected, expected_gradient = neural_tangents_kernel(arch, get, x1, other)
+    with enable_x64(dtype == np.float64):
+      value, gradient = value_and_gradient(kernel, jnp.asarray(x1), other if other is None else jnp.asarray(other))
     rtol, coincident = RTOL[dtype.name], RTOL[dtype.name]
     distinct = np.ones(value.shape, bool)
     if other is None:
