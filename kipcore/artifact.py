@@ -14,6 +14,7 @@ import os
 import pathlib
 import tempfile
 import zipfile
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -136,7 +137,7 @@ def load_artifact(path) -> Artifact:
   try:
     with np.load(path, allow_pickle=False) as file:
       arrays = {name: file[name] for name in file.files}
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, zipfile.zlib.error) as error:
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, zlib.error) as error:
     raise ArtifactError(f"{path}: expected a whole .npz file, got one that does not read ({error})") from error
   except AttributeError as error:  # np.load of a bare .npy gives an array
     raise ArtifactError(f"{path}: expected an .npz file, got a single array") from error
