@@ -11,8 +11,6 @@ import sys
 import types
 from typing import Callable
 
-import jax
-
 from kipcore import linalg
 from kipcore.architectures import Architecture, AvgPool, Conv, Dense, Flatten, GlobalAvgPool, Relu
 from kipcore.types import KernelFn
