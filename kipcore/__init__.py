@@ -6,8 +6,9 @@ The public functions, by the room they live in; the README has a quickstart.
 from kipcore.architectures import Architecture, architecture, conv_net, fc, myrtle
 from kipcore.artifact import Artifact, ArtifactError, load_artifact, save_artifact
 from kipcore.certificate import Certificate, measure_coreset
+from kipcore.cholesky import rpcholesky
 from kipcore.clustering import kernel_kmeans_plusplus, kmeans, kmeans_plusplus, nearest_rows
-from kipcore.coreset import Coreset, absorb_weights, class_balanced_indices, select_coreset
+from kipcore.coreset import Coreset, absorb_weights, class_balanced_indices, measured_objective, select_coreset
 from kipcore.distill.kip import KIPOptions, kip
 from kipcore.distill.loop import (DistillInfo, DistillResult, DistillState, Distiller, Targets, adam, arrange_targets,
                                   distill, distill_init, distill_step)
@@ -23,7 +24,7 @@ from kipcore.leverage import (effective_dimension, feature_leverage_scores, land
                               landmark_score_ridge, ridge_leverage_scores, score_ridge_for_dimension)
 from kipcore.networks import network
 from kipcore.preprocess import Preprocess, fit_preprocess, one_hot_centred
-from kipcore.pursuit import krr_pursuit, rpcholesky
+from kipcore.pursuit import krr_pursuit
 from kipcore.sampling import (gumbel_sample, importance_sample, merge_duplicates, sensitivity_sample,
                               stratified_sample, systematic_sample)
 from kipcore.sensitivity import (SensitivityScores, approximate_krr_sensitivities, blocked_krr_sensitivities,
@@ -43,8 +44,9 @@ __all__ = [
     "gumbel_sample", "importance_sample", "kernel_kmeans_plusplus", "kip", "kmeans", "kmeans_plusplus",
     "kmeans_sensitivities", "krr_fit", "krr_loss", "krr_predict", "krr_pursuit", "krr_sensitivities",
     "krr_sensitivity_scores", "label_solve", "label_solve_rows", "landmark_leverage_scores", "landmark_score_ridge",
-    "lightweight_sensitivities", "linear_fn", "load_artifact", "measure_coreset", "merge_duplicates", "myrtle",
-    "nearest_rows", "network", "nngp_fn", "ntk_fn", "one_hot_centred", "rbf_fn", "relative_ridge",
-    "ridge_leverage_scores", "rpcholesky", "sample_size", "sampler", "save_artifact", "score_ridge_for_dimension",
-    "select_coreset", "sensitivity_sample", "stratified_sample", "systematic_sample", "__version__",
+    "lightweight_sensitivities", "linear_fn", "load_artifact", "measure_coreset", "measured_objective",
+    "merge_duplicates", "myrtle", "nearest_rows", "network", "nngp_fn", "ntk_fn", "one_hot_centred", "rbf_fn",
+    "relative_ridge", "ridge_leverage_scores", "rpcholesky", "sample_size", "sampler", "save_artifact",
+    "score_ridge_for_dimension", "select_coreset", "sensitivity_sample", "stratified_sample", "systematic_sample",
+    "__version__",
 ]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kipcore import checks, keys, linalg
+from kipcore.draws import draw_few_rows
 from kipcore.gram import gram, gram_diag, map_row_blocks
 from kipcore.types import Array, KernelFn
 
@@ -38,35 +39,6 @@ class KMeansResult(NamedTuple):
   inertia: Array
   iterations: Array
   converged: Array
-
-
-def draw_rows(key: Array, weights: Array, num_draws: int) -> Array:
-  """Independent draws with replacement, P(i) = weights_i / sum(weights): `(num_draws,)` int32.
-
-  Draws a block of about sqrt(n) rows first, then a row in it, each with its own uniform. So
-  no float32 sum or uniform has to tell apart more than sqrt(n) rows, and a row of weight 0
-  is never drawn while any is positive.
-  """
-  return draw_rows_at(jax.random.uniform(key, (num_draws, 2), weights.dtype), weights)
-
-
-def draw_rows_at(uniforms: Array, weights: Array) -> Array:
-  """`draw_rows` as a function of its uniforms, `(num_draws, 2)`."""
-  n = weights.shape[0]
-  width = max(1, math.isqrt(n))
-  table = jnp.pad(weights, (0, -n % width)).reshape(-1, width)
-  block = _invert(jnp.sum(table, axis=1)[None], uniforms[:, :1])
-  row = _invert(table[block], uniforms[:, 1:])
-  return jnp.minimum(block * width + row, n - 1)
-
-
-def _invert(masses: Array, uniform: Array) -> Array:
-  """The first positive entry of each row whose cumulative mass exceeds uniform * total."""
-  cumulative, positive = jnp.cumsum(masses, axis=1), masses > 0
-  # Parallel sums may fail to be monotone in the last bit; the mask keeps empty entries out all the same.
-  hit = (cumulative > uniform * cumulative[:, -1:]) & positive
-  last = masses.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=1)
-  return jnp.where(hit.any(axis=1), jnp.argmax(hit, axis=1), last).astype(jnp.int32)
 
 
 def _check(x, num_clusters, weights, *ranks):
@@ -181,7 +153,7 @@ def _seeds(key, columns, weights, num_seeds, num_trials):
   """D^2 seeding by blocks of proposals; `columns(rows)` gives squared distances `(n, b)`."""
   n = weights.shape[0]
   all_rows = jnp.arange(n, dtype=jnp.int32)
-  first = draw_rows(jax.random.fold_in(key, 0), weights, 1)
+  first = draw_few_rows(jax.random.uniform(jax.random.fold_in(key, 0), (1, 2), weights.dtype), weights)
 
   def one_round(size, state):
     count, step, nearest, taken, chosen = state
@@ -190,7 +162,7 @@ def _seeds(key, columns, weights, num_seeds, num_trials):
     spent = ~jnp.any(weights * nearest > 0)
     free = ~taken & (weights > 0)
     start = jnp.where(spent, (free | ~free.any()).astype(nearest.dtype), nearest)
-    rows = draw_rows_at(uniforms[:, :2], weights * start)
+    rows = draw_few_rows(uniforms[:, :2], weights * start)
     distances = jnp.where(all_rows[:, None] == rows[None], 0, jnp.where(spent, jnp.inf, columns(rows)))
     thresholds = uniforms[:, 2] * start[rows]  # accepted while below the distance now; weights cancel
     count, current, _, chosen = _accept(weights, num_trials, start, rows, distances, thresholds, count, chosen)

@@ -37,7 +37,7 @@ class Coreset(NamedTuple):
     strategy: the one used; for "auto", the candidate that won.
     ridge: absolute score ridge of `krr_sensitivity`, else None.
     scores: `sensitivity.SensitivityScores` of `krr_sensitivity`, else None.
-    objectives: measured objective of each candidate of "auto", else empty.
+    objectives: measured objective of each candidate of "auto" that could be fitted, else empty.
   """
 
   x: Array
@@ -297,18 +297,36 @@ def _by_sensitivity(key, x, y, labels, m, kernel_fn, score_ridge) -> Coreset:
   return _rows(x, y, sample.indices, sample.weights, "krr_sensitivity", ridge=ridge, scores=scores)
 
 
-def _best(key, x, y, per_class, kernel_fn, relative_ridge, num_candidates) -> Coreset:
+def measured_objective(kernel_fn: KernelFn, coreset: Coreset, x: Array, y: Array,
+                       relative_ridge: float = 1e-6) -> float:
+  """What "auto" compares: half the mean squared error, on rows of the data, of ridge regression on the coreset.
+
+  Args:
+    kernel_fn: the kernel.
+    coreset: a candidate; its weights are not used.
+    x: `(n, ...)` rows; of more than 10,000 an evenly spaced part is taken.
+    y: `(n, c)` labels.
+    relative_ridge: as a fraction of tr(K_ss) / m.
+
+  Returns:
+    The objective; infinite where the kernel matrix cannot be factorised.
+  """
   stride = max(1, -(-x.shape[0] // _OBJECTIVE_ROWS))
+  result = evaluate.evaluate_krr(kernel_fn, Support(coreset.x, coreset.y), x[::stride], y[::stride],
+                                 relative_ridge=relative_ridge)
+  return float(result.loss) if int(result.status) == 0 else float("inf")
+
+
+def _best(key, x, y, per_class, kernel_fn, relative_ridge, num_candidates) -> Coreset:
   best, objectives = None, {}
   for strategy in AUTO_CANDIDATES:
     candidate = select_coreset(key, x, y, per_class, strategy, kernel_fn, relative_ridge,
                                num_candidates=num_candidates)
-    result = evaluate.evaluate_krr(kernel_fn, Support(candidate.x, candidate.y), x[::stride], y[::stride],
-                                   relative_ridge=relative_ridge)
-    if int(result.status) == 0:
-      objectives[strategy] = float(result.loss)
-      if objectives[strategy] <= min(objectives.values()):
-        best = candidate
+    objective = measured_objective(kernel_fn, candidate, x, y, relative_ridge)
+    if objective < min(objectives.values(), default=float("inf")):
+      best = candidate
+    if np.isfinite(objective):
+      objectives[strategy] = objective
   if best is None:
     raise ValueError("auto: no candidate has a kernel matrix that can be factorised; raise relative_ridge")
   return best._replace(objectives=objectives)

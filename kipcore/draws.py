@@ -7,6 +7,8 @@ rounding, in float32 as in float64. Both take a few passes over the rows and no 
 `sampling` turns them into weighted samples.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,28 @@ def draw_rows(key: Array, scores: Array, num_draws: int) -> Array:
   block = _search(blocks[None], jnp.zeros((num_draws,), jnp.int32), _below(key_block, blocks[-1:], num_draws))
   row = _search(within, block, _below(key_row, within[block, -1], num_draws))
   return block * width + row
+
+
+def draw_few_rows(uniforms: Array, weights: Array) -> Array:
+  """`draw_rows` for a few draws from weights that change with every call: one sum of them, and a block a draw.
+
+  Takes its uniforms, `(num_draws, 2)`, and memory for num_draws sqrt(n) entries.
+  """
+  n = weights.shape[0]
+  width = max(1, math.isqrt(n))
+  table = jnp.pad(weights, (0, -n % width)).reshape(-1, width)
+  block = _invert(jnp.sum(table, axis=1)[None], uniforms[:, :1])
+  row = _invert(table[block], uniforms[:, 1:])
+  return jnp.minimum(block * width + row, n - 1)
+
+
+def _invert(masses: Array, uniform: Array) -> Array:
+  """The first positive entry of each row whose cumulative mass exceeds uniform * total."""
+  cumulative, positive = jnp.cumsum(masses, axis=1), masses > 0
+  # Parallel sums may fail to be monotone in the last bit; the mask keeps empty entries out all the same.
+  hit = (cumulative > uniform * cumulative[:, -1:]) & positive
+  last = masses.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=1)
+  return jnp.where(hit.any(axis=1), jnp.argmax(hit, axis=1), last).astype(jnp.int32)
 
 
 def _increasing(cumulative, positive):

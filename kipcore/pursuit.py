@@ -1,40 +1,16 @@
-"""Real rows chosen one after another: randomly pivoted Cholesky, and greedy pursuit of the KRR objective."""
+"""Supervised pursuit: real rows chosen one after another for the kernel ridge regression objective itself."""
 
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
 from kipcore import checks, keys, linalg
-from kipcore.clustering import draw_rows_at
-from kipcore.gram import gram, gram_diag
 from kipcore.types import Array, KernelFn, Status
 
-# A residual below this many units of rounding of its start counts as zero: such a row lies in the span of others.
+# What is left of a vector below this many units of rounding counts as nothing: it lies in the span of others.
 _ROUNDING_UNITS = 32
-_FACTOR_CHUNK = 128
-
-
-class PivotedCholesky(NamedTuple):
-  """A low-rank factor, K ~ F F^T from below.
-
-  Attributes:
-    factor: `(n, k)`, F; column j belongs to pivot j, and the first r columns are the factor of rank r.
-    pivots: `(k,)` int32 rows in the order of the draw; -1, with a zero column, past `count`.
-    count: int32 scalar; less than k where the residual vanished (up to rounding) before.
-    residual_diagonal: `(n,)`, diag(K - F F^T) >= 0.
-    residual_trace: scalar, its sum.
-    status: int32 scalar, `Status`: OK or NOT_FINITE.
-  """
-
-  factor: Array
-  pivots: Array
-  count: Array
-  residual_diagonal: Array
-  residual_trace: Array
-  status: Array
 
 
 class Pursuit(NamedTuple):
@@ -46,8 +22,9 @@ class Pursuit(NamedTuple):
     candidates: `(L,)` int32, the pool that the choice was made from, in the same terms.
     coefficients: `(m, c)`, c of the predictor K_tS c; zero where the index is -1.
     objectives: `(m + 1,)`, F with the first 0, 1, ..., m points, never increasing; entry 0 is ||Y||^2.
+      In these K_LL has `linalg.rounding_ridge` on it: they lie above the true F by so much.
     pool_objective: scalar, F with all L candidates, so `objectives[-1] / pool_objective` tells
-      what keeping m of L costs; NaN without float64, where M is too ill-conditioned for it.
+      what keeping m of L costs.
     status: int32 scalar, `Status`: NOT_POSITIVE_DEFINITE if fewer than m candidates could
       be chosen (duplicates, or a quota that the pool cannot fill).
   """
@@ -58,126 +35,6 @@ class Pursuit(NamedTuple):
   objectives: Array
   pool_objective: Array
   status: Array
-
-
-def rpcholesky(
-    key, kernel_fn: KernelFn, x: Array, rank: int, weights: Array | None = None, block_size: int = 64,
-    row_block_size: int | None = None) -> PivotedCholesky:
-  """Randomly pivoted Cholesky: each pivot with P(i) proportional to w_i (K - F F^T)_ii.
-
-  With unit weights E tr(K - F F^T) <= (1 + eps) tr(K - [K]_r) after
-  k >= r/eps + min(r log(1/(eps eta)), r/eps + r log_+(2^r/eps)) pivots, where eta is the relative tail
-  trace at rank r (Chen, Epperly, Tropp and Webber, arXiv 2207.06503). `block_size=1` is
-  their simple form. A larger block proposes 2 `block_size` rows at once and takes each with probability
-  (its residual now) / (when proposed), up to `block_size`: the same law of pivots, by
-  products of matrices (Epperly, Tropp and Webber, arXiv 2410.03969). Cost: about
-  `rank` kernel columns and n rank^2 products; no n x n matrix.
-
-  Args:
-    key: a random key or an int seed.
-    kernel_fn: see `types.KernelFn`; hashable, since the computation is compiled for it.
-    x: `(n, ...)` rows.
-    rank: k, at most n.
-    weights: `(n,)`, >= 0, or None for ones. The pivots are those of W^{1/2} K W^{1/2}, while F
-      remains the factor of K; rows of weight 0 are never pivots.
-    block_size: most pivots a round.
-    row_block_size: rows of a kernel column evaluated at a time; None for all.
-
-  Returns:
-    `PivotedCholesky`. A residual under 32 units of rounding of K_ii counts as zero.
-
-  Raises:
-    ValueError, TypeError: wrong shape, dtype or range, NaN rows.
-  """
-  x = _rows("x", x)
-  for name, value in (("rank", rank), ("block_size", block_size)):
-    checks.positive_int(name, value)
-  if rank > x.shape[0]:
-    raise ValueError(f"rank: expected at most the number of rows, {x.shape[0]}, got {rank}")
-  weights = jnp.ones(x.shape[:1], x.dtype) if weights is None else jnp.asarray(weights, x.dtype)
-  checks.shape("weights", weights, x.shape[:1])
-  checks.non_negative("weights", weights)
-  return _rpcholesky(
-      keys.canonical_key(key), kernel_fn, x, weights, rank, min(block_size, rank), row_block_size)
-
-
-def _rows(name, x):
-  x = jnp.asarray(x)
-  checks.floating(name, x)
-  checks.finite(name, x)
-  return x
-
-
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "rank", "block_size", "row_block_size"))
-def _rpcholesky(key, kernel_fn, x, weights, rank, block_size, row_block_size):
-  n = x.shape[0]
-  diagonal = gram_diag(kernel_fn, x, row_block_size)
-  floor = _ROUNDING_UNITS * jnp.finfo(diagonal.dtype).eps * diagonal
-  weights = weights.astype(diagonal.dtype)
-  proposals = 1 if block_size == 1 else 2 * block_size
-  chunk = min(_FACTOR_CHUNK, rank)
-  # F^T, so that new columns are contiguous; room for a whole block and a whole chunk past the rank.
-  capacity = rank + max(block_size, chunk)
-
-  def law(residual):
-    return jnp.where(residual > floor, weights * residual, 0)
-
-  def one_round(state):
-    count, step, residual, factor, pivots = state
-    uniforms = jax.random.uniform(jax.random.fold_in(key, step), (proposals, 3), residual.dtype)
-    rows = draw_rows_at(uniforms[:, :2], law(residual))
-    inside = factor[:, rows]
-    schur = kernel_fn(x[rows], None) - linalg.matmul(inside.T, inside)
-    thresholds = uniforms[:, 2] * residual[rows]
-    # A proposal is judged by the same residual that it was proposed by; the kernel block is only as exact as rounding.
-    schur = jnp.fill_diagonal(schur, residual[rows], inplace=False)
-    accepted, lower = _reject(schur, rows, thresholds, floor[rows], jnp.minimum(rank - count, block_size))
-    found = jnp.sum(accepted, dtype=jnp.int32)
-    order = jnp.argsort(~accepted, stable=True)[:block_size]
-    used = jnp.arange(block_size, dtype=jnp.int32) < found
-    new = rows[order]
-    lower = jnp.where(used[:, None] & used[None], lower[order][:, order], jnp.eye(block_size, dtype=lower.dtype))
-    columns = gram(kernel_fn, x, x[new], row_block_size).T
-
-    def subtract(c, columns):
-      part = jax.lax.dynamic_slice_in_dim(factor, c * chunk, chunk)
-      return columns - linalg.matmul(part[:, new].T, part)
-
-    columns = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, subtract, columns)
-    columns = jnp.where(used[:, None], solve_triangular(lower.astype(columns.dtype), columns, lower=True), 0)
-    residual = jnp.maximum(residual - jnp.sum(columns * columns, axis=0), 0)
-    residual = residual.at[jnp.where(used, new, n)].set(0, mode="drop")
-    factor = jax.lax.dynamic_update_slice_in_dim(factor, columns, count, 0)
-    pivots = pivots.at[jnp.where(used, count + jnp.arange(block_size, dtype=jnp.int32), rank)].set(new, mode="drop")
-    return count + found, step + 1, residual, factor, pivots
-
-  state = (
-      jnp.int32(0), jnp.int32(0), diagonal, jnp.zeros((capacity, n), diagonal.dtype), jnp.full(rank, -1, jnp.int32))
-  count, _, residual, factor, pivots = jax.lax.while_loop(
-      lambda s: (s[0] < rank) & jnp.any(law(s[2]) > 0), one_round, state)
-  finite = jnp.isfinite(residual).all() & jnp.isfinite(factor).all()
-  status = jnp.where(finite, Status.OK, Status.NOT_FINITE).astype(jnp.int32)
-  return PivotedCholesky(factor[:rank].T, pivots, count, residual, jnp.sum(residual), status)
-
-
-def _reject(schur, rows, thresholds, floor, room):
-  """Cholesky of the accepted part: proposal j enters while threshold_j < its residual now."""
-  size = rows.shape[0]
-
-  def consider(j, carry):
-    schur, lower, accepted, open_rows = carry
-    pivot = schur[j, j]
-    take = (thresholds[j] < pivot) & (pivot > floor[j]) & open_rows[j] & (jnp.sum(accepted, dtype=jnp.int32) < room)
-    column = jnp.where(take, schur[:, j] / jnp.sqrt(jnp.where(take, pivot, 1)), 0)
-    schur = schur - column[:, None] * column[None]
-    # The same row again has no residual, whatever rounding says.
-    open_rows = open_rows & ~(take & (rows == rows[j]))
-    return schur, lower.at[:, j].set(column), accepted.at[j].set(take), open_rows
-
-  carry = (schur, jnp.zeros_like(schur), jnp.zeros(size, bool), jnp.ones(size, bool))
-  _, lower, accepted, _ = jax.lax.fori_loop(0, size, consider, carry)
-  # Rows above the diagonal hold rounding only: proposals taken before column j have no residual there.
-  return accepted, jnp.tril(lower)
 
 
 def krr_pursuit(
@@ -193,9 +50,9 @@ def krr_pursuit(
   only up to a factor 1 - exp(-gamma) of the decrease, with gamma the submodularity ratio
   (Das and Kempe, ICML 2011), which is not computed here.
 
-  M squares the condition number of the kernel matrix, so it is accumulated and reduced in
-  the widest float that is on. In float32 F has been seen off by 1e-3 at 500 points of
-  60,000 rows; candidates whose gain is all rounding are skipped.
+  M squares the condition number of the kernel matrix, so it is never formed: the same steps
+  are taken by modified Gram-Schmidt on vectors whose products are M's entries. Candidates
+  whose gain would be all rounding are skipped.
 
   Args:
     key: a random key or an int seed; used only to draw the pool.
@@ -211,7 +68,7 @@ def krr_pursuit(
     block_size: rows of `x` whose kernel with the pool is held at a time.
 
   Returns:
-    `Pursuit`. Memory L^2 + block_size L; n L kernel entries, n L^2 products, L m work a step.
+    `Pursuit`. Memory L^2 + block_size L; n L kernel entries, n L^2 products, and L^2 work a step.
 
   Raises:
     ValueError, TypeError: wrong shape, dtype or range, NaN rows.
@@ -230,6 +87,13 @@ def krr_pursuit(
   room = jnp.int32(num_points if quota is None else quota)
   ridge = jnp.asarray(ridge, linalg.widest_dtype(x.dtype))
   return _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, min(block_size, x.shape[0]))
+
+
+def _rows(name, x):
+  x = jnp.asarray(x)
+  checks.floating(name, x)
+  checks.finite(name, x)
+  return x
 
 
 def _pool(key, x, y, candidates, quota, classes):
@@ -276,74 +140,77 @@ def _draw_pool(key, labels, size, balanced):
 
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "num_points", "block_size"))
 def _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, block_size):
-  moments, targets, square = _moments(kernel_fn, x, y, pool, ridge, block_size)
-  eps = jnp.finfo(moments.dtype).eps
-  diagonal = jnp.diagonal(moments)
+  vectors, wanted, square, jitter, status = _least_squares(kernel_fn, x, y, pool, ridge, block_size)
   size = pool.shape[0]
+  # A copy of a chosen row keeps no more than rounding, and what the factor of K_LL gave it.
+  floor = (_ROUNDING_UNITS * jnp.finfo(vectors.dtype).eps) ** 2 * jnp.sum(vectors**2, axis=1) + 4 * ridge * jitter
 
   def step(t, carry):
-    lower, schur, residual, open_rows, room, chosen, labels, objectives = carry
-    eligible = open_rows & (room > 0) & (schur > _ROUNDING_UNITS * eps * diagonal)
-    gains = jnp.where(eligible, jnp.sum(residual**2, axis=1) / jnp.where(eligible, schur, 1), -1)
-    best = jnp.argmax(gains)
+    left, residual, lower, open_rows, room, chosen, labels, objectives = carry
+    schur = jnp.sum(left**2, axis=1)
+    eligible = open_rows & (room > 0) & (schur > floor)
+    gains = jnp.sum(linalg.matmul(left, residual) ** 2, axis=1) / jnp.where(eligible, schur, 1)
+    best = jnp.argmax(jnp.where(eligible, gains, -1))
     take = eligible[best]
-    scale = jnp.sqrt(jnp.where(take, schur[best], 1))
-    column = (moments[best] - linalg.matmul(lower[:, best][None], lower)[0]) / scale
-    # What is in the span of the chosen has no residual; rounding would feed it back.
-    column = jnp.where(take, jnp.where(open_rows, column, 0).at[best].set(scale), 0)
-    label = jnp.where(take, residual[best] / scale, 0)
+    # Modified Gram-Schmidt: all that is left of every candidate becomes orthogonal to the chosen one.
+    direction = jnp.where(take, left[best] / jnp.sqrt(jnp.where(take, schur[best], 1)), 0)
+    column = linalg.matmul(left, direction[:, None])[:, 0]
+    label = linalg.matmul(direction[None], residual)[0]
     return (
-        lower.at[t].set(column), schur - column**2, residual - column[:, None] * label[None],
+        left - column[:, None] * direction[None], residual - direction[:, None] * label[None], lower.at[t].set(column),
         open_rows & ~(take & (jnp.arange(size) == best)), room - (take & (classes == classes[best])).astype(jnp.int32),
         chosen.at[t].set(jnp.where(take, best, -1).astype(jnp.int32)), labels.at[t].set(label),
         objectives.at[t + 1].set(objectives[t] - jnp.sum(label**2)))
 
-  zeros = functools.partial(jnp.zeros, dtype=moments.dtype)
+  zeros = functools.partial(jnp.zeros, dtype=vectors.dtype)
   carry = (
-      zeros((num_points, size)), diagonal, targets, jnp.ones(size, bool), jnp.broadcast_to(room, (size,)),
+      vectors, wanted, zeros((num_points, size)), jnp.ones(size, bool), jnp.broadcast_to(room, (size,)),
       jnp.full(num_points, -1, jnp.int32), zeros((num_points, y.shape[1])),
       jnp.broadcast_to(square, (num_points + 1,)))
-  lower, _, _, _, _, chosen, labels, objectives = jax.lax.fori_loop(0, num_points, step, carry)
+  _, _, lower, _, _, chosen, labels, objectives = jax.lax.fori_loop(0, num_points, step, carry)
   used = chosen >= 0
-  coefficients = _coefficients(moments, targets, lower, chosen, labels)
-  pool_objective = jnp.full_like(square, jnp.nan)
-  if moments.dtype == jnp.float64:
-    whole = linalg.factor(moments, size * eps * jnp.max(diagonal))
-    pool_objective = jnp.minimum(square - jnp.sum(linalg.whiten(whole, targets) ** 2), objectives[-1])
-  finite = jnp.isfinite(moments).all() & jnp.isfinite(targets).all()
-  status = jnp.where(finite, jnp.where(used.all(), Status.OK, Status.NOT_POSITIVE_DEFINITE), Status.NOT_FINITE)
+  coefficients = _coefficients(vectors, wanted, lower, chosen, labels)
+  pool_objective = jnp.minimum(square - jnp.sum(wanted**2), objectives[-1])
+  short = jnp.where(used.all(), Status.OK, Status.NOT_POSITIVE_DEFINITE).astype(jnp.int32)
   return Pursuit(
       jnp.where(used, rows[chosen], -1), rows, coefficients.astype(y.dtype), objectives, pool_objective,
-      status.astype(jnp.int32))
+      jnp.maximum(status, short))
 
 
-def _moments(kernel_fn, x, y, pool, ridge, block_size):
-  """M `(L, L)`, B `(L, c)` and ||Y||^2, over blocks of rows, in the widest float."""
-  dtype = linalg.widest_dtype(x.dtype)
-  n, size = x.shape[0], pool.shape[0]
+def _least_squares(kernel_fn, x, y, pool, ridge, block_size):
+  """F as a least-squares problem in L dimensions: vectors a_j with <a_i, a_j> = M_ij, and t with <a_j, t> = B_j.
+
+  With K_LL = C C^T and C^{-1} K_Ln K_nL C^{-T} + ridge I = R R^T, these are the rows of C R and
+  R^{-1} C^{-1} B. M itself, whose condition is the square of the kernel's, is never formed.
+  """
+  n = x.shape[0]
   blocks = -(-n // block_size)
+  k_pool = kernel_fn(pool, None)
+  jitter = linalg.rounding_ridge(k_pool).astype(ridge.dtype)
+  factor = linalg.factor(k_pool, jitter)
+  dtype, size = factor.lower.dtype, pool.shape[0]
 
   def add(b, carry):
-    moments, targets = carry
     index = b * block_size + jnp.arange(block_size, dtype=jnp.int32)
     mask = (index < n)[:, None]
     index = jnp.minimum(index, n - 1)
-    k = jnp.where(mask, kernel_fn(x[index], pool), 0).astype(dtype)
-    return moments + linalg.matmul(k.T, k), targets + linalg.matmul(k.T, y[index].astype(dtype))
+    k = linalg.whiten(factor, jnp.where(mask, kernel_fn(x[index], pool), 0).T)
+    return carry[0] + linalg.matmul(k, k.T), carry[1] + linalg.matmul(k, y[index].astype(dtype))
 
-  carry = (jnp.zeros((size, size), dtype), jnp.zeros((size, y.shape[1]), dtype))
-  moments, targets = jax.lax.fori_loop(0, blocks, add, carry)
-  moments = moments + ridge * kernel_fn(pool, None).astype(dtype)
-  return 0.5 * (moments + moments.T), targets, jnp.sum(y.astype(dtype) ** 2)
+  moments, targets = jax.lax.fori_loop(
+      0, blocks, add, (jnp.zeros((size, size), dtype), jnp.zeros((size, y.shape[1]), dtype)))
+  root = linalg.factor(moments, ridge)
+  status = jnp.maximum(factor.status, root.status)
+  return (linalg.matmul(factor.lower, root.lower), linalg.whiten(root, targets), jnp.sum(y.astype(dtype) ** 2), jitter,
+          status)
 
 
-def _coefficients(moments, targets, lower, chosen, labels):
-  """c = M_SS^{-1} B_S from the partial factor, refined once against M itself."""
+def _coefficients(vectors, wanted, lower, chosen, labels):
+  """c = M_SS^{-1} B_S from the triangle of the orthogonalisation, refined once against the vectors."""
   used = chosen >= 0
   # Row t of `lower` belongs to choice t; a step without a choice becomes a unit row.
-  factor = jnp.where(used[:, None] & used[None], lower[:, chosen].T, jnp.eye(chosen.shape[0], dtype=lower.dtype))
-  among = jnp.where(used[:, None] & used[None], moments[chosen][:, chosen], 0)
-  wanted = jnp.where(used[:, None], targets[chosen], 0)
-  c = solve_triangular(factor, labels, lower=True, trans="T")
-  f = linalg.Factor(factor, jnp.int32(Status.OK))
-  return c + linalg.solve(f, wanted - linalg.matmul(among, c))
+  among = used[:, None] & used[None]
+  f = linalg.Factor(jnp.where(among, lower[:, chosen].T, jnp.eye(chosen.shape[0], dtype=lower.dtype)), jnp.int32(0))
+  basis = jnp.where(used[:, None], vectors[chosen], 0)
+  c = linalg.unwhiten(f, labels)
+  return c + linalg.solve(f, linalg.matmul(basis, wanted - linalg.matmul(basis.T, c)))

@@ -1,5 +1,7 @@
 """D^2 seeding has the right law, Lloyd never raises the cost, and medoids are distinct real rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,8 @@ from sklearn.datasets import load_digits, make_blobs
 
 from helpers import RTOL, assert_close
 from kipcore import clustering
-from kipcore.clustering import KMeansResult, draw_rows, kernel_kmeans_plusplus, kmeans, kmeans_plusplus, nearest_rows
+from kipcore.clustering import KMeansResult, kernel_kmeans_plusplus, kmeans, kmeans_plusplus, nearest_rows
+from kipcore.draws import draw_few_rows
 
 
 def linear(a, b=None):
@@ -44,7 +47,9 @@ def chi_square_p(counts, probabilities):
   return stats.chisquare(counts[keep], counts.sum() * probabilities[keep] / probabilities.sum()).pvalue
 
 
-draw = jax.jit(draw_rows, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2)
+def draw(key, weights, num_draws):
+  return draw_few_rows(jax.random.uniform(key, (num_draws, 2), weights.dtype), weights)
 
 
 class TestDrawRows:

@@ -10,8 +10,9 @@ from scipy import stats
 from sklearn.datasets import load_digits
 
 from helpers import RTOL, assert_close
-from kipcore import pursuit
-from kipcore.pursuit import krr_pursuit, rpcholesky
+from kipcore import cholesky, linalg, pursuit
+from kipcore.cholesky import rpcholesky
+from kipcore.pursuit import krr_pursuit
 from kipcore.types import Status
 
 
@@ -122,10 +123,10 @@ class TestRPCholesky:
   def test_same_key_same_result_and_no_recompilation(self):
     x = jnp.asarray(rows(), jnp.float32)
     first = rpcholesky(0, rbf, x, 10)
-    before = pursuit._rpcholesky._cache_size()
+    before = cholesky._rpcholesky._cache_size()
     np.testing.assert_array_equal(first.pivots, rpcholesky(jax.random.key(0), rbf, x, 10).pivots)
     assert not np.array_equal(first.pivots, rpcholesky(jax.random.key(1), rbf, x, 10).pivots)
-    assert pursuit._rpcholesky._cache_size() == before
+    assert cholesky._rpcholesky._cache_size() == before
 
   def test_failures(self):
     x = jnp.asarray(rows(10), jnp.float32)
@@ -154,10 +155,11 @@ def objective(x, y, points, coefficients, ridge):
   return ((reference_rbf(x, points) @ c - y) ** 2).sum() + ridge * np.sum(c * (reference_rbf(points, points) @ c))
 
 
-def best_objective(x, y, points, ridge):
+def best_objective(x, y, points, ridge, jitter=0.0):
   k, y = reference_rbf(x, points), np.asarray(y, np.float64)
-  c = np.linalg.solve(k.T @ k + ridge * reference_rbf(points, points), k.T @ y)
-  return objective(x, y, points, c, ridge)
+  penalty = ridge * (reference_rbf(points, points) + jitter * np.eye(len(points)))
+  c = np.linalg.solve(k.T @ k + penalty, k.T @ y)
+  return ((k @ c - y) ** 2).sum() + np.sum(c * (penalty @ c))
 
 
 class TestKRRPursuit:
@@ -175,11 +177,21 @@ class TestKRRPursuit:
     for m in (1, 4, 15):
       assert_close(result.objectives[m], best_objective(x, y, points[:m], self.ridge), rtol)
     assert (np.diff(np.asarray(result.objectives)) < 0).all()
-    if dtype == jnp.float64:
-      assert_close(result.pool_objective, best_objective(x, y, x[:60], self.ridge), 1e-6)
-      assert float(result.pool_objective) < float(result.objectives[-1])
-    else:
-      assert np.isnan(result.pool_objective)
+    jitter = float(linalg.rounding_ridge(rbf(x[:60], None)))
+    assert_close(result.pool_objective, best_objective(x, y, x[:60], self.ridge, jitter), rtol)
+    assert float(result.pool_objective) < float(result.objectives[-1])
+
+  def test_float32_outlives_the_squared_condition(self):
+    # Nearby rows: M has a condition far beyond float32, in which no Cholesky factor of it exists.
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(0.5 * rng.normal(size=(400, 8)), jnp.float32)
+    y = jnp.asarray(np.eye(3)[rng.integers(0, 3, 400)] - 1 / 3, jnp.float32)
+    k = np.asarray(rbf(x[:60], None), np.float64)
+    cross = np.asarray(rbf(x, x[:60]), np.float64)
+    assert np.linalg.cond(cross.T @ cross + 1e-2 * k) > 1e7
+    result = krr_pursuit(0, rbf, x, y, jnp.arange(60), 30, 1e-2)
+    assert int(result.status) == Status.OK
+    assert_close(result.objectives[-1], best_objective(x, y, x[result.indices], 1e-2), 1e-4)
 
   def test_each_step_is_the_best_single_step(self, x64):
     x, y, _ = problem(jnp.float64, n=60)

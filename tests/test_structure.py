@@ -17,8 +17,8 @@ PACKAGE = pathlib.Path(kipcore.__file__).parent
 LAYERS = [
     ["version", "types", "checks", "keys", "linalg", "architectures", "kernels.dual", "kernels.dense", "kernels.conv",
      "kernels.finite", "kernels.stax", "kernels", "networks", "gram"],
-    ["krr", "scoring", "leverage", "sensitivity_cores", "sensitivity", "clustering", "pursuit", "draws", "sampling",
-     "guarantees", "certificate", "preprocess"],
+    ["krr", "scoring", "leverage", "sensitivity_cores", "sensitivity", "draws", "clustering", "cholesky",
+     "pursuit", "sampling", "guarantees", "certificate", "preprocess"],
     ["evaluate", "coreset", "distill.method", "distill.samplers", "distill.kip", "distill.loop", "distill"],
     ["datasets", "artifact", "report"],
 ]
