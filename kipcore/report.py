@@ -166,6 +166,42 @@ def save_scores(path, scores, indices, certificate: dict) -> None:
   _save(figure, path)
 
 
+def save_comparison(path, panels: dict, x_label: str, y_label: str, log_x: bool = False) -> None:
+  """A PNG of lines with error bars: a panel a setting, a line a competitor, one legend.
+
+  Args:
+    path: PNG file name.
+    panels: panel title -> line name -> list of (x, mean, deviation).
+    x_label, y_label: of every panel.
+    log_x: whether x is on a logarithmic scale, with ticks at its values.
+  """
+  columns = min(2, len(panels))
+  rows = -(-len(panels) // columns)
+  figure = _figure(4.2 * columns + 1.6, 3.3 * rows)
+  grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+  names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+  for axes, (title, lines) in zip(grid, panels.items()):
+    for name, points in lines.items():
+      x, mean, deviation = np.array(sorted(points), float).T
+      # Slightly apart, so that bars do not hide one another.
+      shift = 0.06 * (names.index(name) / max(len(names) - 1, 1) - 0.5)
+      style = {"color": "black", "lw": 2.2, "zorder": 5} if name == "auto" else {"color": f"C{names.index(name)}"}
+      axes.errorbar(x * 10**shift if log_x else x, mean, deviation, label=name, marker="o", ms=3.5, capsize=2, **style)
+    if log_x:
+      axes.set_xscale("log")
+      ticks = sorted({point[0] for line in lines.values() for point in line})
+      axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+      axes.minorticks_off()
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+  for axes in grid[len(panels):]:
+    axes.axis("off")
+  figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+  _save(figure, path)
+
+
 def _names(classes, class_names):
   return [str(class_names[c]) if class_names else str(c) for c in classes]
 

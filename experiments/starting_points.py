@@ -1,0 +1,133 @@
+"""Where to start, measured: `python -m experiments.starting_points --data_dir=DIR`.
+
+For each dataset and size, every strategy of `select_coreset` over several seeds: test
+accuracy of ridge regression on the points, with one-hot labels and with labels solved on
+all training rows. Nothing is distilled. All training rows of MNIST, Fashion-MNIST and
+CIFAR-10 with the NTK of FC1, and 2,000 rows of MNIST with that of a convolutional network.
+Writes experiments/results/starting_points.json, cell by cell, and starting_points.png.
+An hour and a half on two cores; --only=mnist-fc1-10 measures one cell anew.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+
+from absl import flags
+import numpy as np
+
+from experiments import flags as common
+from experiments.config import SelectConfig
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
+flags.DEFINE_integer("num_seeds", 5, "Seeds of each cell.", lower_bound=1)
+flags.DEFINE_string("only", "", "Measure the cells whose names contain this; the others stay in the file.")
+flags.DEFINE_string("output", "experiments/results/starting_points.json", "Result file; the picture is beside it.")
+
+# name -> (config, training rows (0: all), candidates of the pursuit)
+_FC1 = {
+    f"{dataset}-fc1-{10 * per_class}": (SelectConfig(dataset=dataset, images_per_class=per_class), 0, 2000)
+    for per_class in (1, 10, 50) for dataset in ("mnist", "fashion_mnist", "cifar10")
+}
+_CONV = {
+    f"mnist-conv2_vec-{10 * per_class}": (
+        SelectConfig(dataset="mnist", architecture="conv2_vec", images_per_class=per_class, test_rows=1000), 2000, 500)
+    for per_class in (1, 10)
+}
+CELLS = {**_FC1, **_CONV}
+
+
+def measure(data, config: SelectConfig, seeds, num_candidates: int) -> dict:
+  """One cell: by strategy, per-seed accuracies in percent, seconds of the choice, and its measured objective."""
+  import jax.numpy as jnp
+  from kipcore import coreset, krr
+  from kipcore.types import Support
+  from experiments import pipeline
+  x, y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
+  fit_ridge = coreset.objective_ridge(data.kernel_fn, x)
+  runs = []
+  for seed in seeds:
+    by_strategy = {}
+    for strategy in coreset.STRATEGIES:
+      if strategy == "auto":
+        continue
+      started = time.perf_counter()
+      chosen = coreset.select_coreset(seed, x, y, config.images_per_class, strategy, data.kernel_fn,
+                                      config.relative_ridge, num_candidates=num_candidates)
+      chosen.x.block_until_ready()
+      seconds = time.perf_counter() - started
+      used = float(krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge))
+      solved = krr.label_solve_rows(data.kernel_fn, chosen.x, x, y, used, fit_ridge)
+      run = {"one_hot": 100 * pipeline.score(config, data, Support(chosen.x, chosen.y)),
+             "solved": 100 * pipeline.score(config, data, Support(chosen.x, solved.labels)), "seconds": seconds}
+      if chosen.ridge is not None:
+        absorbed, _ = coreset.absorb_weights(data.kernel_fn, chosen, chosen.ridge, used)
+        run["weights_in_labels"] = 100 * pipeline.score(config, data, absorbed)
+      if strategy in coreset.AUTO_CANDIDATES:
+        run["objective"] = coreset.measured_objective(data.kernel_fn, chosen, x, y, config.relative_ridge)
+      by_strategy[strategy] = run
+    # What select_coreset(strategy="auto") does with this seed, without choosing everything twice.
+    best = min(coreset.AUTO_CANDIDATES, key=lambda name: by_strategy[name]["objective"])
+    by_strategy["auto"] = {**by_strategy[best], "chosen": best,
+                           "seconds": sum(by_strategy[name]["seconds"] for name in coreset.AUTO_CANDIDATES)}
+    runs.append({"seed": seed, "strategies": by_strategy})
+    print(f"  seed {seed}: " + ", ".join(f"{k} {v['one_hot']:.1f}/{v['solved']:.1f}" for k, v in by_strategy.items()),
+          flush=True)
+  return {"runs": runs, "summary": {name: summary([run["strategies"][name] for run in runs])
+                                    for name in coreset.STRATEGIES}}
+
+
+def summary(runs: list[dict]) -> dict:
+  """Mean and sample deviation over seeds of every number of a strategy."""
+  keys = [key for key, value in runs[0].items() if isinstance(value, float)]
+  content = {key: {"mean": float(np.mean([run[key] for run in runs])),
+                   "std": float(np.std([run[key] for run in runs], ddof=1)) if len(runs) > 1 else None} for key in keys}
+  if "chosen" in runs[0]:
+    content["chosen"] = [run["chosen"] for run in runs]
+  return content
+
+
+def load(config: SelectConfig, num_rows: int):
+  """The data of a cell; of `num_rows` training rows where that is not 0 (evenly spaced)."""
+  from experiments import pipeline
+  data = pipeline.load(config)
+  rows = slice(None, None, data.x_train.shape[0] // num_rows if num_rows else None)
+  return data._replace(x_train=data.x_train[rows], y_train=data.y_train[rows])
+
+
+def save_picture(path, cells: dict) -> None:
+  """Accuracy against the number of points: a panel a dataset and network, a line a strategy."""
+  from kipcore import coreset, report
+  panels = {}
+  for name, cell in cells.items():
+    panel, points = name.rsplit("-", 1)
+    for strategy in coreset.STRATEGIES:
+      entry = cell["summary"][strategy]["one_hot"]
+      panels.setdefault(panel, {}).setdefault(strategy, []).append((int(points), entry["mean"], entry["std"] or 0.0))
+  report.save_comparison(path, panels, "number of points", "test accuracy, %", log_x=True)
+
+
+def main() -> None:
+  """Measures the cells, and writes the result file after each."""
+  from experiments import run_folder
+  path = pathlib.Path(FLAGS.output)
+  cells = json.loads(path.read_text())["cells"] if path.exists() else {}
+  for name, (config, num_rows, num_candidates) in CELLS.items():
+    if FLAGS.only not in name:
+      continue
+    print(name, flush=True)
+    config = dataclasses.replace(config, data_dir=FLAGS.data_dir, validation_fraction=0.0)
+    data = load(config, num_rows)
+    cell = measure(data, config, range(FLAGS.num_seeds), num_candidates)
+    cells[name] = {"config": {**dataclasses.asdict(config), "data_dir": None, "num_candidates": num_candidates},
+                   "training_rows": data.x_train.shape[0], "test_rows": data.x_test.shape[0],
+                   "note": data.raw.note, **cell}
+    cells = {key: cells[key] for key in CELLS if key in cells}
+    run_folder.write_json(path, {"environment": run_folder.environment(), "cells": cells})
+    save_picture(path.with_suffix(".png"), cells)
+
+
+if __name__ == "__main__":
+  common.launch(main)
