@@ -40,6 +40,7 @@ JOBS = {
 def main() -> None:
   """Runs the jobs and writes the result file."""
   from experiments import pipeline, run_folder
+  environment = run_folder.environment()  # of the code that runs, whatever happens to the tree meanwhile
   results = {}
   for name, (changes, reference) in JOBS.items():
     if FLAGS.only not in name:
@@ -58,7 +59,7 @@ def main() -> None:
         "std_percent": float(scores.std(ddof=1)) if len(scores) > 1 else None,
         "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("seed", "data_dir")}, "runs": runs,
     }
-  run_folder.write_json(FLAGS.output, {"environment": run_folder.environment(), "jobs": results})
+  run_folder.write_json(FLAGS.output, {"environment": environment, "jobs": results})
 
 
 if __name__ == "__main__":

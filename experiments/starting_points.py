@@ -112,6 +112,7 @@ def save_picture(path, cells: dict) -> None:
 def main() -> None:
   """Measures the cells, and writes the result file after each."""
   from experiments import run_folder
+  environment = run_folder.environment()  # of the code that runs, whatever happens to the tree meanwhile
   path = pathlib.Path(FLAGS.output)
   cells = json.loads(path.read_text())["cells"] if path.exists() else {}
   for name, (config, num_rows, num_candidates) in CELLS.items():
@@ -125,7 +126,7 @@ def main() -> None:
                    "training_rows": data.x_train.shape[0], "test_rows": data.x_test.shape[0],
                    "note": data.raw.note, **cell}
     cells = {key: cells[key] for key in CELLS if key in cells}
-    run_folder.write_json(path, {"environment": run_folder.environment(), "cells": cells})
+    run_folder.write_json(path, {"environment": environment, "cells": cells})
     save_picture(path.with_suffix(".png"), cells)
 
 

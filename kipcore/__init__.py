@@ -30,6 +30,7 @@ from kipcore.sampling import (gumbel_sample, importance_sample, merge_duplicates
 from kipcore.sensitivity import (SensitivityScores, approximate_krr_sensitivities, blocked_krr_sensitivities,
                                  feature_krr_sensitivities, kmeans_sensitivities, krr_sensitivities,
                                  krr_sensitivity_scores, lightweight_sensitivities)
+from kipcore.streaming import stream_krr_sensitivities
 from kipcore.types import NumericalError, Status, Support
 from kipcore.version import __version__
 
@@ -47,6 +48,6 @@ __all__ = [
     "lightweight_sensitivities", "linear_fn", "load_artifact", "measure_coreset", "measured_objective",
     "merge_duplicates", "myrtle", "nearest_rows", "network", "nngp_fn", "ntk_fn", "one_hot_centred", "rbf_fn",
     "relative_ridge", "ridge_leverage_scores", "rpcholesky", "sample_size", "sampler", "save_artifact",
-    "score_ridge_for_dimension", "select_coreset", "sensitivity_sample", "stratified_sample", "systematic_sample",
+    "score_ridge_for_dimension", "select_coreset", "sensitivity_sample", "stratified_sample", "stream_krr_sensitivities", "systematic_sample",
     "__version__",
 ]

@@ -4,6 +4,8 @@ Private to the rooms `leverage` and `sensitivity`. Everything is in the widest f
 available; a row of weight 0 (padding) plays no part.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,28 +153,44 @@ def landmark_fit(kernel_fn, x, root, y, landmarks, landmark_weights, ridge, bloc
   `y` is already weighted. Returns the scores, the squared residuals, the optima of
   those problems, each `(n,)`, and a status. With landmark weights the scores are t_i.
   """
-  xs, rs, ys = x[landmarks], root[landmarks], y[landmarks]
-  k_ss = weighted_block(kernel_fn, xs, rs)
-  if landmark_weights is None:
-    f = score_factor(k_ss, ridge)
-  else:
-    f = linalg.factor(k_ss, ridge / landmark_weights)
-  dual = linalg.solve(f, ys)
-
-  def score(block):
-    xb, rb, yb = block
-    k = weighted_block(kernel_fn, xb, rb, xs, rs)
-    seen = jnp.sum(linalg.whiten(f, k.T) ** 2, axis=0)
-    t = jnp.maximum(weighted_diagonal(kernel_fn, xb, rb) - seen, 0) / ridge
-    return t, jnp.sum((yb - linalg.matmul(k, dual)) ** 2, axis=1)
-
-  t, error2 = join_blocks(jax.lax.map(score, split_blocks(block_size, x, root, y)), x.shape[0])
+  s = landmark_solution(kernel_fn, x[landmarks], root[landmarks], y[landmarks], ridge, landmark_weights)
+  t, error2 = join_blocks(jax.lax.map(lambda block: landmark_block(kernel_fn, s, ridge, *block),
+                                      split_blocks(block_size, x, root, y)), x.shape[0])
   if landmark_weights is not None:
-    return t, error2, error2, f.status
-  optimum = ridge * jnp.sum(ys * dual)
-  tau = (t / (1 + t)).at[landmarks].set(factor_leverage(f, ridge))
-  residual2 = (error2 / (1 + t) ** 2).at[landmarks].set(ridge**2 * jnp.sum(dual**2, axis=1))
-  return tau, residual2, (optimum + error2 / (1 + t)).at[landmarks].set(optimum), f.status
+    return t, error2, error2, s.factor.status
+  return (*landmark_optima(s, t, error2, landmarks, ridge), s.factor.status)
+
+
+class LandmarkSolution(NamedTuple):
+  """The ridge fit on the landmarks alone: their rows, roots, weighted labels, factor and dual."""
+
+  x: Array
+  root: Array
+  y: Array
+  factor: linalg.Factor
+  dual: Array
+
+
+def landmark_solution(kernel_fn, xs, rs, ys, ridge, landmark_weights=None) -> LandmarkSolution:
+  k_ss = weighted_block(kernel_fn, xs, rs)
+  f = score_factor(k_ss, ridge) if landmark_weights is None else linalg.factor(k_ss, ridge / landmark_weights)
+  return LandmarkSolution(xs, rs, ys, f, linalg.solve(f, ys))
+
+
+def landmark_block(kernel_fn, s: LandmarkSolution, ridge, xb, rb, yb):
+  """(t_i, squared error of the landmarks' fit) of a block of rows."""
+  k = weighted_block(kernel_fn, xb, rb, s.x, s.root)
+  seen = jnp.sum(linalg.whiten(s.factor, k.T) ** 2, axis=0)
+  t = jnp.maximum(weighted_diagonal(kernel_fn, xb, rb) - seen, 0) / ridge
+  return t, jnp.sum((yb - linalg.matmul(k, s.dual)) ** 2, axis=1)
+
+
+def landmark_optima(s: LandmarkSolution, t, error2, landmarks, ridge):
+  """(scores, squared residuals, optima), each `(n,)`, from `landmark_block` of all rows."""
+  optimum = ridge * jnp.sum(s.y * s.dual)
+  tau = (t / (1 + t)).at[landmarks].set(factor_leverage(s.factor, ridge))
+  residual2 = (error2 / (1 + t) ** 2).at[landmarks].set(ridge**2 * jnp.sum(s.dual**2, axis=1))
+  return tau, residual2, (optimum + error2 / (1 + t)).at[landmarks].set(optimum)
 
 
 def nystrom_factor(kernel_fn, xs, rs) -> linalg.Factor:

@@ -93,7 +93,7 @@ def krr_sensitivity_scores(k: Array, y: Array, ridge, weights: Array | None = No
   k, ridge, root = scoring.prepare_matrix(k, ridge, weights)
   y = _prepare_labels(y, k, root)
   checks.finite("k", k)
-  return _finish(sensitivity_cores.exact_scores(k, y, ridge, root), Guarantee.EXACT, k.dtype)
+  return finish(sensitivity_cores.exact_scores(k, y, ridge, root), Guarantee.EXACT, k.dtype)
 
 
 def krr_sensitivities(k: Array, y: Array, ridge, weights: Array | None = None) -> Array:
@@ -128,7 +128,7 @@ def feature_krr_sensitivities(z: Array, y: Array, ridge, weights: Array | None =
   y = _prepare_labels(y, z, root)
   checks.finite("z", z)
   scoring.check_precision(ridge, lambda: jnp.mean(root**2 * jnp.sum(z.astype(root.dtype) ** 2, axis=1)), z.dtype)
-  return _finish(sensitivity_cores.feature_scores(z, y, ridge, root, block_size), Guarantee.EXACT, z.dtype)
+  return finish(sensitivity_cores.feature_scores(z, y, ridge, root, block_size), Guarantee.EXACT, z.dtype)
 
 
 def blocked_krr_sensitivities(kernel_fn: KernelFn, x: Array, y: Array, ridge, groups,
@@ -169,7 +169,7 @@ def blocked_krr_sensitivities(kernel_fn: KernelFn, x: Array, y: Array, ridge, gr
   present = column[None, :] < size[:, None]
   parts = sensitivity_cores.blocked_scores(
       kernel_fn, x, y, ridge, root, jnp.asarray(index), jnp.asarray(present), jnp.asarray(objective_bound, root.dtype))
-  return _finish(parts, Guarantee.OVER_ESTIMATE, x.dtype)
+  return finish(parts, Guarantee.OVER_ESTIMATE, x.dtype)
 
 
 def approximate_krr_sensitivities(key, kernel_fn: KernelFn, x: Array, y: Array, ridge, num_landmarks: int,
@@ -219,7 +219,7 @@ def approximate_krr_sensitivities(key, kernel_fn: KernelFn, x: Array, y: Array, 
   order = jax.random.permutation(keys.canonical_key(key), x.shape[0]).astype(jnp.int32)
   landmarks = order[:num_landmarks] if landmarks is None else landmarks
   parts = sensitivity_cores.landmark_scores(kernel_fn, x, y, ridge, root, landmarks, order, block_size, refine)
-  return _finish(parts, Guarantee.OVER_ESTIMATE, x.dtype)
+  return finish(parts, Guarantee.OVER_ESTIMATE, x.dtype)
 
 
 def kmeans_sensitivities(x: Array, centers: Array, weights: Array | None = None, alpha=1.0) -> Array:
@@ -314,7 +314,7 @@ def _prepare_points(x, weights) -> Array:
   return jnp.asarray(weights, x.dtype)
 
 
-def _finish(parts, guarantee: Guarantee, dtype) -> SensitivityScores:
+def finish(parts, guarantee: Guarantee, dtype) -> SensitivityScores:
   """Diagnostics of (scores, leverage, objective, lower dimension, status); warns where flat."""
   result = SensitivityScores(*sensitivity_cores.diagnose(parts, jnp.dtype(dtype)))._replace(guarantee=guarantee)
   leverage.warn_if_flat(result.max_over_mean)

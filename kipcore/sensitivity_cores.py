@@ -87,69 +87,99 @@ def norm_bound(e):
 
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size", "refine"))
 def landmark_scores(kernel_fn, x, y, ridge, root, landmarks, order, block_size, refine):
-  tau, residual2, part, status = scoring.landmark_fit(kernel_fn, x, root, y, landmarks, None, ridge, block_size)
-  bound = jnp.min(part)
+  *alone, status = scoring.landmark_fit(kernel_fn, x, root, y, landmarks, None, ridge, block_size)
   if not refine:
-    return joint(tau, residual2, part, bound), tau, bound, jnp.zeros_like(bound), status
-  fit = nystrom(kernel_fn, x, y, ridge, root, landmarks, order, block_size, bound)
-  best = jnp.minimum(tau, fit.tau)
-  label = (jnp.sqrt(label_term(fit.residual2, fit.bound)) + jnp.sqrt(best * fit.gap)) ** 2
-  scores = jnp.minimum(best + label, joint(tau, residual2, part, fit.bound))
-  return scores, best, fit.bound, fit.lower_dimension, jnp.maximum(status, fit.status)
+    return (*one_pass_scores(*alone), status)
+  s = nystrom_start(kernel_fn, x[landmarks], root[landmarks])
+  blocks = scoring.split_blocks(block_size, order, root[order], y[order])
+  gather = lambda totals, block: (nystrom_gather(kernel_fn, s, totals, x[block[0]], *block[1:]), None)
+  totals, _ = jax.lax.scan(gather, nystrom_totals(s, y.shape[1]), blocks)
+  fit = nystrom_fit(s, totals, ridge)
+  *of_rows, unseen = jax.lax.map(
+      lambda block: nystrom_rows(kernel_fn, s, fit, ridge, x[block[0]], *block[1:]), blocks)
+  rows = [jnp.zeros_like(root).at[order].set(a) for a in scoring.join_blocks(of_rows, x.shape[0])]
+  return two_pass_scores(alone, fit, *rows, jnp.sum(unseen, axis=0), ridge, status)
 
 
-class Nystrom(NamedTuple):
-  """Bound 2 of `approximate_krr_sensitivities`: what it needs of each row and of the whole."""
+def one_pass_scores(tau, residual2, part):
+  """Bound 1 of `approximate_krr_sensitivities`, from `scoring.landmark_optima`."""
+  bound = jnp.min(part)
+  return joint(tau, residual2, part, bound), tau, bound, jnp.zeros_like(bound)
 
-  tau: Array
-  residual2: Array
-  bound: Array
-  gap: Array
+
+def two_pass_scores(alone, fit, tau, residual2, unseen, ridge, status):
+  """The smaller of bounds 1 and 2; `unseen` is the sum over blocks of <R~_b, E_bb R~_b>^{1/2}, for each output."""
+  reached = jnp.sum(residual2) + ridge * jnp.sum(fit.coefficients**2)
+  bound = jnp.maximum(jnp.min(alone[2]), reached - jnp.sum(unseen**2) / ridge)
+  gap = jnp.maximum(label_term(reached, bound) - 1, 0)
+  best = jnp.minimum(alone[0], tau)
+  label = (jnp.sqrt(label_term(residual2, bound)) + jnp.sqrt(best * gap)) ** 2
+  scores = jnp.minimum(best + label, joint(*alone, bound))
+  return scores, best, bound, fit.lower_dimension, jnp.maximum(status, fit.status)
+
+
+class NystromStart(NamedTuple):
+  """The landmarks, and the factor that makes features of kernel columns: V = K_nS L^{-T}."""
+
+  x: Array
+  root: Array
+  factor: linalg.Factor
+
+
+class NystromFit(NamedTuple):
+  """What bound 2 needs of the whole: `low_rank_leverage_bounds`'s a and q, and the fit W~ in the span of S."""
+
+  kept: Array
+  share: Array
+  kept_factor: Array
+  coefficients: Array
   lower_dimension: Array
   status: Array
 
 
-def nystrom(kernel_fn, x, y, ridge, root, landmarks, order, block_size, bound) -> Nystrom:
-  xs, rs = x[landmarks], root[landmarks]
-  f = scoring.nystrom_factor(kernel_fn, xs, rs)
-  blocks = scoring.split_blocks(block_size, order, root[order], y[order])
+def nystrom_start(kernel_fn, xs, rs) -> NystromStart:
+  return NystromStart(xs, rs, scoring.nystrom_factor(kernel_fn, xs, rs))
 
-  def features(rows, weight):
-    return linalg.whiten(f, scoring.weighted_block(kernel_fn, x[rows], weight, xs, rs).T)
 
-  def gather(total, block):
-    rows, weight, yb = block
-    v = features(rows, weight)
-    missed = scoring.weighted_block(kernel_fn, x[rows], weight) - linalg.matmul(v.T, v)
-    new = linalg.matmul(v, v.T), linalg.matmul(v, yb), jnp.trace(missed), norm_bound(missed)
-    return jax.tree.map(jnp.add, total, new), None
+def nystrom_totals(s: NystromStart, num_outputs):
+  """Zeros for `nystrom_gather`: V^T V, V^T Y, the trace and a bound on the norm of what V misses."""
+  size = s.root.shape[0]
+  return tuple(jnp.zeros(shape, s.root.dtype) for shape in ((size, size), (size, num_outputs), (), ()))
 
-  scalar = jnp.zeros((), root.dtype)
-  start = (jnp.zeros_like(f.lower), jnp.zeros((xs.shape[0], y.shape[1]), root.dtype), scalar, scalar)
-  (moment, cross, tail, norm), _ = jax.lax.scan(gather, start, blocks)
+
+def _features(kernel_fn, s, xb, rb):
+  return linalg.whiten(s.factor, scoring.weighted_block(kernel_fn, xb, rb, s.x, s.root).T)
+
+
+def nystrom_gather(kernel_fn, s: NystromStart, totals, xb, rb, yb):
+  """The totals with one more block of rows."""
+  v = _features(kernel_fn, s, xb, rb)
+  missed = scoring.weighted_block(kernel_fn, xb, rb) - linalg.matmul(v.T, v)
+  new = linalg.matmul(v, v.T), linalg.matmul(v, yb), jnp.trace(missed), norm_bound(missed)
+  return jax.tree.map(jnp.add, totals, new)
+
+
+def nystrom_fit(s: NystromStart, totals, ridge) -> NystromFit:
+  moment, cross, tail, norm = totals
   values = jnp.maximum(jnp.linalg.eigvalsh(moment), 0)
   share = scoring.best_share(values, jnp.maximum(tail, 0), ridge, norm)
   kept = scoring.kept_share(share, ridge, norm)
   kept_factor, fit_factor = linalg.factor(kept * moment, ridge), linalg.factor(moment, ridge)
-  fit = linalg.solve(fit_factor, cross)
+  status = jnp.maximum(s.factor.status, jnp.maximum(kept_factor.status, fit_factor.status))
+  return NystromFit(kept, share, kept_factor.lower, linalg.solve(fit_factor, cross),
+                    jnp.sum(values / (values + ridge)), status)
 
-  def score(block):
-    rows, weight, yb = block
-    v = features(rows, weight)
-    missed = jnp.maximum(scoring.weighted_diagonal(kernel_fn, x[rows], weight) - jnp.sum(v**2, axis=0), 0)
-    h = jnp.sum(linalg.whiten(kept_factor, v) ** 2, axis=0)
-    r = yb - linalg.matmul(v.T, fit)
-    k = scoring.weighted_block(kernel_fn, x[rows], weight)
-    unseen = jnp.sum(r * linalg.matmul(k, r), axis=0) - jnp.sum(linalg.matmul(v, r) ** 2, axis=0)
-    return scoring.corrected(h, missed, kept, share, ridge), jnp.sum(r**2, axis=1), jnp.sqrt(jnp.maximum(unseen, 0))
 
-  *of_rows, unseen = jax.lax.map(score, blocks)
-  tau, residual2 = (jnp.zeros_like(root).at[order].set(a) for a in scoring.join_blocks(of_rows, x.shape[0]))
-  reached = jnp.sum(residual2) + ridge * jnp.sum(fit**2)
-  bound = jnp.maximum(bound, reached - jnp.sum(jnp.sum(unseen, axis=0) ** 2) / ridge)
-  gap = jnp.maximum(label_term(reached, bound) - 1, 0)
-  status = jnp.maximum(f.status, jnp.maximum(kept_factor.status, fit_factor.status))
-  return Nystrom(tau, residual2, bound, gap, jnp.sum(values / (values + ridge)), status)
+def nystrom_rows(kernel_fn, s: NystromStart, fit: NystromFit, ridge, xb, rb, yb):
+  """Of a block: bounds on tau_i, squared residuals of W~, and <R~_b, E_bb R~_b>^{1/2} for each output."""
+  v = _features(kernel_fn, s, xb, rb)
+  missed = jnp.maximum(scoring.weighted_diagonal(kernel_fn, xb, rb) - jnp.sum(v**2, axis=0), 0)
+  h = jnp.sum(linalg.whiten(linalg.Factor(fit.kept_factor, fit.status), v) ** 2, axis=0)
+  r = yb - linalg.matmul(v.T, fit.coefficients)
+  k = scoring.weighted_block(kernel_fn, xb, rb)
+  unseen = jnp.sum(r * linalg.matmul(k, r), axis=0) - jnp.sum(linalg.matmul(v, r) ** 2, axis=0)
+  tau = scoring.corrected(h, missed, fit.kept, fit.share, ridge)
+  return tau, jnp.sum(r**2, axis=1), jnp.sqrt(jnp.maximum(unseen, 0))
 
 
 @functools.partial(jax.jit, static_argnums=1)
