@@ -11,7 +11,6 @@ An hour and a half on two cores; --only=mnist-fc1-10 measures one cell anew.
 import dataclasses
 import json
 import pathlib
-import time
 
 from absl import flags
 import numpy as np
@@ -40,7 +39,7 @@ CELLS = {**_FC1, **_CONV}
 
 
 def measure(data, config: SelectConfig, seeds, num_candidates: int) -> dict:
-  """One cell: by strategy, per-seed accuracies in percent, seconds of the choice, and its measured objective."""
+  """One cell: by strategy, per-seed accuracies in percent, and the measured objective."""
   import jax.numpy as jnp
   from kipcore import coreset, krr
   from kipcore.types import Support
@@ -53,15 +52,12 @@ def measure(data, config: SelectConfig, seeds, num_candidates: int) -> dict:
     for strategy in coreset.STRATEGIES:
       if strategy == "auto":
         continue
-      started = time.perf_counter()
       chosen = coreset.select_coreset(seed, x, y, config.images_per_class, strategy, data.kernel_fn,
                                       config.relative_ridge, num_candidates=num_candidates)
-      chosen.x.block_until_ready()
-      seconds = time.perf_counter() - started
       used = float(krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge))
       solved = krr.label_solve_rows(data.kernel_fn, chosen.x, x, y, used, fit_ridge)
       run = {"one_hot": 100 * pipeline.score(config, data, Support(chosen.x, chosen.y)),
-             "solved": 100 * pipeline.score(config, data, Support(chosen.x, solved.labels)), "seconds": seconds}
+             "solved": 100 * pipeline.score(config, data, Support(chosen.x, solved.labels))}
       if chosen.ridge is not None:
         absorbed, _ = coreset.absorb_weights(data.kernel_fn, chosen, chosen.ridge, used)
         run["weights_in_labels"] = 100 * pipeline.score(config, data, absorbed)
@@ -70,8 +66,7 @@ def measure(data, config: SelectConfig, seeds, num_candidates: int) -> dict:
       by_strategy[strategy] = run
     # What select_coreset(strategy="auto") does with this seed, without choosing everything twice.
     best = min(coreset.AUTO_CANDIDATES, key=lambda name: by_strategy[name]["objective"])
-    by_strategy["auto"] = {**by_strategy[best], "chosen": best,
-                           "seconds": sum(by_strategy[name]["seconds"] for name in coreset.AUTO_CANDIDATES)}
+    by_strategy["auto"] = {**by_strategy[best], "chosen": best}
     runs.append({"seed": seed, "strategies": by_strategy})
     print(f"  seed {seed}: " + ", ".join(f"{k} {v['one_hot']:.1f}/{v['solved']:.1f}" for k, v in by_strategy.items()),
           flush=True)

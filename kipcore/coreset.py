@@ -63,9 +63,9 @@ def select_coreset(key, x: Array, y: Array, images_per_class: int, strategy: str
   bounds the k-means cost, that it starts distillation well is empirical. kmedoids: the
   nearest distinct real rows. kmeans_plusplus: the seeds. krr_pursuit: greedy descent of
   the ridge regression objective over all rows (see `pursuit.krr_pursuit`). noise:
-  standard normal. auto: the candidate of AUTO_CANDIDATES with the least half mean squared
-  error of ridge regression on (up to 10,000 of) the given rows, so by that measure
-  never worse than uniform with the same key.
+  standard normal. auto: the candidate of AUTO_CANDIDATES with the least `measured_objective`, the
+  error rate of ridge regression on (up to 10,000 of) the given rows, so by that measure never
+  worse than uniform with the same key.
 
   Args:
     key: random key (or int seed).
@@ -299,7 +299,10 @@ def _by_sensitivity(key, x, y, labels, m, kernel_fn, score_ridge) -> Coreset:
 
 def measured_objective(kernel_fn: KernelFn, coreset: Coreset, x: Array, y: Array,
                        relative_ridge: float = 1e-6) -> float:
-  """What "auto" compares: half the mean squared error, on rows of the data, of ridge regression on the coreset.
+  """What "auto" compares: the share of given rows that ridge regression on the coreset misclassifies.
+
+  Not the squared error: with few points their predictions are off in scale, and the candidate
+  with the least squared error may be one that hardly predicts at all.
 
   Args:
     kernel_fn: the kernel.
@@ -309,12 +312,12 @@ def measured_objective(kernel_fn: KernelFn, coreset: Coreset, x: Array, y: Array
     relative_ridge: as a fraction of tr(K_ss) / m.
 
   Returns:
-    The objective; infinite where the kernel matrix cannot be factorised.
+    The error rate; infinite where the kernel matrix cannot be factorised.
   """
   stride = max(1, -(-x.shape[0] // _OBJECTIVE_ROWS))
   result = evaluate.evaluate_krr(kernel_fn, Support(coreset.x, coreset.y), x[::stride], y[::stride],
                                  relative_ridge=relative_ridge)
-  return float(result.loss) if int(result.status) == 0 else float("inf")
+  return 1.0 - float(result.accuracy) if int(result.status) == 0 else float("inf")
 
 
 def _best(key, x, y, per_class, kernel_fn, relative_ridge, num_candidates) -> Coreset:

@@ -16,7 +16,7 @@ from kipcore.types import Array, KernelFn
 
 
 def stream_krr_sensitivities(key, kernel_fn: KernelFn, x, y, ridge, num_landmarks: int,
-                             transform: Callable | None = None, block_size: int = 4096,
+                             transform: Callable | None = None, block_size: int = 1024,
                              refine: bool = True) -> SensitivityScores:
   """`approximate_krr_sensitivities` of rows on disk: the same bounds, blocks in the order of the file.
 
@@ -33,7 +33,8 @@ def stream_krr_sensitivities(key, kernel_fn: KernelFn, x, y, ridge, num_landmark
     num_landmarks: s; capped at n.
     transform: maps a block of `x` as read to floating rows, e.g. `Preprocess.apply`; None for rows
       that are floating already.
-    block_size: rows at a time. Memory is that of s x s and block x (s + block).
+    block_size: rows at a time. Memory is that of s x s and block x (s + block); the second bound
+      takes products of block^2 numbers a row.
     refine: as in `approximate_krr_sensitivities`; False reads the rows once.
 
   Returns:

@@ -1,0 +1,282 @@
+"""Speed and memory of selection: `python -m experiments.benchmarks.selection --data_dir=DIR`.
+
+Each job runs in a process of its own, so that peak memory is its own, and writes into
+experiments/results/benchmark_selection.json:
+
+  scores        certified sensitivities of all 60,000 rows of MNIST
+  stream        the same of up to a million rows (shifted, noisy MNIST) in a memory-mapped file of bytes
+  kmeans        k-means++ beside scikit-learn, and beside the distance products alone
+  cholesky      randomly pivoted Cholesky beside coreax (left out where that is not installed)
+
+Times are of the second call unless said; the first call's extra time is the compilation.
+About 40 minutes on two idle cores.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import pathlib
+import re
+import resource
+import tempfile
+import threading
+import time
+
+from absl import flags
+import numpy as np
+
+from experiments import flags as common
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
+flags.DEFINE_string("only", "", "Run the jobs whose names contain this; the others stay in the file.")
+flags.DEFINE_string("output", "experiments/results/benchmark_selection.json", "Result file.")
+flags.DEFINE_integer("stream_rows", 1_000_000, "Rows of the largest file of the job stream.", lower_bound=1000)
+
+
+def mnist(data_dir):
+  """All training rows of MNIST, standardised and flat, centred one-hot labels, classes, and the pixels as bytes."""
+  import jax.numpy as jnp
+  from kipcore import datasets, preprocess
+  raw = datasets.load_dataset("mnist", data_dir, validation_fraction=0.0)
+  fitted = preprocess.fit_preprocess(raw.x_train, "standardize", raw.pixel_max)
+  x = jnp.asarray(fitted.apply(raw.x_train).reshape(len(raw.x_train), -1))
+  y = preprocess.one_hot_centred(raw.y_train, raw.num_classes)
+  return x, jnp.asarray(y), np.asarray(raw.y_train), raw, fitted
+
+
+def timed(fn) -> tuple[float, object]:
+  """Seconds until the result is there, and the result."""
+  import jax
+  started = time.perf_counter()
+  out = jax.block_until_ready(fn())
+  return time.perf_counter() - started, out
+
+
+def peak_gb() -> float:
+  """Most memory that this process has held, files it mapped included."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+@contextlib.contextmanager
+def private_peak():
+  """A list that at the end holds the most private memory (GB) seen while inside; mapped files do not count."""
+  seen, done = [0.0], threading.Event()
+
+  def watch():
+    while not done.is_set():
+      status = pathlib.Path("/proc/self/status").read_text()
+      seen[0] = max(seen[0], int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1e6)
+      done.wait(0.05)
+
+  thread = threading.Thread(target=watch)
+  thread.start()
+  try:
+    yield seen
+  finally:
+    done.set()
+    thread.join()
+
+
+def scores(data_dir) -> dict:
+  """Certified scores of 60,000 rows at several effective dimensions."""
+  import jax
+  from kipcore import kernels, leverage, sensitivity
+  from kipcore.architectures import fc
+  x, y, labels, _, _ = mnist(data_dir)
+  kernel_fn = kernels.NetworkKernel(fc(1), "ntk")
+  rows = []
+  for target, landmarks in ((10, 2000), (50, 2000), (100, 2000), (150, 2000)):
+    ridge = float(leverage.landmark_score_ridge(0, kernel_fn, x, target, landmarks).ridge)
+    run = lambda: sensitivity.approximate_krr_sensitivities(0, kernel_fn, x, y, ridge, landmarks)
+    first, _ = timed(run)
+    seconds, out = timed(run)
+    rows.append({"method": "landmarks", "num_landmarks": landmarks, "ridge": ridge, **_score_row(out), "seconds": seconds,
+                 "compile_seconds": max(first - seconds, 0.0), "peak_gb": peak_gb()})
+    print(rows[-1], flush=True)
+  jax.clear_caches()
+  for target in (300,):
+    ridge = float(leverage.landmark_score_ridge(0, kernel_fn, x, target, 3000).ridge)
+    lower = float(sensitivity.approximate_krr_sensitivities(0, kernel_fn, x, y, ridge, 3000).effective_dimension_lower)
+    seconds, out = timed(lambda: sensitivity.blocked_krr_sensitivities(kernel_fn, x, y, ridge, labels))
+    rows.append({"method": "class blocks", "ridge": ridge, **_score_row(out, lower), "seconds_with_compilation": seconds,
+                 "peak_gb": peak_gb()})
+    print(rows[-1], flush=True)
+  return {"n": x.shape[0], "kernel": "fc1 ntk", "rows": rows}
+
+
+def _score_row(out, lower=None) -> dict:
+  """The total against the lower bound on d_eff: no ratio can be worse."""
+  lower = float(out.effective_dimension_lower) if lower is None else lower
+  return {"d_eff_lower": lower, "d_eff_upper": float(out.effective_dimension), "total": float(out.total),
+          "total_over_d_eff_at_most": float(out.total) / lower, "max_over_mean": float(out.max_over_mean)}
+
+
+def stream(data_dir) -> dict:
+  """Time and private memory of streamed scores as the file grows."""
+  from kipcore import kernels, leverage, streaming
+  from kipcore.architectures import fc
+  _, y, _, raw, fitted = mnist(data_dir)
+  kernel_fn = kernels.NetworkKernel(fc(1), "ntk")
+  n = FLAGS.stream_rows
+  y = np.asarray(y)
+  with tempfile.TemporaryDirectory() as folder:
+    pixels, targets = _write_distorted(pathlib.Path(folder), raw.x_train, y, n)
+    transform = lambda block: np.asarray(fitted.apply(block.reshape(-1, 28, 28, 1))).reshape(len(block), -1)
+    landmarks, few = 1000, min(n, 20_000)
+    # A ridge that grows with n keeps the effective dimension as it is: the same problem, more rows.
+    ridge = n / few * float(leverage.landmark_score_ridge(0, kernel_fn, transform(pixels[:few]), 50, landmarks).ridge)
+    run = lambda rows: streaming.stream_krr_sensitivities(0, kernel_fn, pixels[:rows], targets[:rows], ridge * rows / n,
+                                                          landmarks, transform)
+    compile_seconds, _ = timed(lambda: run(8192).scores)
+    rows = []
+    for size in (n // 8, n // 4, n // 2, n):
+      with private_peak() as peak:
+        seconds, out = timed(lambda size=size: run(size))
+      rows.append({"n": size, "seconds": seconds, "private_peak_gb": peak[0], **_score_row(out)})
+      print(rows[-1], flush=True)
+  return {"kernel": "fc1 ntk", "num_landmarks": landmarks, "first_call_seconds": compile_seconds,
+          "file_gb": pixels.nbytes / 1e9, "rows": rows}
+
+
+def _write_distorted(folder, images, labels, n):
+  """A file of n byte images (MNIST shifted by up to two pixels, with noise) and one of their labels, mapped to read."""
+  rng = np.random.default_rng(0)
+  images = images.reshape(-1, 28, 28)
+  for start in range(0, n, 10_000):
+    rows = rng.integers(0, len(images), min(10_000, n - start))
+    shift = rng.integers(-2, 3, size=(rows.size, 2))
+    moved = np.stack([np.roll(images[r], s, (0, 1)) for r, s in zip(rows, shift)]).astype(np.int16)
+    noisy = np.clip(moved + rng.integers(-20, 21, size=moved.shape), 0, 255).astype(np.uint8)
+    for name, content in (("x", noisy), ("y", labels[rows].astype(np.float32))):
+      with open(folder / name, "ab") as file:
+        content.tofile(file)
+  return (np.memmap(folder / "x", np.uint8, "r", shape=(n, 784)),
+          np.memmap(folder / "y", np.float32, "r", shape=(n, labels.shape[1])))
+
+
+def kmeans(data_dir) -> dict:
+  """k-means++ seeds, k = 500, with 1 and with 8 trials, beside scikit-learn in the same process."""
+  import jax
+  from sklearn.cluster import kmeans_plusplus as peer
+  from kipcore import clustering, linalg
+  x, _, _, _, _ = mnist(data_dir)
+  host, k, rows = np.asarray(x), 500, []
+
+  def cost(centers):
+    return float(np.mean(_nearest_squares(host, np.asarray(centers))))
+
+  for trials in (1, 8):
+    ours = lambda seed, trials=trials: clustering.kmeans_plusplus(seed, x, k, num_trials=trials)
+    first, _ = timed(lambda: ours(0))
+    # One after the other, three times, so that both see the same machine.
+    mine, theirs, costs, peer_costs = [], [], [], []
+    for seed in range(1, 4):
+      seconds, seeds = timed(lambda: ours(seed))
+      mine.append(seconds)
+      costs.append(cost(seeds.centers))
+      started = time.perf_counter()
+      centers, _ = peer(host, k, n_local_trials=trials, random_state=seed)
+      theirs.append(time.perf_counter() - started)
+      peer_costs.append(cost(centers))
+    # The products of all rows with as many candidates, in blocks of 256 columns: what no exact method can omit
+    # without pruning.
+    product = jax.jit(lambda a, b: linalg.matmul(a, b.T))
+    timed(lambda: product(x, x[:256]))
+    floor = np.mean([timed(lambda: product(x, x[:256]))[0] for _ in range(5)]) * k * trials / 256
+    rows.append({"trials": trials, "seconds": mine, "peer_seconds": theirs, "ratio": float(np.mean(theirs) / np.mean(mine)),
+                 "compile_seconds": first - float(np.mean(mine)), "floor_seconds": float(floor),
+                 "over_floor": float(np.mean(mine) / floor), "cost": costs, "peer_cost": peer_costs})
+    print(rows[-1], flush=True)
+  return {"n": host.shape[0], "d": host.shape[1], "k": k, "peer": "scikit-learn kmeans_plusplus, float32",
+          "rows": rows, "peak_gb": peak_gb()}
+
+
+def _nearest_squares(x, centers):
+  squares = (centers**2).sum(1)
+  return np.concatenate([np.maximum((b**2).sum(1) + (squares - 2 * b @ centers.T).min(1), 0)
+                         for b in np.array_split(x, 20)])
+
+
+def cholesky(data_dir) -> dict:
+  """Pivoted Cholesky of a Gaussian kernel, 1,000 pivots of 60,000 rows, at the residual that each reaches."""
+  try:
+    import coreax
+    from coreax.kernels import SquaredExponentialKernel
+    from coreax.solvers import RPCholesky
+  except ImportError as error:
+    return {"left_out": f"coreax is not installed ({error})"}
+  import jax
+  import jax.numpy as jnp
+  from kipcore import cholesky as ours_room, kernels, linalg
+  x, _, _, _, _ = mnist(data_dir)
+  scale, rank, rows = float(np.sqrt(x.shape[1])), 1000, []
+  kernel_fn = kernels.rbf_fn(scale)
+
+  @jax.jit
+  def residual(indices):
+    s = x[indices]
+    f = linalg.factor(kernel_fn(s, None), 1e-5)
+    v = linalg.whiten(f, kernel_fn(s, x))
+    return 1 - jnp.mean(jnp.sum(v * v, axis=0))
+
+  ours = lambda seed: ours_room.rpcholesky(seed, kernel_fn, x, rank)
+  theirs = lambda seed: RPCholesky(coreset_size=rank, random_key=jax.random.key(seed), kernel=SquaredExponentialKernel(
+      length_scale=scale)).reduce(coreax.Data(x))[0].unweighted_indices
+  first, _ = timed(lambda: ours(0))
+  peer_first, _ = timed(lambda: theirs(0))
+  for seed in (1, 2, 3):
+    seconds, mine = timed(lambda: ours(seed))
+    peer_seconds, indices = timed(lambda: theirs(seed))
+    rows.append({"seconds": seconds, "peer_seconds": peer_seconds, "ratio": peer_seconds / seconds,
+                 "relative_residual": float(residual(mine.pivots)), "peer_relative_residual": float(residual(indices))})
+    print(rows[-1], flush=True)
+
+  def products():
+    # What the factor costs at least: every column once, and n k^2 / 2 multiply-adds.
+    f = jnp.zeros((rank // 2, x.shape[0]), x.dtype)
+    return kernel_fn(x, x[:rank]), linalg.matmul(jnp.zeros((rank, rank // 2), x.dtype), f)
+
+  products = jax.jit(products)
+  timed(products)
+  floor = float(np.mean([timed(products)[0] for _ in range(3)]))
+  return {"n": x.shape[0], "rank": rank, "peer": f"coreax {coreax.__version__} RPCholesky", "rows": rows,
+          "first_call_seconds": first, "peer_first_call_seconds": peer_first, "floor_seconds": floor,
+          "over_floor": float(np.mean([r["seconds"] for r in rows]) / floor), "peak_gb": peak_gb()}
+
+
+JOBS = {job.__name__: job for job in (scores, stream, kmeans, cholesky)}
+
+
+def _child(name, argv, pipe):
+  FLAGS(argv)
+  pipe.send(JOBS[name](FLAGS.data_dir))
+
+
+def main() -> None:
+  """Runs the jobs, each in a fresh process, and writes the result file after each."""
+  import sys
+  from experiments import run_folder
+  path = pathlib.Path(FLAGS.output)
+  jobs = json.loads(path.read_text())["jobs"] if path.exists() else {}
+  environment = run_folder.environment()
+  for name in JOBS:
+    if FLAGS.only not in name:
+      continue
+    print(name, flush=True)
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=_child, args=(name, sys.argv, there))
+    child.start()
+    there.close()
+    try:
+      jobs[name] = here.recv()
+    except EOFError:
+      raise OSError(f"the job {name} ended without a result") from None
+    child.join()
+    run_folder.write_json(path, {"environment": environment, "jobs": jobs})
+
+
+if __name__ == "__main__":
+  common.launch(main)
