@@ -27,6 +27,8 @@ class DistillConfig(DataConfig):
   method: str = "kip"
   init: str = "kmeans"
   sampler: str = "uniform"
+  uniform_mix: float = 0.5
+  weight_exponent: float = 0.5
   steps: int = 1000
   target_batch_size: int = 0
   learning_rate: float = 0.04

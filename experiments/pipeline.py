@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from kipcore import artifact, checks, coreset, datasets, evaluate, keys, kernels, krr, preprocess, report
 from kipcore.architectures import architecture
-from kipcore.distill import kip, loop, samplers
+from kipcore.distill import importance, kip, loop
 from kipcore.types import Support
 from experiments import run_folder
 from experiments.config import DataConfig, DistillConfig
@@ -106,7 +106,8 @@ def distil(config: DistillConfig, data: Data, support: Support, callback=None, p
   batch_size = batch_size_of(config, data)
   with usage():
     options = kip.KIPOptions(config.relative_ridge, config.loss, config.learn_labels)
-    distiller = loop.Distiller(kip.kip(data.kernel_fn, options), samplers.sampler(config.sampler),
+    distiller = loop.Distiller(kip.kip(data.kernel_fn, options),
+                               importance.sampler(config.sampler, config.uniform_mix, config.weight_exponent),
                                loop.adam(config.learning_rate, config.steps, config.schedule), batch_size)
   result = loop.distill(config.seed, distiller, support, data.x_train, data.y_train, config.steps,
                         devices=devices_of(config), callback=callback, progress=progress)
@@ -231,7 +232,7 @@ def _check(config: DistillConfig) -> None:
   with usage():
     checks.one_of("method", config.method, METHODS)
     checks.one_of("init", config.init, coreset.STRATEGIES)
-    samplers.sampler(config.sampler)
+    importance.sampler(config.sampler, config.uniform_mix, config.weight_exponent)
     kip.kip(kernels.ntk_fn(architecture(config.architecture)),
             kip.KIPOptions(config.relative_ridge, config.loss, config.learn_labels))
     loop.adam(config.learning_rate, config.steps, config.schedule)

@@ -18,7 +18,12 @@ common.define_common()
 flags.DEFINE_string("method", _DEFAULT.method, "kip (learn the images) or label_solve (real images, best labels).")
 flags.DEFINE_string("init", _DEFAULT.init, "Where to start: uniform (class-balanced real rows), krr_sensitivity, kmeans "
                     "(centroids), kmedoids, kmeans_plusplus, krr_pursuit, noise, or auto (the best by measure).")
-flags.DEFINE_string("sampler", _DEFAULT.sampler, "Which targets to learn from next: uniform or class_balanced.")
+flags.DEFINE_string("sampler", _DEFAULT.sampler, "Which targets to learn from next: uniform or class_balanced, or in proportion "
+                    "to a loss: cross_entropy, squared_error, residual_norm, margin.")
+flags.DEFINE_float("uniform_mix", _DEFAULT.uniform_mix, "Share of uniform draws of a sampler by loss.", lower_bound=0.0,
+                   upper_bound=1.0)
+flags.DEFINE_float("weight_exponent", _DEFAULT.weight_exponent, "Of the weights of a sampler by loss: 1 for an unbiased mean, "
+                   "0 for none.", lower_bound=0.0, upper_bound=1.0)
 flags.DEFINE_integer("steps", _DEFAULT.steps, "Optimiser steps.", lower_bound=0)
 flags.DEFINE_integer("target_batch_size", _DEFAULT.target_batch_size, "Targets a step, over all devices; 0 for 1,000 or all of fewer.",
                      lower_bound=0)

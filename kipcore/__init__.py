@@ -13,7 +13,7 @@ from kipcore.distill.kip import KIPOptions, kip
 from kipcore.distill.loop import (DistillInfo, DistillResult, DistillState, Distiller, Targets, adam, arrange_targets,
                                   distill, distill_init, distill_step)
 from kipcore.distill.method import Batch, LossInfo, Method, Sampler
-from kipcore.distill.samplers import sampler
+from kipcore.distill.importance import importance, sampler
 from kipcore.evaluate import KRREvaluation, evaluate_krr, evaluate_network
 from kipcore.gram import gram, gram_diag, gram_matvec
 from kipcore.guarantees import guarantee_at, sample_size
@@ -42,7 +42,7 @@ __all__ = [
     "blocked_krr_sensitivities", "class_balanced_indices", "conv_net", "distill", "distill_init", "distill_step",
     "effective_dimension", "evaluate_krr", "evaluate_network", "fc", "feature_krr_sensitivities",
     "feature_leverage_scores", "fit_preprocess", "from_stax", "gram", "gram_diag", "gram_matvec", "guarantee_at",
-    "gumbel_sample", "importance_sample", "kernel_kmeans_plusplus", "kip", "kmeans", "kmeans_plusplus",
+    "gumbel_sample", "importance", "importance_sample", "kernel_kmeans_plusplus", "kip", "kmeans", "kmeans_plusplus",
     "kmeans_sensitivities", "krr_fit", "krr_loss", "krr_predict", "krr_pursuit", "krr_sensitivities",
     "krr_sensitivity_scores", "label_solve", "label_solve_rows", "landmark_leverage_scores", "landmark_score_ridge",
     "lightweight_sensitivities", "linear_fn", "load_artifact", "measure_coreset", "measured_objective",

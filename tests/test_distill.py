@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import kipcore
-from kipcore.distill import kip, loop, samplers
+from kipcore.distill import importance, kip, loop, samplers
 from kipcore.distill.method import Batch
 from kipcore.kernels.stax import to_stax
 from kipcore.types import Support
@@ -26,7 +26,7 @@ def problem(dtype=np.float32, n=200, m=6, c=3, d=8, seed=0):
 
 def distiller(options=kip.KIPOptions(relative_ridge=1e-3), batch_size=60, sampler="uniform", rate=0.05,
               kernel=kipcore.ntk_fn(kipcore.fc(1))):
-  return loop.Distiller(kip.kip(kernel, options), samplers.sampler(sampler), optax.adam(rate), batch_size)
+  return loop.Distiller(kip.kip(kernel, options), importance.sampler(sampler), optax.adam(rate), batch_size)
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
@@ -107,7 +107,7 @@ def everything():
     i = jnp.arange(size, dtype=jnp.int32)
     return jnp.minimum(i, n - 1), jnp.where(i < n, size / n.astype(jnp.float64), 0.0)
 
-  return kipcore.Sampler("everything", lambda counts: jnp.sum(counts, dtype=jnp.int32), draw)
+  return kipcore.Sampler("everything", lambda counts, capacity: jnp.sum(counts, dtype=jnp.int32), draw)
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
@@ -124,7 +124,7 @@ def test_mapped_loop_equals_plain_steps(dtype):
   d, key = distiller(), jax.random.key(3)
   result = loop.distill(key, d, support, x, y, 7)
   targets = jax.tree.map(lambda a: jnp.asarray(a[0]), loop.arrange_targets(x, y, 1, kipcore.keys.stream(key, "arrange")))
-  state = loop.distill_init(key, d, support, targets.class_counts)
+  state = loop.distill_init(key, d, support, targets.class_counts, targets.x.shape[0])
   step = jax.jit(lambda s: loop.distill_step(key, d, s, targets))
   for _ in range(7):
     state, info = step(state)
@@ -191,7 +191,7 @@ def test_a_failure_names_the_step():
     (lambda s, x, y: loop.distill(0, distiller(), s, x[:3], y[:3], 1, devices=jax.devices()), "3 rows for 8 devices"),
     (lambda s, x, y: kip.kip(None, kip.KIPOptions(relative_ridge=0.0)), "relative_ridge"),
     (lambda s, x, y: kip.kip(None, kip.KIPOptions(loss="hinge")), "expected one of mse, cross_entropy"),
-    (lambda s, x, y: samplers.sampler("best"), "expected one of uniform, class_balanced"),
+    (lambda s, x, y: importance.sampler("best"), "expected one of uniform, class_balanced"),
     (lambda s, x, y: loop.adam(-1.0, 3), "learning_rate"),
     (lambda s, x, y: loop.adam(1.0, 3, "linear"), "schedule"),
 ])

@@ -74,7 +74,7 @@ def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
       logits = jnp.exp(params["log_temperature"]) * predictions
       per_example = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.argmax(batch.y, axis=1))
     value = jnp.mean(weights.astype(per_example.dtype) * per_example)
-    info = LossInfo(per_example, krr.accuracy(predictions, batch.y), fit.status)
+    info = LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), fit.status)
     return value, jax.lax.stop_gradient(info)
 
   return Method("kip", init_params, lambda params: Support(params["x"], params["y"]), trainable, loss)

@@ -141,7 +141,7 @@ def arrange_targets(x, y, num_devices: int = 1, key=None) -> Targets:
   return Targets(x[rows], y[rows], counts, share.astype(y.dtype))
 
 
-def distill_init(key, distiller: Distiller, support: Support, class_counts: Array) -> DistillState:
+def distill_init(key, distiller: Distiller, support: Support, class_counts: Array, capacity: int) -> DistillState:
   """The state before the first step.
 
   Args:
@@ -149,6 +149,7 @@ def distill_init(key, distiller: Distiller, support: Support, class_counts: Arra
     distiller: fixed parts of the run.
     support: starting inputs `(m, ...)` and labels `(m, c)`, floating.
     class_counts: `(c,)` rows of each class among the targets.
+    capacity: rows of `Targets.x`, padding included.
 
   Returns:
     `DistillState`.
@@ -162,7 +163,7 @@ def distill_init(key, distiller: Distiller, support: Support, class_counts: Arra
   params = distiller.method.init_params(support)
   opt_state = _optimizer(distiller, params).init(params)
   aux = distiller.method.init_aux(keys.stream(key, "aux"))
-  return DistillState(params, opt_state, aux, distiller.sampler.init(class_counts), jnp.zeros((), jnp.int32))
+  return DistillState(params, opt_state, aux, distiller.sampler.init(class_counts, capacity), jnp.zeros((), jnp.int32))
 
 
 def distill_step(key, distiller: Distiller, state: DistillState, targets: Targets,
@@ -201,7 +202,7 @@ def distill_step(key, distiller: Distiller, state: DistillState, targets: Target
     updates, opt_state = _optimizer(distiller, state.params).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
   aux = distiller.method.update_aux(keys.stream(step_key, "aux"), params, state.aux, state.step)
-  sampler = distiller.sampler.update(state.sampler, indices, info.per_example)
+  sampler = distiller.sampler.update(state.sampler, indices, batch.y, info)
   # A failed factorisation makes the loss NaN as well: the first cause is the one to report.
   not_finite = (status == Status.OK) & ~(jnp.isfinite(loss) & jnp.isfinite(norm))
   status = jnp.where(not_finite, Status.NOT_FINITE, status)
@@ -245,7 +246,7 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
   log_steps = sorted({0, num_steps, *(default_log_steps(num_steps) if log_steps is None else log_steps)})
   key = keys.canonical_key(key)
   targets = arrange_targets(x_target, y_target, len(devices), keys.stream(key, "arrange"))
-  init = jax.vmap(lambda counts: distill_init(key, distiller, support, counts))
+  init = jax.vmap(lambda counts: distill_init(key, distiller, support, counts, targets.x.shape[1]))
   state = init(jnp.asarray(targets.class_counts))
   run = _mapped(distiller, devices)
   started = time.perf_counter()

@@ -23,12 +23,14 @@ class LossInfo(NamedTuple):
   """What a loss reports beside its value.
 
   Attributes:
-    per_example: `(t,)` unweighted losses, which samplers may learn from.
+    per_example: `(t,)` unweighted losses.
+    predictions: `(t, c)` in the convention of the labels, which samplers score.
     accuracy: scalar in [0, 1] on the batch.
     status: int32 scalar, `types.Status`.
   """
 
   per_example: Array
+  predictions: Array
   accuracy: Array
   status: Array
 
@@ -61,13 +63,14 @@ class Sampler(NamedTuple):
 
   Attributes:
     name: for logs and artefacts.
-    init: `class_counts (c,) int32 -> state`: rows of each class, in order.
+    init: `(class_counts (c,) int32, capacity) -> state`: rows of each class, in order, and
+      the number of row slots, padding included.
     draw: `(key, state, size) -> (indices (size,), weights (size,))`; mean(w_i f_i) over
       the draw has the expectation that the sampler documents.
-    update: `(state, indices, per_example) -> state` after each step.
+    update: `(state, indices, labels (size, c), LossInfo) -> state` after each step.
   """
 
   name: str
-  init: Callable[[Array], Any]
+  init: Callable[[Array, int], Any]
   draw: Callable[[Array, Any, int], tuple[Array, Array]]
-  update: Callable[..., Any] = lambda state, indices, per_example: state
+  update: Callable[..., Any] = lambda state, indices, labels, info: state

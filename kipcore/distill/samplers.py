@@ -1,4 +1,4 @@
-"""Samplers of target batches that do not look at losses.
+"""Samplers of target batches that do not look at predictions; `importance` has those that do.
 
 Rows stand grouped by class, so dividing them into equal strata also balances the
 classes of every batch. A draw takes time proportional to the batch, not to the rows.
@@ -31,7 +31,7 @@ def uniform() -> Sampler:
     weights = (count / copies).astype(jnp.float32) * (size / num_rows.astype(jnp.float32))
     return indices, weights
 
-  return Sampler("uniform", lambda class_counts: jnp.sum(class_counts, dtype=jnp.int32), draw)
+  return Sampler("uniform", lambda class_counts, capacity: jnp.sum(class_counts, dtype=jnp.int32), draw)
 
 
 def class_balanced() -> Sampler:
@@ -55,26 +55,7 @@ def class_balanced() -> Sampler:
     first, count = _stratum(position // num_classes, class_counts[label], per_class[label])
     return starts[label] + first + _uniform_integers(key, count), jnp.ones((size,), jnp.float32)
 
-  return Sampler("class_balanced", lambda class_counts: class_counts, draw)
-
-
-SAMPLERS = {"uniform": uniform, "class_balanced": class_balanced}
-
-
-def sampler(name: str) -> Sampler:
-  """The sampler of a name.
-
-  Args:
-    name: "uniform" or "class_balanced".
-
-  Returns:
-    A `Sampler`.
-
-  Raises:
-    ValueError: for an unknown name.
-  """
-  checks.one_of("sampler", name, tuple(SAMPLERS))
-  return SAMPLERS[name]()
+  return Sampler("class_balanced", lambda class_counts, capacity: class_counts, draw)
 
 
 def _stratum(i: Array, num_rows: Array, size):
