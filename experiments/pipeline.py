@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from kipcore import artifact, checks, coreset, datasets, evaluate, keys, kernels, krr, preprocess, report
+from kipcore import absorb, artifact, checks, coreset, datasets, evaluate, keys, kernels, krr, preprocess, report
 from kipcore.architectures import architecture
 from kipcore.distill import importance, kip, loop
 from kipcore.types import Support
@@ -85,7 +85,7 @@ def start(config: DistillConfig, data: Data) -> tuple[coreset.Coreset, Support]:
   support = Support(chosen.x, chosen.y)
   if chosen.ridge is not None:
     used = krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge)
-    support, _ = coreset.absorb_weights(data.kernel_fn, chosen, chosen.ridge, used)
+    support, _ = absorb.absorb_weights(data.kernel_fn, chosen, chosen.ridge, used)
   return chosen, support
 
 

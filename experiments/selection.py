@@ -6,7 +6,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import certificate, coreset, keys, krr, report
+from kipcore import absorb, certificate, coreset, keys, krr, report
 from kipcore.types import Support
 from experiments import pipeline, run_folder
 from experiments.config import SelectConfig
@@ -52,7 +52,7 @@ def run_select(config: SelectConfig, output_dir: str | None = None, overwrite: b
   used = krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge)
   support = Support(chosen.x, chosen.y)
   if chosen.ridge is not None:
-    support, _ = coreset.absorb_weights(data.kernel_fn, chosen, ridge, used)
+    support, _ = absorb.absorb_weights(data.kernel_fn, chosen, ridge, used)
   solved = krr.label_solve_rows(data.kernel_fn, chosen.x, x, y, float(used),
                                 coreset.objective_ridge(data.kernel_fn, x))
   certified = _certify(config, data.kernel_fn, x, y, ridge, chosen, scores)

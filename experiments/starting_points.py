@@ -5,7 +5,7 @@ accuracy of ridge regression on the points, with one-hot labels and with labels 
 all training rows. Nothing is distilled. All training rows of MNIST, Fashion-MNIST and
 CIFAR-10 with the NTK of FC1, and 2,000 rows of MNIST with that of a convolutional network.
 Writes experiments/results/starting_points.json, cell by cell, and starting_points.png.
-An hour and a half on two cores; --only=mnist-fc1-10 measures one cell anew.
+About an hour on two cores.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ FLAGS = flags.FLAGS
 
 flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
 flags.DEFINE_integer("num_seeds", 5, "Seeds of each cell.", lower_bound=1)
-flags.DEFINE_string("only", "", "Measure the cells whose names contain this; the others stay in the file.")
+flags.DEFINE_string("only", "", "Measure the cells whose names contain this, anew; else those that the file lacks.")
 flags.DEFINE_string("output", "experiments/results/starting_points.json", "Result file; the picture is beside it.")
 
 # name -> (config, training rows (0: all), candidates of the pursuit)
@@ -41,7 +41,7 @@ CELLS = {**_FC1, **_CONV}
 def measure(data, config: SelectConfig, seeds, num_candidates: int) -> dict:
   """One cell: by strategy, per-seed accuracies in percent, and the measured objective."""
   import jax.numpy as jnp
-  from kipcore import coreset, krr
+  from kipcore import absorb, coreset, krr
   from kipcore.types import Support
   from experiments import pipeline
   x, y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
@@ -49,17 +49,17 @@ def measure(data, config: SelectConfig, seeds, num_candidates: int) -> dict:
   runs = []
   for seed in seeds:
     by_strategy = {}
+    coresets = coreset.auto_candidates(seed, x, y, config.images_per_class, data.kernel_fn, num_candidates)
     for strategy in coreset.STRATEGIES:
-      if strategy == "auto":
-        continue
-      chosen = coreset.select_coreset(seed, x, y, config.images_per_class, strategy, data.kernel_fn,
-                                      config.relative_ridge, num_candidates=num_candidates)
+      if strategy not in (*coresets, "auto"):
+        coresets[strategy] = coreset.select_coreset(seed, x, y, config.images_per_class, strategy, data.kernel_fn)
+    for strategy, chosen in coresets.items():
       used = float(krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge))
       solved = krr.label_solve_rows(data.kernel_fn, chosen.x, x, y, used, fit_ridge)
       run = {"one_hot": 100 * pipeline.score(config, data, Support(chosen.x, chosen.y)),
              "solved": 100 * pipeline.score(config, data, Support(chosen.x, solved.labels))}
       if chosen.ridge is not None:
-        absorbed, _ = coreset.absorb_weights(data.kernel_fn, chosen, chosen.ridge, used)
+        absorbed, _ = absorb.absorb_weights(data.kernel_fn, chosen, chosen.ridge, used)
         run["weights_in_labels"] = 100 * pipeline.score(config, data, absorbed)
       if strategy in coreset.AUTO_CANDIDATES:
         run["objective"] = coreset.measured_objective(data.kernel_fn, chosen, x, y, config.relative_ridge)
@@ -111,7 +111,7 @@ def main() -> None:
   path = pathlib.Path(FLAGS.output)
   cells = json.loads(path.read_text())["cells"] if path.exists() else {}
   for name, (config, num_rows, num_candidates) in CELLS.items():
-    if FLAGS.only not in name:
+    if FLAGS.only not in name or (not FLAGS.only and name in cells):
       continue
     print(name, flush=True)
     config = dataclasses.replace(config, data_dir=FLAGS.data_dir, validation_fraction=0.0)
@@ -119,7 +119,7 @@ def main() -> None:
     cell = measure(data, config, range(FLAGS.num_seeds), num_candidates)
     cells[name] = {"config": {**dataclasses.asdict(config), "data_dir": None, "num_candidates": num_candidates},
                    "training_rows": data.x_train.shape[0], "test_rows": data.x_test.shape[0],
-                   "note": data.raw.note, **cell}
+                   "note": data.raw.note, "commit": environment["commit"], **cell}
     cells = {key: cells[key] for key in CELLS if key in cells}
     run_folder.write_json(path, {"environment": environment, "cells": cells})
     save_picture(path.with_suffix(".png"), cells)

@@ -3,12 +3,13 @@
 The public functions, by the room they live in; the README has a quickstart.
 """
 
+from kipcore.absorb import absorb_weights
 from kipcore.architectures import Architecture, architecture, conv_net, fc, myrtle
 from kipcore.artifact import Artifact, ArtifactError, load_artifact, save_artifact
 from kipcore.certificate import Certificate, measure_coreset
 from kipcore.cholesky import rpcholesky
 from kipcore.clustering import kernel_kmeans_plusplus, kmeans, kmeans_plusplus, nearest_rows
-from kipcore.coreset import Coreset, absorb_weights, class_balanced_indices, measured_objective, select_coreset
+from kipcore.coreset import Coreset, auto_candidates, class_balanced_indices, measured_objective, select_coreset
 from kipcore.distill.kip import KIPOptions, kip
 from kipcore.distill.loop import (DistillInfo, DistillResult, DistillState, Distiller, Targets, adam, arrange_targets,
                                   distill, distill_init, distill_step)
@@ -38,7 +39,7 @@ __all__ = [
     "Architecture", "Artifact", "ArtifactError", "Batch", "Certificate", "Coreset", "DistillInfo", "DistillResult",
     "DistillState", "Distiller", "KIPOptions", "KRREvaluation", "KRRFit", "KRRLoss", "LabelSolution", "LossInfo",
     "Method", "NumericalError", "Preprocess", "Sampler", "SensitivityScores", "Status", "Support", "Targets",
-    "absorb_weights", "adam", "approximate_krr_sensitivities", "architecture", "arrange_targets",
+    "absorb_weights", "adam", "approximate_krr_sensitivities", "architecture", "arrange_targets", "auto_candidates",
     "blocked_krr_sensitivities", "class_balanced_indices", "conv_net", "distill", "distill_init", "distill_step",
     "effective_dimension", "evaluate_krr", "evaluate_network", "fc", "feature_krr_sensitivities",
     "feature_leverage_scores", "fit_preprocess", "from_stax", "gram", "gram_diag", "gram_matvec", "guarantee_at",
@@ -48,6 +49,6 @@ __all__ = [
     "lightweight_sensitivities", "linear_fn", "load_artifact", "measure_coreset", "measured_objective",
     "merge_duplicates", "myrtle", "nearest_rows", "network", "nngp_fn", "ntk_fn", "one_hot_centred", "rbf_fn",
     "relative_ridge", "ridge_leverage_scores", "rpcholesky", "sample_size", "sampler", "save_artifact",
-    "score_ridge_for_dimension", "select_coreset", "sensitivity_sample", "stratified_sample", "stream_krr_sensitivities", "systematic_sample",
-    "__version__",
+    "score_ridge_for_dimension", "select_coreset", "sensitivity_sample", "stratified_sample",
+    "stream_krr_sensitivities", "systematic_sample", "__version__",
 ]

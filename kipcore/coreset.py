@@ -1,4 +1,4 @@
-"""Where to start: a strategy by name chooses rows (or makes points), with weights that survive.
+"""Where to start: a strategy by name chooses rows (or makes points), with weights.
 
 Which strategies are backed by theorems, and for what, is said at `select_coreset`.
 """
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, clustering, evaluate, keys, krr, leverage, linalg, pursuit, sampling, sensitivity
+from kipcore import checks, clustering, evaluate, keys, leverage, pursuit, sampling, sensitivity
 from kipcore.gram import gram_diag
 from kipcore.types import Array, KernelFn, Support
 
@@ -110,7 +110,7 @@ def select_coreset(key, x: Array, y: Array, images_per_class: int, strategy: str
     return _pursue(stream, x, y, images_per_class, kernel_fn, max(num_candidates, uniform.size), share)
   if strategy == "krr_sensitivity":
     return _by_sensitivity(stream, x, y, labels, uniform.size, kernel_fn, score_ridge)
-  return _cluster(stream, x, y, labels, images_per_class, strategy)
+  return _cluster(stream, x, y, labels, images_per_class, strategy)[0]
 
 
 def class_balanced_indices(key, labels, per_class: int, num_classes: int) -> np.ndarray:
@@ -140,53 +140,6 @@ def class_balanced_indices(key, labels, per_class: int, num_classes: int) -> np.
   return np.concatenate([order[labels[order] == c][:per_class] for c in range(num_classes)])
 
 
-def absorb_weights(kernel_fn: KernelFn, coreset: Coreset, ridge, used_ridge, how: str = "labels"):
-  """The weighted ridge regression of a coreset as an unweighted one, exactly.
-
-  The weighted fit solves (K_SS + ridge diag(1/w)) a = y. The three cures give the same
-  predictor from an ordinary solve:
-    labels: y' = (K_SS + used_ridge I)(K_SS + ridge diag(1/w))^{-1} y, for any kernel.
-    ridge: the vector ridge / w, with y as it is.
-    scale: x' = sqrt(w) x and y' = sqrt(w) y, with the ridge `ridge`; only for kernels with
-      k(a x, b z) = a b k(x, z): bias-free ReLU networks and the linear kernel.
-  "drop" keeps x, y and `used_ridge` and forgets the weights: heuristic, no theorem holds.
-
-  Args:
-    kernel_fn: the kernel.
-    coreset: from `select_coreset`.
-    ridge: absolute ridge of the weighted problem, e.g. `coreset.ridge`.
-    used_ridge: absolute ridge with which the result will be used (labels, drop).
-    how: "labels", "ridge", "scale" or "drop".
-
-  Returns:
-    `(support, ridge)`: `Support` and the absolute ridge (scalar or `(m,)`) to use with it.
-
-  Raises:
-    ValueError: for another `how`, weights that are not positive, or "scale" with a kernel
-      that is not homogeneous.
-    NumericalError: where the factorisation failed.
-  """
-  checks.one_of("how", how, ("labels", "ridge", "scale", "drop"))
-  checks.positive("weights", coreset.weights)
-  x, y, w = coreset.x, coreset.y, coreset.weights
-  if how == "drop":
-    return Support(x, y), used_ridge
-  if how == "ridge":
-    return Support(x, y), ridge / w
-  if how == "scale":
-    probe = jnp.asarray(np.random.default_rng(0).normal(size=(2, *x.shape[1:])), x.dtype)
-    k, scaled = kernel_fn(probe[:1], probe[1:]), kernel_fn(2.0 * probe[:1], 3.0 * probe[1:])
-    if not np.allclose(scaled, 6.0 * k, rtol=1e-3):
-      raise ValueError("how='scale': expected a kernel with k(a x, b z) = a b k(x, z), such as a bias-free ReLU "
-                       "network's; this one is not homogeneous, use how='labels'")
-    root = jnp.sqrt(w)
-    return Support(x * root.reshape(-1, *(1,) * (x.ndim - 1)), y * root[:, None]), ridge
-  k = kernel_fn(x, None)
-  fit = krr.krr_fit(k, y, ridge / w)
-  checks.raise_for_status("the weighted fit", fit.status)
-  return Support(x, linalg.matmul(linalg.add_ridge(k, used_ridge), fit.dual)), used_ridge
-
-
 def _rows(x, y, rows, weights, strategy, **extra) -> Coreset:
   """Real rows, grouped by class."""
   rows = np.asarray(rows, np.int32)
@@ -195,36 +148,39 @@ def _rows(x, y, rows, weights, strategy, **extra) -> Coreset:
   return Coreset(x[rows[order]], y[rows[order]], rows[order], weights, strategy, **extra)
 
 
-def _cluster(key, x, y, labels, per_class, strategy) -> Coreset:
-  """Per class: k-means centroids, the rows nearest to them, or the seeds alone."""
+def _cluster(key, x, y, labels, per_class, *strategies) -> list[Coreset]:
+  """Per class: k-means centroids, the rows nearest to them, or the seeds alone; one clustering serves several."""
   flat = x.reshape(x.shape[0], -1)
   longest = int(np.bincount(labels).max())
-  points, indices, weights, targets = [], [], [], []
+  parts = {strategy: [] for strategy in strategies}
   for c in np.unique(labels):
     rows = np.flatnonzero(labels == c)
     # Padded to the largest class with absent rows, so that every class shares one compilation.
     padded = flat[np.resize(rows, longest)]
     present = jnp.asarray(np.arange(longest) < rows.size, x.dtype)
     class_key = keys.at_step(keys.stream(key, "cluster"), int(c))
-    if strategy == "kmeans_plusplus":
-      chosen = clustering.kmeans_plusplus(class_key, padded, per_class, present, num_trials=_trials(per_class)).indices
-      mass = jnp.full((per_class,), rows.size / per_class, x.dtype)
-    else:
+    made = np.full(per_class, -1, np.int32)
+    named = lambda chosen, rows=rows: rows[np.asarray(chosen)].astype(np.int32)
+    if "kmeans_plusplus" in parts:
+      seeds = clustering.kmeans_plusplus(class_key, padded, per_class, present, num_trials=_trials(per_class))
+      share = jnp.full((per_class,), rows.size / per_class, x.dtype)
+      parts["kmeans_plusplus"].append((seeds.centers, named(seeds.indices), share))
+    if "kmeans" in parts or "kmedoids" in parts:
       result = clustering.kmeans(class_key, padded, per_class, present, num_trials=_trials(per_class), num_inits=2)
       mass = jnp.zeros((per_class,), x.dtype).at[result.assignment].add(present)
-      chosen = clustering.nearest_rows(padded, result.centers, present) if strategy == "kmedoids" else None
-    if chosen is None:
-      points.append(result.centers)
-      indices.append(np.full(per_class, -1, np.int32))
-    else:
-      points.append(padded[chosen])
-      indices.append(rows[np.asarray(chosen)].astype(np.int32))
-    weights.append(mass)
-    targets.append(jnp.broadcast_to(y[rows[0]], (per_class, y.shape[1])))
-  points = jnp.concatenate(points).reshape(-1, *x.shape[1:])
-  # Cluster sizes; a made point for which none was nearest keeps a weight of one row.
-  weights = jnp.maximum(jnp.concatenate(weights), 1.0)
-  return Coreset(points, jnp.concatenate(targets), np.concatenate(indices), weights, strategy)
+      if "kmeans" in parts:
+        parts["kmeans"].append((result.centers, made, mass))
+      if "kmedoids" in parts:
+        chosen = clustering.nearest_rows(padded, result.centers, present)
+        parts["kmedoids"].append((padded[chosen], named(chosen), mass))
+  targets = jnp.concatenate([jnp.broadcast_to(y[labels == c][0], (per_class, y.shape[1])) for c in np.unique(labels)])
+  coresets = []
+  for strategy in strategies:
+    points, indices, weights = zip(*parts[strategy])
+    # Cluster sizes; a made point for which none was nearest keeps a weight of one row.
+    coresets.append(Coreset(jnp.concatenate(points).reshape(-1, *x.shape[1:]), targets, np.concatenate(indices),
+                            jnp.maximum(jnp.concatenate(weights), 1.0), strategy))
+  return coresets
 
 
 def _trials(k: int) -> int:
@@ -320,11 +276,33 @@ def measured_objective(kernel_fn: KernelFn, coreset: Coreset, x: Array, y: Array
   return 1.0 - float(result.accuracy) if int(result.status) == 0 else float("inf")
 
 
+def auto_candidates(key, x: Array, y: Array, images_per_class: int, kernel_fn: KernelFn,
+                    num_candidates: int = 2000) -> dict[str, Coreset]:
+  """What "auto" chooses from: the coresets of AUTO_CANDIDATES as `select_coreset` gives them with the same key.
+
+  Args:
+    key, x, y, images_per_class, kernel_fn, num_candidates: as in `select_coreset`.
+
+  Returns:
+    Coresets by strategy; k-means and k-medoids share one clustering.
+
+  Raises:
+    ValueError: as `select_coreset`.
+  """
+  x, y = jnp.asarray(x), jnp.asarray(y)
+  select = lambda strategy: select_coreset(key, x, y, images_per_class, strategy, kernel_fn,
+                                           num_candidates=num_candidates)
+  found = {"uniform": select("uniform")}
+  labels = np.asarray(jnp.argmax(y, axis=1))
+  names = ("kmeans", "kmedoids", "kmeans_plusplus")
+  found.update(zip(names, _cluster(keys.stream(key, "coreset"), x, y, labels, images_per_class, *names)))
+  found["krr_pursuit"] = select("krr_pursuit")
+  return found
+
+
 def _best(key, x, y, per_class, kernel_fn, relative_ridge, num_candidates) -> Coreset:
   best, objectives = None, {}
-  for strategy in AUTO_CANDIDATES:
-    candidate = select_coreset(key, x, y, per_class, strategy, kernel_fn, relative_ridge,
-                               num_candidates=num_candidates)
+  for strategy, candidate in auto_candidates(key, x, y, per_class, kernel_fn, num_candidates).items():
     objective = measured_objective(kernel_fn, candidate, x, y, relative_ridge)
     if objective < min(objectives.values(), default=float("inf")):
       best = candidate

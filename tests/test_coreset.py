@@ -105,10 +105,13 @@ def test_auto_is_never_worse_than_uniform_by_its_measure(dtype):
   x, y = blobs(dtype)
   chosen = kipcore.select_coreset(0, x, y, 2, "auto", NTK, num_candidates=40)
   assert set(chosen.objectives) == set(coreset.AUTO_CANDIDATES)
+  candidates = kipcore.auto_candidates(0, x, y, 2, NTK, num_candidates=40)
+  assert tuple(candidates) == coreset.AUTO_CANDIDATES
   assert chosen.objectives[chosen.strategy] == min(chosen.objectives.values())
   errors = {}
   for strategy in ("uniform", chosen.strategy):
     other = kipcore.select_coreset(0, x, y, 2, strategy, NTK, num_candidates=40)
+    np.testing.assert_array_equal(other.x, candidates[strategy].x)
     result = kipcore.evaluate_krr(NTK, Support(other.x, other.y), x, y, relative_ridge=1e-6)
     errors[strategy] = 1 - float(result.accuracy)
     assert errors[strategy] == kipcore.measured_objective(NTK, other, x, y) == chosen.objectives[strategy]
