@@ -88,7 +88,8 @@ def load(config: SelectConfig, num_rows: int):
   """The data of a cell; of `num_rows` training rows where that is not 0 (evenly spaced)."""
   from experiments import pipeline
   data = pipeline.load(config)
-  rows = slice(None, None, data.x_train.shape[0] // num_rows if num_rows else None)
+  step = data.x_train.shape[0] // num_rows if num_rows else 1
+  rows = slice(None, num_rows * step or None, step)
   return data._replace(x_train=data.x_train[rows], y_train=data.y_train[rows])
 
 

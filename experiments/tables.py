@@ -22,10 +22,38 @@ def conformance_table(results: dict) -> str:
   return "\n".join(lines)
 
 
+_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+
+
+def starting_points_table(results: dict) -> str:
+  """Markdown of `starting_points.json`: a row a dataset, network and size; one-hot / solved labels by strategy."""
+  first = next(iter(results["cells"].values()))
+  strategies = list(first["summary"])
+  lines = ["| points | " + " | ".join(f"`{name}`" for name in strategies) + " |",
+           "| --- |" + " --- |" * len(strategies)]
+  for name, cell in results["cells"].items():
+    dataset, network, points = name.rsplit("-", 2)
+    row = []
+    for strategy in strategies:
+      numbers = (cell["summary"][strategy][kind] for kind in ("one_hot", "solved"))
+      row.append(" / ".join(f"{number['mean']:.1f} ± {number['std']:.1f}" for number in numbers))
+    lines.append(f"| {_TITLES.get(dataset, dataset)} {network}, {points} | " + " | ".join(row) + " |")
+  seeds = {len(cell["runs"]) for cell in results["cells"].values()}
+  lines += ["", "Test accuracy of ridge regression on the points alone, %, with one-hot labels / with labels solved on all "
+            f"training rows; mean and deviation over {'/'.join(map(str, sorted(seeds)))} seeds, from "
+            "`experiments/results/starting_points.json` (`python -m experiments.starting_points`). `kmeans` has no "
+            "deviation at one image a class: the mean of a class is no draw. The convolutional rows use 2,000 training and "
+            "1,000 test rows."]
+  return "\n".join(lines)
+
+
 def rendered(readme: str) -> str:
-  """The README with its results section made anew."""
-  table = conformance_table(json.loads((ROOT / "experiments/results/conformance.json").read_text()))
-  return re.sub(r"(<!-- results -->\n).*?(<!-- /results -->)", lambda m: f"{m[1]}{table}\n{m[2]}", readme, flags=re.S)
+  """The README with its tables made anew, each between two comments that name its result file."""
+  for name, table in (("conformance", conformance_table), ("starting_points", starting_points_table)):
+    text = table(json.loads((ROOT / f"experiments/results/{name}.json").read_text()))
+    readme = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme,
+                    flags=re.S)
+  return readme
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Tolerances by dtype, the 64-bit switch, and small random problems."""
 
+import gzip
 import os
 import pathlib
 
@@ -45,3 +46,10 @@ def needs(path: pathlib.Path):
   if not path.exists():
     pytest.skip(f"needs {path.name}, which is absent")
   return path
+
+
+def read_idx(path):
+  """The array of a gzipped IDX file (MNIST)."""
+  raw = gzip.open(path).read()
+  shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4).astype(int)
+  return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)

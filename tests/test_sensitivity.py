@@ -1,7 +1,5 @@
 """Sensitivities against independent suprema, their certificates, and the k-means bounds."""
 
-import gzip
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 import scipy.linalg
 from sklearn.cluster import KMeans
 
-from helpers import RTOL, SHARED_DATA, assert_close, needs
+from helpers import RTOL, SHARED_DATA, assert_close, needs, read_idx
 from kipcore import kernels, leverage, sensitivity, sensitivity_cores
 from kipcore.architectures import fc
 from kipcore.sensitivity import Guarantee
@@ -332,12 +330,6 @@ def test_bad_input():
     sensitivity.krr_sensitivities(k, jnp.ones((4, 1), jnp.int32), 1.0)
   with pytest.raises(TypeError, match="traced"):
     jax.jit(lambda g: sensitivity.blocked_krr_sensitivities(rbf, x, y, 1.0, g))(jnp.zeros(4, jnp.int32))
-
-
-def read_idx(path):
-  raw = gzip.open(path).read()
-  shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4).astype(int)
-  return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 
 def test_mnist_certificates_are_tight():
