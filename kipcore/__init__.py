@@ -11,9 +11,10 @@ from kipcore.cholesky import rpcholesky
 from kipcore.clustering import kernel_kmeans_plusplus, kmeans, kmeans_plusplus, nearest_rows
 from kipcore.coreset import Coreset, auto_candidates, class_balanced_indices, measured_objective, select_coreset
 from kipcore.distill.kip import KIPOptions, kip
-from kipcore.distill.loop import (DistillInfo, DistillResult, DistillState, Distiller, Targets, adam, arrange_targets,
-                                  distill, distill_init, distill_step)
+from kipcore.distill.loop import (DistillInfo, DistillResult, DistillState, Distiller, adam, distill, distill_init,
+                                  distill_step)
 from kipcore.distill.method import Batch, LossInfo, Method, Sampler
+from kipcore.distill.devices import Targets, arrange_targets
 from kipcore.distill.importance import importance, sampler
 from kipcore.evaluate import KRREvaluation, evaluate_krr, evaluate_network
 from kipcore.gram import gram, gram_diag, gram_matvec

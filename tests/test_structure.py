@@ -19,7 +19,7 @@ LAYERS = [
      "kernels.finite", "kernels.stax", "kernels", "networks", "gram"],
     ["krr", "scoring", "leverage", "sensitivity_cores", "sensitivity", "streaming", "draws", "clustering", "cholesky",
      "pursuit", "sampling", "guarantees", "certificate", "preprocess"],
-    ["evaluate", "coreset", "absorb", "distill.method", "distill.samplers", "distill.importance", "distill.kip", "distill.loop", "distill"],
+    ["evaluate", "coreset", "absorb", "distill.devices", "distill.method", "distill.samplers", "distill.importance", "distill.kip", "distill.loop", "distill"],
     ["datasets", "artifact", "report"],
 ]
 ORDER = [room for layer in LAYERS for room in layer]

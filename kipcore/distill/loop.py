@@ -15,10 +15,10 @@ import numpy as np
 import optax
 
 from kipcore import checks, keys, linalg
+from kipcore.distill.devices import AXIS, Axis, Targets, arrange_targets, device_axis, pmap
 from kipcore.distill.method import Batch, Method, Params, Sampler
 from kipcore.types import Array, NumericalError, Status, Support
 
-_AXIS = "devices"
 _MAX_STEPS = 1000  # in one call to the devices
 
 
@@ -36,22 +36,6 @@ class Distiller(NamedTuple):
   sampler: Sampler
   optimizer: optax.GradientTransformation
   batch_size: int
-
-
-class Targets(NamedTuple):
-  """Rows to learn from, grouped by class; made by `arrange_targets`.
-
-  Attributes:
-    x: `(n, ...)`, padded at the end with repeated rows that are never drawn.
-    y: `(n, c)` labels.
-    class_counts: `(c,)` int32, rows of each class without the padding.
-    share: scalar, these rows' share of all rows times the number of devices; 1 on one device.
-  """
-
-  x: Array
-  y: Array
-  class_counts: Array
-  share: Array
 
 
 class DistillState(NamedTuple):
@@ -105,40 +89,6 @@ def adam(learning_rate: float, num_steps: int, schedule: str = "constant") -> op
   if schedule == "cosine":
     return optax.adam(optax.cosine_decay_schedule(learning_rate, max(num_steps, 1)))
   return optax.adam(learning_rate)
-
-
-def arrange_targets(x, y, num_devices: int = 1, key=None) -> Targets:
-  """Groups rows by class and deals them out to devices, with a leading device axis.
-
-  Args:
-    x: `(n, ...)` rows (host array).
-    y: `(n, c)` labels; the largest entry of a row is its class.
-    num_devices: D; shards differ by at most one row a class.
-    key: shuffles the rows within their class; None keeps their order.
-
-  Returns:
-    `Targets` with arrays `(D, n_max, ...)`.
-
-  Raises:
-    ValueError: where `x` and `y` disagree, or there are fewer rows than devices.
-  """
-  checks.rank("y", y, 2)
-  checks.same_rows("x", x, "y", y)
-  checks.positive_int("num_devices", num_devices)
-  x, y = np.asarray(x), np.asarray(y)
-  if x.shape[0] < num_devices:
-    raise ValueError(f"expected at least one target row a device, got {x.shape[0]} rows for {num_devices} devices")
-  labels = np.argmax(y, axis=1)
-  order = np.arange(x.shape[0])
-  if key is not None:
-    order = np.asarray(jax.random.permutation(keys.canonical_key(key), x.shape[0]))
-  order = order[np.argsort(labels[order], kind="stable")]
-  shards = [order[d::num_devices] for d in range(num_devices)]
-  longest = max(map(len, shards))
-  counts = np.stack([np.bincount(labels[shard], minlength=y.shape[1]) for shard in shards]).astype(np.int32)
-  share = np.array([len(shard) for shard in shards]) * (num_devices / x.shape[0])
-  rows = np.stack([np.pad(shard, (0, longest - len(shard)), mode="edge") for shard in shards])
-  return Targets(x[rows], y[rows], counts, share.astype(y.dtype))
 
 
 def distill_init(key, distiller: Distiller, support: Support, class_counts: Array, capacity: int) -> DistillState:
@@ -223,7 +173,9 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
     x_target: `(n, ...)` rows to learn from, floating host or device array.
     y_target: `(n, c)` labels in the convention of `support.y`.
     num_steps: >= 0.
-    devices: one entry a shard; None for the first local device alone.
+    devices: one entry a shard; None for the first local device alone. Where several processes
+      run (`jax.distributed.initialize`), every process calls this with the same arguments, all
+      devices of all of them take part, and None is the only choice.
     log_steps: steps after which to log; None for `default_log_steps(num_steps)`.
     callback: called as `callback(step, params, record)` at logged steps, the first (0) and
       the last included; it may add to `record`.
@@ -235,9 +187,9 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
   Raises:
     NumericalError: if a step met a failed factorisation or a value that is not finite;
       it names the step.
-    ValueError: for shapes that disagree.
+    ValueError: for shapes that disagree, fewer rows than devices, or devices beside several processes.
   """
-  devices = [jax.local_devices()[0]] if devices is None else list(devices)
+  axis = device_axis(devices)
   if num_steps < 0:
     raise ValueError(f"num_steps: expected an integer >= 0, got {num_steps}")
   checks.positive_int("batch_size", distiller.batch_size)
@@ -245,24 +197,24 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
   checks.shape("y_target", y_target, (None, support.y.shape[1]))
   log_steps = sorted({0, num_steps, *(default_log_steps(num_steps) if log_steps is None else log_steps)})
   key = keys.canonical_key(key)
-  targets = arrange_targets(x_target, y_target, len(devices), keys.stream(key, "arrange"))
+  targets = arrange_targets(x_target, y_target, axis.size, keys.stream(key, "arrange"), axis.own)
   init = jax.vmap(lambda counts: distill_init(key, distiller, support, counts, targets.x.shape[1]))
   state = init(jnp.asarray(targets.class_counts))
-  run = _mapped(distiller, devices)
+  run = _mapped(distiller, axis)
   started = time.perf_counter()
-  raw_key = np.broadcast_to(jax.random.key_data(key), (len(devices), *jax.random.key_data(key).shape))
+  raw_key = np.broadcast_to(jax.random.key_data(key), (axis.local, *jax.random.key_data(key).shape))
   # Placed on their devices once: otherwise every call would copy, and the second would compile anew.
-  place = jax.pmap(lambda tree: tree, axis_name=_AXIS, devices=devices)
+  place = pmap(lambda tree: tree, axis)
   raw_key, state, targets = place((raw_key, state, targets))
   # A call of no steps compiles, and nothing more.
-  state, _ = jax.block_until_ready(run(raw_key, state, targets, _every(0, devices)))
+  state, _, _ = jax.block_until_ready(run(raw_key, state, targets, axis.every(0)))
   compile_seconds = time.perf_counter() - started
   history, done, seconds, record, pace = [], 0, 0.0, {}, 1
   for stop in log_steps:
     while done < stop:
       started = time.perf_counter()
-      count = min(stop - done, pace)
-      state, infos = run(raw_key, state, targets, _every(count, devices))
+      state, infos, count = run(raw_key, state, targets, axis.every(min(stop - done, pace)))
+      count = int(np.asarray(count)[0])
       infos = jax.tree.map(lambda a: np.asarray(a)[0, :count], infos)
       _raise_if_failed(infos, done)
       done += count
@@ -288,8 +240,8 @@ def default_log_steps(num_steps: int) -> list[int]:
   return early + list(range(stride, num_steps + 1, stride))
 
 
-def _mapped(distiller: Distiller, devices: list):
-  """The only place where work is mapped over devices.
+def _mapped(distiller: Distiller, axis: Axis):
+  """Steps on every device at once.
 
   The number of steps is an argument, so one compilation serves every distance between
   two logged steps.
@@ -297,22 +249,20 @@ def _mapped(distiller: Distiller, devices: list):
 
   def run(raw_key, state, targets, count):
     key = jax.random.wrap_key_data(raw_key)
+    # Processes differ in speed, and so in how many steps they ask for.
+    count = jax.lax.pmin(count, AXIS)
 
     def body(i, carry):
       state, infos = carry
-      state, info = distill_step(key, distiller, state, targets, _AXIS)
+      state, info = distill_step(key, distiller, state, targets, AXIS)
       return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value.astype(buffer.dtype)), infos, info)
 
     dtype = jax.tree.leaves(state.params)[0].dtype
     zeros = jnp.zeros((_MAX_STEPS,), dtype)
     infos = DistillInfo(zeros, zeros, zeros, jnp.zeros((_MAX_STEPS,), jnp.int32))
-    return jax.lax.fori_loop(0, count, body, (state, infos))
+    return *jax.lax.fori_loop(0, count, body, (state, infos)), count
 
-  return jax.pmap(run, axis_name=_AXIS, devices=devices, donate_argnums=(1,))
-
-
-def _every(count: int, devices: list) -> np.ndarray:
-  return np.full((len(devices),), count, np.int32)
+  return pmap(run, axis, donate_argnums=(1,))
 
 
 def _first(tree):

@@ -1,0 +1,92 @@
+"""The device axis, and how target rows are dealt out along it."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from kipcore import checks, keys
+from kipcore.types import Array
+
+AXIS = "devices"
+
+
+class Axis(NamedTuple):
+  """The device axis: its size, how many devices of it are of this process, which, and what `pmap` is told."""
+
+  size: int
+  local: int
+  own: slice
+  devices: list | None
+
+  def every(self, count: int) -> np.ndarray:
+    """The same number for each local device."""
+    return np.full((self.local,), count, np.int32)
+
+
+def device_axis(devices) -> Axis:
+  """The axis over a list of devices, over the first one for None, or over all of several processes."""
+  if jax.process_count() == 1:
+    devices = [jax.local_devices()[0]] if devices is None else list(devices)
+    return Axis(len(devices), len(devices), slice(None), devices)
+  if devices is not None:
+    raise ValueError("devices: expected None where several processes run, all of whose devices take part; got a list")
+  local = jax.local_device_count()
+  first = jax.devices().index(jax.local_devices()[0])
+  return Axis(jax.device_count(), local, slice(first, first + local), None)
+
+
+def pmap(fn, axis: Axis, **options):
+  """The only place where work is mapped over devices."""
+  return jax.pmap(fn, axis_name=AXIS, devices=axis.devices, **options)
+
+
+class Targets(NamedTuple):
+  """Rows to learn from, grouped by class; made by `arrange_targets`.
+
+  Attributes:
+    x: `(n, ...)`, padded at the end with repeated rows that are never drawn.
+    y: `(n, c)` labels.
+    class_counts: `(c,)` int32, rows of each class without the padding.
+    share: scalar, these rows' share of all rows times the number of devices; 1 on one device.
+  """
+
+  x: Array
+  y: Array
+  class_counts: Array
+  share: Array
+
+
+def arrange_targets(x, y, num_devices: int = 1, key=None, wanted: slice = slice(None)) -> Targets:
+  """Groups rows by class and deals them out to devices, with a leading device axis.
+
+  Args:
+    x: `(n, ...)` rows (host array).
+    y: `(n, c)` labels; the largest entry of a row is its class.
+    num_devices: D; shards differ by at most one row a class.
+    key: shuffles the rows within their class; None keeps their order.
+    wanted: the devices to make shards for: those of this process, where there are several.
+
+  Returns:
+    `Targets` with arrays `(D, n_max, ...)`, D the number of devices wanted.
+
+  Raises:
+    ValueError: where `x` and `y` disagree, or there are fewer rows than devices.
+  """
+  checks.rank("y", y, 2)
+  checks.same_rows("x", x, "y", y)
+  checks.positive_int("num_devices", num_devices)
+  x, y = np.asarray(x), np.asarray(y)
+  if x.shape[0] < num_devices:
+    raise ValueError(f"expected at least one target row a device, got {x.shape[0]} rows for {num_devices} devices")
+  labels = np.argmax(y, axis=1)
+  order = np.arange(x.shape[0])
+  if key is not None:
+    order = np.asarray(jax.random.permutation(keys.canonical_key(key), x.shape[0]))
+  order = order[np.argsort(labels[order], kind="stable")]
+  shards = [order[d::num_devices] for d in range(num_devices)]
+  longest = max(map(len, shards))
+  counts = np.stack([np.bincount(labels[shard], minlength=y.shape[1]) for shard in shards]).astype(np.int32)
+  share = np.array([len(shard) for shard in shards]) * (num_devices / x.shape[0])
+  rows = np.stack([np.pad(shard, (0, longest - len(shard)), mode="edge") for shard in shards[wanted]])
+  return Targets(x[rows], y[rows], counts[wanted], share[wanted].astype(y.dtype))
