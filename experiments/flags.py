@@ -43,6 +43,36 @@ def define_output() -> None:
   flags.DEFINE_bool("x64", _DEFAULT.x64, "float64 throughout: slower, for small ridges and large supports.")
 
 
+def define_distributed() -> None:
+  """The flag of binaries whose work is mapped over devices."""
+  flags.DEFINE_string("distributed", "", "Several processes as one run, all started with the same flags but INDEX: 'auto' where the "
+                      "platform knows them (TPU pods, SLURM), or ADDRESS:PORT,COUNT,INDEX with the address of process 0.")
+
+
+def join_processes(text: str) -> int:
+  """Joins the processes that `--distributed` names; this one's index, 0 for the one that writes files.
+
+  Raises:
+    UsageError: for text of another form, or processes that do not find one another.
+  """
+  if not text:
+    return 0
+  import jax
+  from experiments.errors import UsageError
+  where = {}
+  if text != "auto":
+    parts = text.split(",")
+    if len(parts) != 3 or ":" not in parts[0] or not all(p.isdecimal() for p in parts[1:]) or int(parts[2]) >= int(parts[1]):
+      raise UsageError(f"--distributed: expected 'auto' or ADDRESS:PORT,COUNT,INDEX with INDEX < COUNT, got {text!r}")
+    where = dict(zip(("coordinator_address", "num_processes", "process_id"), (parts[0], int(parts[1]), int(parts[2]))))
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for CPUs alone; others have their own
+  try:
+    jax.distributed.initialize(**where)
+  except (RuntimeError, ValueError) as error:
+    raise UsageError(f"--distributed={text}: {error}") from error
+  return jax.process_index()
+
+
 def launch(main) -> None:
   """Runs `main()` after parsing the flags, with the exit statuses above."""
   # TensorFlow, where TFDS needs it, is to stay silent.

@@ -110,7 +110,7 @@ def distil(config: DistillConfig, data: Data, support: Support, callback=None, p
                                importance.sampler(config.sampler, config.uniform_mix, config.weight_exponent),
                                loop.adam(config.learning_rate, config.steps, config.schedule), batch_size)
   result = loop.distill(config.seed, distiller, support, data.x_train, data.y_train, config.steps,
-                        devices=devices_of(config), callback=callback, progress=progress)
+                        devices=devices_of(config) if jax.process_count() == 1 else None, callback=callback, progress=progress)
   return Outcome(result.support, result.history, config.steps * batch_size, result.compile_seconds, result.seconds)
 
 
@@ -132,7 +132,11 @@ def batch_size_of(config: DistillConfig, data: Data) -> int:
 
 
 def devices_of(config: DataConfig) -> list:
-  """The devices that the work is mapped over."""
+  """The devices that the work is mapped over: of this process, or all of them where there are several processes."""
+  if jax.process_count() > 1:
+    if config.num_devices:
+      raise UsageError(f"--num_devices: expected 0 beside --distributed, where all devices take part, got {config.num_devices}")
+    return jax.devices()
   found = jax.local_devices()
   if config.num_devices > len(found):
     raise UsageError(f"--num_devices: expected at most the {len(found)} local devices, got {config.num_devices}")

@@ -6,6 +6,8 @@ MNIST, 10 images a class, 96 % and more, about two minutes on two cores:
   python -m experiments.run_distill --dataset=mnist --images_per_class=10 --steps=3000 --target_batch_size=2000
 """
 
+import tempfile
+
 from absl import flags
 
 from experiments import flags as common
@@ -15,6 +17,7 @@ FLAGS = flags.FLAGS
 _DEFAULT = DistillConfig()
 
 common.define_common()
+common.define_distributed()
 flags.DEFINE_string("method", _DEFAULT.method, "kip (learn the images) or label_solve (real images, best labels).")
 flags.DEFINE_string("init", _DEFAULT.init, "Where to start: uniform (class-balanced real rows), krr_sensitivity, kmeans "
                     "(centroids), kmedoids, kmeans_plusplus, krr_pursuit, noise, or auto (the best by measure).")
@@ -37,8 +40,15 @@ flags.DEFINE_bool("log_test_accuracy", _DEFAULT.log_test_accuracy, "Also log tes
 
 def main() -> None:
   """Builds the config from the flags and runs it."""
+  index = common.join_processes(FLAGS.distributed)
   from experiments import pipeline
-  pipeline.run_distill(from_flags(DistillConfig, FLAGS), FLAGS.output_dir, FLAGS.overwrite)
+  config = from_flags(DistillConfig, FLAGS)
+  if index == 0:
+    pipeline.run_distill(config, FLAGS.output_dir, FLAGS.overwrite)
+    return
+  # The other processes do the same work and keep nothing.
+  with tempfile.TemporaryDirectory() as folder:
+    pipeline.run_distill(config, folder, verbose=False)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_library_quickstart_runs(capsys):
-  block, = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-  exec(compile(block, "README.md", "exec"), {})
+def test_python_in_the_readme_runs(capsys):
+  quickstart, selection = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+  exec(compile(selection, "README.md", "exec"), {})
+  total, streamed, dimension = (float(n) for n in re.findall(r"\d+", capsys.readouterr().out))
+  assert dimension < total < 4 * dimension and abs(streamed - total) < 0.2 * total
+  exec(compile(quickstart, "README.md", "exec"), {})
   real, distilled = (float(p) for p in re.findall(r"images: ([\d.]+) %", capsys.readouterr().out))
   assert distilled > real + 10
 
