@@ -111,7 +111,8 @@ def distil(config: DistillConfig, data: Data, support: Support, callback=None, p
                                loop.adam(config.learning_rate, config.steps, config.schedule), batch_size)
   result = loop.distill(config.seed, distiller, support, data.x_train, data.y_train, config.steps,
                         devices=devices_of(config) if jax.process_count() == 1 else None, callback=callback, progress=progress)
-  return Outcome(result.support, result.history, config.steps * batch_size, result.compile_seconds, result.seconds)
+  evaluations = config.steps * batch_size + loop.scoring_evaluations(distiller, data.x_train.shape[0], config.steps)
+  return Outcome(result.support, result.history, evaluations, result.compile_seconds, result.seconds)
 
 
 def _solve_labels(config: DistillConfig, data: Data, support: Support) -> Outcome:

@@ -195,6 +195,27 @@ def test_gradient_is_the_same_on_any_number_of_devices_when_all_rows_are_drawn()
       assert abs(other[name] - losses[0][name]) <= 2e-5 * abs(losses[0][name])
 
 
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_a_refresh_scores_every_row_with_the_current_set(num_devices):
+  support, x, y = problem(n=203)
+  d = distiller(importance.importance("squared_error", refresh_every=5), batch_size=24)
+  devices = jax.devices()[:num_devices]
+  before = loop.distill(0, d, support, x, y, 5, devices=devices)
+  # Step 6 refreshes with what five steps have learned, and then brings its own batch up to date.
+  after = loop.distill(0, d, support, x, y, 6, devices=devices)
+  targets = jax.tree.map(lambda a: a[0], loop.arrange_targets(
+      x, y, num_devices, kipcore.keys.stream(kipcore.keys.canonical_key(0), "arrange")))
+  rows = int(targets.class_counts.sum())
+  known = np.asarray(after.state.sampler.known)[:rows]
+  assert known.all() and (num_devices == 8 or not np.asarray(before.state.sampler.known)[:rows].all())
+  k = KERNEL(before.support.x, None)
+  fit = kipcore.krr_fit(k, before.support.y, kipcore.relative_ridge(k, 1e-3))
+  expected = np.sum((np.asarray(kipcore.krr_predict(fit, KERNEL(jnp.asarray(targets.x), before.support.x)))
+                     - targets.y) ** 2, axis=1)[:rows]
+  assert_close(np.asarray(after.state.sampler.scores)[:rows], expected, 1e-3)
+  assert loop.scoring_evaluations(d, 203, 5) == 0 and loop.scoring_evaluations(d, 203, 11) == 2 * 203
+
+
 def test_bad_input():
   with pytest.raises(ValueError, match="score: expected one of"):
     importance.importance("entropy")

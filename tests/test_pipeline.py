@@ -265,7 +265,7 @@ def command(*arguments, **options):
 
 @pytest.mark.parametrize("arguments", [
     ["--no_such_flag=1"], ["--steps=many"], ["--loss=hinge"], ["--dataset=no_such_file.npz"], ["stray"],
-    ["--relative_ridge=0"],
+    ["--relative_ridge=0"], ["--sampler=best"], ["--uniform_mix=2"], ["--distributed=here"],
 ])
 def test_wrong_flags_end_in_status_2_and_one_line(arguments, tmp_path):
   done = command("experiments.run_distill", f"--output_dir={tmp_path}/run", *arguments)

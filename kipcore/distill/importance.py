@@ -100,7 +100,8 @@ SCORES = {"cross_entropy": None, "squared_error": squared_error, "residual_norm"
 
 
 def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", uniform_mix: float = 0.5,
-               weight_exponent: float = 0.5, least_gain: float = 2.0, balanced: bool = False) -> Sampler:
+               weight_exponent: float = 0.5, least_gain: float = 2.0, balanced: bool = False,
+               refresh_every: int = 0) -> Sampler:
   """Draws rows in proportion to what the distilled set gets wrong.
 
       p_i = (1 - g) u_i s_i / sum(u s) + g u_i / n,   w_i = (u_i b / (n pi_i))^e
@@ -125,6 +126,8 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
     weight_exponent: e in [0, 1].
     least_gain: importance is on while the gain is at least this; 1 for (almost) always.
     balanced: learn from the mean over classes of the class means, instead of the mean over rows.
+    refresh_every: steps after which all rows are scored anew, at the cost of as many target
+      evaluations; 0 for never, since the drawn rows refresh themselves.
 
   Returns:
     A `Sampler`; its state is an `ImportanceState`. A draw is O(n).
@@ -139,6 +142,8 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
     raise TypeError(f"score: expected a name or a callable (predictions, labels) -> (t,), got {score!r}")
   for name, value in (("uniform_mix", uniform_mix), ("weight_exponent", weight_exponent)):
     checks.in_range(name, value, 0, 1)
+  if not isinstance(refresh_every, int) or refresh_every < 0:
+    raise ValueError(f"refresh_every: expected an integer >= 0, got {refresh_every!r}")
   if not least_gain >= 1:
     raise ValueError(f"least_gain: expected a number >= 1, got {least_gain}")
   calibrated = isinstance(score, str) and score == "cross_entropy"
@@ -192,7 +197,7 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
                           known=state.known.at[place].set(True, mode="drop"), log_temperature=log_b)
 
   name = score if isinstance(score, str) else getattr(score, "__name__", "callable")
-  return Sampler(name, init, draw, update)
+  return Sampler(name, init, draw, update, refresh_every)
 
 
 class Law(NamedTuple):

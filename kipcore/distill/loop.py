@@ -134,6 +134,7 @@ def distill_step(key, distiller: Distiller, state: DistillState, targets: Target
   step_key = keys.at_step(keys.stream(key, "step"), state.step)
   device_key = keys.at_step(step_key, 0 if axis_name is None else jax.lax.axis_index(axis_name))
   size = -(-distiller.batch_size // num_devices)
+  state = _refresh(keys.stream(step_key, "loss"), distiller, state, targets, size)
   indices, weights = distiller.sampler.draw(keys.stream(device_key, "draw"), state.sampler, size)
   batch = Batch(targets.x[indices], targets.y[indices])
   weights = weights.astype(targets.y.dtype) * targets.share
@@ -158,6 +159,42 @@ def distill_step(key, distiller: Distiller, state: DistillState, targets: Target
   status = jnp.where(not_finite, Status.NOT_FINITE, status)
   return (DistillState(params, opt_state, aux, sampler, state.step + 1),
           DistillInfo(loss, accuracy, norm, status))
+
+
+def _refresh(key, distiller: Distiller, state: DistillState, targets: Targets, size: int) -> DistillState:
+  """On the sampler's schedule, but not before the first step: all rows scored, in blocks of `size`."""
+  every, capacity = distiller.sampler.refresh_every, targets.x.shape[0]
+  if not every:
+    return state
+
+  def block(sampler, first):
+    # The last block begins early enough to be whole; a row scored twice has the same score.
+    rows = jnp.minimum(first, max(capacity - size, 0)) + jnp.arange(min(size, capacity), dtype=jnp.int32)
+    batch = Batch(targets.x[rows], targets.y[rows])
+    weights = jnp.ones(rows.shape, targets.y.dtype)
+    _, info = distiller.method.loss(state.params, state.aux, batch, weights, key)
+    return distiller.sampler.update(sampler, rows, batch.y, info), None
+
+  def score_all(sampler):
+    return jax.lax.scan(block, sampler, jnp.arange(0, capacity, size, dtype=jnp.int32))[0]
+
+  due = (state.step > 0) & (state.step % every == 0)
+  return state._replace(sampler=jax.lax.cond(due, score_all, lambda sampler: sampler, state.sampler))
+
+
+def scoring_evaluations(distiller: Distiller, num_rows: int, num_steps: int) -> int:
+  """Target evaluations that refreshes of the sampler add to `num_steps` batches.
+
+  Args:
+    distiller: fixed parts of the run.
+    num_rows: all target rows.
+    num_steps: steps of the run.
+
+  Returns:
+    A number of rows.
+  """
+  every = distiller.sampler.refresh_every
+  return max(num_steps - 1, 0) // every * num_rows if every else 0
 
 
 def distill(key, distiller: Distiller, support: Support, x_target, y_target, num_steps: int,

@@ -68,9 +68,11 @@ class Sampler(NamedTuple):
     draw: `(key, state, size) -> (indices (size,), weights (size,))`; mean(w_i f_i) over
       the draw has the expectation that the sampler documents.
     update: `(state, indices, labels (size, c), LossInfo) -> state` after each step.
+    refresh_every: steps after which the loop scores all rows and passes them to `update`; 0 for never.
   """
 
   name: str
   init: Callable[[Array, int], Any]
   draw: Callable[[Array, Any, int], tuple[Array, Array]]
   update: Callable[..., Any] = lambda state, indices, labels, info: state
+  refresh_every: int = 0
