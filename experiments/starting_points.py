@@ -16,6 +16,7 @@ from absl import flags
 import numpy as np
 
 from experiments import flags as common
+from experiments import tables
 from experiments.config import SelectConfig
 
 FLAGS = flags.FLAGS
@@ -94,14 +95,20 @@ def load(config: SelectConfig, num_rows: int):
 
 
 def save_picture(path, cells: dict) -> None:
-  """Accuracy against the number of points: a panel a dataset and network, a line a strategy."""
+  """Accuracy against the number of points: a row of two panels a dataset and network, a line a strategy.
+
+  Noise, at chance with one-hot labels, is in the table alone.
+  """
   from kipcore import coreset, report
   panels = {}
   for name, cell in cells.items():
-    panel, points = name.rsplit("-", 1)
-    for strategy in coreset.STRATEGIES:
-      entry = cell["summary"][strategy]["one_hot"]
-      panels.setdefault(panel, {}).setdefault(strategy, []).append((int(points), entry["mean"], entry["std"] or 0.0))
+    dataset, network, points = name.rsplit("-", 2)
+    for kind, labels in (("one_hot", "one-hot labels"), ("solved", "solved labels")):
+      panel = panels.setdefault(f"{tables.TITLES.get(dataset, dataset)}, {network}, {labels}", {})
+      for strategy in coreset.STRATEGIES:
+        if strategy != "noise":
+          entry = cell["summary"][strategy][kind]
+          panel.setdefault(strategy, []).append((int(points), entry["mean"], entry["std"] or 0.0))
   report.save_comparison(path, panels, "number of points", "test accuracy, %", log_x=True)
 
 

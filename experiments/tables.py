@@ -22,7 +22,7 @@ def conformance_table(results: dict) -> str:
   return "\n".join(lines)
 
 
-_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 
 
 def starting_points_table(results: dict) -> str:
@@ -37,7 +37,7 @@ def starting_points_table(results: dict) -> str:
     for strategy in strategies:
       numbers = (cell["summary"][strategy][kind] for kind in ("one_hot", "solved"))
       row.append(" / ".join(f"{number['mean']:.1f} ± {number['std']:.1f}" for number in numbers))
-    lines.append(f"| {_TITLES.get(dataset, dataset)} {network}, {points} | " + " | ".join(row) + " |")
+    lines.append(f"| {TITLES.get(dataset, dataset)} {network}, {points} | " + " | ".join(row) + " |")
   seeds = {len(cell["runs"]) for cell in results["cells"].values()}
   lines += ["", "Test accuracy of ridge regression on the points alone, %, with one-hot labels / with labels solved on all "
             f"training rows; mean and deviation over {'/'.join(map(str, sorted(seeds)))} seeds, from "
