@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, clustering, evaluate, keys, leverage, pursuit, sampling, sensitivity
+from kipcore import checks, clustering, evaluate, keys, pursuit, sampling, sensitivity
 from kipcore.gram import gram_diag
+from kipcore.score_ridge import AUTO_KAPPA, landmark_score_ridge, score_ridge_for_dimension
 from kipcore.types import Array, KernelFn, Support
 
 STRATEGIES = ("uniform", "krr_sensitivity", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit", "noise", "auto")
@@ -76,7 +77,7 @@ def select_coreset(key, x: Array, y: Array, images_per_class: int, strategy: str
     kernel_fn: the kernel; needed by krr_sensitivity, krr_pursuit and auto.
     relative_ridge: ridge, as a fraction of tr(K_ss) / m, at which "auto" compares.
     score_ridge: absolute ridge of the sensitivities, or "auto": the one at which the
-      effective dimension is about `leverage.AUTO_KAPPA` m. The training ridge would make all
+      effective dimension is about `score_ridge.AUTO_KAPPA` m. The training ridge would make all
       scores equal.
     num_candidates: pool of krr_pursuit, at most n.
 
@@ -230,8 +231,8 @@ def score_rows(key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn,
   num_landmarks = min(n, max(2 * num_samples, 1000))
   k = kernel_fn(x, None) if exact else None
   if score_ridge == "auto":
-    target = min(max(leverage.AUTO_KAPPA * num_samples, 2.0), 0.5 * n)
-    chosen = leverage.score_ridge_for_dimension(k, target) if exact else leverage.landmark_score_ridge(
+    target = min(max(AUTO_KAPPA * num_samples, 2.0), 0.5 * n)
+    chosen = score_ridge_for_dimension(k, target) if exact else landmark_score_ridge(
         keys.stream(key, "ridge"), kernel_fn, x, target, num_landmarks)
     ridge = float(chosen.ridge)
   else:

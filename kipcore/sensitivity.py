@@ -80,7 +80,7 @@ def krr_sensitivity_scores(k: Array, y: Array, ridge, weights: Array | None = No
   Args:
     k: `(n, n)` kernel matrix, symmetric positive semi-definite.
     y: `(n, c)` labels, floating.
-    ridge: absolute, scalar > 0; see `leverage.score_ridge_for_dimension`.
+    ridge: absolute, scalar > 0; see `score_ridge.score_ridge_for_dimension`.
     weights: `(n,)` input weights >= 0, e.g. n / (c n_class) for class-balanced risk; None for 1.
 
   Returns:

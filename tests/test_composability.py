@@ -7,7 +7,7 @@ import pytest
 
 import kipcore
 from helpers import assert_close
-from kipcore import cholesky, clustering, leverage, pursuit, sampling, sensitivity, sensitivity_cores
+from kipcore import cholesky, clustering, leverage, pursuit, sampling, score_ridge, sensitivity, sensitivity_cores
 from kipcore.types import Status
 
 NTK = kipcore.ntk_fn(kipcore.fc(1))
@@ -27,7 +27,7 @@ FUNCTIONS = {
     "effective_dimension": (lambda x, y: leverage.effective_dimension(NTK(x, None), 0.5), True),
     "feature_leverage": (lambda x, y: leverage.feature_leverage_scores(x, 0.5), True),
     "landmark_leverage": (lambda x, y: leverage.landmark_leverage_scores(NTK, x, jnp.arange(6), 0.5), True),
-    "score_ridge": (lambda x, y: leverage.score_ridge_for_dimension(NTK(x, None), 5.0).ridge, False),
+    "score_ridge": (lambda x, y: score_ridge.score_ridge_for_dimension(NTK(x, None), 5.0).ridge, False),
     "sensitivities": (lambda x, y: sensitivity.krr_sensitivities(NTK(x, None), y, 0.5), True),
     "feature_sensitivities": (lambda x, y: sensitivity.feature_krr_sensitivities(x, y, 0.5).scores, True),
     "approximate_sensitivities": (

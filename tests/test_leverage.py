@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers import RTOL, assert_close
-from kipcore import leverage
+from kipcore import leverage, score_ridge
 from kipcore.types import Status
 
 
@@ -195,7 +195,7 @@ def test_low_rank_bounds_bracket_the_scores_at_every_rank(x64):
 def test_score_ridge(dtype, target):
   k = rbf_matrix(points())
   for argument in (jnp.asarray(k, dtype), jnp.asarray(np.linalg.eigvalsh(k), dtype)):
-    found = leverage.score_ridge_for_dimension(argument, target)
+    found = score_ridge.score_ridge_for_dimension(argument, target)
     assert bool(found.converged) and int(found.status) == Status.OK
     d_eff = exact(k, float(found.ridge)).sum()
     assert abs(d_eff - target) / target < (1e-6 if dtype == jnp.float64 else 1e-3)
@@ -203,19 +203,26 @@ def test_score_ridge(dtype, target):
 
 def test_score_ridge_with_weights_and_jit(x64):
   k, u = jnp.asarray(rbf_matrix(points())), jnp.asarray(np.random.default_rng(1).uniform(0.1, 3.0, 60))
-  found = jax.jit(leverage.score_ridge_for_dimension)(k, 6.0, u)
+  found = jax.jit(score_ridge.score_ridge_for_dimension)(k, 6.0, u)
   assert abs(leverage.effective_dimension(k, found.ridge, u) / 6 - 1) < 1e-6
   low_rank = jnp.asarray(points() @ points().T)
-  missed = leverage.score_ridge_for_dimension(low_rank, 7.0)
+  missed = score_ridge.score_ridge_for_dimension(low_rank, 7.0)
   assert not bool(missed.converged) and int(missed.status) == Status.MAX_STEPS
-  assert int(leverage.score_ridge_for_dimension(k.at[0, 0].set(jnp.nan), 7.0).status) == Status.NOT_FINITE
+  assert int(score_ridge.score_ridge_for_dimension(k.at[0, 0].set(jnp.nan), 7.0).status) == Status.NOT_FINITE
 
 
 def test_landmark_score_ridge_encloses_the_dimension(x64):
   x = points(200)
   k = rbf_matrix(x)
   for target, landmarks in ((4.0, 60), (20.0, 60), (20.0, 500)):
-    found = leverage.landmark_score_ridge(jax.random.key(0), rbf, jnp.asarray(x), target, landmarks, block_size=48)
+    found = score_ridge.landmark_score_ridge(jax.random.key(0), rbf, jnp.asarray(x), target, landmarks, block_size=48)
+    ridges = jnp.asarray([float(found.ridge), 10.0])
+    bounds = score_ridge.effective_dimension_bounds(0, rbf, jnp.asarray(x), ridges, landmarks, block_size=48)
+    assert_close(bounds.upper[0], found.effective_dimension, 1e-6)
+    assert_close(bounds.lower[0], found.effective_dimension_lower, 1e-6)
+    for i, ridge in enumerate(ridges):
+      truth = exact(k, float(ridge)).sum()
+      assert bounds.lower[i] - 1e-9 <= truth <= bounds.upper[i] + 1e-9
     d_eff = exact(k, float(found.ridge)).sum()
     assert bool(found.converged)
     assert found.effective_dimension_lower - 1e-6 <= d_eff <= found.effective_dimension + 1e-6
@@ -279,8 +286,8 @@ def test_bad_input():
       (lambda: leverage.ridge_leverage_scores(k, 1.0, -jnp.ones(4)), "weights: expected values >= 0"),
       (lambda: leverage.landmark_leverage_scores(linear, x, jnp.array([1, 1]), 1.0), "none twice"),
       (lambda: leverage.landmark_leverage_scores(linear, x, jnp.array([4]), 1.0), "landmarks"),
-      (lambda: leverage.score_ridge_for_dimension(k, 4.0), "target"),
-      (lambda: leverage.score_ridge_for_dimension(jnp.ones(4), 2.0, jnp.ones(4)), "eigenvalues"),
+      (lambda: score_ridge.score_ridge_for_dimension(k, 4.0), "target"),
+      (lambda: score_ridge.score_ridge_for_dimension(jnp.ones(4), 2.0, jnp.ones(4)), "eigenvalues"),
       (lambda: leverage.low_rank_leverage_bounds(x, jnp.ones(3), 1.0), "k_diag"),
       (lambda: leverage.ridge_leverage_scores(jnp.zeros((0, 0)), 1.0), "at least one row"),
   ):

@@ -8,7 +8,7 @@ import scipy.linalg
 from sklearn.cluster import KMeans
 
 from helpers import RTOL, SHARED_DATA, assert_close, needs, read_idx
-from kipcore import kernels, leverage, sensitivity, sensitivity_cores
+from kipcore import kernels, leverage, score_ridge, sensitivity, sensitivity_cores
 from kipcore.architectures import fc
 from kipcore.sensitivity import Guarantee
 from kipcore.types import Status
@@ -196,7 +196,7 @@ def test_landmarks_over_estimate_for_every_draw(x64, refine):
 def test_refinement_tightens_the_label_term(x64):
   x, y, _, _ = problem(n=200)
   k = jnp.asarray(rbf_matrix(x))
-  ridge = leverage.score_ridge_for_dimension(k, 4.0).ridge
+  ridge = score_ridge.score_ridge_for_dimension(k, 4.0).ridge
   truth = sensitivity.krr_sensitivity_scores(k, jnp.asarray(y), ridge)
   totals = [sensitivity.approximate_krr_sensitivities(jax.random.key(0), rbf, jnp.asarray(x), jnp.asarray(y), ridge, 40,
                                                       block_size=100, refine=refine).total for refine in (False, True)]
@@ -341,7 +341,7 @@ def test_mnist_certificates_are_tight():
   kernel_fn = kernels.ntk_fn(fc(1))
   k = kernel_fn(x)
   for target in (10.0, 100.0):
-    ridge = leverage.score_ridge_for_dimension(k, target).ridge
+    ridge = score_ridge.score_ridge_for_dimension(k, target).ridge
     truth = np.asarray(sensitivity.krr_sensitivities(k, y, ridge))
     landmarks = sensitivity.approximate_krr_sensitivities(
         jax.random.key(0), kernel_fn, x, y, ridge, 150, block_size=256)

@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(kipcore.__file__).parent
 LAYERS = [
     ["version", "types", "checks", "keys", "linalg", "architectures", "kernels.dual", "kernels.dense", "kernels.conv",
      "kernels.finite", "kernels.stax", "kernels", "networks", "gram"],
-    ["krr", "scoring", "leverage", "sensitivity_cores", "sensitivity", "streaming", "draws", "clustering", "cholesky",
+    ["krr", "scoring", "leverage", "score_ridge", "sensitivity_cores", "sensitivity", "streaming", "draws", "clustering", "cholesky",
      "pursuit", "sampling", "guarantees", "certificate", "preprocess"],
     ["evaluate", "coreset", "absorb", "distill.devices", "distill.method", "distill.samplers", "distill.importance", "distill.kip", "distill.loop", "distill"],
     ["datasets", "artifact", "report"],
