@@ -128,8 +128,8 @@ def effective_dimension_bounds(key, kernel_fn: KernelFn, x: Array, ridge, num_la
   checks.rank("ridge", ridge, 0, 1)
   checks.positive("ridge", ridge)
   values, tail = _landmark_spectrum(key, kernel_fn, x, num_landmarks, weights, block_size)
-  ridge = jnp.asarray(ridge, values.dtype)
-  lower = jnp.sum(jnp.maximum(values, 0) / (jnp.maximum(values, 0) + ridge[..., None]), axis=-1)
+  ridge, values = jnp.asarray(ridge, values.dtype), jnp.maximum(values, 0)
+  lower = jnp.vectorize(lambda r: jnp.sum(values / (values + r)))(ridge)
   return DimensionBounds(lower, lower + tail / ridge)
 
 
