@@ -168,6 +168,8 @@ def kmeans(data_dir) -> dict:
   from kipcore import clustering, linalg
   x, _, _, _, _ = mnist(data_dir)
   host, k, rows = np.asarray(x), 500, []
+  # scikit-learn converts float32 rows to float64 at every seed; it is faster on rows that are float64 already.
+  wide = host.astype(np.float64)
 
   def cost(centers):
     return float(np.mean(_nearest_squares(host, np.asarray(centers))))
@@ -182,7 +184,7 @@ def kmeans(data_dir) -> dict:
       mine.append(seconds)
       costs.append(cost(seeds.centers))
       started = time.perf_counter()
-      centers, _ = peer(host, k, n_local_trials=trials, random_state=seed)
+      centers, _ = peer(wide, k, n_local_trials=trials, random_state=seed)
       theirs.append(time.perf_counter() - started)
       peer_costs.append(cost(centers))
     # The products of all rows with as many candidates, in blocks of 256 columns: what no exact method can omit
@@ -194,7 +196,7 @@ def kmeans(data_dir) -> dict:
                  "compile_seconds": first - float(np.mean(mine)), "floor_seconds": float(floor),
                  "over_floor": float(np.mean(mine) / floor), "cost": costs, "peer_cost": peer_costs})
     print(rows[-1], flush=True)
-  return {"n": host.shape[0], "d": host.shape[1], "k": k, "peer": "scikit-learn kmeans_plusplus, float32",
+  return {"n": host.shape[0], "d": host.shape[1], "k": k, "peer": "scikit-learn kmeans_plusplus on float64 rows, on which it is faster than on float32",
           "rows": rows, "peak_gb": peak_gb()}
 
 
