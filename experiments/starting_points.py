@@ -29,7 +29,7 @@ flags.DEFINE_string("output", "experiments/results/starting_points.json", "Resul
 # name -> (config, training rows (0: all), candidates of the pursuit)
 _FC1 = {
     f"{dataset}-fc1-{10 * per_class}": (SelectConfig(dataset=dataset, images_per_class=per_class), 0, 2000)
-    for per_class in (1, 10, 50) for dataset in ("mnist", "fashion_mnist", "cifar10")
+    for dataset in ("mnist", "fashion_mnist", "cifar10") for per_class in (1, 10, 50)
 }
 _CONV = {
     f"mnist-conv2_vec-{10 * per_class}": (

@@ -42,8 +42,7 @@ def starting_points_table(results: dict) -> str:
   lines += ["", "Test accuracy of ridge regression on the points alone, %, with one-hot labels / with labels solved on all "
             f"training rows; mean and deviation over {'/'.join(map(str, sorted(seeds)))} seeds, from "
             "`experiments/results/starting_points.json` (`python -m experiments.starting_points`). `kmeans` has no "
-            "deviation at one image a class: the mean of a class is no draw. The convolutional rows use 2,000 training and "
-            "1,000 test rows."]
+            "deviation at one image a class: the mean of a class is no draw."]
   return "\n".join(lines)
 
 

@@ -78,6 +78,20 @@ def rounding_ridge(k: Array) -> Array:
   return 10.0 * k.shape[0] * float(jnp.finfo(widest_dtype(k.dtype)).eps) * jnp.mean(jnp.diagonal(k))
 
 
+def factor_semidefinite(k: Array) -> tuple[Factor, Array]:
+  """The factor of K plus the least of `rounding_ridge` times 1, 30, 900, 27,000 with which there is one, and that ridge.
+
+  Kernels of deep or convolutional networks carry more rounding than a product of matrices does.
+  """
+  unit = rounding_ridge(k).astype(widest_dtype(k.dtype))
+
+  def more(state):
+    return factor(k, 30 * state[1]), 30 * state[1]
+
+  return jax.lax.while_loop(lambda s: (s[0].status == Status.NOT_POSITIVE_DEFINITE) & (s[1] < 20_000 * unit), more,
+                            (factor(k, unit), unit))
+
+
 def whiten(f: Factor, b: Array) -> Array:
   """L^{-1} b."""
   return solve_triangular(f.lower, b.astype(f.lower.dtype), lower=True)

@@ -22,7 +22,7 @@ class Pursuit(NamedTuple):
     candidates: `(L,)` int32, the pool that the choice was made from, in the same terms.
     coefficients: `(m, c)`, c of the predictor K_tS c; zero where the index is -1.
     objectives: `(m + 1,)`, F with the first 0, 1, ..., m points, never increasing; entry 0 is ||Y||^2.
-      In these K_LL has `linalg.rounding_ridge` on it: they lie above the true F by so much.
+      In these K_LL has the ridge of `linalg.factor_semidefinite` on it, and lies above the true F by so much.
     pool_objective: scalar, F with all L candidates, so `objectives[-1] / pool_objective` tells
       what keeping m of L costs.
     status: int32 scalar, `Status`: NOT_POSITIVE_DEFINITE if fewer than m candidates could
@@ -186,8 +186,7 @@ def _least_squares(kernel_fn, x, y, pool, ridge, block_size):
   n = x.shape[0]
   blocks = -(-n // block_size)
   k_pool = kernel_fn(pool, None)
-  jitter = linalg.rounding_ridge(k_pool).astype(ridge.dtype)
-  factor = linalg.factor(k_pool, jitter)
+  factor, jitter = linalg.factor_semidefinite(k_pool)
   dtype, size = factor.lower.dtype, pool.shape[0]
 
   def add(b, carry):

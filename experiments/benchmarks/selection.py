@@ -81,7 +81,7 @@ def private_peak():
 
 
 def scores(data_dir) -> dict:
-  """Certified scores of 60,000 rows at several effective dimensions, against bounds on those from far more landmarks."""
+  """Certified scores of 60,000 rows at several ridges, against bounds on d_eff from far more landmarks."""
   import jax
   from kipcore import kernels, score_ridge, sensitivity
   from kipcore.architectures import fc
@@ -130,7 +130,8 @@ def stream(data_dir) -> dict:
     transform = lambda block: np.asarray(fitted.apply(block.reshape(-1, 28, 28, 1))).reshape(len(block), -1)
     landmarks, few = 1000, min(n, 20_000)
     # A ridge that grows with n keeps the effective dimension as it is: the same problem, more rows.
-    ridge = n / few * float(score_ridge.landmark_score_ridge(0, kernel_fn, transform(pixels[:few]), 50, landmarks).ridge)
+    found = score_ridge.landmark_score_ridge(0, kernel_fn, transform(pixels[:few]), 50, landmarks)
+    ridge = n / few * float(found.ridge)
     run = lambda rows: streaming.stream_krr_sensitivities(0, kernel_fn, pixels[:rows], targets[:rows], ridge * rows / n,
                                                           landmarks, transform)
     compile_seconds, _ = timed(lambda: run(8192).scores)
@@ -192,11 +193,12 @@ def kmeans(data_dir) -> dict:
     product = jax.jit(lambda a, b: linalg.matmul(a, b.T))
     timed(lambda: product(x, x[:256]))
     floor = np.mean([timed(lambda: product(x, x[:256]))[0] for _ in range(5)]) * k * trials / 256
-    rows.append({"trials": trials, "seconds": mine, "peer_seconds": theirs, "ratio": float(np.mean(theirs) / np.mean(mine)),
-                 "compile_seconds": first - float(np.mean(mine)), "floor_seconds": float(floor),
+    rows.append({"trials": trials, "seconds": mine, "peer_seconds": theirs,
+                 "ratio": float(np.mean(theirs) / np.mean(mine)), "compile_seconds": first - float(np.mean(mine)), "floor_seconds": float(floor),
                  "over_floor": float(np.mean(mine) / floor), "cost": costs, "peer_cost": peer_costs})
     print(rows[-1], flush=True)
-  return {"n": host.shape[0], "d": host.shape[1], "k": k, "peer": "scikit-learn kmeans_plusplus on float64 rows, on which it is faster than on float32",
+  return {"n": host.shape[0], "d": host.shape[1], "k": k,
+          "peer": "scikit-learn kmeans_plusplus on float64 rows, on which it is faster than on float32",
           "rows": rows, "peak_gb": peak_gb()}
 
 
@@ -274,11 +276,11 @@ def main() -> None:
     print(name, flush=True)
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    child = context.Process(target=_child, args=(name, sys.argv, there))
+    child = context.Process(target=_child, args=(name, sys.argv, there), daemon=True)
     child.start()
     there.close()
     try:
-      jobs[name] = here.recv()
+      jobs[name] = {"commit": environment["commit"], **here.recv()}
     except EOFError:
       raise OSError(f"the job {name} ended without a result") from None
     child.join()
