@@ -273,3 +273,15 @@ def test_description_survives_json_and_hashing(name):
   assert arch.name == name
   copy = kipcore.Architecture.from_json(arch.to_json())
   assert copy == arch and hash(copy) == hash(arch)
+
+
+def test_many_pairs_without_pooling_equal_few():
+  """A mean of products over patches, mapped over 60 x 60 pairs, was miscompiled on CPU."""
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(60, 28, 28, 1)), jnp.float32)
+  kernel = kipcore.ntk_fn(kipcore.architecture("conv1_vec"))
+  many = kernel(x, None)
+  few = jnp.concatenate([kernel(x[i:i + 10], x) for i in range(0, 60, 10)])
+  assert_close(many, few, 1e-5)
+  assert_close(many, many.T, 1e-6)
+  for i in (0, 41):
+    assert_close(many[i, 40:50], kernel(x[i:i + 1], x[40:50])[0], 1e-5)
