@@ -171,7 +171,7 @@ def label_solve(k_ss: Array, k_ts: Array, y_target: Array, ridge, fit_ridge=None
   checks.shape("k_ts", k_ts, (None, k_ss.shape[0]))
   checks.same_rows("k_ts", k_ts, "y_target", y_target)
   ridges = _label_ridges(ridge, fit_ridge, penalty)
-  factor = linalg.factor_semidefinite(k_ss)[0]
+  factor = linalg.factor(k_ss, linalg.rounding_ridge(k_ss))
   b = linalg.whiten(factor, k_ts.T)
   y = y_target.astype(b.dtype)
   return _label_solution(k_ss, factor, linalg.matmul(b, b.T), linalg.matmul(b, y), *ridges, penalty, y_target.dtype).labels
@@ -199,7 +199,7 @@ def label_solve_rows(kernel_fn: KernelFn, x_support: Array, x: Array, y: Array, 
   checks.positive_int("block_size", block_size)
   ridges = _label_ridges(ridge, fit_ridge, penalty)
   k_ss = kernel_fn(x_support, None)
-  factor = linalg.factor_semidefinite(k_ss)[0]
+  factor = linalg.factor(k_ss, linalg.rounding_ridge(k_ss))
   wide, m, n = factor.lower.dtype, x_support.shape[0], x.shape[0]
   blocks = -(-n // block_size)
 

@@ -81,7 +81,8 @@ def rounding_ridge(k: Array) -> Array:
 def factor_semidefinite(k: Array) -> tuple[Factor, Array]:
   """The factor of K plus the least of `rounding_ridge` times 1, 30, 900, 27,000 with which there is one, and that ridge.
 
-  Kernels of deep or convolutional networks carry more rounding than a product of matrices does.
+  Kernels of deep or convolutional networks carry more rounding than a product of matrices does. The
+  search has no reverse-mode derivative.
   """
   unit = rounding_ridge(k).astype(widest_dtype(k.dtype))
 

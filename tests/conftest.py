@@ -30,3 +30,10 @@ def x64():
   """Runs the test with the 64-bit switch on."""
   with enable_x64(True):
     yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compilations():
+  """Thousands of compiled functions in one process exhaust its memory maps: a file's are dropped at its end."""
+  yield
+  jax.clear_caches()
