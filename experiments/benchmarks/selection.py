@@ -12,72 +12,22 @@ Times are of the second call unless said; the first call's extra time is the com
 About 40 minutes on two idle cores.
 """
 
-import contextlib
-import json
-import multiprocessing
 import pathlib
-import re
-import resource
 import tempfile
-import threading
 import time
 
 from absl import flags
 import numpy as np
 
 from experiments import flags as common
+from experiments.benchmarks import harness
+from experiments.benchmarks.harness import mnist, peak_gb, private_peak, timed
 
 FLAGS = flags.FLAGS
 _REFERENCE_LANDMARKS = 8000
 
-flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
-flags.DEFINE_string("only", "", "Run the jobs whose names contain this; the others stay in the file.")
-flags.DEFINE_string("output", "experiments/results/benchmark_selection.json", "Result file.")
+harness.define_flags("selection")
 flags.DEFINE_integer("stream_rows", 1_000_000, "Rows of the largest file of the job stream.", lower_bound=1000)
-
-
-def mnist(data_dir):
-  """All training rows of MNIST, standardised and flat, centred one-hot labels, classes, and the pixels as bytes."""
-  import jax.numpy as jnp
-  from kipcore import datasets, preprocess
-  raw = datasets.load_dataset("mnist", data_dir, validation_fraction=0.0)
-  fitted = preprocess.fit_preprocess(raw.x_train, "standardize", raw.pixel_max)
-  x = jnp.asarray(fitted.apply(raw.x_train).reshape(len(raw.x_train), -1))
-  y = preprocess.one_hot_centred(raw.y_train, raw.num_classes)
-  return x, jnp.asarray(y), np.asarray(raw.y_train), raw, fitted
-
-
-def timed(fn) -> tuple[float, object]:
-  """Seconds until the result is there, and the result."""
-  import jax
-  started = time.perf_counter()
-  out = jax.block_until_ready(fn())
-  return time.perf_counter() - started, out
-
-
-def peak_gb() -> float:
-  """Most memory that this process has held, files it mapped included."""
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-@contextlib.contextmanager
-def private_peak():
-  """A list that at the end holds the most private memory (GB) seen while inside; mapped files do not count."""
-  seen, done = [0.0], threading.Event()
-
-  def watch():
-    while not done.is_set():
-      status = pathlib.Path("/proc/self/status").read_text()
-      seen[0] = max(seen[0], int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1e6)
-      done.wait(0.05)
-
-  thread = threading.Thread(target=watch)
-  thread.start()
-  try:
-    yield seen
-  finally:
-    done.set()
-    thread.join()
 
 
 def scores(data_dir) -> dict:
@@ -108,13 +58,60 @@ def scores(data_dir) -> dict:
   print(rows[-1], flush=True)
   # The truth, nearly: its own cost and memory are not those of the scores.
   reference = score_ridge.effective_dimension_bounds(1, kernel_fn, x, np.array(ridges), _REFERENCE_LANDMARKS)
+  jax.clear_caches()
+  estimates, errors, steps = estimated_dimensions(kernel_fn, x, np.array(ridges, np.float32), num_landmarks)
   for row in rows:
     i = ridges.index(row["ridge"])
     row["d_eff_at_least"], row["d_eff_at_most"] = float(reference.lower[i]), float(reference.upper[i])
-    row["total_over_d_eff_at_most"] = row["total"] / row["d_eff_at_least"]
-    print({key: row[key] for key in ("method", "total", "d_eff_at_least", "d_eff_at_most", "total_over_d_eff_at_most")},
-          flush=True)
-  return {"n": x.shape[0], "kernel": "fc1 ntk", "reference_landmarks": _REFERENCE_LANDMARKS, "rows": rows}
+    row["d_eff_estimate"], row["d_eff_standard_error"] = float(estimates[i]), float(errors[i])
+    row["total_over_d_eff"] = row["total"] / row["d_eff_estimate"]
+    print({key: row[key] for key in ("method", "total", "d_eff_at_least", "d_eff_at_most", "d_eff_estimate",
+                                     "d_eff_standard_error", "total_over_d_eff")}, flush=True)
+  return {"n": x.shape[0], "kernel": "fc1 ntk", "reference_landmarks": _REFERENCE_LANDMARKS, "estimate_steps": steps,
+          "rows": rows}
+
+
+def estimated_dimensions(kernel_fn, x, ridges, num_landmarks: int, num_probes: int = 12, tolerance: float = 2e-3):
+  """d_eff = tr K (K + ridge I)^{-1} by random signs, its standard error `(r,)`, and the steps of the solver.
+
+  An estimate, where bounds are wide: with N <= K the Nystrom approximation, the trace of K (K + ridge)^{-1} -
+  N (N + ridge)^{-1}, which is small, is what the signs estimate; that of the rest is known. The solves are
+  conjugate gradients on the whole kernel, preconditioned by N + ridge: n^2 kernel entries a step for all ridges.
+  """
+  import jax
+  import jax.numpy as jnp
+  from kipcore import linalg, scoring
+  from kipcore.gram import gram_matvec, map_row_blocks
+  n = x.shape[0]
+  landmarks = jax.random.permutation(jax.random.key(2), n)[:num_landmarks]
+  xs, ones = x[landmarks], jnp.ones((num_landmarks,), x.dtype)
+  factor = scoring.nystrom_factor(kernel_fn, xs, ones)
+  v = map_row_blocks(lambda rows: linalg.whiten(factor, kernel_fn(rows, xs).T).T, x, 2048)
+  values, basis = np.linalg.eigh(np.asarray(linalg.matmul(v.T, v), np.float64))
+  u = linalg.matmul(v, jnp.asarray(basis / np.sqrt(np.maximum(values, 1e-12 * values[-1])), x.dtype))
+  values = np.maximum(values, 0)
+  signs = jax.random.rademacher(jax.random.key(3), (n, num_probes), x.dtype)
+  b = jnp.tile(signs, (1, len(ridges)))
+  ridge = jnp.asarray(np.repeat(ridges, num_probes))
+  shrink = jnp.asarray(values, x.dtype)[:, None]
+  # (N + ridge)^{-1} b = (b - U diag(values / (values + ridge)) U^T b) / ridge
+  precondition = jax.jit(lambda r: (r - linalg.matmul(u, shrink / (shrink + ridge) * linalg.matmul(u.T, r))) / ridge)
+  apply = jax.jit(lambda p: gram_matvec(kernel_fn, x, x, p, 512) + ridge * p)
+  inner = lambda a, c: jnp.sum(a * c, axis=0)
+  z, r = jnp.zeros_like(b), b
+  h = precondition(r)
+  p, rho, steps = h, inner(r, h), 0
+  while float(jnp.max(jnp.linalg.norm(r, axis=0) / jnp.linalg.norm(b, axis=0))) > tolerance and steps < 20:
+    q = apply(p)
+    rate = rho / inner(p, q)
+    z, r = z + rate * p, r - rate * q
+    h = precondition(r)
+    rho, old = inner(r, h), rho
+    p, steps = h + rho / old * p, steps + 1
+  # g^T (M - M_N) g = ridge g^T ((N + ridge)^{-1} - (K + ridge)^{-1}) g
+  differences = np.asarray(ridge * inner(b, precondition(b) - z)).reshape(len(ridges), num_probes)
+  known = np.sum(values / (values + np.asarray(ridges)[:, None]), axis=1)
+  return known + differences.mean(axis=1), differences.std(axis=1, ddof=1) / np.sqrt(num_probes), steps
 
 
 def stream(data_dir) -> dict:
@@ -257,35 +254,5 @@ def cholesky(data_dir) -> dict:
 
 JOBS = {job.__name__: job for job in (scores, stream, kmeans, cholesky)}
 
-
-def _child(name, argv, pipe):
-  FLAGS(argv)
-  pipe.send(JOBS[name](FLAGS.data_dir))
-
-
-def main() -> None:
-  """Runs the jobs, each in a fresh process, and writes the result file after each."""
-  import sys
-  from experiments import run_folder
-  path = pathlib.Path(FLAGS.output)
-  jobs = json.loads(path.read_text())["jobs"] if path.exists() else {}
-  environment = run_folder.environment()
-  for name in JOBS:
-    if FLAGS.only not in name:
-      continue
-    print(name, flush=True)
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    child = context.Process(target=_child, args=(name, sys.argv, there), daemon=True)
-    child.start()
-    there.close()
-    try:
-      jobs[name] = {"commit": environment["commit"], **here.recv()}
-    except EOFError:
-      raise OSError(f"the job {name} ended without a result") from None
-    child.join()
-    run_folder.write_json(path, {"environment": environment, "jobs": jobs})
-
-
 if __name__ == "__main__":
-  common.launch(main)
+  common.launch(lambda: harness.run(JOBS))

@@ -1,0 +1,95 @@
+"""What the benchmarks share: MNIST, clocks, memory, and jobs that each run in a process of their own."""
+
+import contextlib
+import json
+import multiprocessing
+import pathlib
+import re
+import resource
+import sys
+import threading
+import time
+
+from absl import flags
+import numpy as np
+
+FLAGS = flags.FLAGS
+
+
+def define_flags(name: str) -> None:
+  """The flags of a benchmark, whose result file is named after it."""
+  flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
+  flags.DEFINE_string("only", "", "Run the jobs whose names contain this; the others stay in the file.")
+  flags.DEFINE_string("output", f"experiments/results/benchmark_{name}.json", "Result file.")
+
+
+def mnist(data_dir):
+  """All training rows of MNIST, standardised and flat, centred one-hot labels, classes, and the pixels as bytes."""
+  import jax.numpy as jnp
+  from kipcore import datasets, preprocess
+  raw = datasets.load_dataset("mnist", data_dir, validation_fraction=0.0)
+  fitted = preprocess.fit_preprocess(raw.x_train, "standardize", raw.pixel_max)
+  x = jnp.asarray(fitted.apply(raw.x_train).reshape(len(raw.x_train), -1))
+  y = preprocess.one_hot_centred(raw.y_train, raw.num_classes)
+  return x, jnp.asarray(y), np.asarray(raw.y_train), raw, fitted
+
+
+def timed(fn) -> tuple[float, object]:
+  """Seconds until the result is there, and the result."""
+  import jax
+  started = time.perf_counter()
+  out = jax.block_until_ready(fn())
+  return time.perf_counter() - started, out
+
+
+def peak_gb() -> float:
+  """Most memory that this process has held, files it mapped included."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+@contextlib.contextmanager
+def private_peak():
+  """A list that at the end holds the most private memory (GB) seen while inside; mapped files do not count."""
+  seen, done = [0.0], threading.Event()
+
+  def watch():
+    while not done.is_set():
+      status = pathlib.Path("/proc/self/status").read_text()
+      seen[0] = max(seen[0], int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1e6)
+      done.wait(0.05)
+
+  thread = threading.Thread(target=watch)
+  thread.start()
+  try:
+    yield seen
+  finally:
+    done.set()
+    thread.join()
+
+
+def _child(name, jobs, argv, pipe):
+  FLAGS(argv)
+  pipe.send(jobs[name](FLAGS.data_dir))
+
+
+def run(jobs: dict) -> None:
+  """Runs the jobs (functions of the data folder), each in a fresh process, and writes the result file after each."""
+  from experiments import run_folder
+  path = pathlib.Path(FLAGS.output)
+  results = json.loads(path.read_text())["jobs"] if path.exists() else {}
+  environment = run_folder.environment()
+  for name in jobs:
+    if FLAGS.only not in name:
+      continue
+    print(name, flush=True)
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(target=_child, args=(name, jobs, sys.argv, there), daemon=True)
+    child.start()
+    there.close()
+    try:
+      results[name] = {"commit": environment["commit"], **here.recv()}
+    except EOFError:
+      raise OSError(f"the job {name} ended without a result") from None
+    child.join()
+    run_folder.write_json(path, {"environment": environment, "jobs": results})
