@@ -2,20 +2,20 @@
 
 Every arm of a setting gets the same number of target evaluations (batches and scoring
 passes) and the same seeds. An arm is where to start, which targets to draw, with which
-exponent, uniform share and batch. Choices are made by validation accuracy; test accuracy is
-reported beside it. Writes experiments/results/ablation.json, arm by arm:
+exponent, uniform share and batch. Choices are made by validation accuracy, on MNIST and CIFAR-10;
+test accuracy is reported beside it. Writes experiments/results/ablation.json, arm by arm:
 
   final       accuracy at the end
   area        mean of the accuracy over the target evaluations, 0 to all
   reaches     target evaluations until the mean final accuracy of uniform/uniform, or null
 
-Hours on two cores for all of it; --only=mnist-1/ runs one setting.
+About an hour on two cores for all of it; --only=mnist-1/ runs one setting.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
-import tempfile
 
 from absl import flags
 import numpy as np
@@ -30,50 +30,90 @@ flags.DEFINE_integer("num_seeds", 5, "Seeds of each arm.", lower_bound=1)
 flags.DEFINE_string("only", "", "Run the arms whose names (setting/arm) contain this, anew; else those that the file lacks.")
 flags.DEFINE_string("output", "experiments/results/ablation.json", "Result file.")
 
-# dataset-images per class -> (config, target evaluations)
-_MNIST = dict(dataset="mnist", learning_rate=0.04)
-SETTINGS = {
-    "mnist-1": (DistillConfig(**_MNIST, images_per_class=1), 4_000_000),
-    "mnist-10": (DistillConfig(**_MNIST, images_per_class=10), 4_000_000),
-    "fashion_mnist-1": (DistillConfig(dataset="fashion_mnist", images_per_class=1), 2_000_000),
-    "fashion_mnist-10": (DistillConfig(dataset="fashion_mnist", images_per_class=10), 2_000_000),
-    "cifar10-1": (DistillConfig(dataset="cifar10", images_per_class=1), 2_000_000),
-    "cifar10-10": (DistillConfig(dataset="cifar10", images_per_class=10), 2_000_000),
-}
+REFERENCE, DEFAULT = "uniform/uniform", "kmeans/cross_entropy"
 _CE = dict(sampler="cross_entropy")
-# What changes from uniform start and uniform targets in batches of 2,000.
+# What changes from uniform start and uniform targets.
 ARMS = {
-    "uniform/uniform": {},
+    REFERENCE: {},
     "kmeans/uniform": dict(init="kmeans"),
     "uniform/cross_entropy": _CE,
-    "kmeans/cross_entropy": dict(_CE, init="kmeans"),
-    "kmeans/residual_norm": dict(sampler="residual_norm", init="kmeans"),
+    DEFAULT: dict(_CE, init="kmeans"),
+    "kmeans/squared_error": dict(sampler="squared_error", init="kmeans"),
+    "kmeans/residual_norm": dict(sampler="residual_norm", init="kmeans", least_gain=1.0),
+    "kmeans/margin": dict(sampler="margin", init="kmeans"),
     "kmeans/cross_entropy e=0": dict(_CE, init="kmeans", weight_exponent=0.0),
     "kmeans/cross_entropy e=1": dict(_CE, init="kmeans", weight_exponent=1.0),
     "kmeans/cross_entropy g=0.1": dict(_CE, init="kmeans", uniform_mix=0.1),
-    "kmeans/uniform b=500": dict(init="kmeans", target_batch_size=500),
-    "kmeans/cross_entropy b=500": dict(_CE, init="kmeans", target_batch_size=500),
+    "kmeans/cross_entropy always": dict(_CE, init="kmeans", least_gain=1.0),
+    "kmeans/cross_entropy e=1 always": dict(_CE, init="kmeans", weight_exponent=1.0, least_gain=1.0),
+    "kmeans/cross_entropy refreshed": dict(_CE, init="kmeans", refresh_every=500),
+    "kmeans/uniform b=250": dict(init="kmeans", target_batch_size=250),
+    "kmeans/cross_entropy b=250": dict(_CE, init="kmeans", target_batch_size=250),
+    "kmeans/uniform b=4000": dict(init="kmeans", target_batch_size=4000),
+    "kmeans/cross_entropy b=4000": dict(_CE, init="kmeans", target_batch_size=4000),
 }
-REFERENCE = "uniform/uniform"
+_START_AND_SAMPLER = (REFERENCE, "kmeans/uniform", "uniform/cross_entropy", DEFAULT)
+_LAWS = tuple(name for name in ARMS if "b=" not in name and "always" not in name)
+_WHERE_IT_IS_OFF = ("kmeans/residual_norm", "kmeans/cross_entropy always", "kmeans/cross_entropy e=1 always")
+# (dataset, images per class) -> (target evaluations, arms). Where importance is off by itself, the arms that differ are
+# those that never switch it off.
+SETTINGS = {
+    ("mnist", 1): (2_000_000, (*_LAWS, *(name for name in ARMS if "b=" in name))),
+    ("mnist", 10): (2_000_000, (*_LAWS, *(name for name in ARMS if "b=" in name))),
+    ("cifar10", 1): (2_000_000, (*_START_AND_SAMPLER, *_WHERE_IT_IS_OFF)),
+    ("cifar10", 10): (2_000_000, (*_START_AND_SAMPLER, *_WHERE_IT_IS_OFF)),
+    ("fashion_mnist", 1): (2_000_000, _START_AND_SAMPLER),
+    ("fashion_mnist", 10): (2_000_000, _START_AND_SAMPLER),
+}
 
 
-def arm_config(setting: DistillConfig, changes: dict, evaluations: int) -> DistillConfig:
-  """The config of an arm, with as many steps as the evaluations pay for."""
-  config = dataclasses.replace(setting, **{"init": "uniform", "target_batch_size": 2000, **changes})
-  return dataclasses.replace(config, steps=evaluations // config.target_batch_size, log_test_accuracy=True)
+def arm_config(dataset: str, images_per_class: int, evaluations: int, changes: dict, num_rows: int) -> DistillConfig:
+  """The config of an arm, with as many steps as the evaluations pay for; `num_rows` is what a scoring pass costs."""
+  config = DistillConfig(dataset=dataset, images_per_class=images_per_class,
+                         **{"init": "uniform", "sampler": "uniform", "target_batch_size": 1000, **changes})
+  every = config.refresh_every
+  period = every * config.target_batch_size + num_rows if every else 1
+  steps = (evaluations // period * every + min(evaluations % period // config.target_batch_size, every) if every
+           else evaluations // config.target_batch_size)
+  return dataclasses.replace(config, steps=steps)
 
 
-def run(config: DistillConfig) -> dict:
+@functools.lru_cache(maxsize=1)
+def _loaded(config: DistillConfig):
+  from experiments import pipeline
+  return pipeline.load(config)
+
+
+@functools.lru_cache(maxsize=None)
+def _started(config: DistillConfig):
+  from experiments import pipeline
+  return pipeline.start(config, _loaded(dataclasses.replace(config, images_per_class=1, init="uniform")))[1]
+
+
+def load(dataset: str, images_per_class: int, init: str, seed: int, data_dir):
+  """Data and start of a run; arms of a setting share them."""
+  data = DistillConfig(dataset=dataset, seed=seed, data_dir=data_dir, init="uniform")
+  start = dataclasses.replace(data, images_per_class=images_per_class, init=init)
+  return _loaded(data), _started(start)
+
+
+def run(config: DistillConfig, data, support) -> dict:
   """One run: accuracies in percent at the logged target evaluations, and the cost."""
-  from experiments import pipeline, run_folder
-  with tempfile.TemporaryDirectory() as folder:
-    _, result = pipeline.run_distill(config, folder, verbose=False)
-    lines = run_folder.read_metrics(pathlib.Path(folder))
-  curve = {"evaluations": [line["step"] * config.target_batch_size for line in lines],
-           **{kind: [100 * line[f"{kind}_accuracy"] for line in lines] for kind in ("validation", "test")}}
-  return {"seed": config.seed, "final": 100 * result["test_accuracy"], "final_validation": curve["validation"][-1],
-          "area": area(curve["evaluations"], curve["test"]), "target_evaluations": result["target_evaluations"],
-          "step_seconds": result["step_seconds"], "curve": curve}
+  from experiments import pipeline
+  from kipcore.types import Support
+  evaluations, curves = [], {"validation": [], "test": []}
+  pass_rows = data.x_train.shape[0] / config.refresh_every if config.refresh_every else 0
+
+  def callback(step, params, record):
+    current = Support(params["x"], params["y"])
+    evaluations.append(round(step * (config.target_batch_size + pass_rows)))
+    curves["validation"].append(round(100 * pipeline.score(config, data, current, data.x_validation, data.y_validation), 3))
+    curves["test"].append(round(100 * pipeline.score(config, data, current), 3))
+
+  outcome = pipeline.distil(config, data, support, callback)
+  return {"seed": config.seed, "final": curves["test"][-1], "final_validation": curves["validation"][-1],
+          "area": area(evaluations, curves["test"]), "target_evaluations": outcome.target_evaluations,
+          "step_seconds": outcome.seconds, "curve": {"evaluations": evaluations, **curves}}
 
 
 def area(evaluations, accuracy) -> float:
@@ -109,26 +149,29 @@ def summarise(arms: dict) -> dict:
 
 
 def main() -> None:
-  """Runs the arms, and writes the result file after each."""
+  """Runs the arms seed by seed, and writes the result file after each setting and seed."""
   from experiments import run_folder
   environment = run_folder.environment()  # of the code that runs, whatever happens to the tree meanwhile
   path = pathlib.Path(FLAGS.output)
   settings = json.loads(path.read_text())["settings"] if path.exists() else {}
-  for name, (setting, evaluations) in SETTINGS.items():
-    for arm, changes in ARMS.items():
-      known = settings.setdefault(name, {"arms": {}})
-      if FLAGS.only not in f"{name}/{arm}" or (not FLAGS.only and arm in known["arms"]):
-        continue
-      config = arm_config(dataclasses.replace(setting, data_dir=FLAGS.data_dir), changes, evaluations)
-      runs = [run(dataclasses.replace(config, seed=seed)) for seed in range(FLAGS.num_seeds)]
-      known["arms"][arm] = runs
-      known.setdefault("configs", {})[arm] = {**dataclasses.asdict(config), "seed": None, "data_dir": None,
-                                              "commit": environment["commit"]}
-      known["summary"] = summarise(known["arms"])
-      row = known["summary"][arm]
-      print(f"{name} {arm}: {row['final']['mean']:.2f} (area {row['area']['mean']:.2f}), "
-            f"{np.mean([r['step_seconds'] for r in runs]):.0f} s", flush=True)
-      run_folder.write_json(path, {"environment": environment, "settings": {k: v for k, v in settings.items() if v["arms"]}})
+  for (dataset, images_per_class), (evaluations, arms) in SETTINGS.items():
+    name = f"{dataset}-{images_per_class}"
+    known = settings.get(name, {"arms": {}, "configs": {}})
+    wanted = [arm for arm in arms if FLAGS.only in f"{name}/{arm}" and
+              (FLAGS.only or len(known["arms"].get(arm, ())) < FLAGS.num_seeds)]
+    fresh = {arm: [] for arm in wanted}
+    for seed in range(FLAGS.num_seeds if wanted else 0):
+      for arm in wanted:
+        data, support = load(dataset, images_per_class, ARMS[arm].get("init", "uniform"), seed, FLAGS.data_dir)
+        config = arm_config(dataset, images_per_class, evaluations, ARMS[arm], data.x_train.shape[0])
+        fresh[arm].append(run(dataclasses.replace(config, seed=seed), data, support))
+        known["configs"][arm] = {**dataclasses.asdict(config), "seed": None, "commit": environment["commit"]}
+        print(f"{name} {arm} seed {seed}: {fresh[arm][-1]['final']:.2f} (area {fresh[arm][-1]['area']:.2f}), "
+              f"{fresh[arm][-1]['step_seconds']:.0f} s", flush=True)
+      found = {**known["arms"], **fresh}
+      known.update(evaluations=evaluations, note=data.raw.note, arms={arm: found[arm] for arm in arms if arm in found})
+      settings[name] = {**known, "summary": summarise(known["arms"])}
+      run_folder.write_json(path, {"environment": environment, "settings": settings})
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ class DistillConfig(DataConfig):
 
   method: str = "kip"
   init: str = "kmeans"
-  sampler: str = "uniform"
+  sampler: str = "cross_entropy"
   uniform_mix: float = 0.5
   weight_exponent: float = 0.5
+  least_gain: float = 2.0
+  refresh_every: int = 0
   steps: int = 1000
   target_batch_size: int = 0
   learning_rate: float = 0.04

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from kipcore import absorb, artifact, checks, coreset, datasets, evaluate, keys, kernels, krr, preprocess, report
 from kipcore.architectures import architecture
-from kipcore.distill import importance, kip, loop
+from kipcore.distill import importance, kip, loop, method
 from kipcore.types import Support
 from experiments import run_folder
 from experiments.config import DataConfig, DistillConfig
@@ -107,12 +107,17 @@ def distil(config: DistillConfig, data: Data, support: Support, callback=None, p
   with usage():
     options = kip.KIPOptions(config.relative_ridge, config.loss, config.learn_labels)
     distiller = loop.Distiller(kip.kip(data.kernel_fn, options),
-                               importance.sampler(config.sampler, config.uniform_mix, config.weight_exponent),
+                               sampler_of(config),
                                loop.adam(config.learning_rate, config.steps, config.schedule), batch_size)
   result = loop.distill(config.seed, distiller, support, data.x_train, data.y_train, config.steps,
                         devices=devices_of(config) if jax.process_count() == 1 else None, callback=callback, progress=progress)
   evaluations = config.steps * batch_size + loop.scoring_evaluations(distiller, data.x_train.shape[0], config.steps)
   return Outcome(result.support, result.history, evaluations, result.compile_seconds, result.seconds)
+
+
+def sampler_of(config: DistillConfig) -> method.Sampler:
+  """The sampler of the config."""
+  return importance.sampler(config.sampler, config.uniform_mix, config.weight_exponent, config.least_gain, config.refresh_every)
 
 
 def _solve_labels(config: DistillConfig, data: Data, support: Support) -> Outcome:
@@ -237,7 +242,7 @@ def _check(config: DistillConfig) -> None:
   with usage():
     checks.one_of("method", config.method, METHODS)
     checks.one_of("init", config.init, coreset.STRATEGIES)
-    importance.sampler(config.sampler, config.uniform_mix, config.weight_exponent)
+    sampler_of(config)
     kip.kip(kernels.ntk_fn(architecture(config.architecture)),
             kip.KIPOptions(config.relative_ridge, config.loss, config.learn_labels))
     loop.adam(config.learning_rate, config.steps, config.schedule)

@@ -8,6 +8,7 @@ rounding, in float32 as in float64. Both take a few passes over the rows and no 
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -229,17 +230,54 @@ def _scrambled(words, log_size):
   return i
 
 
-def systematic(key, p, size, b):
-  """Indices `(size,)`, the first b valid, and their inclusion; `b` may be traced."""
+class Plan(NamedTuple):
+  """A systematic draw prepared: any number of batches from one law, each in O(b log n).
+
+  Attributes:
+    order: `(2^k,)` int32, the rows in the order of drawing, 2^k >= n.
+    whole, part: `(2^k,)` int32 and uint32: the sum of inclusion probabilities up to and with each place,
+      in whole units and in 2^-32.
+    inclusion: `(n,)` of each row, in the dtype of the law.
+  """
+
+  order: Array
+  whole: Array
+  part: Array
+  inclusion: Array
+
+
+def plan(words, p, b) -> Plan:
+  """The plan of b distinct rows with inclusion min(1, c p); `words` `(6,)` uint32 set the order, `b` may be traced."""
   n = p.shape[0]
   units, always = _inclusion_units(p, b)
-  words = jax.random.bits(key, (7,), jnp.uint32)
   log_size = (n - 1).bit_length()
-  order = _scrambled(words[:6], log_size)
+  order = _scrambled(words, log_size)
   ordered = jnp.pad(units, (0, 2**log_size - n))[order]
-  ends = _prefix_sum(ordered) + words[6]
-  hit = (ends < ordered) | jnp.pad(always, (0, 2**log_size - n))[order]
-  rank = _prefix_sum(hit.astype(jnp.int32))
-  slots = jnp.searchsorted(rank, jnp.arange(1, size + 1, dtype=jnp.int32))
-  indices = jnp.minimum(order[jnp.minimum(slots, 2**log_size - 1)].astype(jnp.int32), n - 1)
-  return indices, jnp.where(always[indices], 1, units[indices].astype(p.dtype) * 2.0**-32)
+  part = _prefix_sum(ordered)
+  whole = _prefix_sum(((part < ordered) | jnp.pad(always, (0, 2**log_size - n))[order]).astype(jnp.int32))
+  return Plan(order.astype(jnp.int32), whole, part, jnp.where(always, 1, units.astype(p.dtype) * 2.0**-32))
+
+
+def no_plan(n: int, dtype) -> Plan:
+  """A plan of the right shapes that draws nothing sensible."""
+  size = 2**(n - 1).bit_length()
+  zeros = jnp.zeros((size,), jnp.int32)
+  return Plan(zeros, zeros, zeros.astype(jnp.uint32), jnp.ones((n,), dtype))
+
+
+def pick(prepared: Plan, start, size):
+  """Indices `(size,)` and their inclusion from a start, uniform uint32: the rows at which start + sum passes 1, 2, ..."""
+  last = prepared.order.shape[0] - 1
+  passed = lambda i: prepared.whole[i] + (prepared.part[i] + start < start).astype(jnp.int32)
+  wanted, slots = jnp.arange(1, size + 1, dtype=jnp.int32), jnp.zeros((size,), jnp.int32)
+  for step in (1 << s for s in reversed(range(last.bit_length()))):
+    probe = slots + step
+    slots = jnp.where((probe <= last) & (passed(jnp.minimum(probe, last) - 1) < wanted), probe, slots)
+  indices = jnp.minimum(prepared.order[slots], prepared.inclusion.shape[0] - 1)
+  return indices, prepared.inclusion[indices]
+
+
+def systematic(key, p, size, b):
+  """Indices `(size,)`, the first b valid, and their inclusion; `b` may be traced."""
+  words = jax.random.bits(key, (7,), jnp.uint32)
+  return pick(plan(words[:6], p, b), words[6], size)

@@ -17,19 +17,20 @@ COUNTS = jnp.asarray([30, 50, 11, 0], jnp.int32)
 CAPACITY = 97  # 91 rows and some padding
 
 
-def scored(sampler, seed=0, share=0.7):
-  """A state in which some rows have heavy-tailed scores and the others are unknown."""
+def scored(sampler, uniform_mix, size, seed=0, share=0.7):
+  """A state in which some rows have heavy-tailed scores and the others are unknown, with a law for batches of a size."""
   rng = np.random.default_rng(seed)
   scores = rng.pareto(1.2, CAPACITY).astype(np.float32)
   known = (rng.random(CAPACITY) < share) & (np.arange(CAPACITY) < 91)
   state = sampler.init(COUNTS, CAPACITY)
-  return state._replace(scores=jnp.asarray(np.where(known, scores, 0), jnp.float32), known=jnp.asarray(known))
+  state = state._replace(scores=jnp.asarray(np.where(known, scores, 0), jnp.float32), known=jnp.asarray(known))
+  return importance.with_law(state, uniform_mix, size)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
 def test_full_weights_are_unbiased_whatever_the_scores(balanced):
   sampler = importance.importance(uniform_mix=0.3, weight_exponent=1.0, least_gain=1.0, balanced=balanced)
-  state = scored(sampler)
+  state = scored(sampler, 0.3, 12)
   values = jnp.asarray(np.random.default_rng(1).normal(size=CAPACITY) + np.repeat([0, 3, -5, 9], [30, 50, 11, 6]),
                        jnp.float32)
 
@@ -50,7 +51,7 @@ def test_full_weights_are_unbiased_whatever_the_scores(balanced):
 
 def test_the_law_is_the_documented_one(x64):
   sampler = importance.importance(uniform_mix=0.25)
-  state = scored(sampler)
+  state = scored(sampler, 0.25, 12)
   law = importance.importance_law(state, 0.25)
   known, scores = np.asarray(state.known), np.asarray(state.scores, np.float64)
   s = np.where(known, scores, scores[known].mean())[:91]
@@ -58,11 +59,30 @@ def test_the_law_is_the_documented_one(x64):
   assert_close(law.probabilities[:91], 0.75 * p + 0.25 / 91, 1e-5)
   assert float(jnp.sum(law.probabilities[91:])) == 0
   assert_close(law.gain, 91 * (p**2).sum(), 1e-5)
+  # Batches of 12 distinct rows: min(1, c p) with c such that it sums to 12.
+  pi, law = np.asarray(state.plan.inclusion, np.float64), np.asarray(law.probabilities[:91], np.float64)
+  c = optimize.brentq(lambda c: np.minimum(1, c * law).sum() - 12, 1, 1e6)
+  assert_close(pi[:91], np.minimum(1, c * law), 1e-4)
+  assert not pi[91:].any() and (pi == 1).sum() > 0
+
+
+def test_a_law_serves_until_a_quarter_of_the_rows_has_been_scored():
+  sampler = importance.importance("squared_error", uniform_mix=0.2, least_gain=1.0)
+  labels, predictions = jnp.zeros((10, 4)), jnp.asarray(np.random.default_rng(0).pareto(1.0, (10, 4)), jnp.float32)
+  state, rows = sampler.init(COUNTS, CAPACITY), jnp.arange(10, dtype=jnp.int32)
+  made = []
+  for step in range(7):
+    state = sampler.update(state, rows + 10 * step, labels, info(predictions * (step + 1)))
+    made.append(int(state.laws))
+  assert made == [0, 0, 1, 1, 1, 2, 2]  # of 91 rows, 30 are the first that make a quarter
+  assert int(jnp.sum(state.known)) == 70
+  # The last row scored is not in the law yet, and then it is.
+  assert not np.array_equal(importance.with_law(state, 0.2, 10).plan.inclusion, state.plan.inclusion)
 
 
 def test_exponent_is_a_power_of_the_weights():
   full, half, none = (importance.importance(weight_exponent=e, least_gain=1.0) for e in (1.0, 0.5, 0.0))
-  key, state = jax.random.key(3), scored(full)
+  key, state = jax.random.key(3), scored(full, 0.5, 20)
   (rows, w), (rows_half, w_half), (_, w_none) = (s.draw(key, state, 20) for s in (full, half, none))
   assert (rows == rows_half).all()
   assert_close(w_half, jnp.sqrt(w), 1e-6)
@@ -79,9 +99,12 @@ def test_flat_scores_draw_like_the_plain_sampler(balanced):
   key = jax.random.key(5)
   expected = plain.draw(key, plain.init(counts, CAPACITY), 20)
   for before in (state, flat, state._replace(known=state.base > 0)):  # nothing known, all equal, all zero
-    for got, want in zip(ours.draw(key, before, 20), expected):
+    for got, want in zip(ours.draw(key, importance.with_law(before, 0.5, 20), 20), expected):
       np.testing.assert_array_equal(got, want)
-  heavy = flat._replace(scores=flat.scores.at[7].set(100.0))
+  heavy = importance.with_law(flat._replace(scores=flat.scores.at[7].set(100.0)), 0.5, 20)
+  # A law holds for batches of one size.
+  for got, want in zip(ours.draw(key, heavy, 19), plain.draw(key, plain.init(counts, CAPACITY), 19)):
+    np.testing.assert_array_equal(got, want)
   assert not np.array_equal(ours.draw(key, heavy, 20)[0], expected[0])
   # All rows or more: nothing to choose.
   assert np.isfinite(np.asarray(ours.draw(key, heavy, 200)[1])).all()
@@ -143,6 +166,22 @@ def test_calibration_cures_flat_cross_entropy():
   for _ in range(40):
     state = sampler.update(state, rows, jnp.asarray(labels), info(jnp.asarray(predictions)))
   assert float(importance.importance_law(state, 0.0).gain) > 5
+
+
+def test_two_million_rows_and_never_one_without_a_score():
+  n, size = 2_000_000, 1000
+  scores = np.where(np.arange(n) % 2, np.random.default_rng(0).pareto(1.5, n), 0).astype(np.float32)
+  sampler = importance.importance("squared_error", uniform_mix=0.0, weight_exponent=1.0)
+  state = sampler.init(jnp.asarray([n // 2, n // 2], jnp.int32), n)
+  state = importance.with_law(state._replace(scores=jnp.asarray(scores), known=state.base > 0), 0.0, size)
+  rows, weights = jax.jit(jax.vmap(lambda key: sampler.draw(key, state, size)))(jax.random.split(jax.random.key(0), 300))
+  assert (scores[np.asarray(rows)] > 0).all()
+  assert all(len(set(batch)) == size for batch in np.asarray(rows[:20]).tolist())
+  # mean(w f) is the mean over the rows that can be drawn of any f, here 1 (and the score, without variance but for certain rows).
+  means = np.asarray(jnp.mean(weights, axis=1), np.float64)
+  assert abs(means.mean() - 0.5) < 4 * means.std() / np.sqrt(300)
+  drawn = np.asarray(jnp.mean(weights * scores[rows], axis=1), np.float64)
+  assert_close(drawn.mean(), scores.mean(dtype=np.float64), 1e-3)
 
 
 def test_scores_that_are_no_numbers_are_left_alone():

@@ -4,7 +4,8 @@ Every row keeps a score of how badly the distilled set predicts it. A batch is d
 proportion to the scores, mixed with the uniform law, and the drawn rows bring their scores
 up to date for free: the loss was computed anyway. Scores of the other rows are stale, which
 costs variance and not correctness, because a row is weighted by the probability it was
-really drawn with.
+really drawn with. For the same reason the law need not be made anew at every step: that takes
+several passes over all rows, a draw from a prepared law almost nothing.
 """
 
 import math
@@ -22,7 +23,9 @@ from kipcore.types import Array
 # Golden-section steps of the temperature: the interval e^-4 .. e^8 shrinks to a thousandth of its logarithm.
 _SECTION_STEPS = 20
 _LOG_TEMPERATURES = (-4.0, 8.0)
-_TEMPERATURE_DECAY = 0.9
+_CALIBRATION_ROWS = 1000
+# The law is made anew whenever this part of the rows was scored since: a cost of a few rows a target.
+_LAWS_A_PASS = 4
 
 
 class ImportanceState(NamedTuple):
@@ -33,7 +36,12 @@ class ImportanceState(NamedTuple):
     known: `(capacity,)` bool, whether the row was drawn (or scored) before.
     base: `(capacity,)` weights u of the rows in the mean that is learned from; 0 for padding.
     class_counts: `(c,)` int32.
-    log_temperature: scalar, of `calibrated_cross_entropy`.
+    log_temperature: scalar, of cross-entropy.
+    plan: the law in use, prepared for batches of `batch_size` targets.
+    gain: n sum p^2 of that law without its uniform share; 1 while there is no law.
+    batch_size: int32; 0 while there is no law.
+    fresh: int32, targets scored since the law was made.
+    laws: int32, laws made so far.
   """
 
   scores: Array
@@ -41,6 +49,11 @@ class ImportanceState(NamedTuple):
   base: Array
   class_counts: Array
   log_temperature: Array
+  plan: draws.Plan
+  gain: Array
+  batch_size: Array
+  fresh: Array
+  laws: Array
 
 
 def squared_error(predictions: Array, labels: Array) -> Array:
@@ -119,6 +132,9 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
   class-balanced) sampler does, key by key (a heuristic of ours after the rule of Katharopoulos and
   Fleuret 2018, section 3.3, who use it to decide when scoring pays).
 
+  Law and temperature are made anew whenever a quarter of the rows has been scored since; until the first
+  quarter draws are uniform. A draw must have the size of the batches that `update` saw, else it is uniform.
+
   Args:
     score: "cross_entropy" (at a temperature calibrated on each batch), "squared_error", "residual_norm",
       "margin", or any `(predictions (t, c), labels (t, c)) -> (t,)`, >= 0.
@@ -130,7 +146,7 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
       evaluations; 0 for never, since the drawn rows refresh themselves.
 
   Returns:
-    A `Sampler`; its state is an `ImportanceState`. A draw is O(n).
+    A `Sampler`; its state is an `ImportanceState`. A draw of b is O(b log n), a new law O(n).
 
   Raises:
     ValueError: for an unknown score or a number out of range.
@@ -158,18 +174,19 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
       present = jnp.sum(class_counts > 0, dtype=jnp.int32)
       share = ends[-1].astype(jnp.float32) / (present * jnp.maximum(class_counts, 1)).astype(jnp.float32)
       base = base * share[label]
-    zeros = jnp.zeros((capacity,), jnp.float32)
-    return ImportanceState(zeros, zeros > 0, base, class_counts, jnp.full((), math.log(10.0), jnp.float32))
+    zeros, none = jnp.zeros((capacity,), jnp.float32), jnp.zeros((), jnp.int32)
+    log_b = jnp.full((), math.log(10.0), jnp.float32)
+    return ImportanceState(zeros, zeros > 0, base, class_counts, log_b, draws.no_plan(capacity, base.dtype),
+                           jnp.ones((), jnp.float32), none, none, none)
 
   plain = samplers.class_balanced() if balanced else samplers.uniform()
 
   def draw(key: Array, state: ImportanceState, size: int):
-    law = importance_law(state, uniform_mix)
     num_rows = jnp.sum(state.class_counts, dtype=jnp.int32)
 
     def by_score(key):
-      indices, inclusion = draws.systematic(key, law.probabilities, size, jnp.minimum(num_rows, size))
-      ratio = state.base[indices] * (size / num_rows.astype(jnp.float32)) / inclusion.astype(jnp.float32)
+      indices, inclusion = draws.pick(state.plan, jax.random.bits(key, (), jnp.uint32), size)
+      ratio = state.base[indices] * (size / num_rows.astype(jnp.float32)) / inclusion
       return indices, ratio**weight_exponent
 
     def uniformly(key):
@@ -177,24 +194,28 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
       return indices, weights.astype(jnp.float32)
 
     # A batch of all rows or more leaves nothing to choose.
-    return jax.lax.cond((law.gain >= least_gain) & (size < num_rows), by_score, uniformly, key)
+    by_law = (state.gain >= least_gain) & (size < num_rows) & (size == state.batch_size)
+    return jax.lax.cond(by_law, by_score, uniformly, key)
 
   def update(state: ImportanceState, indices: Array, labels: Array, info: LossInfo) -> ImportanceState:
-    predictions = info.predictions.astype(jnp.float32)
-    labels, log_b = labels.astype(jnp.float32), state.log_temperature
+    predictions, labels = info.predictions.astype(jnp.float32), labels.astype(jnp.float32)
+    state = state._replace(fresh=state.fresh + indices.shape[0])
+    due = state.fresh >= jnp.sum(state.class_counts, dtype=jnp.int32) // _LAWS_A_PASS
     if calibrated:
-      fitted = calibrated_temperature(predictions, labels)
-      log_b = jnp.where(jnp.isfinite(fitted), _TEMPERATURE_DECAY * log_b + (1 - _TEMPERATURE_DECAY) * fitted, log_b)
-      fresh = optax.softmax_cross_entropy_with_integer_labels(jnp.exp(log_b) * predictions, jnp.argmax(labels, axis=1))
+      log_b = jax.lax.cond(due, lambda: _recalibrated(state.log_temperature, predictions, labels),
+                           lambda: state.log_temperature)
+      state = state._replace(log_temperature=log_b)
+      scores = optax.softmax_cross_entropy_with_integer_labels(jnp.exp(log_b) * predictions, jnp.argmax(labels, axis=1))
     else:
-      fresh = score_fn(predictions, labels)
-      if fresh.shape != indices.shape:
-        raise ValueError(f"score: expected one value a target, shape {indices.shape}, got {fresh.shape}")
+      scores = score_fn(predictions, labels)
+      if scores.shape != indices.shape:
+        raise ValueError(f"score: expected one value a target, shape {indices.shape}, got {scores.shape}")
     # A score that is no number leaves the old one: the loop reports the step itself.
-    good = jnp.isfinite(fresh) & (fresh >= 0)
+    good = jnp.isfinite(scores) & (scores >= 0)
     place = jnp.where(good, indices, state.scores.shape[0])
-    return state._replace(scores=state.scores.at[place].set(fresh.astype(jnp.float32), mode="drop"),
-                          known=state.known.at[place].set(True, mode="drop"), log_temperature=log_b)
+    state = state._replace(scores=state.scores.at[place].set(scores.astype(jnp.float32), mode="drop"),
+                           known=state.known.at[place].set(True, mode="drop"))
+    return jax.lax.cond(due, lambda s: with_law(s, uniform_mix, indices.shape[0]), lambda s: s, state)
 
   name = score if isinstance(score, str) else getattr(score, "__name__", "callable")
   return Sampler(name, init, draw, update, refresh_every)
@@ -205,6 +226,33 @@ class Law(NamedTuple):
 
   probabilities: Array
   gain: Array
+
+
+def _recalibrated(log_b, predictions, labels):
+  """Half way from the old temperature to that of (up to 1,000 rows of) a batch."""
+  stride = -(-predictions.shape[0] // _CALIBRATION_ROWS)
+  fitted = calibrated_temperature(predictions[::stride], labels[::stride])
+  return jnp.where(jnp.isfinite(fitted), 0.5 * (log_b + fitted), log_b)
+
+
+def with_law(state: ImportanceState, uniform_mix, batch_size: int) -> ImportanceState:
+  """The state with its law made from the scores as they are now; `importance` does so by itself.
+
+  Args:
+    state: the sampler's state.
+    uniform_mix: g.
+    batch_size: of the draws to come.
+
+  Returns:
+    `ImportanceState`.
+  """
+  law = importance_law(state, uniform_mix)
+  num_rows = jnp.sum(state.class_counts, dtype=jnp.int32)
+  # The order of a systematic draw may be any; a new one with every law keeps rows from meeting the same others.
+  words = jax.random.bits(jax.random.fold_in(jax.random.key(0), state.laws), (6,), jnp.uint32)
+  prepared = draws.plan(words, law.probabilities, jnp.minimum(num_rows, batch_size))
+  return state._replace(plan=prepared, gain=law.gain, batch_size=jnp.full((), batch_size, jnp.int32),
+                        fresh=jnp.zeros((), jnp.int32), laws=state.laws + 1)
 
 
 def importance_law(state: ImportanceState, uniform_mix) -> Law:
@@ -229,13 +277,14 @@ def importance_law(state: ImportanceState, uniform_mix) -> Law:
   return Law((1 - uniform_mix) * by_score + uniform_mix * uniform, gain)
 
 
-def sampler(name: str, uniform_mix: float = 0.5, weight_exponent: float = 0.5) -> Sampler:
+def sampler(name: str, uniform_mix: float = 0.5, weight_exponent: float = 0.5, least_gain: float = 2.0,
+            refresh_every: int = 0) -> Sampler:
   """The sampler of a name.
 
   Args:
     name: "uniform", "class_balanced", or a score of `importance`: "cross_entropy", "squared_error",
       "residual_norm", "margin".
-    uniform_mix, weight_exponent: of `importance`; the first two names do not use them.
+    uniform_mix, weight_exponent, least_gain, refresh_every: of `importance`; the first two names do not use them.
 
   Returns:
     A `Sampler`.
@@ -245,5 +294,5 @@ def sampler(name: str, uniform_mix: float = 0.5, weight_exponent: float = 0.5) -
   """
   checks.one_of("sampler", name, SAMPLERS)
   if name in SCORES:
-    return importance(name, uniform_mix, weight_exponent)
+    return importance(name, uniform_mix, weight_exponent, least_gain, refresh_every=refresh_every)
   return {"uniform": samplers.uniform, "class_balanced": samplers.class_balanced}[name]()
