@@ -42,6 +42,7 @@ ARMS = {
     "kmeans/residual_norm": dict(sampler="residual_norm", init="kmeans", least_gain=1.0),
     "kmeans/margin": dict(sampler="margin", init="kmeans"),
     "kmeans/cross_entropy e=0": dict(_CE, init="kmeans", weight_exponent=0.0),
+    "kmeans/cross_entropy e=0.25": dict(_CE, init="kmeans", weight_exponent=0.25),
     "kmeans/cross_entropy e=1": dict(_CE, init="kmeans", weight_exponent=1.0),
     "kmeans/cross_entropy g=0.1": dict(_CE, init="kmeans", uniform_mix=0.1),
     "kmeans/cross_entropy always": dict(_CE, init="kmeans", least_gain=1.0),
