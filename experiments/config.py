@@ -39,6 +39,7 @@ class DistillConfig(DataConfig):
   loss: str = "mse"
   learn_labels: bool = True
   log_test_accuracy: bool = False
+  measure_gain: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,13 +90,17 @@ def start(config: DistillConfig, data: Data) -> tuple[coreset.Coreset, Support]:
 
 
 class Outcome(NamedTuple):
-  """What a method gave: the learned support, its history, and what it cost."""
+  """What a method gave: the learned support, its history, and what it cost.
+
+  `importance_gain` is the last that a sampler by loss saw (on the first device), None for other samplers.
+  """
 
   support: Support
   history: list
   target_evaluations: int
   compile_seconds: float
   seconds: float
+  importance_gain: float | None = None
 
 
 def distil(config: DistillConfig, data: Data, support: Support, callback=None, progress=None) -> Outcome:
@@ -112,7 +116,16 @@ def distil(config: DistillConfig, data: Data, support: Support, callback=None, p
   result = loop.distill(config.seed, distiller, support, data.x_train, data.y_train, config.steps,
                         devices=devices_of(config) if jax.process_count() == 1 else None, callback=callback, progress=progress)
   evaluations = config.steps * batch_size + loop.scoring_evaluations(distiller, data.x_train.shape[0], config.steps)
-  return Outcome(result.support, result.history, evaluations, result.compile_seconds, result.seconds)
+  sampler = result.state.sampler
+  gain = float(sampler.gain) if isinstance(sampler, importance.ImportanceState) else None
+  return Outcome(result.support, result.history, evaluations, result.compile_seconds, result.seconds, gain)
+
+
+def uniform_targets(config: DistillConfig, data: Data, support: Support, evaluations: int) -> float:
+  """Test accuracy of the same run with uniform targets, for as many target evaluations."""
+  steps = evaluations // batch_size_of(config, data)
+  outcome = distil(dataclasses.replace(config, sampler="uniform", steps=steps), data, support)
+  return score(config, data, outcome.support)
 
 
 def sampler_of(config: DistillConfig) -> method.Sampler:
@@ -216,6 +229,9 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
     outcome = distil(config, data, support, callback, lambda done: bar.update(done - bar.n))
 
   test_accuracy = score(config, data, outcome.support)
+  measured = {}
+  if config.measure_gain and config.method == "kip":
+    measured["uniform_targets_test_accuracy"] = uniform_targets(config, data, support, outcome.target_evaluations)
   result = {
       "dataset": config.dataset, "method": config.method, "init": config.init, "sampler": config.sampler,
       "architecture": config.architecture, "kernel": config.kernel, "seed": config.seed, "support_size": m,
@@ -223,6 +239,8 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
       "target_evaluations": outcome.target_evaluations,
       "init_test_accuracy": init_accuracy,
       "test_accuracy": test_accuracy,
+      **measured,
+      "importance_gain": outcome.importance_gain,
       "random_baseline_test_accuracy": float(np.mean(baseline)),
       "random_baseline_test_accuracy_std": float(np.std(baseline, ddof=1)),
       "test_rows": data.x_test.shape[0],
@@ -233,7 +251,7 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
   write_artifact(folder, config, data, outcome.support, result)
   _write_pictures(folder, data, support, outcome, result)
   run_folder.write_json(folder / "result.json", result)
-  say(_summary(folder, result))
+  say(_summary(folder, result, config.least_gain))
   return folder, result
 
 
@@ -280,11 +298,19 @@ def pixel_range(data: Data) -> tuple[float, float]:
   return float(np.min(data.raw.x_train)), float(np.max(data.raw.x_train))
 
 
-def _summary(folder, result: dict) -> str:
-  gain = result["test_accuracy"] - result["random_baseline_test_accuracy"]
+def _summary(folder, result: dict, least_gain: float) -> str:
+  gain, importance_gain = result["test_accuracy"] - result["random_baseline_test_accuracy"], result["importance_gain"]
+  sampled = ""
+  if importance_gain is not None:
+    sampled = (f"targets by {result['sampler']}: importance gain {importance_gain:.1f} at the end, " + (
+        "drawn by loss\n" if importance_gain >= least_gain else f"below {least_gain:g}, so drawn uniformly\n"))
+  if "uniform_targets_test_accuracy" in result:
+    uniform = result["uniform_targets_test_accuracy"]
+    sampled += (f"with uniform targets, as many evaluations: {100 * uniform:.2f} % "
+                f"({100 * (result['test_accuracy'] - uniform):+.2f} points gained)\n")
   return (f"\n{result['support_size']} distilled images: {100 * result['test_accuracy']:.2f} % test accuracy, "
           f"{100 * gain:+.1f} points over {result['support_size']} random real images "
-          f"({100 * result['random_baseline_test_accuracy']:.1f} %)\n"
+          f"({100 * result['random_baseline_test_accuracy']:.1f} %)\n{sampled}"
           f"{result['wall_seconds']:.1f} s in all, {result['compile_seconds']:.1f} s of it compiling the step\n"
           f"written to {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
 

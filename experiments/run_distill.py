@@ -40,6 +40,8 @@ flags.DEFINE_float("relative_ridge", _DEFAULT.relative_ridge, "Ridge as a fracti
 flags.DEFINE_enum("loss", _DEFAULT.loss, ["mse", "cross_entropy"], "cross_entropy learns a temperature as well.")
 flags.DEFINE_bool("learn_labels", _DEFAULT.learn_labels, "Learn the labels of the distilled images too.")
 flags.DEFINE_bool("log_test_accuracy", _DEFAULT.log_test_accuracy, "Also log test accuracy during the run (recorded, never chosen by).")
+flags.DEFINE_bool("measure_gain", _DEFAULT.measure_gain, "Distil a second time, with uniform targets and as many target evaluations, "
+                  "and say what the sampler gained.")
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 For each dataset and size, every strategy of `select_coreset` over several seeds: test
 accuracy of ridge regression on the points, with one-hot labels and with labels solved on
 all training rows. Nothing is distilled. All training rows of MNIST, Fashion-MNIST and
-CIFAR-10 with the NTK of FC1, and 2,000 rows of MNIST with that of a convolutional network.
+CIFAR-10 with the NTK of FC1, and 1,000 rows of MNIST with that of a convolutional network.
 Writes experiments/results/starting_points.json, cell by cell, and starting_points.png.
 About an hour on two cores.
 """
@@ -33,7 +33,7 @@ _FC1 = {
 }
 _CONV = {
     f"mnist-conv2_vec-{10 * per_class}": (
-        SelectConfig(dataset="mnist", architecture="conv2_vec", images_per_class=per_class, test_rows=1000), 2000, 500)
+        SelectConfig(dataset="mnist", architecture="conv2_vec", images_per_class=per_class, test_rows=1000), 1000, 300)
     for per_class in (1, 10)
 }
 CELLS = {**_FC1, **_CONV}

@@ -59,6 +59,10 @@ def test_the_law_is_the_documented_one(x64):
   assert_close(law.probabilities[:91], 0.75 * p + 0.25 / 91, 1e-5)
   assert float(jnp.sum(law.probabilities[91:])) == 0
   assert_close(law.gain, 91 * (p**2).sum(), 1e-5)
+  squared = importance.importance_law(state, 0.25, 2.0)
+  p2 = s**2 / (s**2).sum()
+  assert_close(squared.probabilities[:91], 0.75 * p2 + 0.25 / 91, 1e-5)
+  assert_close(squared.gain, 91 * (p2**2).sum(), 1e-5)
   # Batches of 12 distinct rows: min(1, c p) with c such that it sums to 12.
   pi, law = np.asarray(state.plan.inclusion, np.float64), np.asarray(law.probabilities[:91], np.float64)
   c = optimize.brentq(lambda c: np.minimum(1, c * law).sum() - 12, 1, 1e6)

@@ -114,12 +114,12 @@ SCORES = {"cross_entropy": None, "squared_error": squared_error, "residual_norm"
 
 def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", uniform_mix: float = 0.5,
                weight_exponent: float = 0.5, least_gain: float = 2.0, balanced: bool = False,
-               refresh_every: int = 0) -> Sampler:
+               refresh_every: int = 0, power: float = 1.0) -> Sampler:
   """Draws rows in proportion to what the distilled set gets wrong.
 
-      p_i = (1 - g) u_i s_i / sum(u s) + g u_i / n,   w_i = (u_i b / (n pi_i))^e
+      p_i = (1 - g) u_i s_i^a / sum(u s^a) + g u_i / n,   w_i = (u_i b / (n pi_i))^e
 
-  with s the latest known scores (a row not seen yet has the mean of those seen), u_i = 1 (or
+  with s the latest known scores (a row not seen yet has the mean of those seen), a = `power`, u_i = 1 (or
   n / (c n_class), if balanced), g = `uniform_mix`, pi_i the exact inclusion probability of a systematic
   draw of b rows without replacement, and e = `weight_exponent`. e = 1: mean(w f) is unbiased for
   the mean of u f over all rows, whatever the scores. e = 0: no weights; the expected gradient is that
@@ -144,6 +144,7 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
     balanced: learn from the mean over classes of the class means, instead of the mean over rows.
     refresh_every: steps after which all rows are scored anew, at the cost of as many target
       evaluations; 0 for never, since the drawn rows refresh themselves.
+    power: a >= 0; below 1 flatter than the scores, above 1 more peaked.
 
   Returns:
     A `Sampler`; its state is an `ImportanceState`. A draw of b is O(b log n), a new law O(n).
@@ -160,6 +161,7 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
     checks.in_range(name, value, 0, 1)
   if not isinstance(refresh_every, int) or refresh_every < 0:
     raise ValueError(f"refresh_every: expected an integer >= 0, got {refresh_every!r}")
+  checks.in_range("power", power, 0, 100)
   if not least_gain >= 1:
     raise ValueError(f"least_gain: expected a number >= 1, got {least_gain}")
   calibrated = isinstance(score, str) and score == "cross_entropy"
@@ -215,7 +217,7 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
     place = jnp.where(good, indices, state.scores.shape[0])
     state = state._replace(scores=state.scores.at[place].set(scores.astype(jnp.float32), mode="drop"),
                            known=state.known.at[place].set(True, mode="drop"))
-    return jax.lax.cond(due, lambda s: with_law(s, uniform_mix, indices.shape[0]), lambda s: s, state)
+    return jax.lax.cond(due, lambda s: with_law(s, uniform_mix, indices.shape[0], power), lambda s: s, state)
 
   name = score if isinstance(score, str) else getattr(score, "__name__", "callable")
   return Sampler(name, init, draw, update, refresh_every)
@@ -235,18 +237,18 @@ def _recalibrated(log_b, predictions, labels):
   return jnp.where(jnp.isfinite(fitted), 0.5 * (log_b + fitted), log_b)
 
 
-def with_law(state: ImportanceState, uniform_mix, batch_size: int) -> ImportanceState:
+def with_law(state: ImportanceState, uniform_mix, batch_size: int, power: float = 1.0) -> ImportanceState:
   """The state with its law made from the scores as they are now; `importance` does so by itself.
 
   Args:
     state: the sampler's state.
-    uniform_mix: g.
+    uniform_mix, power: of `importance`.
     batch_size: of the draws to come.
 
   Returns:
     `ImportanceState`.
   """
-  law = importance_law(state, uniform_mix)
+  law = importance_law(state, uniform_mix, power)
   num_rows = jnp.sum(state.class_counts, dtype=jnp.int32)
   # The order of a systematic draw may be any; a new one with every law keeps rows from meeting the same others.
   words = jax.random.bits(jax.random.fold_in(jax.random.key(0), state.laws), (6,), jnp.uint32)
@@ -255,12 +257,12 @@ def with_law(state: ImportanceState, uniform_mix, batch_size: int) -> Importance
                         fresh=jnp.zeros((), jnp.int32), laws=state.laws + 1)
 
 
-def importance_law(state: ImportanceState, uniform_mix) -> Law:
-  """The law that `importance` draws by while it is switched on.
+def importance_law(state: ImportanceState, uniform_mix, power: float = 1.0) -> Law:
+  """The law of the scores as they are now.
 
   Args:
     state: the sampler's state.
-    uniform_mix: g.
+    uniform_mix, power: of `importance`.
 
   Returns:
     `Law`; uniform, with a gain of 1, where no score is positive.
@@ -270,10 +272,11 @@ def importance_law(state: ImportanceState, uniform_mix) -> Law:
   seen = draws.total(jnp.where(known, uniform, 0))
   mean = draws.total(jnp.where(known, state.scores * uniform, 0)) / jnp.where(seen > 0, seen, 1)
   # Relative to the mean score; a row not seen yet has just that.
-  relative = jnp.where(known & (mean > 0), state.scores / jnp.where(mean > 0, mean, 1), 1)
+  relative = jnp.where(known & (mean > 0), state.scores / jnp.where(mean > 0, mean, 1), 1) ** power
   by_score = relative * uniform
-  by_score = by_score / draws.total(by_score)
-  gain = draws.total(relative * by_score)
+  mass = draws.total(by_score)
+  by_score = by_score / mass
+  gain = draws.total(relative / mass * by_score)
   return Law((1 - uniform_mix) * by_score + uniform_mix * uniform, gain)
 
 
