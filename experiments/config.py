@@ -28,7 +28,7 @@ class DistillConfig(DataConfig):
   init: str = "kmeans"
   sampler: str = "cross_entropy"
   uniform_mix: float = 0.5
-  weight_exponent: float = 0.5
+  weight_exponent: float = 0.25
   least_gain: float = 2.0
   refresh_every: int = 0
   steps: int = 1000
@@ -38,6 +38,7 @@ class DistillConfig(DataConfig):
   relative_ridge: float = 1e-6
   loss: str = "mse"
   learn_labels: bool = True
+  solve_labels: bool = True
   log_test_accuracy: bool = False
   measure_gain: bool = False
 

@@ -22,6 +22,8 @@ from experiments.errors import UsageError, usage
 METHODS = ("kip", "label_solve")
 _BASELINE_DRAWS = 3
 _VALIDATION_ROWS = 2000
+# Fewer rows than this for each image do not determine its label.
+_ROWS_A_LABEL = 10
 
 
 class Data(NamedTuple):
@@ -77,16 +79,40 @@ def random_support(key, data: Data, images_per_class: int) -> Support:
   return Support(jnp.asarray(data.x_train[rows]), jnp.asarray(data.y_train[rows]))
 
 
-def start(config: DistillConfig, data: Data) -> tuple[coreset.Coreset, Support]:
-  """The coreset of the config's init, and the support that it gives, with its weights absorbed."""
+class Start(NamedTuple):
+  """Where a run starts: the coreset of its init, the support made of it, and the target evaluations that took."""
+
+  coreset: coreset.Coreset
+  support: Support
+  target_evaluations: int = 0
+
+
+def start(config: DistillConfig, data: Data) -> Start:
+  """The support of the config's init: with its weights absorbed, or with labels solved for where they are learned."""
   with usage():
     chosen = coreset.select_coreset(config.seed, data.x_train, data.y_train, config.images_per_class, config.init,
                                     data.kernel_fn, config.relative_ridge)
   support = Support(chosen.x, chosen.y)
+  if config.method == "kip" and config.learn_labels and config.solve_labels:
+    # Evenly spaced rows, so that expensive kernels and short runs spend a tenth of their evaluations at most.
+    rows = data.x_train.shape[0]
+    stride = -(-rows // max(config.steps * batch_size_of(config, data) // 10, 1))
+    if rows // stride >= _ROWS_A_LABEL * support.x.shape[0]:
+      x, y = data.x_train[::stride], data.y_train[::stride]
+      return Start(chosen, with_solved_labels(config, data, support, x, y), x.shape[0])
   if chosen.ridge is not None:
     used = krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge)
     support, _ = absorb.absorb_weights(data.kernel_fn, chosen, chosen.ridge, used)
-  return chosen, support
+  return Start(chosen, support)
+
+
+def with_solved_labels(config, data: Data, support: Support, x, y) -> Support:
+  """The support with the labels that fit the given rows best (never worse than any weights: theory of `krr.label_solve`)."""
+  used = krr.relative_ridge(data.kernel_fn.diag(support.x), config.relative_ridge)
+  solution = krr.label_solve_rows(data.kernel_fn, support.x, jnp.asarray(x), jnp.asarray(y), float(used),
+                                  coreset.objective_ridge(data.kernel_fn, jnp.asarray(x)))
+  checks.raise_for_status("solving for the labels of the start", solution.status)
+  return Support(support.x, solution.labels)
 
 
 class Outcome(NamedTuple):
@@ -205,10 +231,10 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
       f"({config.images_per_class} a class), {config.steps if config.method == 'kip' else 0} steps of {batch} targets "
       f"on {len(devices)} {devices[0].platform} device(s)")
   baseline = [score(config, data, random) for random in baselines]
-  chosen, support = start(config, data)
+  chosen, support, evaluations = start(config, data)
   init_accuracy = score(config, data, support)
   say(f"random real images: {100 * np.mean(baseline):.1f} % test accuracy (mean of {_BASELINE_DRAWS} draws); "
-      f"start ({chosen.strategy}): {100 * init_accuracy:.1f} %")
+      f"start ({chosen.strategy}{', solved labels' if evaluations else ''}): {100 * init_accuracy:.1f} %")
 
   with tqdm(total=config.steps if config.method == "kip" else None, desc=config.method, unit="step",
             disable=None if verbose and config.method == "kip" else True, leave=False) as bar:
@@ -236,7 +262,7 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
       "dataset": config.dataset, "method": config.method, "init": config.init, "sampler": config.sampler,
       "architecture": config.architecture, "kernel": config.kernel, "seed": config.seed, "support_size": m,
       "steps": config.steps if config.method == "kip" else 0,
-      "target_evaluations": outcome.target_evaluations,
+      "target_evaluations": evaluations + outcome.target_evaluations,
       "init_test_accuracy": init_accuracy,
       "test_accuracy": test_accuracy,
       **measured,

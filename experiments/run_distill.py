@@ -39,6 +39,8 @@ flags.DEFINE_enum("schedule", _DEFAULT.schedule, ["cosine", "constant"], "Rate o
 flags.DEFINE_float("relative_ridge", _DEFAULT.relative_ridge, "Ridge as a fraction of the mean diagonal of the support's kernel.")
 flags.DEFINE_enum("loss", _DEFAULT.loss, ["mse", "cross_entropy"], "cross_entropy learns a temperature as well.")
 flags.DEFINE_bool("learn_labels", _DEFAULT.learn_labels, "Learn the labels of the distilled images too.")
+flags.DEFINE_bool("solve_labels", _DEFAULT.solve_labels, "Where labels are learned, start from the best ones for the starting images, at "
+                  "the cost of one evaluation of each training row (of a tenth of the run's target evaluations at most).")
 flags.DEFINE_bool("log_test_accuracy", _DEFAULT.log_test_accuracy, "Also log test accuracy during the run (recorded, never chosen by).")
 flags.DEFINE_bool("measure_gain", _DEFAULT.measure_gain, "Distil a second time, with uniform targets and as many target evaluations, "
                   "and say what the sampler gained.")
