@@ -22,6 +22,7 @@ import numpy as np
 
 from experiments import flags as common
 from experiments.config import DistillConfig
+from experiments.tables import DEFAULT, REFERENCE
 
 FLAGS = flags.FLAGS
 
@@ -30,7 +31,6 @@ flags.DEFINE_integer("num_seeds", 5, "Seeds of each arm.", lower_bound=1)
 flags.DEFINE_string("only", "", "Run the arms whose names (setting/arm) contain this, anew; else those that the file lacks.")
 flags.DEFINE_string("output", "experiments/results/ablation.json", "Result file.")
 
-REFERENCE, DEFAULT = "uniform/uniform", "kmeans solved/cross_entropy"
 _KMEANS = dict(init="kmeans")
 _CE = dict(_KMEANS, sampler="cross_entropy")
 # What changes from uniform start, with one-hot labels, and uniform targets.
