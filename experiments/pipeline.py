@@ -327,7 +327,7 @@ def pixel_range(data: Data) -> tuple[float, float]:
 def _summary(folder, result: dict, least_gain: float) -> str:
   gain, importance_gain = result["test_accuracy"] - result["random_baseline_test_accuracy"], result["importance_gain"]
   sampled = ""
-  if importance_gain is not None:
+  if importance_gain is not None and result["steps"]:
     sampled = (f"targets by {result['sampler']}: importance gain {importance_gain:.1f} at the end, " + (
         "drawn by loss\n" if importance_gain >= least_gain else f"below {least_gain:g}, so drawn uniformly\n"))
   if "uniform_targets_test_accuracy" in result:

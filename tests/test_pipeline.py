@@ -1,5 +1,6 @@
 """The path of the data end to end, the run folder, the artefact, and what wrong input gets."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -54,7 +55,9 @@ def test_a_run_writes_what_it_promises(run):
               "init_test_accuracy", "test_accuracy", "random_baseline_test_accuracy", "wall_seconds",
               "compile_seconds"}
   assert contract <= set(result)
-  assert result["support_size"] == 10 and result["target_evaluations"] == 30 * 1000
+  rows = 1437 - round(0.1 * 1437)  # of digits, a fifth for testing and a tenth of the rest for validation
+  assert result["support_size"] == 10 and abs(result["target_evaluations"] - 30 * 1000 - rows) <= 10
+  assert result["sampler"] == "cross_entropy" and result["importance_gain"] >= 1
   assert result["test_accuracy"] > result["random_baseline_test_accuracy"]
   config = json.loads((folder / "config.json").read_text())
   assert config["dataset"] == "digits" and config["environment"]["versions"]["jax"] == jax.__version__
@@ -127,6 +130,37 @@ def test_choices_run(changes, tmp_path):
   assert 0 <= result["test_accuracy"] <= 1 and np.isfinite(result["init_test_accuracy"])
   if changes.get("steps") == 0:
     assert result["test_accuracy"] == result["init_test_accuracy"]
+
+
+def test_solved_labels_start_a_run_that_can_pay_for_them():
+  data = pipeline.load(DistillConfig(**QUICK))
+  rows = data.x_train.shape[0]
+
+  def started(**changes):
+    config = DistillConfig(**{**QUICK, "images_per_class": 2, **changes})
+    start = pipeline.start(config, data)
+    return start.target_evaluations, pipeline.score(config, data, start.support, data.x_train, data.y_train), start.support
+
+  plain, solved = started(solve_labels=False), started()
+  assert plain[0] == 0 and solved[0] == rows and solved[1] > plain[1]
+  np.testing.assert_array_equal(plain[2].x, solved[2].x)
+  # A tenth of the evaluations at most: every third row, and where that is too few for 20 labels, none.
+  fewer = started(steps=5)
+  assert rows / 4 < fewer[0] <= 500 and fewer[1] > plain[1]
+  for changes in (dict(steps=1), dict(steps=0), dict(learn_labels=False)):
+    assert started(**changes)[0] == 0
+  # Weights that are not solved away are absorbed into the labels.
+  assert not np.allclose(started(init="krr_sensitivity", solve_labels=False)[2].y, started(init="uniform", solve_labels=False)[2].y)
+
+
+def test_the_gain_over_uniform_targets_is_said_when_measured(tmp_path, capsys):
+  config = DistillConfig(**{**QUICK, "measure_gain": True})
+  _, result = pipeline.run_distill(config, str(tmp_path), verbose=True)
+  uniform = dataclasses.replace(config, sampler="uniform", measure_gain=False)
+  data = pipeline.load(uniform)
+  again = pipeline.distil(uniform, data, pipeline.start(uniform, data).support)
+  assert result["uniform_targets_test_accuracy"] == pipeline.score(uniform, data, again.support)
+  assert "with uniform targets, as many evaluations" in capsys.readouterr().out
 
 
 def test_label_solve_beats_its_start(tmp_path):
