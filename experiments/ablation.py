@@ -169,9 +169,11 @@ def main() -> None:
     known = settings.get(name, {"arms": {}, "configs": {}})
     wanted = [arm for arm in arms if FLAGS.only in f"{name}/{arm}" and
               (FLAGS.only or len(known["arms"].get(arm, ())) < FLAGS.num_seeds)]
-    fresh = {arm: [] for arm in wanted}
+    fresh = {arm: [] if FLAGS.only else list(known["arms"].get(arm, ())) for arm in wanted}
     for seed in range(FLAGS.num_seeds if wanted else 0):
       for arm in wanted:
+        if seed in (r["seed"] for r in fresh[arm]):
+          continue
         data, start = load(dataset, images_per_class, ARMS[arm], seed, FLAGS.data_dir)
         config = arm_config(dataset, images_per_class, evaluations, ARMS[arm], data.x_train.shape[0])
         fresh[arm].append(run(dataclasses.replace(config, seed=seed), data, start))
@@ -179,7 +181,7 @@ def main() -> None:
         print(f"{name} {arm} seed {seed}: {fresh[arm][-1]['final']:.2f} (area {fresh[arm][-1]['area']:.2f}), "
               f"{fresh[arm][-1]['step_seconds']:.0f} s", flush=True)
       found = {**known["arms"], **fresh}
-      known.update(evaluations=evaluations, note=data.raw.note, arms={arm: found[arm] for arm in arms if arm in found})
+      known.update(evaluations=evaluations, arms={arm: found[arm] for arm in arms if arm in found})
       settings[name] = {**known, "summary": summarise(known["arms"])}
       run_folder.write_json(path, {"environment": environment, "settings": settings})
 

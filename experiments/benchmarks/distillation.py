@@ -104,12 +104,13 @@ def throughput(data_dir) -> dict:
           "rows": rows, "peak_gb": peak_gb()}
 
 
-def _looped(fn, carry, times: int) -> float:
-  """Seconds a call of `carry = fn(i, carry)` inside one compiled loop, the median of three."""
+def _looped(fn, carry) -> float:
+  """Seconds a call of `carry = fn(i, carry)` inside one compiled loop: the median of five loops of a quarter of a second."""
   import jax
-  run = jax.jit(lambda carry: jax.lax.fori_loop(0, times, fn, carry))
-  timed(lambda: run(carry))
-  return float(np.median([timed(lambda: run(carry))[0] for _ in range(3)]) / times)
+  run = jax.jit(lambda carry, times: jax.lax.fori_loop(0, times, fn, carry))
+  timed(lambda: run(carry, 2))
+  times = max(2, int(0.25 * 10 / timed(lambda: run(carry, 10))[0]))
+  return float(np.median([timed(lambda: run(carry, times))[0] for _ in range(5)]) / times)
 
 
 def shares(data_dir) -> dict:
@@ -133,7 +134,7 @@ def shares(data_dir) -> dict:
       advance = lambda i, s, d=distiller: kipcore.distill_step(jax.random.key(0), d, s, targets)[0]
       # Some steps first, so that the scores are those of a run.
       state = jax.block_until_ready(jax.jit(lambda s: jax.lax.fori_loop(0, 60, advance, s))(state))
-      params, times = state.params, 30
+      params = state.params
       draw = lambda i, s=state.sampler, b=batch: sampler.draw(jax.random.fold_in(jax.random.key(1), i), s, b)
       indices, weights = draw(0)
       picked, picked_y = targets.x[indices], targets.y[indices]
@@ -149,16 +150,16 @@ def shares(data_dir) -> dict:
 
       tiny = lambda a, g: a - 1e-9 * g
       parts = {
-          "draw": _looped(lambda i, c: c + draw(i)[0], jnp.zeros_like(indices), times),
-          "gather": _looped(lambda i, c: targets.x[(indices + i) % x.shape[0]], picked, times),
-          "kernel": _looped(lambda i, c: tiny(c, jax.grad(of_kernels)(c, i.astype(c.dtype))), params["x"], times),
-          "solve": _looped(lambda i, c: jax.tree.map(tiny, c, jax.grad(of_solve)(c)), (k_ss, k_ts), times),
+          "draw": _looped(lambda i, c: c + draw(i)[0], jnp.zeros_like(indices)),
+          "gather": _looped(lambda i, c: targets.x[(indices + i) % x.shape[0]], picked),
+          "kernel": _looped(lambda i, c: tiny(c, jax.grad(of_kernels)(c, i.astype(c.dtype))), params["x"]),
+          "solve": _looped(lambda i, c: jax.tree.map(tiny, c, jax.grad(of_solve)(c)), (k_ss, k_ts)),
       }
       if name != "uniform":
         info = LossInfo(jnp.zeros(batch), kipcore.krr_predict(kipcore.krr_fit(
             k_ss, params["y"], kipcore.relative_ridge(k_ss, _RIDGE)), k_ts), jnp.zeros(()), jnp.int32(0))
-        parts["scores"] = _looped(lambda i, s: sampler.update(s, (indices + i) % x.shape[0], picked_y, info), state.sampler, times)
-      step = _looped(advance, state, times)
+        parts["scores"] = _looped(lambda i, s: sampler.update(s, (indices + i) % x.shape[0], picked_y, info), state.sampler)
+      step = _looped(advance, state)
       rows.append({"support": len(start), "batch": batch, "sampler": name, "step_ms": 1e3 * step,
                    "ms": {part: 1e3 * s for part, s in {**parts, "rest": step - sum(parts.values())}.items()},
                    "share": {part: s / step for part, s in {**parts, "rest": step - sum(parts.values())}.items()}})
