@@ -74,9 +74,9 @@ def test_a_law_serves_until_a_quarter_of_the_rows_has_been_scored():
   sampler = importance.importance("squared_error", uniform_mix=0.2, least_gain=1.0)
   labels, predictions = jnp.zeros((10, 4)), jnp.asarray(np.random.default_rng(0).pareto(1.0, (10, 4)), jnp.float32)
   state, rows = sampler.init(COUNTS, CAPACITY), jnp.arange(10, dtype=jnp.int32)
-  made = []
+  made, update = [], jax.jit(sampler.update)
   for step in range(7):
-    state = sampler.update(state, rows + 10 * step, labels, info(predictions * (step + 1)))
+    state = update(state, rows + 10 * step, labels, info(predictions * (step + 1)))
     made.append(int(state.laws))
   assert made == [0, 0, 1, 1, 1, 2, 2]  # of 91 rows, 30 are the first that make a quarter
   assert int(jnp.sum(state.known)) == 70
@@ -152,8 +152,8 @@ def test_temperature_is_the_best_one(x64):
   best = optimize.minimize_scalar(mean, bounds=(-4, 8), method="bounded", options={"xatol": 1e-8}).x
   got = float(importance.calibrated_temperature(jnp.asarray(predictions), jnp.asarray(labels), jnp.asarray(weights)))
   assert abs(got - best) < 2e-3
-  # Predictions that are always right want no end of it; those that are always wrong, none.
-  assert float(importance.calibrated_temperature(jnp.asarray(labels), jnp.asarray(labels))) > 7.9
+  # Predictions that are always right want no end of it (from e^4 on their loss is 0 to rounding); always wrong ones, none.
+  assert float(importance.calibrated_temperature(jnp.asarray(labels), jnp.asarray(labels))) > 4
   assert float(importance.calibrated_temperature(jnp.asarray(-labels), jnp.asarray(labels))) < -3.9
 
 
@@ -167,8 +167,9 @@ def test_calibration_cures_flat_cross_entropy():
   rows = jnp.arange(200, dtype=jnp.int32)
   flat = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(predictions), jnp.argmax(jnp.asarray(labels), axis=1))
   assert float(200 * jnp.sum(flat**2) / jnp.sum(flat) ** 2) < 1.03
+  update = jax.jit(sampler.update)
   for _ in range(40):
-    state = sampler.update(state, rows, jnp.asarray(labels), info(jnp.asarray(predictions)))
+    state = update(state, rows, jnp.asarray(labels), info(jnp.asarray(predictions)))
   assert float(importance.importance_law(state, 0.0).gain) > 5
 
 
