@@ -45,7 +45,11 @@ def starting_points_table(results: dict) -> str:
   lines += ["", "Test accuracy of ridge regression on the points alone, %, with one-hot labels / with labels solved on all "
             f"training rows; mean and deviation over {'/'.join(map(str, sorted(seeds)))} seeds, from "
             "`experiments/results/starting_points.json` (`python -m experiments.starting_points`). `kmeans` has no "
-            "deviation at one image a class: the mean of a class is no draw."]
+            "deviation at one image a class: the mean of a class is no draw." + "".join(
+                f" {network} chooses from {rows:,} training rows and is tested on {tested:,}."
+                for network, rows, tested in dict.fromkeys(
+                    (name.rsplit("-", 2)[1], cell["training_rows"], cell["test_rows"])
+                    for name, cell in results["cells"].items() if cell["config"]["test_rows"]))]
   return "\n".join(lines)
 
 
