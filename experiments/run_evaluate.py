@@ -22,13 +22,13 @@ flags.DEFINE_string("output", None, "A JSON file to write the result to.")
 def main() -> None:
   """Loads, scores, prints."""
   from kipcore import artifact
-  from experiments import pipeline, run_folder
+  from experiments import evaluation, run_folder
   with errors.usage():
     path = FLAGS.artifact or run_folder.newest("distilled.npz")
     stored = artifact.load_artifact(path)
     # The digits of the record come back only at the precision that made them.
     jax.config.update("jax_enable_x64", stored.support.dtype == "float64")
-  result = {"artifact": str(path), **pipeline.run_evaluate(
+  result = {"artifact": str(path), **evaluation.run_evaluate(
       stored, FLAGS.data_dir, FLAGS.evaluators, FLAGS.num_seeds, FLAGS.seed, FLAGS.dataset)}
   if FLAGS.output:
     run_folder.write_json(FLAGS.output, result)
