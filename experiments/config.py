@@ -29,7 +29,7 @@ class DistillConfig(DataConfig):
   sampler: str = "cross_entropy"
   uniform_mix: float = 0.5
   weight_exponent: float = 0.25
-  least_gain: float = 2.0
+  least_gain: float = 1.1
   refresh_every: int = 0
   steps: int = 1000
   target_batch_size: int = 0

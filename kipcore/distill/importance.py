@@ -113,7 +113,7 @@ SCORES = {"cross_entropy": None, "squared_error": squared_error, "residual_norm"
 
 
 def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", uniform_mix: float = 0.5,
-               weight_exponent: float = 0.25, least_gain: float = 2.0, balanced: bool = False,
+               weight_exponent: float = 0.25, least_gain: float = 1.1, balanced: bool = False,
                refresh_every: int = 0, power: float = 1.0) -> Sampler:
   """Draws rows in proportion to what the distilled set gets wrong.
 
@@ -280,7 +280,7 @@ def importance_law(state: ImportanceState, uniform_mix, power: float = 1.0) -> L
   return Law((1 - uniform_mix) * by_score + uniform_mix * uniform, gain)
 
 
-def sampler(name: str, uniform_mix: float = 0.5, weight_exponent: float = 0.25, least_gain: float = 2.0,
+def sampler(name: str, uniform_mix: float = 0.5, weight_exponent: float = 0.25, least_gain: float = 1.1,
             refresh_every: int = 0) -> Sampler:
   """The sampler of a name.
 
