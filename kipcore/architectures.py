@@ -46,6 +46,28 @@ class Relu:
 
 
 @dataclasses.dataclass(frozen=True)
+class LeakyRelu:
+  """max(x, 0) + slope min(x, 0)."""
+
+  slope: float = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Erf:
+  """The error function of x."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gelu:
+  """x Phi(x), Phi the normal distribution function; exact, not the tanh approximation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+  """x: a deep linear network."""
+
+
+@dataclasses.dataclass(frozen=True)
 class AvgPool:
   """Mean over disjoint size x size windows; rows and columns left over are dropped (VALID)."""
 
@@ -62,7 +84,9 @@ class Flatten:
   """Pixels and channels into one vector."""
 
 
-LAYERS = {layer.__name__: layer for layer in (Dense, Conv, Relu, AvgPool, GlobalAvgPool, Flatten)}
+# By their names in `architecture`.
+ACTIVATIONS = {"relu": Relu(), "leaky_relu": LeakyRelu(), "erf": Erf(), "gelu": Gelu(), "identity": Identity()}
+LAYERS = {layer.__name__: layer for layer in (Dense, Conv, *map(type, ACTIVATIONS.values()), AvgPool, GlobalAvgPool, Flatten)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,34 +141,50 @@ def _check_layers(layers: tuple) -> None:
   reducers = [i for i, layer in enumerate(layers) if isinstance(layer, (Flatten, GlobalAvgPool))]
   if len(reducers) != 1:
     raise ValueError(f"layers: expected exactly one Flatten or GlobalAvgPool, got {len(reducers)}")
+  gaussian = False
   for i, layer in enumerate(layers):
+    if type(layer) in map(type, ACTIVATIONS.values()) and not gaussian:
+      raise ValueError(f"layers: expected a Dense or Conv in front of {layer!r} at position {i}, whose inputs are not Gaussian")
+    gaussian = isinstance(layer, (Dense, Conv)) or gaussian and isinstance(layer, (AvgPool, GlobalAvgPool, Flatten))
     spatial = isinstance(layer, (Conv, AvgPool))
     if spatial and i > reducers[0] or isinstance(layer, Dense) and i < reducers[0]:
       raise ValueError(f"layers: {layer!r} at position {i} is on the wrong side of {layers[reducers[0]]!r}")
     if isinstance(layer, (Conv, AvgPool)) and layer.size < 1 or isinstance(layer, Conv) and layer.size % 2 == 0:
       raise ValueError(f"layers: expected an odd Conv size and a positive AvgPool size, got {layer!r}")
+    if isinstance(layer, LeakyRelu) and not 0 <= layer.slope <= 1:
+      raise ValueError(f"layers: expected a slope in [0, 1], got {layer!r}")
     if isinstance(layer, (Dense, Conv)) and not (layer.w_std > 0 and layer.b_std >= 0):
       raise ValueError(f"layers: expected w_std > 0 and b_std >= 0, got {layer!r}")
 
 
-def fc(depth: int, w_std: float = SQRT2, b_std: float = 0.1) -> Architecture:
-  """Flatten, then `depth` x (Dense, ReLU), then the Dense readout: the FC networks of KIP.
+def fc(depth: int, w_std: float = SQRT2, b_std: float = 0.1, activation: str = "relu") -> Architecture:
+  """Flatten, then `depth` x (Dense, activation), then the Dense readout: the FC networks of KIP.
 
   Args:
     depth: number of hidden layers, >= 1.
     w_std, b_std: standard deviations of weights (times 1/sqrt(fan_in)) and biases.
+    activation: a name in `ACTIVATIONS`.
 
   Returns:
-    The architecture `fc{depth}`.
+    The architecture `fc{depth}`, with the suffix `_{activation}` if that is not ReLU.
   """
   checks.positive_int("depth", depth)
-  hidden = (Dense(w_std, b_std), Relu()) * depth
-  return Architecture(f"fc{depth}", (Flatten(), *hidden, Dense(w_std, b_std)))
+  hidden = (Dense(w_std, b_std), _activation(activation)) * depth
+  return _named(f"fc{depth}", activation, (Flatten(), *hidden, Dense(w_std, b_std)))
+
+
+def _activation(name: str):
+  checks.one_of("activation", name, ACTIVATIONS)
+  return ACTIVATIONS[name]
+
+
+def _named(name: str, activation: str, layers: tuple) -> Architecture:
+  return Architecture(name if activation == "relu" else f"{name}_{activation}", layers)
 
 
 def conv_net(depth: int, w_std: float = SQRT2, b_std: float = 0.1, pooling: bool = True,
-             global_pooling: bool = False) -> Architecture:
-  """`depth` x (Conv 3x3, ReLU[, 2x2 average pool]), then Flatten or global pooling, then Dense.
+             global_pooling: bool = False, activation: str = "relu") -> Architecture:
+  """`depth` x (Conv 3x3, activation[, 2x2 average pool]), then Flatten or global pooling, then Dense.
 
   `conv_net(3)` is the "ConvNet3" of KIP and the ConvNet of most of the field (there
   with a norm layer); `pooling=False` is "ConvVec".
@@ -152,46 +192,51 @@ def conv_net(depth: int, w_std: float = SQRT2, b_std: float = 0.1, pooling: bool
   Args:
     depth: number of blocks, >= 1.
     w_std, b_std: standard deviations of weights (times 1/sqrt(fan_in)) and biases.
-    pooling: a 2x2 average pool after each ReLU; the image side must be >= 2^depth.
+    pooling: a 2x2 average pool after each activation; the image side must be >= 2^depth.
     global_pooling: end with a global average pool instead of flattening.
+    activation: a name in `ACTIVATIONS`.
 
   Returns:
-    The architecture `conv{depth}`, with suffix `_vec` without pooling and `_gap` with
-    global pooling.
+    The architecture `conv{depth}`, with suffix `_vec` without pooling, `_gap` with
+    global pooling, and `_{activation}` if that is not ReLU.
   """
   checks.positive_int("depth", depth)
-  block = (Conv(3, w_std, b_std), Relu()) + ((AvgPool(2),) if pooling else ())
+  block = (Conv(3, w_std, b_std), _activation(activation)) + ((AvgPool(2),) if pooling else ())
   name = f"conv{depth}" + ("" if pooling else "_vec") + ("_gap" if global_pooling else "")
   end = GlobalAvgPool() if global_pooling else Flatten()
-  return Architecture(name, block * depth + (end, Dense(w_std, b_std)))
+  return _named(name, activation, block * depth + (end, Dense(w_std, b_std)))
 
 
-def myrtle(depth: int, w_std: float = SQRT2, b_std: float = 0.1) -> Architecture:
+_MYRTLE_REPEATS = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}
+
+
+def myrtle(depth: int, w_std: float = SQRT2, b_std: float = 0.1, activation: str = "relu") -> Architecture:
   """The Myrtle networks of KIP: a stem, three blocks of convolutions, global average pooling.
 
-  Conv-ReLU is repeated [1, 1, 1], [1, 2, 2] or [2, 3, 3] times in the blocks of depth
-  5, 7 or 10, after one stem Conv-ReLU; a 2x2 average pool follows blocks 1 and 2.
+  Conv-activation is repeated [1, 1, 1], [1, 2, 2] or [2, 3, 3] times in the blocks of depth
+  5, 7 or 10, after a stem of one; a 2x2 average pool follows blocks 1 and 2.
 
   Args:
     depth: 5, 7 or 10.
     w_std, b_std: standard deviations of weights (times 1/sqrt(fan_in)) and biases.
+    activation: a name in `ACTIVATIONS`.
 
   Returns:
-    The architecture `myrtle{depth}`.
+    The architecture `myrtle{depth}`, with the suffix `_{activation}` if that is not ReLU.
   """
-  repeats = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}
-  checks.one_of("depth", depth, repeats)
-  unit = (Conv(3, w_std, b_std), Relu())
-  first, second, third = (unit * r for r in repeats[depth])
+  checks.one_of("depth", depth, _MYRTLE_REPEATS)
+  unit = (Conv(3, w_std, b_std), _activation(activation))
+  first, second, third = (unit * r for r in _MYRTLE_REPEATS[depth])
   layers = unit + first + (AvgPool(2),) + second + (AvgPool(2),) + third
-  return Architecture(f"myrtle{depth}", (*layers, GlobalAvgPool(), Dense(w_std, b_std)))
+  return _named(f"myrtle{depth}", activation, (*layers, GlobalAvgPool(), Dense(w_std, b_std)))
 
 
 def architecture(name: str) -> Architecture:
   """The architecture of a name: `fcN`, `convN`, `convN_vec`, `convN_gap`, `convN_vec_gap`, `myrtle5|7|10`.
 
   Args:
-    name: e.g. "fc1", "conv3" (3 x conv 3x3, ReLU, 2x2 average pool; flatten; dense).
+    name: e.g. "fc1", "conv3" (3 x conv 3x3, ReLU, 2x2 average pool; flatten; dense); with the suffix
+      `_leaky_relu` (slope 0.01), `_erf`, `_gelu` or `_identity` for another activation.
 
   Returns:
     The architecture with w_std = sqrt(2) and b_std = 0.1.
@@ -199,12 +244,16 @@ def architecture(name: str) -> Architecture:
   Raises:
     ValueError: for a name of another form.
   """
-  if match := re.fullmatch(r"fc([1-9]\d?)", name):
-    return fc(int(match[1]))
-  if match := re.fullmatch(r"conv([1-9]\d?)(_vec)?(_gap)?", name):
-    return conv_net(int(match[1]), pooling=not match[2], global_pooling=bool(match[3]))
-  if match := re.fullmatch(r"myrtle(5|7|10)", name):
-    return myrtle(int(match[1]))
+  match = re.fullmatch(rf"(fc|conv|myrtle)([1-9]\d?)(_vec)?(_gap)?(?:_({'|'.join(ACTIVATIONS)}))?", name)
+  if match:
+    kind, depth, vec, gap, activation = match[1], int(match[2]), match[3], match[4], match[5] or "relu"
+    if kind == "conv":
+      return conv_net(depth, pooling=not vec, global_pooling=bool(gap), activation=activation)
+    if kind == "fc" and not vec and not gap:
+      return fc(depth, activation=activation)
+    if kind == "myrtle" and depth in _MYRTLE_REPEATS and not vec and not gap:
+      return myrtle(depth, activation=activation)
   raise ValueError(
       f"architecture: expected fc1, fc2, ..., conv1, conv2, ... (with _vec: no pooling, _gap: global average "
-      f"pooling at the end), myrtle5, myrtle7 or myrtle10; got {name!r}")
+      f"pooling at the end), myrtle5, myrtle7 or myrtle10, all with an activation at the end if not ReLU "
+      f"(_leaky_relu, _erf, _gelu, _identity); got {name!r}")

@@ -29,6 +29,27 @@ def matmul(a: Array, b: Array) -> Array:
   return jnp.matmul(a, b, precision=HIGHEST)
 
 
+# Mantissa bits and exponent bits of what products are rounded to.
+PRECISIONS = {"float32": None, "tensorfloat32": (8, 10), "bfloat16": (8, 7)}
+
+
+def rounded(a: Array, precision: str) -> Array:
+  """float32 rounded to a narrower type, still as float32; other dtypes, and "float32", are left alone."""
+  bits = PRECISIONS[precision]
+  return a if bits is None or a.dtype != jnp.float32 else jax.lax.reduce_precision(a, *bits)
+
+
+def product(a: Array, b: Array, precision: str) -> Array:
+  """`a @ b.T`, summed in the dtype of the inputs, for factors that are `rounded` to that precision already."""
+  how = HIGHEST
+  if a.dtype == jnp.float32 and precision == "tensorfloat32":
+    how = jax.lax.Precision.HIGH
+  if a.dtype == jnp.float32 and precision == "bfloat16":
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jnp.matmul(a, b.T, preferred_element_type=jnp.float32)
+  return jnp.matmul(a, b.T, precision=how)
+
+
 def widest_dtype(dtype) -> jnp.dtype:
   """float64 where the 64-bit switch is on, else `dtype`."""
   wide = jnp.dtype(jax.dtypes.canonicalize_dtype(jnp.float64))

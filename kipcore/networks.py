@@ -1,10 +1,12 @@
 """An architecture realised as a `flax.linen` module of finite width."""
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from kipcore import checks, linalg
-from kipcore.architectures import Architecture, AvgPool, Conv, Dense, Flatten, GlobalAvgPool, Relu
+from kipcore.architectures import (
+    Architecture, AvgPool, Conv, Dense, Erf, Flatten, Gelu, GlobalAvgPool, LeakyRelu, Relu)
 from kipcore.types import Array
 
 
@@ -37,6 +39,12 @@ class Network(nn.Module):
           x = x.reshape(x.shape[0], -1)
         case Relu():
           x = nn.relu(x)
+        case LeakyRelu():
+          x = nn.leaky_relu(x, layer.slope)
+        case Erf():
+          x = jax.lax.erf(x)
+        case Gelu():
+          x = nn.gelu(x, approximate=False)
         case AvgPool():
           with linalg.permissive_promotion():
             x = nn.avg_pool(x, (layer.size, layer.size), (layer.size, layer.size))

@@ -23,13 +23,25 @@ class NetworkKernel:
   Attributes:
     arch: the architecture.
     get: "ntk" or "nngp".
-    tile_elements: convolutional kernels hold the covariances of about this many pixel
-      pairs at a time.
+    tile_elements: numbers that convolutional kernels work on at a time (a few arrays of this size are
+      held); None for what suits the default backend: 2^18 on CPU, 2^25 elsewhere. No less than
+      what one pair of images needs behind its first pooling.
+    precision: "float32", or "tensorfloat32" or "bfloat16" for the first products, of images or patches
+      rounded to that type and summed in float32; everything behind them stays float32. The result
+      is the exact kernel of the rounded inputs, so it stays positive semi-definite; relative to the kernel of
+      the inputs themselves entries move by some 1e-4 or 1e-3. float64 inputs ignore it.
   """
 
   arch: Architecture
   get: str
-  tile_elements: int = 1 << 20
+  tile_elements: int | None = None
+  precision: str = "float32"
+
+  def __post_init__(self):
+    checks.one_of("get", self.get, ("ntk", "nngp"))
+    checks.one_of("precision", self.precision, linalg.PRECISIONS)
+    if self.tile_elements is not None:
+      checks.positive_int("tile_elements", self.tile_elements)
 
   def __call__(self, x1: Array, x2: Array | None = None) -> Array:
     self._check("x1", x1)
@@ -41,8 +53,8 @@ class NetworkKernel:
     if n1 == 0 or n2 == 0:
       return jnp.zeros((n1, n2), x1.dtype)
     if self.arch.convolutional:
-      return conv.conv_kernel(self.arch, self.get, self.tile_elements, x1, x2)
-    return dense.dense_kernel(self.arch, self.get, x1, x2)
+      return conv.conv_kernel(self, x1, x2)
+    return dense.dense_kernel(self, x1, x2)
 
   def diag(self, x: Array) -> Array:
     """K(x_i, x_i), `(n,)`, exactly."""
@@ -50,8 +62,8 @@ class NetworkKernel:
     if x.shape[0] == 0:
       return jnp.zeros((0,), x.dtype)
     if self.arch.convolutional:
-      return conv.conv_diag(self.arch, self.get, self.tile_elements, x)
-    return dense.dense_diag(self.arch, self.get, x)
+      return conv.conv_diag(self, x)
+    return dense.dense_diag(self, x)
 
   def _check(self, name: str, x: Array) -> None:
     checks.floating(name, x)
@@ -69,7 +81,7 @@ class NetworkKernel:
       raise ValueError(f"{name}: images of shape {x.shape[1:]} are too small for the pooling of {self.arch.name}")
 
 
-def ntk_fn(arch: Architecture) -> NetworkKernel:
+def ntk_fn(arch: Architecture, precision: str = "float32") -> NetworkKernel:
   """The neural tangent kernel of an architecture at infinite width.
 
   Theta(x, x') = lim E <df(x)/dtheta, df(x')/dtheta> in the NTK parameterisation, for
@@ -77,6 +89,7 @@ def ntk_fn(arch: Architecture) -> NetworkKernel:
 
   Args:
     arch: from `fc`, `conv_net`, `myrtle`, `architecture`, or an `Architecture`.
+    precision: "float32", "tensorfloat32" or "bfloat16"; see `NetworkKernel`.
 
   Returns:
     A `NetworkKernel`: `kernel_fn(x1, x2=None) -> (n1, n2)`, jittable, differentiable
@@ -89,21 +102,21 @@ def ntk_fn(arch: Architecture) -> NetworkKernel:
 
   Source: Jacot, Gabriel, Hongler 2018; Arora et al. 2019 for convolutions.
   """
-  return NetworkKernel(arch, "ntk")
+  return NetworkKernel(arch, "ntk", precision=precision)
 
 
-def nngp_fn(arch: Architecture) -> NetworkKernel:
+def nngp_fn(arch: Architecture, precision: str = "float32") -> NetworkKernel:
   """The covariance of the outputs of an architecture with random weights, at infinite width.
 
   Args:
-    arch: as for `ntk_fn`.
+    arch, precision: as for `ntk_fn`.
 
   Returns:
     As `ntk_fn`.
 
   Source: Lee et al. 2018; Novak et al. 2019 for convolutions.
   """
-  return NetworkKernel(arch, "nngp")
+  return NetworkKernel(arch, "nngp", precision=precision)
 
 
 @dataclasses.dataclass(frozen=True)

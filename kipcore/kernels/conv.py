@@ -1,207 +1,216 @@
-"""Closed-form NTK and NNGP of convolutional ReLU networks, in tiles of image pairs.
+"""Closed-form NTK and NNGP of convolutional networks, in tiles of image pairs.
 
-The covariance of one pair of images is a (h, w, h', w') array: 10^6 numbers at 32x32.
-It is needed whole only up to the last pooling layer; in front of Flatten, with no
-pooling in between, its spatial diagonal (h, w) is enough. A tile of pairs is held at
-a time, and the gradient recomputes a tile rather than store it. So the memory is set
-by `tile_elements` and not by the number of images.
+The covariance of one pair of images is a (h, w, h', w') array: 10^6 numbers at 32x32. It is
+needed whole up to the last pooling layer; in front of Flatten, with no pooling in between,
+its spatial diagonal (h, w) is enough. Three things make it cheap:
 
-ReLU needs the variance of every pixel of both images. These come from the pair of
-each image with itself, computed once an image.
+* The first convolution is a product of patches: each pixel becomes a vector z with
+  <z, z'> = w^2 <patch, patch'> / fan_in + b^2, and no 4-d array is shifted.
+* Activation and pooling follow the product slab by slab. With the pixels sorted by their place in the
+  pooling window a pooled covariance is a sum of contiguous slabs, each small enough for the cache,
+  so that the first covariance is never whole in memory.
+* Later layers are batched over a tile of pairs, and K(x, x) needs half of the pairs.
+
+The gradient recomputes a tile instead of storing it. So the memory is set by `tile_elements` and not by the
+number of images. Activations need the variance of every pixel of both images; these come from
+the pair of each image with itself, computed once an image.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kipcore import linalg
-from kipcore.architectures import Architecture, AvgPool, Conv, Flatten, GlobalAvgPool, Relu
-from kipcore.kernels import dense, dual
+from kipcore import gram, linalg
+from kipcore.architectures import AvgPool, Conv, Flatten, GlobalAvgPool
+from kipcore.kernels import covariance, dense
 from kipcore.types import Array
+
+# Numbers of a tile: what a core's cache holds, or what fills an accelerator.
+_TILE_ELEMENTS = {"cpu": 1 << 18, "gpu": 1 << 25}
+_NOTHING = covariance.Block(None, None, 1)
+
+
+class _Plan(NamedTuple):
+  """The spatial layers: blocks on whole covariances, blocks on their diagonals, and what ends them.
+
+  Attributes:
+    whole: blocks up to the last pooling; the convolution of the first becomes patches.
+    diagonal: blocks behind it.
+    average: True for GlobalAvgPool, False for Flatten.
+    with_ntk: whether tangent kernels are wanted.
+    precision: of products.
+    tile_elements: numbers of a tile.
+  """
+
+  whole: tuple
+  diagonal: tuple
+  average: bool
+  with_ntk: bool
+  precision: str
+  tile_elements: int
 
 
 class _Image(NamedTuple):
-  """What a pair needs to know of each image (leading axis n outside the loops).
+  """What a pair needs to know of each image (leading axis n).
 
   Attributes:
-    x: `(h, w, channels)` pixels.
-    variances: a map `(h, w)` in front of each ReLU.
-    nngp: variance behind Flatten or GlobalAvgPool, scalar.
-    ntk: tangent kernel of the image with itself there, scalar.
+    x: `(n, h, w, channels)`.
+    variances: a map `(n, h, w)` in front of each activation behind the first block.
+    nngp: variance behind Flatten or GlobalAvgPool, `(n,)`.
+    ntk: tangent kernel of the image with itself there, `(n,)`, or None.
   """
 
   x: Array
   variances: tuple
   nngp: Array
-  ntk: Array
+  ntk: Array | None
 
 
-def conv_kernel(arch: Architecture, get: str, tile_elements: int, x1: Array, x2: Array | None = None) -> Array:
-  """K(x1, x2), `(n1, n2)`, for NHWC images of one size."""
-  a = _self_pass(arch, tile_elements, x1)
-  b = a if x2 is None else _self_pass(arch, tile_elements, x2)
-  nngp, ntk = _pairs(_spatial_layers(arch), get, tile_elements, a, b)
-  k = dense.dense_tail(_dense_layers(arch), get, nngp, a.nngp, b.nngp, ntk)
-  return dense.with_exact_diagonal(k, _diagonal(arch, get, a)) if x2 is None else k
+def conv_kernel(kernel, x1: Array, x2: Array | None = None) -> Array:
+  """K(x1, x2), `(n1, n2)`, of a `NetworkKernel` for NHWC images of one size."""
+  plan, tail = _plan(kernel)
+  a = _self_pass(plan, x1)
+  if x2 is None:
+    b, (nngp, ntk) = a, _symmetric(plan, a)
+  else:
+    b = _self_pass(plan, x2)
+    nngp, ntk = _rectangle(plan, a, b)
+  k = dense.dense_tail(tail, kernel.get, nngp, a.nngp, b.nngp, ntk)
+  return dense.with_exact_diagonal(k, dense.dense_tail_diag(tail, kernel.get, a.nngp, a.ntk)) if x2 is None else k
 
 
-def conv_diag(arch: Architecture, get: str, tile_elements: int, x: Array) -> Array:
+def conv_diag(kernel, x: Array) -> Array:
   """K(x_i, x_i), `(n,)`."""
-  return _diagonal(arch, get, _self_pass(arch, tile_elements, x))
+  plan, tail = _plan(kernel)
+  a = _self_pass(plan, x)
+  return dense.dense_tail_diag(tail, kernel.get, a.nngp, a.ntk)
 
 
-def _diagonal(arch: Architecture, get: str, a: _Image) -> Array:
-  return dense.dense_tail_diag(_dense_layers(arch), get, a.nngp, a.ntk)
+def _plan(kernel) -> tuple[_Plan, tuple]:
+  """The plan of the spatial layers, and the dense layers behind them."""
+  layers = kernel.arch.layers
+  end = next(i for i, layer in enumerate(layers) if isinstance(layer, (Flatten, GlobalAvgPool)))
+  average = isinstance(layers[end], GlobalAvgPool)
+  pooled = end if average else max((i + 1 for i, layer in enumerate(layers[:end]) if isinstance(layer, AvgPool)), default=0)
+  # A global average of the pixels themselves needs a block that does nothing.
+  whole = _blocks(layers[:pooled]) or (_NOTHING,) * average
+  tile = kernel.tile_elements or _TILE_ELEMENTS.get(jax.default_backend(), _TILE_ELEMENTS["gpu"])
+  return _Plan(whole, _blocks(layers[pooled:end]), average, kernel.get == "ntk", kernel.precision, tile), layers[end + 1:]
 
 
-def _reducer(arch: Architecture) -> int:
-  return next(i for i, layer in enumerate(arch.layers) if isinstance(layer, (Flatten, GlobalAvgPool)))
+def _blocks(layers: tuple) -> tuple:
+  """The layers in blocks of at most a convolution, an activation and a pooling, in this order."""
+  blocks = []
+  for layer in layers:
+    last = blocks[-1] if blocks else None
+    if isinstance(layer, Conv):
+      blocks.append(_NOTHING._replace(conv=layer))
+    elif isinstance(layer, AvgPool):
+      if last is None or last.pool > 1:
+        blocks.append(_NOTHING)
+      blocks[-1] = blocks[-1]._replace(pool=layer.size)
+    else:
+      if last is None or last.activation or last.pool > 1:
+        blocks.append(_NOTHING)
+      blocks[-1] = blocks[-1]._replace(activation=layer)
+  return tuple(blocks)
 
 
-def _spatial_layers(arch: Architecture) -> tuple:
-  return arch.layers[:_reducer(arch) + 1]
+def _tile(plan: _Plan, x: Array) -> int:
+  """Pairs that go through the later layers at a time."""
+  pixels = x.shape[1] * x.shape[2]
+  if not plan.whole:
+    return max(1, plan.tile_elements // pixels)
+  return max(1, plan.tile_elements // (pixels // plan.whole[0].pool**2)**2)
 
 
-def _dense_layers(arch: Architecture) -> tuple:
-  return arch.layers[_reducer(arch) + 1:]
-
-
-def _last_pool(layers: tuple) -> int:
-  """Index of the last layer that needs the whole covariance, -1 for none."""
-  return max((i for i, layer in enumerate(layers) if isinstance(layer, (AvgPool, GlobalAvgPool))), default=-1)
-
-
-def _tile(layers: tuple, x: Array, tile_elements: int) -> int:
-  pixels = x.shape[-3] * x.shape[-2]
-  return max(1, tile_elements // (pixels if _last_pool(layers) < 0 else pixels**2))
-
-
-def _self_pass(arch: Architecture, tile_elements: int, x: Array) -> _Image:
-  layers = _spatial_layers(arch)
-
-  @jax.checkpoint
-  def one(image):
-    return _recursion(layers, image, image, None, None, True)
-
-  nngp, ntk, variances = jax.lax.map(one, x, batch_size=min(x.shape[0], _tile(layers, x, tile_elements)))
+def _self_pass(plan: _Plan, x: Array) -> _Image:
+  nngp, ntk, variances = _map_tiles(lambda x: _pairs(plan, x, x, None, None), x, _tile(plan, x))
   return _Image(x, variances, nngp, ntk)
 
 
-def _pairs(layers: tuple, get: str, tile_elements: int, a: _Image, b: _Image):
-  """The covariances (and tangent kernels) behind the spatial layers, two `(n1, n2)` arrays."""
-  tile = _tile(layers, a.x, tile_elements)
-  inner = min(tile, b.x.shape[0])
-  outer = min(max(1, tile // inner), a.x.shape[0])
-
-  @jax.checkpoint
-  def one(image1, image2):
-    nngp, ntk, _ = _recursion(layers, image1.x, image2.x, image1.variances, image2.variances, get == "ntk")
-    return nngp, ntk
-
-  def row(image1):
-    return jax.lax.map(functools.partial(one, image1), b, batch_size=inner)
-
-  return jax.lax.map(row, a, batch_size=outer)
+def _map_tiles(fn, images, tile: int):
+  """`fn` on runs of at most `tile` rows, recomputed in a gradient; the last run is padded by its last row."""
+  n = jax.tree.leaves(images)[0].shape[0]
+  tile = -(-n // -(-n // tile))
+  return gram.map_row_blocks(jax.checkpoint(fn), images, tile)
 
 
-def _recursion(layers: tuple, x1: Array, x2: Array, v1, v2, with_ntk: bool):
-  """Both kernels of one pair, and the variances met on the way if the pair is an image with itself.
+def _rectangle(plan: _Plan, a: _Image, b: _Image):
+  """nngp and ntk of all pairs, two `(n1, n2)` arrays."""
+  tile = _tile(plan, a.x)
+
+  def row(image):
+    x, variances = image
+
+    def with_row(other):
+      mine = jax.tree.map(lambda k: jnp.broadcast_to(k[None], (other[0].shape[0], *k.shape)), (x, variances))
+      return _pairs(plan, mine[0], other[0], mine[1], other[1])[:2]
+
+    return _map_tiles(with_row, (b.x, b.variances), tile)
+
+  return jax.lax.map(row, (a.x, a.variances))
+
+
+def _symmetric(plan: _Plan, a: _Image):
+  """nngp and ntk of images with one another, from the pairs (i, i + d mod n) for d <= n / 2 only."""
+  n, tile = a.x.shape[0], _tile(plan, a.x)
+  images = (a.x, a.variances)
+
+  def band(d):
+    others = jax.tree.map(lambda k: jnp.roll(k, -d, axis=0), images)
+    return _map_tiles(lambda pair: _pairs(plan, pair[0][0], pair[1][0], pair[0][1], pair[1][1])[:2], (images, others), tile)
+
+  bands = jax.lax.map(band, jnp.arange(1, n // 2 + 1, dtype=jnp.int32))
+  i, j = (k.astype(jnp.int32) for k in jnp.meshgrid(jnp.arange(n), jnp.arange(n), indexing="ij"))
+  ahead = (j - i) % n
+  near = (2 * ahead < n) | ((2 * ahead == n) & (i < j))  # of two images half a turn apart, one band entry serves both
+
+  def matrix(own, bands):
+    bands = jnp.concatenate([own[None], bands])
+    return bands[jnp.where(near, ahead, n - ahead), jnp.where(near, i, j)]
+
+  return matrix(a.nngp, bands[0]), None if a.ntk is None else matrix(a.ntk, bands[1])
+
+
+def _pairs(plan: _Plan, x1: Array, x2: Array, variances1, variances2):
+  """Both kernels of t pairs behind the spatial layers, and the variances met on the way by images with themselves.
 
   Args:
-    layers: up to and with the Flatten or GlobalAvgPool.
-    x1, x2: `(h, w, channels)`.
-    v1, v2: variance maps in front of each ReLU; None for an image with itself.
-    with_ntk: whether the tangent kernel is wanted (None is returned if not).
+    plan: the layers.
+    x1, x2: `(t, h, w, channels)`.
+    variances1, variances2: maps in front of the activations behind the first block; None for images with themselves.
 
   Returns:
-    nngp (scalar), ntk (scalar or None), variances (tuple of maps).
+    nngp `(t,)`, ntk `(t,)` or None, variances (tuple of maps).
   """
-  whole = _last_pool(layers) >= 0
-  if isinstance(layers[0], Conv):
-    # The first covariance is a product of patches: no shifts of a 4-d array.
-    nngp = _affine(layers[0], _input_covariance(_patches(x1, layers[0].size), _patches(x2, layers[0].size), whole))
-    start = 1
+  own = variances1 is None
+  between = None if own else zip(variances1, variances2, strict=True)
+  met = []
+
+  def through(blocks, nngp, ntk):
+    for block in blocks:
+      v = next(between) if between and block.activation else None
+      nngp, ntk, v = covariance.later_block(block, nngp, ntk, plan.with_ntk, v)
+      met.extend([v] if own and block.activation else [])
+    return nngp, ntk
+
+  if plan.whole:
+    nngp, ntk = jax.lax.map(lambda pair: _first(plan, *pair, own), (x1, x2))
+    nngp, ntk = through(plan.whole[1:], nngp, ntk)
+    if not plan.average:
+      nngp, ntk = (None if k is None else covariance.spatial_diagonal(k) for k in (nngp, ntk))
   else:
-    nngp = _input_covariance(x1, x2, whole)
-    start = 0
-  ntk = (nngp if start else jnp.zeros_like(nngp)) if with_ntk else None
-  variances = []
-  for i, layer in enumerate(layers[start:], start):
-    if isinstance(layer, Conv):
-      nngp = _affine(layer, _box(nngp, layer.size))
-      ntk = nngp + layer.w_std**2 * _box(ntk, layer.size) if with_ntk else None
-    elif isinstance(layer, Relu):
-      own = _spatial_diagonal(nngp) if v1 is None else None
-      m1, m2 = (own, own) if v1 is None else (v1[len(variances)], v2[len(variances)])
-      variances.append(m1)
-      if nngp.ndim == 4:
-        m1, m2 = m1[:, :, None, None], m2[None, None]
-      nngp, dot = dual.relu_dual(nngp, m1, m2)
-      ntk = dot * ntk if with_ntk else None
-    elif isinstance(layer, AvgPool):
-      nngp, ntk = _pool(nngp, layer.size), _pool(ntk, layer.size) if with_ntk else None
-    else:
-      reduce = _spatial_diagonal if isinstance(layer, Flatten) else lambda k: k
-      nngp, ntk = jnp.mean(reduce(nngp)), jnp.mean(reduce(ntk)) if with_ntk else None
-    if i == _last_pool(layers) and isinstance(layer, AvgPool):
-      nngp, ntk = _spatial_diagonal(nngp), _spatial_diagonal(ntk) if with_ntk else None
-  return nngp, ntk, tuple(variances)
+    x1, x2 = (linalg.rounded(x, plan.precision) for x in (x1, x2))
+    nngp, ntk = jnp.sum(x1 * x2, axis=-1) / x1.shape[-1], None
+  nngp, ntk = through(plan.diagonal, nngp, ntk)
+  mean = lambda k: jnp.mean(k.reshape(k.shape[0], -1), axis=1)
+  return mean(nngp), None if ntk is None else mean(ntk), tuple(met)
 
 
-def _affine(layer, k: Array) -> Array:
-  return layer.w_std**2 * k + layer.b_std**2
-
-
-def _patches(x: Array, size: int) -> Array:
-  """`(h, w, size^2 channels)`: the zero-padded neighbourhood of each pixel."""
-  r = size // 2
-  h, w, _ = x.shape
-  padded = jnp.pad(x, ((r, r), (r, r), (0, 0)))
-  return jnp.concatenate([padded[i:i + h, j:j + w] for i in range(size) for j in range(size)], axis=-1)
-
-
-def _input_covariance(p1: Array, p2: Array, whole: bool) -> Array:
-  if whole:
-    return jnp.einsum("hwc,ijc->hwij", p1, p2, precision=linalg.HIGHEST) / p1.shape[-1]
-  # Not the mean of a product: XLA of JAX 0.10 returns wrong numbers for it on CPU, once mapped over some 40 x 40 pairs.
-  return jnp.einsum("hwc,hwc->hw", p1, p2, precision=linalg.HIGHEST) / p1.shape[-1]
-
-
-def _spatial_diagonal(k: Array) -> Array:
-  """`(h, w)` of a whole covariance; a diagonal one is returned as it is."""
-  if k.ndim == 2:
-    return k
-  h, w = k.shape[:2]
-  pixels = k.reshape(h * w, h * w)
-  return jnp.diagonal(pixels).reshape(h, w)
-
-
-def _box(k: Array, size: int) -> Array:
-  """Mean of k[h + d, w + e, h' + d, w' + e] over offsets |d|, |e| <= size // 2, zero outside.
-
-  Separable: first along the rows of both images, then along the columns.
-  """
-  for axis in (0, 1):
-    k = _box_axis(k, size, (axis, axis + 2) if k.ndim == 4 else (axis,))
-  return k / size**2
-
-
-def _box_axis(k: Array, size: int, axes: tuple) -> Array:
-  r, n = size // 2, k.shape[axes[0]]
-  padded = jnp.pad(k, [(r, r) if axis in axes else (0, 0) for axis in range(k.ndim)])
-  total = 0.0
-  for d in range(size):
-    shifted = padded
-    for axis in axes:
-      shifted = jax.lax.slice_in_dim(shifted, d, d + n, axis=axis)
-    total = total + shifted
-  return total
-
-
-def _pool(k: Array, size: int) -> Array:
-  """Mean over size x size windows in both images; left-over rows and columns are dropped."""
-  h, w = k.shape[0] // size, k.shape[1] // size
-  k = k[:h * size, :w * size, :h * size, :w * size]
-  return k.reshape(h, size, w, size, h, size, w, size).mean(axis=(1, 3, 5, 7))
+def _first(plan: _Plan, x1: Array, x2: Array, own: bool):
+  block = plan.whole[0]
+  z1, z2 = (linalg.rounded(covariance.pixel_vectors(block.conv, x), plan.precision) for x in (x1, x2))
+  v1, v2 = (jnp.sum(z * z, axis=-1) for z in (z1, z2))
+  return covariance.first_block(block, plan.with_ntk, z1, z2, v1, v2, own, plan.tile_elements, plan.precision)

@@ -12,7 +12,8 @@ import types
 from typing import Callable
 
 from kipcore import linalg
-from kipcore.architectures import Architecture, AvgPool, Conv, Dense, Flatten, GlobalAvgPool, Relu
+from kipcore.architectures import (
+    Architecture, AvgPool, Conv, Dense, Erf, Flatten, Gelu, GlobalAvgPool, Identity, LeakyRelu, Relu)
 from kipcore.types import KernelFn
 
 _MOVED_TO_EXTEND = ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var")
@@ -128,6 +129,14 @@ def to_stax(arch: Architecture, width: int = 1, num_outputs: int = 1) -> tuple:
         return stax.AvgPool((layer.size, layer.size), (layer.size, layer.size), "VALID")
       case Relu():
         return stax.Relu()
+      case LeakyRelu():
+        return stax.LeakyRelu(layer.slope)
+      case Erf():
+        return stax.Erf()
+      case Gelu():
+        return stax.Gelu()
+      case Identity():
+        return stax.Identity()
       case GlobalAvgPool():
         return stax.GlobalAvgPool()
       case Flatten():
