@@ -21,8 +21,10 @@ def define_common() -> None:
                       "or a path to an .npz with x_train, y_train, x_test, y_test.")
   flags.DEFINE_string("data_dir", _DEFAULT.data_dir, "Where TFDS keeps its prepared datasets; TFDS's own default if not given.")
   flags.DEFINE_string("architecture", _DEFAULT.architecture, "fc1, fc2, ..., conv1, conv2, ... (with _vec: no pooling, _gap: global "
-                      "average pooling), myrtle5, myrtle7, myrtle10.")
+                      "average pooling), myrtle5, myrtle7, myrtle10; then _gelu, _erf, _leaky_relu or _identity, if not ReLU.")
   flags.DEFINE_enum("kernel", _DEFAULT.kernel, ["ntk", "nngp"], "Which infinite-width kernel of the architecture.")
+  flags.DEFINE_enum("precision", _DEFAULT.precision, ["float32", "tensorfloat32", "bfloat16"], "What the factors of the kernel's first "
+                    "products are rounded to, while distilling; sums and scores stay in float32.")
   flags.DEFINE_integer("images_per_class", _DEFAULT.images_per_class, "Distilled (or selected) images of each class.", lower_bound=1)
   flags.DEFINE_enum("preprocess", _DEFAULT.preprocess,
                     ["none", "standardize", "zca", "zca_kip", "zca_rfad", "zca_dcbench", "zca_absolute"],

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from kipcore import absorb, artifact, checks, coreset, datasets, evaluate, keys, kernels, krr, preprocess, report
+from kipcore import absorb, checks, coreset, datasets, evaluate, keys, kernels, krr, preprocess
 from kipcore.architectures import architecture
 from kipcore.distill import importance, kip, loop, method
 from kipcore.types import Support
-from experiments import run_folder
+from experiments import estimate, outputs, run_folder
 from experiments.config import DataConfig, DistillConfig
 from experiments.errors import UsageError, usage
 
@@ -53,7 +53,7 @@ def load(config: DataConfig) -> Data:
     arch = architecture(config.architecture)
     raw = datasets.load_dataset(config.dataset, config.data_dir, config.validation_fraction, config.seed)
     return prepare(config, raw, preprocess.fit_preprocess(raw.x_train, config.preprocess, raw.pixel_max),
-                   kernels.NetworkKernel(arch, config.kernel))
+                   kernels.NetworkKernel(arch, config.kernel, precision=config.precision))
 
 
 def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel_fn) -> Data:
@@ -93,17 +93,25 @@ def start(config: DistillConfig, data: Data) -> Start:
     chosen = coreset.select_coreset(config.seed, data.x_train, data.y_train, config.images_per_class, config.init,
                                     data.kernel_fn, config.relative_ridge)
   support = Support(chosen.x, chosen.y)
-  if config.method == "kip" and config.learn_labels and config.solve_labels:
-    # Evenly spaced rows, so that expensive kernels and short runs spend a tenth of their evaluations at most.
-    rows = data.x_train.shape[0]
-    stride = -(-rows // max(config.steps * batch_size_of(config, data) // 10, 1))
-    if rows // stride >= _ROWS_A_LABEL * support.x.shape[0]:
-      x, y = data.x_train[::stride], data.y_train[::stride]
-      return Start(chosen, with_solved_labels(config, data, support, x, y), x.shape[0])
+  if stride := label_stride(config, data, support.x.shape[0]):
+    x, y = data.x_train[::stride], data.y_train[::stride]
+    return Start(chosen, with_solved_labels(config, data, support, x, y), x.shape[0])
   if chosen.ridge is not None:
     used = krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge)
     support, _ = absorb.absorb_weights(data.kernel_fn, chosen, chosen.ridge, used)
   return Start(chosen, support)
+
+
+def label_stride(config: DistillConfig, data: Data, support_size: int) -> int:
+  """Every which training row the labels of the start are solved from, 0 for none of them.
+
+  Evenly spaced, so that expensive kernels and short runs spend a tenth of their target evaluations at most.
+  """
+  if not (config.method == "kip" and config.learn_labels and config.solve_labels):
+    return 0
+  rows = data.x_train.shape[0]
+  stride = -(-rows // max(config.steps * batch_size_of(config, data) // 10, 1))
+  return stride if rows // stride >= _ROWS_A_LABEL * support_size else 0
 
 
 def with_solved_labels(config, data: Data, support: Support, x, y) -> Support:
@@ -191,7 +199,8 @@ def devices_of(config: DataConfig) -> list:
 def score(config: DistillConfig, data: Data, support: Support, x=None, y=None) -> float:
   """Test accuracy (or that on given rows) of ridge regression on a support; raises if the fit failed."""
   x, y = (data.x_test, data.y_test) if x is None else (x, y)
-  result = evaluate.evaluate_krr(data.kernel_fn, support, x, y, relative_ridge=config.relative_ridge)
+  kernel_fn = dataclasses.replace(data.kernel_fn, precision="float32")
+  result = evaluate.evaluate_krr(kernel_fn, support, x, y, relative_ridge=config.relative_ridge)
   checks.raise_for_status("kernel ridge regression on the support", result.status)
   return float(result.accuracy)
 
@@ -221,7 +230,7 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
   baselines = [random_support(keys.stream(config.seed, f"baseline {draw}"), data, config.images_per_class)
                for draw in range(_BASELINE_DRAWS)]
   m = baselines[0].x.shape[0]
-  name = f"{slug(config.dataset)}-{config.method}-{config.architecture}-ipc{config.images_per_class}-seed{config.seed}"
+  name = f"{outputs.slug(config.dataset)}-{config.method}-{config.architecture}-ipc{config.images_per_class}-seed{config.seed}"
   folder = run_folder.create(output_dir, name, overwrite)
   run_folder.write_config(folder, config, support_size=m, resolved_target_batch_size=batch,
                           resolved_num_devices=len(devices), dataset_hashes=data.raw.hashes, note=data.raw.note)
@@ -230,6 +239,12 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
   say(f"{config.method} with the {config.kernel} of {config.architecture}: {m} images "
       f"({config.images_per_class} a class), {config.steps if config.method == 'kip' else 0} steps of {batch} targets "
       f"on {len(devices)} {devices[0].platform} device(s)")
+  shown = min(_VALIDATION_ROWS, config.test_rows or _VALIDATION_ROWS)
+  validation = data.x_validation[:shown], data.y_validation[:shown]
+  stride = label_stride(config, data, m)
+  if expected := estimate.of_distillation(config, data, m, batch, data.x_train.shape[0] // stride if stride else 0, len(validation[1]),
+                                          _BASELINE_DRAWS + 2, len(devices)):
+    say(expected)
   baseline = [score(config, data, random) for random in baselines]
   chosen, support, evaluations = start(config, data)
   init_accuracy = score(config, data, support)
@@ -242,8 +257,7 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
     def callback(step, params, record):
       current = Support(params["x"], params["y"])
       if data.x_validation.shape[0]:
-        record["validation_accuracy"] = score(config, data, current, data.x_validation[:_VALIDATION_ROWS],
-                                              data.y_validation[:_VALIDATION_ROWS])
+        record["validation_accuracy"] = score(config, data, current, *validation)
       if config.log_test_accuracy:
         record["test_accuracy"] = score(config, data, current)
       run_folder.append_metrics(folder, record)
@@ -274,8 +288,8 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
       "compile_seconds": outcome.compile_seconds,
       "step_seconds": outcome.seconds,
   }
-  write_artifact(folder, config, data, outcome.support, result)
-  _write_pictures(folder, data, support, outcome, result)
+  outputs.write_artifact(folder, config, data, outcome.support, result)
+  outputs.write_pictures(folder, data, support, outcome.support, outcome.history, result)
   run_folder.write_json(folder / "result.json", result)
   say(_summary(folder, result, config.least_gain))
   return folder, result
@@ -290,38 +304,6 @@ def _check(config: DistillConfig) -> None:
     kip.kip(kernels.ntk_fn(architecture(config.architecture)),
             kip.KIPOptions(config.relative_ridge, config.loss, config.learn_labels))
     loop.adam(config.learning_rate, config.steps, config.schedule)
-
-
-def write_artifact(folder, config, data: Data, support: Support, result: dict) -> None:
-  """`distilled.npz` with everything that `run_evaluate` needs."""
-  x = np.asarray(support.x)
-  metadata = {
-      "dataset": {"name": config.dataset, "num_classes": data.raw.num_classes, "hashes": data.raw.hashes,
-                  "class_names": list(data.raw.class_names) if data.raw.class_names else None, "note": data.raw.note,
-                  "validation_fraction": config.validation_fraction, "test_rows": data.x_test.shape[0]},
-      "config": dataclasses.asdict(config),
-      "environment": run_folder.environment(),
-      "result": result,
-  }
-  artifact.save_artifact(folder / "distilled.npz", artifact.Artifact(
-      data.preprocess.invert(x, x.dtype), np.asarray(support.y), x, data.preprocess, data.kernel_fn.arch,
-      data.kernel_fn.get, config.relative_ridge, metadata))
-
-
-def _write_pictures(folder, data: Data, support: Support, outcome: Outcome, result: dict) -> None:
-  if support.x.ndim == 4 and support.x.shape[-1] in (1, 3):
-    before, after = (data.preprocess.invert(np.asarray(s.x)) for s in (support, outcome.support))
-    report.save_image_grid(folder / "images.png", before, after, np.argmax(np.asarray(support.y), axis=1),
-                           pixel_range(data), data.raw.class_names)
-  if outcome.history:
-    report.save_learning_curve(folder / "learning_curve.png", outcome.history, {
-        "random real images (test)": result["random_baseline_test_accuracy"],
-        "distilled (test)": result["test_accuracy"]})
-
-
-def pixel_range(data: Data) -> tuple[float, float]:
-  """(black, white) of a dataset, for pictures."""
-  return float(np.min(data.raw.x_train)), float(np.max(data.raw.x_train))
 
 
 def _summary(folder, result: dict, least_gain: float) -> str:
@@ -339,8 +321,3 @@ def _summary(folder, result: dict, least_gain: float) -> str:
           f"({100 * result['random_baseline_test_accuracy']:.1f} %)\n{sampled}"
           f"{result['wall_seconds']:.1f} s in all, {result['compile_seconds']:.1f} s of it compiling the step\n"
           f"written to {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
-
-
-def slug(dataset: str) -> str:
-  """A dataset's name as part of a file name."""
-  return pathlib.Path(dataset).stem

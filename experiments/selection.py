@@ -8,7 +8,7 @@ import numpy as np
 
 from kipcore import absorb, certificate, coreset, keys, krr, report
 from kipcore.types import Support
-from experiments import pipeline, run_folder
+from experiments import estimate, outputs, pipeline, run_folder
 from experiments.config import SelectConfig
 from experiments.errors import UsageError, usage
 
@@ -40,10 +40,12 @@ def run_select(config: SelectConfig, output_dir: str | None = None, overwrite: b
     coreset.checks.positive("relative_ridge", config.relative_ridge)
   data = pipeline.load(config)
   baseline = pipeline.random_support(keys.stream(config.seed, "baseline 0"), data, config.images_per_class)
-  name = f"{pipeline.slug(config.dataset)}-{config.strategy}-ipc{config.images_per_class}-seed{config.seed}"
+  name = f"{outputs.slug(config.dataset)}-{config.strategy}-ipc{config.images_per_class}-seed{config.seed}"
   folder = run_folder.create(output_dir, name, overwrite)
   run_folder.write_config(folder, config, dataset_hashes=data.raw.hashes)
   x, y, m = jnp.asarray(data.x_train), jnp.asarray(data.y_train), baseline.x.shape[0]
+  if expected := estimate.of_selection(data, x.shape[0], coreset.num_score_columns(x.shape[0], m)):
+    say(expected)
   with usage():
     chosen = coreset.select_coreset(config.seed, x, y, config.images_per_class, config.strategy, data.kernel_fn,
                                     config.relative_ridge, score_ridge)
@@ -74,10 +76,10 @@ def run_select(config: SelectConfig, output_dir: str | None = None, overwrite: b
   images = data.preprocess.invert(np.asarray(chosen.x))
   if images.ndim == 4 and images.shape[-1] in (1, 3):
     report.save_image_grid(folder / "images.png", data.preprocess.invert(np.asarray(baseline.x)), images,
-                           np.argmax(np.asarray(chosen.y), axis=1), pipeline.pixel_range(data), data.raw.class_names,
+                           np.argmax(np.asarray(chosen.y), axis=1), outputs.pixel_range(data), data.raw.class_names,
                            titles=("random", chosen.strategy))
   result["wall_seconds"] = time.perf_counter() - started
-  pipeline.write_artifact(folder, config, data, support, result)
+  outputs.write_artifact(folder, config, data, support, result)
   np.savez(folder / "selection.npz", indices=chosen.indices, weights=np.asarray(chosen.weights),
            scores=np.asarray(scores.scores))
   run_folder.write_json(folder / "result.json", result)

@@ -14,7 +14,7 @@ from kipcore.distill.kip import KIPOptions, kip
 from kipcore.distill.loop import (DistillInfo, DistillResult, DistillState, Distiller, adam, distill, distill_init,
                                   distill_step)
 from kipcore.distill.method import Batch, LossInfo, Method, Sampler
-from kipcore.distill.devices import Targets, arrange_targets
+from kipcore.distill.targets import Targets, arrange_targets
 from kipcore.distill.importance import importance, sampler
 from kipcore.evaluate import KRREvaluation, evaluate_krr, evaluate_network
 from kipcore.gram import gram, gram_diag, gram_matvec

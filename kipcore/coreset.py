@@ -211,6 +211,11 @@ def _pursue(key, x, y, per_class, kernel_fn, num_candidates, share) -> Coreset:
   return _rows(x, y, result.indices, 1.0, "krr_pursuit")._replace(weights=share)
 
 
+def num_score_columns(num_rows: int, num_samples: int) -> int:
+  """Columns of the kernel matrix that `score_rows` evaluates: its landmarks, or all rows of a small dataset."""
+  return num_rows if num_rows <= _EXACT_ROWS else min(num_rows, max(2 * num_samples, 1000))
+
+
 def score_rows(key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn,
                score_ridge="auto") -> tuple[float, sensitivity.SensitivityScores]:
   """Ridge regression sensitivities of all rows: exact up to 3,000 rows, else certified over-estimates.
@@ -227,8 +232,7 @@ def score_rows(key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn,
     ValueError: for a score ridge <= 0. NumericalError: where a factorisation failed.
   """
   n = x.shape[0]
-  exact = n <= _EXACT_ROWS
-  num_landmarks = min(n, max(2 * num_samples, 1000))
+  exact, num_landmarks = n <= _EXACT_ROWS, num_score_columns(n, num_samples)
   k = kernel_fn(x, None) if exact else None
   if score_ridge == "auto":
     target = min(max(AUTO_KAPPA * num_samples, 2.0), 0.5 * n)

@@ -139,6 +139,18 @@ def test_float64_ignores_the_precision(x64):
     np.testing.assert_array_equal(*(kipcore.ntk_fn(architecture(name), p)(x) for p in ("float32", "bfloat16")))
 
 
+@pytest.mark.parametrize("name", ["fc2", "conv1"])
+def test_gram_over_devices_equals_gram_on_one(name, x64):
+  """8 simulated devices; rows that they do not divide, fewer rows than devices, one, none."""
+  x, other = (jnp.asarray(a) for a in images(np.float64, 11, 3))
+  kernel = NetworkKernel(architecture(name), "ntk")
+  for n in (11, 3, 1):
+    for block_size in (None, 1):
+      assert_close(kipcore.gram(kernel, x[:n], other, block_size, jax.devices()), kernel(x[:n], other), rtol=1e-13)
+    assert_close(kipcore.gram(kernel, x[:n], None, None, jax.devices()[:2]), kernel(x[:n]), rtol=1e-7)
+  assert kipcore.gram(kernel, x[:0], other, None, jax.devices()).shape == (0, 3)
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: kipcore.ntk_fn(kipcore.fc(1), "float16"), "precision: expected one of float32, tensorfloat32, bfloat16"),
     (lambda: NetworkKernel(kipcore.fc(1), "both"), "get: expected one of ntk, nngp"),

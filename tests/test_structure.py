@@ -15,11 +15,11 @@ import kipcore
 PACKAGE = pathlib.Path(kipcore.__file__).parent
 # A room may import rooms of its own layer that stand before it, and of lower layers.
 LAYERS = [
-    ["version", "types", "checks", "keys", "linalg", "architectures", "kernels.dual", "kernels.dense", "kernels.conv",
-     "kernels.finite", "kernels.stax", "kernels", "networks", "gram"],
+    ["version", "types", "checks", "keys", "linalg", "architectures", "devices", "gram", "kernels.dual", "kernels.dense",
+     "kernels.covariance", "kernels.conv", "kernels.finite", "kernels.stax", "kernels", "networks"],
     ["krr", "scoring", "leverage", "score_ridge", "sensitivity_cores", "sensitivity", "streaming", "draws", "clustering", "cholesky",
      "pursuit", "sampling", "guarantees", "certificate", "preprocess"],
-    ["evaluate", "coreset", "absorb", "distill.devices", "distill.method", "distill.samplers", "distill.importance", "distill.kip", "distill.loop", "distill"],
+    ["evaluate", "coreset", "absorb", "distill.targets", "distill.method", "distill.samplers", "distill.importance", "distill.kip", "distill.loop", "distill"],
     ["datasets", "artifact", "report"],
 ]
 ORDER = [room for layer in LAYERS for room in layer]

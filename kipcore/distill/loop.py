@@ -15,8 +15,9 @@ import numpy as np
 import optax
 
 from kipcore import checks, keys, linalg
-from kipcore.distill.devices import AXIS, Axis, Targets, arrange_targets, device_axis, pmap
+from kipcore.devices import AXIS, Axis, device_axis, pmap
 from kipcore.distill.method import Batch, Method, Params, Sampler
+from kipcore.distill.targets import Targets, arrange_targets
 from kipcore.types import Array, NumericalError, Status, Support
 
 _MAX_STEPS = 1000  # in one call to the devices

@@ -59,7 +59,7 @@ class Method(NamedTuple):
 
 
 class Sampler(NamedTuple):
-  """A law of target batches. Rows are grouped by class: see `devices.arrange_targets`.
+  """A law of target batches. Rows are grouped by class: see `targets.arrange_targets`.
 
   Attributes:
     name: for logs and artefacts.

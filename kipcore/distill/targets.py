@@ -1,4 +1,4 @@
-"""The device axis, and how target rows are dealt out along it."""
+"""How target rows are dealt out along the device axis."""
 
 from typing import NamedTuple
 
@@ -7,38 +7,6 @@ import numpy as np
 
 from kipcore import checks, keys
 from kipcore.types import Array
-
-AXIS = "devices"
-
-
-class Axis(NamedTuple):
-  """The device axis: its size, how many devices of it are of this process, which, and what `pmap` is told."""
-
-  size: int
-  local: int
-  own: slice
-  devices: list | None
-
-  def every(self, count: int) -> np.ndarray:
-    """The same number for each local device."""
-    return np.full((self.local,), count, np.int32)
-
-
-def device_axis(devices) -> Axis:
-  """The axis over a list of devices, over the first one for None, or over all of several processes."""
-  if jax.process_count() == 1:
-    devices = [jax.local_devices()[0]] if devices is None else list(devices)
-    return Axis(len(devices), len(devices), slice(None), devices)
-  if devices is not None:
-    raise ValueError("devices: expected None where several processes run, all of whose devices take part; got a list")
-  local = jax.local_device_count()
-  first = jax.devices().index(jax.local_devices()[0])
-  return Axis(jax.device_count(), local, slice(first, first + local), None)
-
-
-def pmap(fn, axis: Axis, **options):
-  """The only place where work is mapped over devices."""
-  return jax.pmap(fn, axis_name=AXIS, devices=axis.devices, **options)
 
 
 class Targets(NamedTuple):
