@@ -139,6 +139,15 @@ def test_float64_ignores_the_precision(x64):
     np.testing.assert_array_equal(*(kipcore.ntk_fn(architecture(name), p)(x) for p in ("float32", "bfloat16")))
 
 
+def test_batches_of_products_change_nothing(x64, monkeypatch):
+  """What runs on accelerators, whole tiles as one batch, against pair by pair."""
+  x1, x2 = (jnp.asarray(x) for x in images(np.float64, 5, 4))
+  expected = [NetworkKernel(architecture("conv2"), "ntk", tile)(x1, x2) for tile in (900, None)]
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  for tile, k in zip((900, None), expected):
+    assert_close(NetworkKernel(architecture("conv2"), "ntk", tile)(x1, x2), k, rtol=1e-13)
+
+
 @pytest.mark.parametrize("name", ["fc2", "conv1"])
 def test_gram_over_devices_equals_gram_on_one(name, x64):
   """8 simulated devices; rows that they do not divide, fewer rows than devices, one, none."""

@@ -27,7 +27,7 @@ from kipcore.kernels import covariance, dense
 from kipcore.types import Array
 
 # Numbers of a tile: what a core's cache holds, or what fills an accelerator.
-_TILE_ELEMENTS = {"cpu": 1 << 18, "gpu": 1 << 25}
+_CPU_TILE, _ACCELERATOR_TILE = 1 << 18, 1 << 25
 _NOTHING = covariance.Block(None, None, 1)
 
 
@@ -41,6 +41,8 @@ class _Plan(NamedTuple):
     with_ntk: whether tangent kernels are wanted.
     precision: of products.
     tile_elements: numbers of a tile.
+    batched: whether a tile of first covariances is one batch of products; on CPU they go pair by pair, since XLA's
+      batched products are ten times slower than single ones there.
   """
 
   whole: tuple
@@ -49,6 +51,7 @@ class _Plan(NamedTuple):
   with_ntk: bool
   precision: str
   tile_elements: int
+  batched: bool
 
 
 class _Image(NamedTuple):
@@ -95,8 +98,10 @@ def _plan(kernel) -> tuple[_Plan, tuple]:
   pooled = end if average else max((i + 1 for i, layer in enumerate(layers[:end]) if isinstance(layer, AvgPool)), default=0)
   # A global average of the pixels themselves needs a block that does nothing.
   whole = _blocks(layers[:pooled]) or (_NOTHING,) * average
-  tile = kernel.tile_elements or _TILE_ELEMENTS.get(jax.default_backend(), _TILE_ELEMENTS["gpu"])
-  return _Plan(whole, _blocks(layers[pooled:end]), average, kernel.get == "ntk", kernel.precision, tile), layers[end + 1:]
+  on_cpu = jax.default_backend() == "cpu"
+  tile = kernel.tile_elements or (_CPU_TILE if on_cpu else _ACCELERATOR_TILE)
+  plan = _Plan(whole, _blocks(layers[pooled:end]), average, kernel.get == "ntk", kernel.precision, tile, not on_cpu)
+  return plan, layers[end + 1:]
 
 
 def _blocks(layers: tuple) -> tuple:
@@ -132,13 +137,18 @@ def _self_pass(plan: _Plan, x: Array) -> _Image:
 
 def _map_tiles(fn, images, tile: int):
   """`fn` on runs of at most `tile` rows, recomputed in a gradient; the last run is padded by its last row."""
-  n = jax.tree.leaves(images)[0].shape[0]
-  tile = -(-n // -(-n // tile))
-  return gram.map_row_blocks(jax.checkpoint(fn), images, tile)
+  return gram.map_row_blocks(jax.checkpoint(fn), images, _even(jax.tree.leaves(images)[0].shape[0], tile))
+
+
+def _even(n: int, most: int) -> int:
+  """Rows in each of as few runs of at most `most` rows as n take, so that little is padded."""
+  return -(-n // -(-n // most))
 
 
 def _rectangle(plan: _Plan, a: _Image, b: _Image):
   """nngp and ntk of all pairs, two `(n1, n2)` arrays."""
+  if a.x.shape[0] > b.x.shape[0]:  # tiles are runs of the second images, so these should be the many
+    return tuple(None if k is None else k.T for k in _rectangle(plan, b, a))
   tile = _tile(plan, a.x)
 
   def row(image):
@@ -197,7 +207,12 @@ def _pairs(plan: _Plan, x1: Array, x2: Array, variances1, variances2):
     return nngp, ntk
 
   if plan.whole:
-    nngp, ntk = jax.lax.map(lambda pair: _first(plan, *pair, own), (x1, x2))
+    first = lambda pair: _first(plan, *pair, own)
+    if plan.batched:
+      together = max(1, plan.tile_elements // (x1.shape[1] * x1.shape[2])**2)
+      nngp, ntk = gram.map_row_blocks(jax.vmap(first), (x1, x2), _even(x1.shape[0], together))
+    else:
+      nngp, ntk = jax.lax.map(first, (x1, x2))
     nngp, ntk = through(plan.whole[1:], nngp, ntk)
     if not plan.average:
       nngp, ntk = (None if k is None else covariance.spatial_diagonal(k) for k in (nngp, ntk))

@@ -190,5 +190,5 @@ def _windows(k: Array, size: int) -> Array:
 
 
 def _divisor(n: int, most: int) -> int:
-  """The largest divisor of n that is at most `most` (at least 1)."""
+  """The largest _divisor of n that is at most `most` (at least 1)."""
   return next(d for d in range(min(n, max(most, 1)), 0, -1) if n % d == 0)
