@@ -34,6 +34,15 @@ def mnist(data_dir):
   return x, jnp.asarray(y), np.asarray(raw.y_train), raw, fitted
 
 
+def x64():
+  """A context of 64-bit floats; its home moved between versions of JAX."""
+  import jax
+  if hasattr(jax, "enable_x64"):
+    return jax.enable_x64(True)
+  from jax.experimental import enable_x64
+  return enable_x64(True)
+
+
 def timed(fn) -> tuple[float, object]:
   """Seconds until the result is there, and the result."""
   import jax

@@ -217,8 +217,9 @@ def _pairs(plan: _Plan, x1: Array, x2: Array, variances1, variances2):
     if not plan.average:
       nngp, ntk = (None if k is None else covariance.spatial_diagonal(k) for k in (nngp, ntk))
   else:
-    x1, x2 = (linalg.rounded(x, plan.precision) for x in (x1, x2))
-    nngp, ntk = jnp.sum(x1 * x2, axis=-1) / x1.shape[-1], None
+    # Channels in front: a sum over a short last axis is a scalar loop on CPU.
+    x1, x2 = (jnp.moveaxis(linalg.rounded(x, plan.precision), -1, 1) for x in (x1, x2))
+    nngp, ntk = jnp.sum(x1 * x2, axis=1) / x1.shape[1], None
   nngp, ntk = through(plan.diagonal, nngp, ntk)
   mean = lambda k: jnp.mean(k.reshape(k.shape[0], -1), axis=1)
   return mean(nngp), None if ntk is None else mean(ntk), tuple(met)

@@ -130,11 +130,17 @@ def later_block(block: Block, nngp: Array, ntk: Array | None, with_ntk: bool,
     maps = v1
     if nngp.ndim == 5:
       v1, v2 = v1[:, :, :, None, None], v2[:, None, None]
-    nngp, derivative = dual.activation(block.activation, nngp, v1, v2)
-    ntk = None if ntk is None else derivative * ntk
+    nngp, ntk = _activated(block.activation, nngp, ntk, v1, v2)
   if block.pool > 1:
     nngp, ntk = pool(nngp, block.pool), None if ntk is None else pool(ntk, block.pool)
   return nngp, ntk, maps
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _activated(activation, nngp: Array, ntk: Array | None, v1: Array, v2: Array) -> tuple[Array, Array | None]:
+  """Recomputed in a gradient: to compute a dual again is cheaper than to keep what its derivative needs."""
+  nngp, derivative = dual.activation(activation, nngp, v1, v2)
+  return nngp, None if ntk is None else derivative * ntk
 
 
 def spatial_diagonal(k: Array) -> Array:
@@ -167,7 +173,17 @@ def _box_jvp(size, primals, tangents):
   for d in range(size):
     for e in range(size):
       total = total + jax.lax.pad(dk, zero, [(0, 0, 0)] + [(d, 2 * r - d, 0), (e, 2 * r - e, 0)] * (k.ndim // 2))
-  return box(k, size), total[(slice(None),) + (slice(r, r + h), slice(r, r + w)) * (k.ndim // 2)] / size**2
+  tangent = total[(slice(None),) + (slice(r, r + h), slice(r, r + w)) * (k.ndim // 2)] / size**2
+  return box(k, size), _settled(tangent)
+
+
+def _settled(k: Array) -> Array:
+  """`k`, written to memory: else XLA on CPU fuses what makes it with what reads it, and computes it anew for each shift of a box.
+
+  A loop of two rounds, because it looks through an `optimization_barrier`.
+  """
+  halves = jnp.pad(k.reshape(-1), (0, k.size % 2)).reshape(2, -1)
+  return jax.lax.map(lambda half: half * jnp.ones((), k.dtype), halves).reshape(-1)[:k.size].reshape(k.shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
