@@ -28,8 +28,8 @@ class NetworkKernel:
       what one pair of images needs behind its first pooling.
     precision: "float32", or "tensorfloat32" or "bfloat16" for the first products, of images or patches
       rounded to that type and summed in float32; everything behind them stays float32. The result
-      is the exact kernel of the rounded inputs, so it stays positive semi-definite; relative to the kernel of
-      the inputs themselves entries move by some 1e-4 or 1e-3. float64 inputs ignore it.
+      is the exact kernel of the rounded inputs, so it stays positive semi-definite; entries move by some
+      1e-4 or 1e-3 of the largest. float64 inputs ignore it.
   """
 
   arch: Architecture
