@@ -97,15 +97,14 @@ def ablation_table(results: dict) -> str:
 
 def kernels_table(results: dict) -> str:
   """Markdown of `benchmark_kernels.json`: a row a network and image size, beside neural-tangents."""
-  lines = ["| network | images | pairs | forward, ms a pair | times faster (in a loop) | with gradient, ms a pair | times faster | over the floor | "
+  lines = ["| network | images | pairs | forward, ms | times faster (in a loop) | with gradient, ms | times faster | over the floor | "
            "scratch memory, MB | error |", "| --- |" + " --- |" * 9]
   for row in (row for job in ("convolutional", "dense") for row in results["jobs"][job]["rows"]):
-    number = row["rows"] * row["other_rows"]
     times = []
     for part in ("forward", "gradient"):
-      ours, theirs = (1e3 * row[part][side]["seconds"] / number for side in ("ours", "neural_tangents"))
+      ours, theirs = (1e3 * row[part][side]["seconds"] for side in ("ours", "neural_tangents"))
       ratio = f"**{theirs / ours:.{1 if theirs < 10 * ours else 0}f}**"
-      times += [f"{ours:.2g} / {theirs:.2g}", f"{ratio} ({row[part]['ratio_in_loop']:.1f})" if part == "forward" else ratio]
+      times += [f"{ours:,.0f} / {theirs:,.0f}", f"{ratio} ({row[part]['ratio_in_loop']:.1f})" if part == "forward" else ratio]
     memory = " / ".join(f"{row['gradient'][side]['scratch_bytes'] / 1e6:,.0f}" for side in ("ours", "neural_tangents"))
     lines.append(f"| {row['architecture']} | {'x'.join(map(str, row['shape']))} | {row['rows']} x {row['other_rows']} | "
                  + " | ".join(times) + f" | {row['forward_over_floor']:.1f} | {memory} | {row['difference']['ours']['value']:.0e} / "
