@@ -42,11 +42,12 @@ def combination(shape):
   return np.random.default_rng(1).normal(size=shape)
 
 
-@pytest.mark.parametrize("name, get", [(name, "ntk") for name in NAMES] + [
-    (name, "nngp") for name in ("fc3", "conv2_vec", "conv2_gap")])
-@pytest.mark.parametrize("dtype", [np.dtype("float32"), np.dtype("float64")], ids=str)
+# float64 of pooled networks: `test_convolutions.py` has more of them.
+@pytest.mark.parametrize("name, get, dtype", [(name, "ntk", "float32") for name in NAMES] + [
+    (name, "ntk", "float64") for name in ("fc1", "fc3", "conv2", "conv2_vec")] + [
+    ("fc3", "nngp", "float32"), ("conv2_vec", "nngp", "float64"), ("conv2_gap", "nngp", "float32")])
 def test_equals_neural_tangents(name, get, dtype):
-  arch = architecture(name)
+  arch, dtype = architecture(name), np.dtype(dtype)
   x1, x2 = images(dtype)
   kernel = NetworkKernel(arch, get)
   for other in (None, x2):
