@@ -13,10 +13,10 @@ def conformance_table(results: dict) -> str:
   lines = ["| run | test accuracy, % | seeds | seconds | reference |", "| --- | --- | --- | --- | --- |"]
   for name, job in results["jobs"].items():
     scores = f"{job['mean_percent']:.2f}" + (f" ± {job['std_percent']:.2f}" if job["std_percent"] is not None else "")
-    seconds = sum(run["wall_seconds"] for run in job["runs"]) / len(job["runs"])
+    seconds = statistics.median(run["wall_seconds"] for run in job["runs"])
     lines.append(f"| `{name}` | {scores} | {len(job['runs'])} | {seconds:.0f} | {job['reference_percent']} |")
   hardware = results["environment"]["hardware"]
-  lines += ["", f"Mean and deviation over seeds, {hardware['cpu_cores']} CPU cores, JAX "
+  lines += ["", f"Mean and deviation over seeds, median seconds, {hardware['cpu_cores']} CPU cores, JAX "
             f"{results['environment']['versions']['jax']}, from `experiments/results/conformance.json` "
             "(`python -m experiments.conformance`). The CIFAR-10 used here was decoded from JPEG files of quality 75, "
             "so its figures are not strictly comparable with published ones."]
