@@ -41,12 +41,10 @@ def rounded(a: Array, precision: str) -> Array:
 
 def product(a: Array, b: Array, precision: str) -> Array:
   """`a @ b.T`, summed in the dtype of the inputs, for factors that are `rounded` to that precision already."""
-  how = HIGHEST
-  if a.dtype == jnp.float32 and precision == "tensorfloat32":
-    how = jax.lax.Precision.HIGH
-  if a.dtype == jnp.float32 and precision == "bfloat16":
-    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jnp.matmul(a, b.T, preferred_element_type=jnp.float32)
+  narrow = a.dtype == jnp.float32
+  if narrow and precision == "bfloat16":
+    return jnp.matmul(a.astype(jnp.bfloat16), b.T.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+  how = jax.lax.Precision.HIGH if narrow and precision == "tensorfloat32" else HIGHEST
   return jnp.matmul(a, b.T, precision=how)
 
 

@@ -1,4 +1,4 @@
-"""Closed-form NTK and NNGP of fully connected ReLU networks: one matrix product, then entrywise."""
+"""Closed-form NTK and NNGP of fully connected networks: one matrix product, then entrywise."""
 
 import jax.numpy as jnp
 
@@ -10,10 +10,11 @@ from kipcore.types import Array
 
 def dense_kernel(kernel, x1: Array, x2: Array | None = None) -> Array:
   """K(x1, x2), `(n1, n2)`, of a `NetworkKernel`; rows are flattened first. See `dense_tail` for the recursion."""
+  layers, symmetric = kernel.arch.layers[1:], x2 is None
   x1, v1 = _rows(kernel, x1)
-  x2, v2 = (x1, v1) if x2 is None else _rows(kernel, x2)
-  k = dense_tail(kernel.arch.layers[1:], kernel.get, linalg.product(x1, x2, kernel.precision) / x1.shape[1], v1, v2)
-  return with_exact_diagonal(k, dense_tail_diag(kernel.arch.layers[1:], kernel.get, v1)) if x2 is x1 else k
+  x2, v2 = (x1, v1) if symmetric else _rows(kernel, x2)
+  k = dense_tail(layers, kernel.get, linalg.product(x1, x2, kernel.precision) / x1.shape[1], v1, v2)
+  return with_exact_diagonal(k, dense_tail_diag(layers, kernel.get, v1)) if symmetric else k
 
 
 def dense_diag(kernel, x: Array) -> Array:
