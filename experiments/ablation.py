@@ -111,12 +111,10 @@ def load(dataset: str, images_per_class: int, changes: dict, seed: int, data_dir
 def run(config: DistillConfig, data, start) -> dict:
   """One run: accuracies in percent at the logged target evaluations, and the cost."""
   from experiments import pipeline
-  from kipcore.types import Support
   evaluations, curves = [], {"validation": [], "test": []}
   pass_rows = data.x_train.shape[0] / config.refresh_every if config.refresh_every else 0
 
-  def callback(step, params, record):
-    current = Support(params["x"], params["y"])
+  def callback(step, current, record):
     evaluations.append(round(start.target_evaluations + step * (config.target_batch_size + pass_rows)))
     curves["validation"].append(round(100 * pipeline.score(config, data, current, data.x_validation, data.y_validation), 3))
     curves["test"].append(round(100 * pipeline.score(config, data, current), 3))

@@ -254,8 +254,7 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
   with tqdm(total=config.steps if config.method == "kip" else None, desc=config.method, unit="step",
             disable=None if verbose and config.method == "kip" else True, leave=False) as bar:
 
-    def callback(step, params, record):
-      current = Support(params["x"], params["y"])
+    def callback(step, current, record):
       if data.x_validation.shape[0]:
         record["validation_accuracy"] = score(config, data, current, *validation)
       if config.log_test_accuracy:

@@ -23,22 +23,32 @@ class Network(nn.Module):
     width: units or channels of every layer but the readout.
     num_outputs: units of the readout.
     parameterization: "standard" or "ntk".
+    norm: after each convolution, "none", "instance" (the ConvNet of DC, DM, MTT) or "batch" (FRePo;
+      its running means are the collection `batch_stats`). A network with a norm is not what `ntk_fn` describes.
+    width_growth: factor of the channels after each pool.
+    softplus: beta > 0 for softplus(beta x) / beta in the place of ReLU (RCIG, whose gradients go through it twice).
   """
 
   arch: Architecture
   width: int = 128
   num_outputs: int = 10
   parameterization: str = "standard"
+  norm: str = "none"
+  width_growth: int = 1
+  softplus: float = 0.0
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
-    last = len(self.arch.layers) - 1
+  def __call__(self, x: Array, features: bool = False, train: bool = False) -> Array:
+    """Outputs `(n, num_outputs)`, or with `features` what the readout sees, `(n, p)`; `train`: batch norm by the batch."""
+    last, width = len(self.arch.layers) - 1, self.width
     for i, layer in enumerate(self.arch.layers):
+      if features and i == last:
+        break
       match layer:
         case Flatten():
           x = x.reshape(x.shape[0], -1)
         case Relu():
-          x = nn.relu(x)
+          x = nn.softplus(self.softplus * x) / self.softplus if self.softplus else nn.relu(x)
         case LeakyRelu():
           x = nn.leaky_relu(x, layer.slope)
         case Erf():
@@ -48,12 +58,23 @@ class Network(nn.Module):
         case AvgPool():
           with linalg.permissive_promotion():
             x = nn.avg_pool(x, (layer.size, layer.size), (layer.size, layer.size))
+          width = width * self.width_growth
         case GlobalAvgPool():
           x = jnp.mean(x, axis=(1, 2))
         case Dense():
-          x = self._linear(i, layer, self.num_outputs if i == last else self.width, x)
+          x = self._linear(i, layer, self.num_outputs if i == last else width, x)
         case Conv():
-          x = self._linear(i, layer, self.width, x)
+          x = self._normalized(i, self._linear(i, layer, width, x), train)
+    return x
+
+  def _normalized(self, i: int, x: Array, train: bool) -> Array:
+    options = dict(epsilon=1e-5, param_dtype=x.dtype, name=f"norm_{i}")
+    with linalg.permissive_promotion():
+      match self.norm:
+        case "instance":
+          return nn.InstanceNorm(**options)(x)
+        case "batch":
+          return nn.BatchNorm(use_running_average=not train, momentum=0.9, **options)(x)
     return x
 
   def _linear(self, i: int, layer, features: int, x: Array) -> Array:
@@ -72,7 +93,8 @@ class Network(nn.Module):
     return (y * weight_scale + bias * bias_scale) if ntk else y + bias
 
 
-def network(arch: Architecture, width: int = 128, num_outputs: int = 10, parameterization: str = "standard") -> Network:
+def network(arch: Architecture, width: int = 128, num_outputs: int = 10, parameterization: str = "standard",
+            norm: str = "none", width_growth: int = 1, softplus: float = 0.0) -> Network:
   """The Flax module of an architecture.
 
   Args:
@@ -80,16 +102,23 @@ def network(arch: Architecture, width: int = 128, num_outputs: int = 10, paramet
     width: units or channels of every layer but the readout, >= 1.
     num_outputs: units of the readout, >= 1.
     parameterization: "standard" (usual for training) or "ntk"; see `Network`.
+    norm: "none", "instance" or "batch".
+    width_growth: factor of the channels after each pool, >= 1.
+    softplus: 0 for ReLU, else the beta of what stands in its place.
 
   Returns:
     A `flax.linen` module; `init(key, x)` and `apply(variables, x)` with x `(n, ...)`
     (NHWC for convolutions) give `(n, num_outputs)`.
 
   Raises:
-    ValueError, TypeError: for a width or number of outputs below 1, or another
-      parameterisation.
+    ValueError, TypeError: for a width, growth or number of outputs below 1, a negative softplus, or another
+      parameterisation or norm.
   """
   checks.positive_int("width", width)
   checks.positive_int("num_outputs", num_outputs)
   checks.one_of("parameterization", parameterization, ("standard", "ntk"))
-  return Network(arch, width, num_outputs, parameterization)
+  checks.one_of("norm", norm, ("none", "instance", "batch"))
+  checks.positive_int("width_growth", width_growth)
+  if not softplus >= 0:
+    raise ValueError(f"softplus: expected a number >= 0, got {softplus}")
+  return Network(arch, width, num_outputs, parameterization, norm, width_growth, softplus)

@@ -19,7 +19,9 @@ LAYERS = [
      "kernels.covariance", "kernels.conv", "kernels.finite", "kernels.stax", "kernels", "networks"],
     ["krr", "scoring", "leverage", "score_ridge", "sensitivity_cores", "sensitivity", "streaming", "draws", "clustering", "cholesky",
      "pursuit", "sampling", "guarantees", "certificate", "preprocess"],
-    ["evaluate", "coreset", "absorb", "distill.targets", "distill.method", "distill.samplers", "distill.importance", "distill.kip", "distill.loop", "distill"],
+    ["evaluate", "coreset", "absorb", "distill.targets", "distill.method", "distill.samplers", "distill.importance", "distill.optimizers",
+     "distill.features", "distill.augment", "distill.kip", "distill.rfad", "distill.frepo", "distill.distribution_matching",
+     "distill.gradient_matching", "distill.experts", "distill.trajectory_matching", "distill.rcig", "distill.closed_form", "distill.loop", "distill"],
     ["datasets", "artifact", "report"],
 ]
 ORDER = [room for layer in LAYERS for room in layer]

@@ -59,7 +59,7 @@ def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
     log_temperature = jnp.asarray(math.log(options.initial_temperature), support.x.dtype)
     return {"x": support.x, "y": support.y, "log_temperature": log_temperature}
 
-  def trainable(params: Params) -> dict[str, bool]:
+  def trainable(params: Params) -> dict[str, float]:
     del params
     return {"x": True, "y": options.learn_labels, "log_temperature": options.loss == "cross_entropy"}
 
@@ -77,4 +77,4 @@ def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
     info = LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), fit.status)
     return value, jax.lax.stop_gradient(info)
 
-  return Method("kip", init_params, lambda params: Support(params["x"], params["y"]), trainable, loss)
+  return Method("kip", init_params, lambda params, aux: Support(params["x"], params["y"]), trainable, loss)

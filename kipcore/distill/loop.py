@@ -17,6 +17,7 @@ import optax
 from kipcore import checks, keys, linalg
 from kipcore.devices import AXIS, Axis, device_axis, pmap
 from kipcore.distill.method import Batch, Method, Params, Sampler
+from kipcore.distill.optimizers import adam  # noqa: F401, where callers look for it
 from kipcore.distill.targets import Targets, arrange_targets
 from kipcore.types import Array, NumericalError, Status, Support
 
@@ -71,27 +72,6 @@ class DistillResult(NamedTuple):
   seconds: float
 
 
-def adam(learning_rate: float, num_steps: int, schedule: str = "constant") -> optax.GradientTransformation:
-  """Adam with a constant rate or one that falls along a cosine to zero.
-
-  Args:
-    learning_rate: > 0.
-    num_steps: length of the schedule.
-    schedule: "constant" or "cosine".
-
-  Returns:
-    An optax transformation.
-
-  Raises:
-    ValueError: for a rate <= 0 or an unknown schedule.
-  """
-  checks.positive("learning_rate", learning_rate)
-  checks.one_of("schedule", schedule, ("constant", "cosine"))
-  if schedule == "cosine":
-    return optax.adam(optax.cosine_decay_schedule(learning_rate, max(num_steps, 1)))
-  return optax.adam(learning_rate)
-
-
 def distill_init(key, distiller: Distiller, support: Support, class_counts: Array, capacity: int) -> DistillState:
   """The state before the first step.
 
@@ -113,7 +93,7 @@ def distill_init(key, distiller: Distiller, support: Support, class_counts: Arra
   checks.floating("support.y", support.y)
   params = distiller.method.init_params(support)
   opt_state = _optimizer(distiller, params).init(params)
-  aux = distiller.method.init_aux(keys.stream(key, "aux"))
+  aux = distiller.method.init_aux(keys.stream(key, "aux"), params)
   return DistillState(params, opt_state, aux, distiller.sampler.init(class_counts, capacity), jnp.zeros((), jnp.int32))
 
 
@@ -135,9 +115,9 @@ def distill_step(key, distiller: Distiller, state: DistillState, targets: Target
   step_key = keys.at_step(keys.stream(key, "step"), state.step)
   device_key = keys.at_step(step_key, 0 if axis_name is None else jax.lax.axis_index(axis_name))
   size = -(-distiller.batch_size // num_devices)
-  state = _refresh(keys.stream(step_key, "loss"), distiller, state, targets, size)
+  state = _refresh(keys.stream(step_key, "loss"), distiller, state, targets, size, axis_name)
   indices, weights = distiller.sampler.draw(keys.stream(device_key, "draw"), state.sampler, size)
-  batch = Batch(targets.x[indices], targets.y[indices])
+  batch = Batch(targets.x[indices], targets.y[indices], axis_name)
   weights = weights.astype(targets.y.dtype) * targets.share
 
   def loss_fn(params):
@@ -162,7 +142,7 @@ def distill_step(key, distiller: Distiller, state: DistillState, targets: Target
           DistillInfo(loss, accuracy, norm, status))
 
 
-def _refresh(key, distiller: Distiller, state: DistillState, targets: Targets, size: int) -> DistillState:
+def _refresh(key, distiller: Distiller, state: DistillState, targets: Targets, size: int, axis_name) -> DistillState:
   """On the sampler's schedule, but not before the first step: all rows scored, in blocks of `size`."""
   every, capacity = distiller.sampler.refresh_every, targets.x.shape[0]
   if not every:
@@ -171,7 +151,7 @@ def _refresh(key, distiller: Distiller, state: DistillState, targets: Targets, s
   def block(sampler, first):
     # The last block begins early enough to be whole; a row scored twice has the same score.
     rows = jnp.minimum(first, max(capacity - size, 0)) + jnp.arange(min(size, capacity), dtype=jnp.int32)
-    batch = Batch(targets.x[rows], targets.y[rows])
+    batch = Batch(targets.x[rows], targets.y[rows], axis_name)
     weights = jnp.ones(rows.shape, targets.y.dtype)
     _, info = distiller.method.loss(state.params, state.aux, batch, weights, key)
     return distiller.sampler.update(sampler, rows, batch.y, info), None
@@ -200,7 +180,7 @@ def scoring_evaluations(distiller: Distiller, num_rows: int, num_steps: int) -> 
 
 def distill(key, distiller: Distiller, support: Support, x_target, y_target, num_steps: int,
             devices: Sequence[jax.Device] | None = None, log_steps: Sequence[int] | None = None,
-            callback: Callable[[int, Params, dict], None] | None = None,
+            callback: Callable[[int, Support, dict], None] | None = None,
             progress: Callable[[int], None] | None = None) -> DistillResult:
   """Distils: `num_steps` updates of the support towards the targets.
 
@@ -215,7 +195,7 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
       run (`jax.distributed.initialize`), every process calls this with the same arguments, all
       devices of all of them take part, and None is the only choice.
     log_steps: steps after which to log; None for `default_log_steps(num_steps)`.
-    callback: called as `callback(step, params, record)` at logged steps, the first (0) and
+    callback: called as `callback(step, support, record)` at logged steps, the first (0) and
       the last included; it may add to `record`.
     progress: called with the number of steps done, about once a second.
 
@@ -265,10 +245,10 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
         progress(done)
     record = {"step": done, "seconds": seconds, **record}
     if callback is not None:
-      callback(done, _first(state.params), record)
+      callback(done, distiller.method.support(_first(state.params), _first(state.aux)), record)
     history.append(record)
   final = _first(state)
-  return DistillResult(distiller.method.support(final.params), final, history, compile_seconds, seconds)
+  return DistillResult(distiller.method.support(final.params, final.aux), final, history, compile_seconds, seconds)
 
 
 def default_log_steps(num_steps: int) -> list[int]:
@@ -309,8 +289,10 @@ def _first(tree):
 
 
 def _optimizer(distiller: Distiller, params: Params) -> optax.GradientTransformation:
-  labels = {name: "learn" if on else "keep" for name, on in distiller.method.trainable(params).items()}
-  return optax.multi_transform({"learn": distiller.optimizer, "keep": optax.set_to_zero()}, labels)
+  """The optimiser, its updates scaled by the method's factor for each parameter."""
+  factors = {name: float(factor) for name, factor in distiller.method.trainable(params).items()}
+  scaled = {f: optax.chain(distiller.optimizer, optax.scale(f)) if f else optax.set_to_zero() for f in set(factors.values())}
+  return optax.multi_transform(scaled, factors)
 
 
 def _raise_if_failed(infos: DistillInfo, done: int) -> None:

@@ -7,16 +7,23 @@ to learn from next; an initialiser (`coreset.py`) says where to start. The loop
 
 from typing import Any, Callable, NamedTuple
 
+import jax
+
 from kipcore.types import Array, Support
 
 Params = dict[str, Array]
 
 
 class Batch(NamedTuple):
-  """Targets: inputs `(t, ...)` and labels `(t, c)`."""
+  """Targets: inputs `(t, ...)` and labels `(t, c)`.
+
+  `axis_name` is the mapped device axis over which a batch is divided, None on one device; methods
+  whose loss is no mean over targets sum their statistics over it (`across`).
+  """
 
   x: Array
   y: Array
+  axis_name: str | None = None
 
 
 class LossInfo(NamedTuple):
@@ -41,20 +48,23 @@ class Method(NamedTuple):
   Attributes:
     name: for logs and artefacts.
     init_params: `support -> params`, a dict of arrays: all that the method learns.
-    support: `params -> Support`, the inverse.
-    trainable: `params -> {name: bool}`; what is False stays as it is.
-    loss: `(params, aux, batch, weights, key) -> (scalar, LossInfo)`, where the scalar is
-      mean(weights * per_example).
-    init_aux: `key -> aux`: random networks, a pool, expert checkpoints, or ().
-    update_aux: `(key, params, aux, step) -> aux`: redraw or train them.
+    support: `(params, aux) -> Support`, the inverse.
+    trainable: `params -> {name: factor}`: the learning rate of each as a factor of the
+      optimiser's (True is 1); what is 0 or False stays as it is.
+    loss: `(params, aux, batch, weights, key) -> (scalar, LossInfo)`. Of KIP-like methods the scalar is
+      mean(weights * per_example); others weigh the targets in their own way and say how.
+    init_aux: `(key, params) -> aux`: random networks, a pool, expert checkpoints, or ().
+    update_aux: `(key, params, aux, step) -> aux`: redraw or train them, after the step was taken.
+
+  Keys are the same on every device, so that `aux` is.
   """
 
   name: str
   init_params: Callable[[Support], Params]
-  support: Callable[[Params], Support]
-  trainable: Callable[[Params], dict[str, bool]]
+  support: Callable[[Params, Any], Support]
+  trainable: Callable[[Params], dict[str, float]]
   loss: Callable[..., tuple[Array, LossInfo]]
-  init_aux: Callable[[Array], Any] = lambda key: ()
+  init_aux: Callable[[Array, Params], Any] = lambda key, params: ()
   update_aux: Callable[..., Any] = lambda key, params, aux, step: aux
 
 
@@ -76,3 +86,16 @@ class Sampler(NamedTuple):
   draw: Callable[[Array, Any, int], tuple[Array, Array]]
   update: Callable[..., Any] = lambda state, indices, labels, info: state
   refresh_every: int = 0
+
+
+def across(batch: Batch, sums):
+  """Sums over the devices that share a batch; the identity on one device.
+
+  Args:
+    batch: of this device.
+    sums: arrays that add up, such as weighted sums over the targets of each class.
+
+  Returns:
+    The same tree.
+  """
+  return sums if batch.axis_name is None else jax.lax.psum(sums, batch.axis_name)
