@@ -26,6 +26,16 @@ class DistillConfig(DataConfig):
   """What `run_distill` needs besides."""
 
   method: str = "kip"
+  preset: str = "cpu"
+  options: str = ""
+  width: int = 128
+  optimizer: str = "adam"
+  network_seeds: int = 0
+  network_steps: int = 1000
+  experts: str = ""
+  num_experts: int = 100
+  expert_epochs: int = 50
+  expert_rows: int = 0
   init: str = "kmeans"
   sampler: str = "cross_entropy"
   uniform_mix: float = 0.5
@@ -53,6 +63,26 @@ class SelectConfig(DataConfig):
   relative_ridge: float = 1e-6
 
 
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+  """The grid of `run_compare`."""
+
+  methods: tuple = ("kip", "rfad", "frepo", "rcig", "dm", "dc", "dsa", "mtt")
+  inits: tuple = ("uniform", "kmeans")
+  samplers: tuple = ("uniform", "cross_entropy")
+  num_seeds: int = 3
+  seed: int = 0
+  evaluations: int = 0
+  preset: str = "cpu"
+
+
 def from_flags(kind: type, values):
   """A config of that kind from parsed flags."""
-  return kind(**{field.name: getattr(values, field.name) for field in dataclasses.fields(kind)})
+  plain = lambda value: tuple(value) if isinstance(value, list) else value
+  return kind(**{field.name: plain(getattr(values, field.name)) for field in dataclasses.fields(kind)})
+
+
+def given_flags(kind: type, values) -> dict:
+  """The fields of a config that the user set, from parsed flags."""
+  names = [field.name for field in dataclasses.fields(kind) if field.name in values]
+  return {name: values[name].value for name in names if values[name].present}

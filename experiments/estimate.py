@@ -40,18 +40,31 @@ def of_distillation(config, data, support_size: int, batch_size: int, solved_row
     scores: scores of all test rows.
     num_devices: that share the steps.
   """
-  if not data.kernel_fn.arch.convolutional or config.method != "kip":
+  if not data.kernel_fn.arch.convolutional:
     return None
+  if config.method != "kip":
+    return _of_scores(config, data, support_size, solved_rows, validation_rows, scores)
   shared = 1 if jax.default_backend() == "cpu" else num_devices  # simulated devices share the cores
   forward, _ = seconds_a_pair(data.kernel_fn, data.x_train, gradient=False)
   backward, scratch = seconds_a_pair(data.kernel_fn, data.x_train, gradient=True)
   step_pairs = pairs(support_size, batch_size, symmetric=True)
   step = step_pairs * backward / shared
-  logs = len(loop.default_log_steps(config.steps))
-  other = forward * support_size * (scores * data.x_test.shape[0] + solved_rows + logs * validation_rows)
+  other = forward * support_size * _scored_rows(config, data, solved_rows, validation_rows, scores)
   return (f"estimate: {step_pairs:,} pairs of images a step, {1e3 * backward:.3g} ms each: {step:.3g} s a step, {duration(config.steps * step)} "
           f"for {config.steps} steps, and {duration(other)} for labels and scores ({1e3 * forward:.3g} ms a pair; --test_rows for less); "
           f"{scratch / 1e6:,.0f} MB of scratch memory, {4e-6 * step_pairs:,.1f} MB of kernel matrices")
+
+
+def _scored_rows(config, data, solved_rows: int, validation_rows: int, scores: int) -> int:
+  return scores * data.x_test.shape[0] + solved_rows + len(loop.default_log_steps(config.steps)) * validation_rows
+
+
+def _of_scores(config, data, support_size, solved_rows, validation_rows, scores) -> str:
+  """For methods whose steps are no kernel: the scores by ridge regression are."""
+  forward, _ = seconds_a_pair(data.kernel_fn, data.x_train, gradient=False)
+  rows = _scored_rows(config, data, solved_rows, validation_rows, scores)
+  return (f"estimate: {duration(forward * support_size * rows)} for scores by kernel ridge regression ({1e3 * forward:.3g} ms a pair of "
+          f"images; --test_rows for less); the steps are the method's own")
 
 
 def of_selection(data, rows: int, columns: int) -> str | None:

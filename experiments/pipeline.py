@@ -1,6 +1,7 @@
 """The one path of the data: dataset, preprocessing, start, distillation, artefact, evaluation, pictures."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
@@ -13,13 +14,12 @@ from tqdm import tqdm
 
 from kipcore import absorb, checks, coreset, datasets, evaluate, keys, kernels, krr, preprocess
 from kipcore.architectures import architecture
-from kipcore.distill import importance, kip, loop, method
+from kipcore.distill import importance, loop, method, optimizers
 from kipcore.types import Support
-from experiments import estimate, outputs, run_folder
+from experiments import estimate, experts, methods, outputs, run_folder
 from experiments.config import DataConfig, DistillConfig
 from experiments.errors import UsageError, usage
 
-METHODS = ("kip", "label_solve")
 _BASELINE_DRAWS = 3
 _VALIDATION_ROWS = 2000
 # Fewer rows than this for each image do not determine its label.
@@ -96,7 +96,7 @@ def start(config: DistillConfig, data: Data) -> Start:
   if stride := label_stride(config, data, support.x.shape[0]):
     x, y = data.x_train[::stride], data.y_train[::stride]
     return Start(chosen, with_solved_labels(config, data, support, x, y), x.shape[0])
-  if chosen.ridge is not None:
+  if chosen.ridge is not None and not methods.RECIPES[config.method].hard_labels:
     used = krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge)
     support, _ = absorb.absorb_weights(data.kernel_fn, chosen, chosen.ridge, used)
   return Start(chosen, support)
@@ -142,14 +142,13 @@ def distil(config: DistillConfig, data: Data, support: Support, callback=None, p
   if config.method == "label_solve":
     return _solve_labels(config, data, support)
   batch_size = batch_size_of(config, data)
+  evaluations = experts.prepare(config, data, sampler_of(config), config.experts) if config.method == "mtt" else 0
   with usage():
-    options = kip.KIPOptions(config.relative_ridge, config.loss, config.learn_labels)
-    distiller = loop.Distiller(kip.kip(data.kernel_fn, options),
-                               sampler_of(config),
-                               loop.adam(config.learning_rate, config.steps, config.schedule), batch_size)
+    problem = methods.Problem(data.kernel_fn, data.y_train.shape[1], config.experts)
+    distiller = methods.distiller_of(config, problem, sampler_of(config), batch_size)
   result = loop.distill(config.seed, distiller, support, data.x_train, data.y_train, config.steps,
                         devices=devices_of(config) if jax.process_count() == 1 else None, callback=callback, progress=progress)
-  evaluations = config.steps * batch_size + loop.scoring_evaluations(distiller, data.x_train.shape[0], config.steps)
+  evaluations += config.steps * batch_size + loop.scoring_evaluations(distiller, data.x_train.shape[0], config.steps)
   sampler = result.state.sampler
   gain = float(sampler.gain) if isinstance(sampler, importance.ImportanceState) else None
   return Outcome(result.support, result.history, evaluations, result.compile_seconds, result.seconds, gain)
@@ -163,8 +162,11 @@ def uniform_targets(config: DistillConfig, data: Data, support: Support, evaluat
 
 
 def sampler_of(config: DistillConfig) -> method.Sampler:
-  """The sampler of the config."""
-  return importance.sampler(config.sampler, config.uniform_mix, config.weight_exponent, config.least_gain, config.refresh_every)
+  """The sampler of the config; equal ones are one object."""
+  return _sampler(config.sampler, config.uniform_mix, config.weight_exponent, config.least_gain, config.refresh_every)
+
+
+_sampler = functools.lru_cache(maxsize=32)(importance.sampler)
 
 
 def _solve_labels(config: DistillConfig, data: Data, support: Support) -> Outcome:
@@ -205,6 +207,20 @@ def score(config: DistillConfig, data: Data, support: Support, x=None, y=None) -
   return float(result.accuracy)
 
 
+def shown_rows(config: DistillConfig) -> int:
+  """Validation rows that are scored while a run goes on: few where the test rows are."""
+  return min(_VALIDATION_ROWS, config.test_rows or _VALIDATION_ROWS)
+
+
+def network_scores(config: DistillConfig, data: Data, support: Support) -> dict:
+  """Test accuracy of finite networks trained on a support, with the method's norm; {} where no seeds are asked for."""
+  if not config.network_seeds:
+    return {}
+  scores = evaluate.evaluate_network(config.seed, data.kernel_fn.arch, support, data.x_test, data.y_test, config.network_seeds,
+                                     config.width, config.network_steps, norm=methods.RECIPES[config.method].norm)
+  return {"network_test_accuracy": [float(s) for s in scores], "network_test_accuracy_mean": float(np.mean(scores))}
+
+
 def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite: bool = False,
                 verbose: bool = True) -> tuple[pathlib.Path, dict]:
   """The main job: distils, scores, and writes the run folder.
@@ -224,22 +240,25 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
   started = time.perf_counter()
   say = (lambda text: tqdm.write(text, file=sys.stdout)) if verbose else (lambda text: None)
   devices = devices_of(config)
-  _check(config)
+  check(config)
   data = load(config)
-  batch = batch_size_of(config, data) if config.method == "kip" else data.x_train.shape[0]
+  has_loop = methods.has_loop(config)
+  batch = batch_size_of(config, data) if has_loop else data.x_train.shape[0]
   baselines = [random_support(keys.stream(config.seed, f"baseline {draw}"), data, config.images_per_class)
                for draw in range(_BASELINE_DRAWS)]
   m = baselines[0].x.shape[0]
   name = f"{outputs.slug(config.dataset)}-{config.method}-{config.architecture}-ipc{config.images_per_class}-seed{config.seed}"
   folder = run_folder.create(output_dir, name, overwrite)
+  if config.method == "mtt" and not config.experts:
+    config = dataclasses.replace(config, experts=str(folder / "experts.npy"))
   run_folder.write_config(folder, config, support_size=m, resolved_target_batch_size=batch,
                           resolved_num_devices=len(devices), dataset_hashes=data.raw.hashes, note=data.raw.note)
   say(f"{config.dataset}: {data.x_train.shape[0]:,} training, {data.x_validation.shape[0]:,} validation, "
       f"{data.x_test.shape[0]:,} test rows of shape {data.x_train.shape[1:]}, {data.raw.num_classes} classes")
   say(f"{config.method} with the {config.kernel} of {config.architecture}: {m} images "
-      f"({config.images_per_class} a class), {config.steps if config.method == 'kip' else 0} steps of {batch} targets "
+      f"({config.images_per_class} a class), {config.steps if has_loop else 0} steps of {batch} targets "
       f"on {len(devices)} {devices[0].platform} device(s)")
-  shown = min(_VALIDATION_ROWS, config.test_rows or _VALIDATION_ROWS)
+  shown = shown_rows(config)
   validation = data.x_validation[:shown], data.y_validation[:shown]
   stride = label_stride(config, data, m)
   if expected := estimate.of_distillation(config, data, m, batch, data.x_train.shape[0] // stride if stride else 0, len(validation[1]),
@@ -251,8 +270,8 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
   say(f"random real images: {100 * np.mean(baseline):.1f} % test accuracy (mean of {_BASELINE_DRAWS} draws); "
       f"start ({chosen.strategy}{', solved labels' if evaluations else ''}): {100 * init_accuracy:.1f} %")
 
-  with tqdm(total=config.steps if config.method == "kip" else None, desc=config.method, unit="step",
-            disable=None if verbose and config.method == "kip" else True, leave=False) as bar:
+  with tqdm(total=config.steps if has_loop else None, desc=config.method, unit="step",
+            disable=None if verbose and has_loop else True, leave=False) as bar:
 
     def callback(step, current, record):
       if data.x_validation.shape[0]:
@@ -269,16 +288,17 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
 
   test_accuracy = score(config, data, outcome.support)
   measured = {}
-  if config.measure_gain and config.method == "kip":
+  if config.measure_gain and has_loop:
     measured["uniform_targets_test_accuracy"] = uniform_targets(config, data, support, outcome.target_evaluations)
   result = {
       "dataset": config.dataset, "method": config.method, "init": config.init, "sampler": config.sampler,
       "architecture": config.architecture, "kernel": config.kernel, "seed": config.seed, "support_size": m,
-      "steps": config.steps if config.method == "kip" else 0,
+      "steps": config.steps if has_loop else 0,
       "target_evaluations": evaluations + outcome.target_evaluations,
       "init_test_accuracy": init_accuracy,
       "test_accuracy": test_accuracy,
       **measured,
+      **network_scores(config, data, outcome.support),
       "importance_gain": outcome.importance_gain,
       "random_baseline_test_accuracy": float(np.mean(baseline)),
       "random_baseline_test_accuracy_std": float(np.std(baseline, ddof=1)),
@@ -294,15 +314,15 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
   return folder, result
 
 
-def _check(config: DistillConfig) -> None:
+def check(config: DistillConfig) -> None:
   """Values that are wrong whatever the data, before any work."""
   with usage():
-    checks.one_of("method", config.method, METHODS)
+    checks.one_of("method", config.method, methods.METHODS)
     checks.one_of("init", config.init, coreset.STRATEGIES)
+    checks.positive("relative_ridge", config.relative_ridge)
     sampler_of(config)
-    kip.kip(kernels.ntk_fn(architecture(config.architecture)),
-            kip.KIPOptions(config.relative_ridge, config.loss, config.learn_labels))
-    loop.adam(config.learning_rate, config.steps, config.schedule)
+    methods.options_of(config)
+    optimizers.optimizer(config.optimizer, config.learning_rate, config.steps, config.schedule)
 
 
 def _summary(folder, result: dict, least_gain: float) -> str:

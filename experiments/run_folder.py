@@ -15,7 +15,7 @@ from kipcore import artifact
 from experiments.errors import UsageError
 
 RUN_FILES = ("config.json", "metrics.jsonl", "result.json", "distilled.npz", "images.png", "learning_curve.png", "certificate.json",
-             "certificate.png", "selection.npz")
+             "certificate.png", "selection.npz", "experts.npy", "experts.json", "cells.csv", "comparison.md", "comparison.png")
 
 
 def create(output_dir: str | None, name: str, overwrite: bool) -> pathlib.Path:

@@ -64,7 +64,7 @@ def _evaluate_krr(kernel_fn, relative, block_size, support, x, y, ridge):
 
 def evaluate_network(key, arch: Architecture, support: Support, x: Array, y: Array, num_seeds: int = 5,
                      width: int = 512, num_steps: int = 1000, learning_rate: float = 1e-3,
-                     batch_size: int = 256) -> np.ndarray:
+                     batch_size: int = 256, norm: str = "none") -> np.ndarray:
   """Trains finite networks on the support and scores them on rows they have not seen.
 
   Each network minimises the mean squared error on the support's labels with Adam and a
@@ -83,6 +83,7 @@ def evaluate_network(key, arch: Architecture, support: Support, x: Array, y: Arr
     num_steps: optimiser steps.
     learning_rate: peak rate.
     batch_size: support rows a step; all of them if there are fewer.
+    norm: "none", or "instance" after each convolution, as DC, DM and MTT evaluate.
 
   Returns:
     `(num_seeds,)` accuracies in [0, 1].
@@ -93,7 +94,8 @@ def evaluate_network(key, arch: Architecture, support: Support, x: Array, y: Arr
   checks.same_rows("x", x, "y", y)
   checks.shape("x", x, (None, *support.x.shape[1:]))
   checks.positive_int("num_seeds", num_seeds)
-  module = networks.network(arch, width, support.y.shape[1])
+  checks.one_of("norm", norm, ("none", "instance"))
+  module = networks.network(arch, width, support.y.shape[1], norm=norm)
   stream = keys.stream(key, "evaluate_network")
   x, y = jnp.asarray(x), jnp.asarray(y)
   rate = jnp.asarray(learning_rate, support.x.dtype)

@@ -68,7 +68,7 @@ class Network(nn.Module):
     return x
 
   def _normalized(self, i: int, x: Array, train: bool) -> Array:
-    options = dict(epsilon=1e-5, param_dtype=x.dtype, name=f"norm_{i}")
+    options = dict(epsilon=1e-5, param_dtype=x.dtype, force_float32_reductions=False, name=f"norm_{i}")
     with linalg.permissive_promotion():
       match self.norm:
         case "instance":

@@ -202,6 +202,31 @@ def save_comparison(path, panels: dict, x_label: str, y_label: str, log_x: bool 
   _save(figure, path)
 
 
+def save_bars(path, panels: dict, y_label: str) -> None:
+  """Groups of bars with error bars: a panel a score, a group a method, a bar a variant.
+
+  Args:
+    path: PNG file name.
+    panels: `{title: {group: {variant: (mean, deviation)}}}`.
+    y_label: of all panels.
+  """
+  figure = _figure(9.0, 3.2 * max(len(panels), 1))
+  for i, (title, groups) in enumerate(panels.items()):
+    axes = figure.add_subplot(len(panels), 1, i + 1)
+    variants = list(dict.fromkeys(v for group in groups.values() for v in group))
+    width = 0.8 / max(len(variants), 1)
+    for j, variant in enumerate(variants):
+      places = [k + (j - 0.5 * (len(variants) - 1)) * width for k, group in enumerate(groups.values()) if variant in group]
+      means, deviations = zip(*(group[variant] for group in groups.values() if variant in group))
+      axes.bar(places, means, 0.9 * width, yerr=deviations, capsize=2, label=variant if i == 0 else None)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_title(title)
+    axes.set_ylabel(y_label)
+    if i == 0:
+      axes.legend(fontsize=8, ncols=2)
+  _save(figure, path)
+
+
 def _names(classes, class_names):
   return [str(class_names[c]) if class_names else str(c) for c in classes]
 

@@ -5,8 +5,12 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+
+import kipcore
 
 # Relative error that sums of a few hundred products may show.
 RTOL = {"float32": 1e-5, "float64": 1e-10}
@@ -53,3 +57,32 @@ def read_idx(path):
   raw = gzip.open(path).read()
   shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4).astype(int)
   return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+
+
+def check_gradient(f, params: dict, names=None, h: float = 1e-5, rtol: float = 1e-6) -> None:
+  """The gradient of a scalar function of a dict against central differences, along a random direction for each entry (float64)."""
+  gradient = jax.grad(f)(params)
+  for name in names or params:
+    v = jnp.asarray(np.random.default_rng(2).normal(size=params[name].shape))
+    ahead, behind = (f({**params, name: params[name] + s * h * v}) for s in (1, -1))
+    np.testing.assert_allclose(jnp.vdot(gradient[name], v), (ahead - behind) / (2 * h), rtol=rtol, atol=1e-10, err_msg=name)
+
+
+def everything() -> kipcore.Sampler:
+  """A sampler that takes all rows of its shard, padded with weight 0 to the size asked."""
+
+  def draw(key, n, size):
+    i = jnp.arange(size, dtype=jnp.int32)
+    return jnp.minimum(i, n - 1), jnp.where(i < n, size / n.astype(jnp.float64), 0.0)
+
+  return kipcore.Sampler("everything", lambda counts, capacity: jnp.sum(counts, dtype=jnp.int32), draw)
+
+
+def same_on_devices(method, support, x, y, rtol: float = 1e-10) -> None:
+  """One plain SGD step on all rows gives the same loss and images on 1, 2 and 8 devices, uneven shards included (float64)."""
+  distiller = kipcore.Distiller(method, everything(), optax.sgd(0.1), len(x))
+  runs = [kipcore.distill(0, distiller, support, x, y, 1, devices=jax.devices()[:d]) for d in (1, 2, 8)]
+  assert not np.array_equal(runs[0].support.x, support.x)
+  for other in runs[1:]:
+    np.testing.assert_allclose(other.history[-1]["loss"], runs[0].history[-1]["loss"], rtol=rtol)
+    assert_close(other.support.x, runs[0].support.x, rtol=rtol)

@@ -11,7 +11,7 @@ from kipcore.distill import importance, kip, loop, samplers
 from kipcore.distill.method import Batch
 from kipcore.kernels.stax import to_stax
 from kipcore.types import Support
-from helpers import RTOL, assert_close
+from helpers import RTOL, assert_close, check_gradient, same_on_devices
 
 
 def problem(dtype=np.float32, n=200, m=6, c=3, d=8, seed=0):
@@ -50,12 +50,7 @@ def test_loss_equals_numpy_and_gradient_finite_differences(loss, x64):
   np.testing.assert_allclose(info.per_example, expected, rtol=1e-9)
   np.testing.assert_allclose(value, np.mean(weights * expected), rtol=1e-9)
 
-  gradient, h = jax.grad(f)(params), 1e-5
-  for name in params:
-    v = jnp.asarray(np.random.default_rng(2).normal(size=params[name].shape))
-    ahead, behind = ({**params, name: params[name] + s * h * v} for s in (1, -1))
-    slope = (f(ahead) - f(behind)) / (2 * h)
-    np.testing.assert_allclose(jnp.vdot(gradient[name], v), slope, rtol=1e-6, atol=1e-12)
+  check_gradient(f, params)
 
 
 def test_only_what_is_asked_is_learned(dtype):
@@ -93,21 +88,7 @@ def test_follows_the_neural_tangents_kernel_step_for_step(x64):
 def test_loss_and_gradient_of_a_batch_do_not_depend_on_the_number_of_devices(x64):
   """One plain SGD step on all rows: every device count sees the same targets, uneven shards included."""
   support, x, y = problem(np.float64, n=203)
-  full = distiller(batch_size=203)._replace(optimizer=optax.sgd(0.1), sampler=everything())
-  results = [loop.distill(0, full, support, x, y, 1, devices=jax.devices()[:d]) for d in (1, 2, 8)]
-  for other in results[1:]:
-    np.testing.assert_allclose(other.history[-1]["loss"], results[0].history[-1]["loss"], rtol=1e-12)
-    assert_close(other.support.x, results[0].support.x, rtol=1e-12)
-
-
-def everything():
-  """A sampler that takes all rows of its shard, padded with weight 0 to the size asked."""
-
-  def draw(key, n, size):
-    i = jnp.arange(size, dtype=jnp.int32)
-    return jnp.minimum(i, n - 1), jnp.where(i < n, size / n.astype(jnp.float64), 0.0)
-
-  return kipcore.Sampler("everything", lambda counts, capacity: jnp.sum(counts, dtype=jnp.int32), draw)
+  same_on_devices(distiller().method, support, x, y, rtol=1e-12)
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])

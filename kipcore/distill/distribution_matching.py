@@ -1,5 +1,7 @@
 """Distribution matching (DM): the support has the class means of the data in random networks' features."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,13 @@ from kipcore.networks import Network
 from kipcore.types import Array, Support
 
 
-def dm(module: Network, augmentation: str = augment.DSA) -> Method:
+class DMOptions(NamedTuple):
+  """`augmentation`: names for `augment.siamese`, "" for none."""
+
+  augmentation: str = augment.DSA
+
+
+def dm(module: Network, options: DMOptions = DMOptions()) -> Method:
   """Matches the mean feature of each class under a new random network at every step.
 
       loss = sum_c || sum_{t in c} w_t phi(x_t) / sum_{t in c} w_t  -  mean_{s in c} phi(x_s) ||^2
@@ -21,11 +29,12 @@ def dm(module: Network, augmentation: str = augment.DSA) -> Method:
   consistent (not unbiased) ratio estimate of the class mean. A class without targets in a batch is left out. On several
   devices the sums are taken over all of them, so that loss and gradient are those of the whole batch.
   Published: 20,000 steps, SGD of rate 1 and momentum 0.5, 256 targets of each class, ConvNet of depth 3, 128
-  channels and instance norm. Ours differs in that weights are Gaussian (He) and not uniform, and seeds repeat.
+  channels and instance norm. Ours differs in that one augmentation is drawn for all classes of a step (published: one for each
+  class), weights are Gaussian (He) and not uniform, and seeds repeat.
 
   Args:
     module: the network; `networks.network(conv_net(3), 128, c, norm="instance")`.
-    augmentation: names for `augment.siamese`, "" for none.
+    options: see `DMOptions`.
 
   Returns:
     A `Method` that learns `x`; labels stay.
@@ -35,10 +44,10 @@ def dm(module: Network, augmentation: str = augment.DSA) -> Method:
 
   Source: Zhao and Bilen 2023 (DM), eq. 6.
   """
-  augment.siamese(augmentation)
+  augmented = augment.siamese(options.augmentation)
 
   def loss(params: Params, aux, batch: Batch, weights: Array, key: Array):
-    transform = augment.siamese(augmentation)(keys.stream(key, "augment"))
+    transform = augmented(keys.stream(key, "augment"))
     phi_s, phi_t = features(module, aux, transform(params["x"])), features(module, aux, transform(batch.x))
     per_class = class_weights(batch.y, weights)
     sums, mass = jax.lax.stop_gradient(across(batch, (linalg.matmul(per_class, phi_t), jnp.sum(per_class, axis=1))))

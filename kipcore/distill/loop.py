@@ -6,6 +6,7 @@ random draw depends on (key, step, device) alone, so a run can be continued from
 state and equals an uninterrupted one.
 """
 
+import functools
 import time
 from typing import Any, Callable, NamedTuple, Sequence
 
@@ -258,11 +259,12 @@ def default_log_steps(num_steps: int) -> list[int]:
   return early + list(range(stride, num_steps + 1, stride))
 
 
+@functools.lru_cache(maxsize=8)
 def _mapped(distiller: Distiller, axis: Axis):
   """Steps on every device at once.
 
   The number of steps is an argument, so one compilation serves every distance between
-  two logged steps.
+  two logged steps, and every run of the same distiller.
   """
 
   def run(raw_key, state, targets, count):

@@ -1,0 +1,225 @@
+"""A grid of methods, starts and samplers over seeds: cells, table and figure."""
+
+import csv
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import math
+import pathlib
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from kipcore import artifact, report
+from kipcore.types import NumericalError
+from experiments import methods, pipeline, run_folder
+from experiments.config import CompareConfig, DistillConfig
+from experiments.errors import UsageError
+
+FIELDS = ("dataset", "method", "init", "sampler", "seed", "steps", "target_evaluations", "init_test_accuracy",
+          "test_accuracy", "network_test_accuracy", "importance_gain", "compile_seconds", "step_seconds", "wall_seconds", "error")
+SCORES = {"test_accuracy": "kernel ridge regression", "network_test_accuracy": "finite networks"}
+
+
+class Cell(NamedTuple):
+  """One run of the grid."""
+
+  method: str
+  init: str
+  sampler: str
+  seed: int
+
+
+def parsed(settings: list[str]) -> dict:
+  """name=value texts as fields of `DistillConfig`, in the types of their defaults.
+
+  Raises:
+    UsageError: for an unknown field or a value of another type.
+  """
+  fields, given = {f.name: f.default for f in dataclasses.fields(DistillConfig)}, {}
+  for text in settings:
+    name, _, value = text.partition("=")
+    if name not in fields:
+      raise UsageError(f"--set: expected names among {', '.join(fields)}, got {name!r}")
+    given[name] = methods.parsed("--set", name, value, fields[name])
+  return given
+
+
+def cells_of(config: CompareConfig) -> list[Cell]:
+  """The grid, seed by seed last, so that cells that share a compilation follow one another; one sampler where there is no loop."""
+  cells = []
+  for method in config.methods:
+    samplers = config.samplers if methods.RECIPES[method].build else config.samplers[:1]
+    cells += [Cell(method, init, sampler, config.seed + i)
+              for sampler, init, i in itertools.product(samplers, config.inits, range(config.num_seeds))]
+  return cells
+
+
+def run_compare(config: CompareConfig, shared: dict, output_dir: str | None, overwrite: bool) -> pathlib.Path:
+  """Runs the cells that the folder lacks, and writes table and figure after each.
+
+  Args:
+    config: the grid.
+    shared: fields of every cell's `DistillConfig` that the user set.
+    output_dir: folder; None for a new one under runs/.
+    overwrite: begin anew where it holds cells of another grid.
+
+  Returns:
+    The folder.
+
+  Raises:
+    UsageError: for unknown names, or a folder of another grid.
+  """
+  resolved = {cell: config_of(config, shared, cell) for cell in cells_of(config)}
+  for cell_config in resolved.values():
+    pipeline.check(cell_config)
+  folder, known = _opened(config, resolved, output_dir, overwrite)
+  rows = {cell_of(row): row for row in known}
+  with tqdm(total=len(resolved), desc="cells", initial=len(rows), disable=None, leave=False) as bar:
+    for cell, cell_config in resolved.items():
+      if cell in rows:
+        continue
+      # Experts know nothing of the start, so that the cells of a sampler and seed share them.
+      experts = str(folder / f"experts-{cell.sampler}-{cell.seed}.npy") if cell.method == "mtt" else ""
+      rows[cell] = run_cell(dataclasses.replace(cell_config, experts=experts))
+      _write(folder, config, [rows[c] for c in resolved if c in rows])
+      bar.update()
+      row = rows[cell]
+      tqdm.write("  ".join(cell[:3]) + f"  seed {cell.seed}: " + (row["error"] or ", ".join(
+          f"{100 * float(row[key]):.1f} % ({name})" for key, name in SCORES.items() if row[key] != "")), file=sys.stdout)
+  _write(folder, config, list(rows.values()))
+  print(markdown(list(rows.values())) + f"\n\nwritten to {folder}: cells.csv, comparison.md, comparison.png, config.json")
+  return folder
+
+
+def config_of(config: CompareConfig, shared: dict, cell: Cell) -> DistillConfig:
+  """The config of a cell: the method's settings, those of the grid, and the cell's own."""
+  base = methods.resolve(**{**shared, "preset": config.preset, "method": cell.method, "init": cell.init, "sampler": cell.sampler,
+                            "seed": cell.seed, "solve_labels": False})
+  if not config.evaluations or not methods.has_loop(base):
+    return base
+  batch = base.target_batch_size or 1000
+  return dataclasses.replace(base, steps=max(config.evaluations // batch, 1))
+
+
+def cell_of(row: dict) -> Cell:
+  """The cell of a line of cells.csv."""
+  return Cell(row["method"], row["init"], row["sampler"], int(row["seed"]))
+
+
+def run_cell(config: DistillConfig) -> dict:
+  """One cell as a line of cells.csv; a run whose numbers failed says so under `error`."""
+  started = time.perf_counter()
+  row = dict.fromkeys(FIELDS, "")
+  row.update(dataset=config.dataset, **{name: getattr(config, name) for name in ("method", "init", "sampler", "seed")}, error="")
+  data = _loaded(_data_fields(config))
+  try:
+    start = pipeline.start(config, data)
+    row["init_test_accuracy"] = pipeline.score(config, data, start.support)
+    outcome = pipeline.distil(config, data, start.support)
+    row.update(
+        steps=config.steps if methods.has_loop(config) else 0, target_evaluations=start.target_evaluations + outcome.target_evaluations,
+        test_accuracy=pipeline.score(config, data, outcome.support), compile_seconds=round(outcome.compile_seconds, 2),
+        step_seconds=round(outcome.seconds, 2), importance_gain="" if outcome.importance_gain is None else outcome.importance_gain)
+    row["network_test_accuracy"] = pipeline.network_scores(config, data, outcome.support).get("network_test_accuracy_mean", "")
+  except NumericalError as error:
+    row["error"] = " ".join(str(error).split())
+  row["wall_seconds"] = round(time.perf_counter() - started, 2)
+  return row
+
+
+def _data_fields(config: DistillConfig) -> DistillConfig:
+  """The config without what loading does not look at, so that cells share their data."""
+  names = ("dataset", "data_dir", "architecture", "kernel", "precision", "preprocess", "validation_fraction", "test_rows", "seed", "x64")
+  return DistillConfig(**{name: getattr(config, name) for name in names})
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(config: DistillConfig):
+  return pipeline.load(config)
+
+
+def _opened(config: CompareConfig, resolved: dict, output_dir, overwrite: bool):
+  """The folder and the lines that it has."""
+  grid = {"grid": dataclasses.asdict(config), "cells": [dataclasses.asdict(c) for c in resolved.values()]}
+  grid = json.loads(json.dumps(grid))
+  path = pathlib.Path(output_dir or "") / "config.json"
+  if output_dir and path.exists() and not overwrite:
+    known = {key: value for key, value in json.loads(path.read_text()).items() if key in grid}
+    if known != grid:
+      raise UsageError(f"--output_dir: {output_dir} holds another grid; choose another folder, or --overwrite")
+    cells = path.parent / "cells.csv"
+    return path.parent, list(csv.DictReader(io.StringIO(cells.read_text()))) if cells.exists() else []
+  folder = run_folder.create(output_dir, "compare", overwrite)
+  run_folder.write_json(folder / "config.json", {**grid, "environment": run_folder.environment()})
+  return folder, []
+
+
+def _write(folder: pathlib.Path, config: CompareConfig, rows: list[dict]) -> None:
+  text = io.StringIO()
+  writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  artifact.write_atomically(folder / "cells.csv", text.getvalue().encode())
+  artifact.write_atomically(folder / "comparison.md", (markdown(rows) + "\n").encode())
+  panels = {name: _bars(rows, key) for key, name in SCORES.items()}
+  report.save_bars(folder / "comparison.png", {name: bars for name, bars in panels.items() if bars}, "test accuracy, %")
+
+
+def arms(rows: list[dict], key: str) -> dict:
+  """{(method, init, sampler): {seed: percent}} of the lines that have the score, in the order of the grid."""
+  found = {}
+  for row in rows:
+    if row[key] != "" and not row["error"]:
+      found.setdefault((row["method"], row["init"], row["sampler"]), {})[int(row["seed"])] = 100 * float(row[key])
+  return found
+
+
+def mean_and_deviation(values) -> tuple[float, float | None]:
+  """Mean and standard deviation over seeds, None for a single one."""
+  values = list(values)
+  return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def gain(arm: dict, plain: dict) -> tuple[float, float | None]:
+  """Mean of the differences over the seeds that both have, and its standard error."""
+  mean, deviation = mean_and_deviation(arm[s] - plain[s] for s in arm.keys() & plain.keys())
+  return mean, None if deviation is None else deviation / math.sqrt(len(arm.keys() & plain.keys()))
+
+
+def _text(mean: float, spread: float | None, sign: str = "") -> str:
+  return f"{mean:{sign}.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+
+
+def markdown(rows: list[dict]) -> str:
+  """A line a method, start and sampler: accuracies, and what was gained over the first start and sampler."""
+  lines = ["| method | start | targets | " + " | ".join(f"{name}, % | gained" for name in SCORES.values()) + " | evaluations | seconds |",
+           "| --- " * (5 + 2 * len(SCORES)) + "|"]
+  scored = {key: arms(rows, key) for key in SCORES}
+  for name in dict.fromkeys((row["method"], row["init"], row["sampler"]) for row in rows):
+    own = [row for row in rows if (row["method"], row["init"], row["sampler"]) == name]
+    cells = []
+    for found in scored.values():
+      plain = next((arm for arm in found if arm[0] == name[0]), None)
+      cells.append(_text(*mean_and_deviation(found[name].values())) if name in found else "")
+      shared = name in found and name != plain and found[name].keys() & found[plain].keys()
+      cells.append(_text(*gain(found[name], found[plain]), "+") if shared else "")
+    failed = sum(bool(row["error"]) for row in own)
+    evaluations = next((f"{int(row['target_evaluations']):,}" for row in own if not row["error"]), "")
+    seconds = f"{np.median([float(row['step_seconds'] or 0) for row in own]):.0f}" + (f" ({failed} failed)" if failed else "")
+    lines.append("| " + " | ".join((*name, *cells, evaluations, seconds)) + " |")
+  return "\n".join(lines)
+
+
+def _bars(rows: list[dict], key: str) -> dict:
+  """{method: {start/targets: (mean, deviation)}}, for the figure."""
+  bars = {}
+  for (method, init, sampler), values in arms(rows, key).items():
+    mean, deviation = mean_and_deviation(values.values())
+    bars.setdefault(method, {})[f"{init} / {sampler}"] = (mean, deviation or 0.0)
+  return bars
