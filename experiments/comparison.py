@@ -135,7 +135,7 @@ def run_cell(config: DistillConfig) -> dict:
 
 def _data_fields(config: DistillConfig) -> DistillConfig:
   """The config without what loading does not look at, so that cells share their data."""
-  names = ("dataset", "data_dir", "architecture", "kernel", "precision", "preprocess", "validation_fraction", "test_rows", "seed", "x64")
+  names = ("dataset", "data_dir", "architecture", "kernel", "score_architecture", "precision", "preprocess", "validation_fraction", "test_rows", "seed", "x64")
   return DistillConfig(**{name: getattr(config, name) for name in names})
 
 

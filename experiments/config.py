@@ -11,6 +11,7 @@ class DataConfig:
   data_dir: str | None = None
   architecture: str = "fc1"
   kernel: str = "ntk"
+  score_architecture: str = ""
   precision: str = "float32"
   images_per_class: int = 1
   preprocess: str = "standardize"

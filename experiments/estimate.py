@@ -40,10 +40,12 @@ def of_distillation(config, data, support_size: int, batch_size: int, solved_row
     scores: scores of all test rows.
     num_devices: that share the steps.
   """
+  if config.method != "kip":
+    if not data.score_kernel.arch.convolutional:
+      return None
+    return _of_scores(config, data, support_size, solved_rows, validation_rows, scores)
   if not data.kernel_fn.arch.convolutional:
     return None
-  if config.method != "kip":
-    return _of_scores(config, data, support_size, solved_rows, validation_rows, scores)
   shared = 1 if jax.default_backend() == "cpu" else num_devices  # simulated devices share the cores
   forward, _ = seconds_a_pair(data.kernel_fn, data.x_train, gradient=False)
   backward, scratch = seconds_a_pair(data.kernel_fn, data.x_train, gradient=True)
@@ -61,7 +63,7 @@ def _scored_rows(config, data, solved_rows: int, validation_rows: int, scores: i
 
 def _of_scores(config, data, support_size, solved_rows, validation_rows, scores) -> str:
   """For methods whose steps are no kernel: the scores by ridge regression are."""
-  forward, _ = seconds_a_pair(data.kernel_fn, data.x_train, gradient=False)
+  forward, _ = seconds_a_pair(data.score_kernel, data.x_train, gradient=False)
   rows = _scored_rows(config, data, solved_rows, validation_rows, scores)
   return (f"estimate: {duration(forward * support_size * rows)} for scores by kernel ridge regression ({1e3 * forward:.3g} ms a pair of "
           f"images; --test_rows for less); the steps are the method's own")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kipcore import artifact, checks, datasets, evaluate
+from kipcore.architectures import architecture
 from kipcore.types import Support
 from experiments import pipeline
 from experiments.config import DistillConfig
@@ -40,14 +41,15 @@ def run_evaluate(stored: artifact.Artifact, data_dir: str | None, evaluators: li
     if raw.hashes["test"] != about["hashes"]["test"]:
       raise UsageError(f"the test split of {dataset or about['name']} is not the one that the artefact was scored on: "
                        f"expected sha256 {about['hashes']['test'][:12]}..., got {raw.hashes['test'][:12]}...")
-    data = pipeline.prepare(config, raw, stored.preprocess, stored.kernel_fn())
+    data = pipeline.prepare(config, raw, stored.preprocess, stored.kernel_fn())._replace(score_kernel=stored.kernel_fn())
   support = Support(jnp.asarray(stored.support), jnp.asarray(stored.labels))
   result = {"dataset": about["name"], "support_size": len(stored.images),
             "recorded_test_accuracy": stored.metadata["result"]["test_accuracy"]}
   if "krr" in evaluators:
     result["test_accuracy"] = pipeline.score(config, data, support)
   if "network" in evaluators:
-    scores = evaluate.evaluate_network(seed, stored.arch, support, data.x_test, data.y_test, num_seeds)
+    arch = architecture(config.architecture) if config.score_architecture else stored.arch
+    scores = evaluate.evaluate_network(seed, arch, support, data.x_test, data.y_test, num_seeds)
     result["network_test_accuracy"] = [float(s) for s in scores]
     result["network_test_accuracy_mean"] = float(np.mean(scores))
     result["network_test_accuracy_std"] = float(np.std(scores, ddof=1)) if num_seeds > 1 else 0.0

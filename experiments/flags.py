@@ -9,7 +9,7 @@ import sys
 
 from absl import app, flags, logging
 
-from experiments.config import DataConfig
+from experiments.config import DataConfig, DistillConfig
 
 FLAGS = flags.FLAGS
 _DEFAULT = DataConfig()
@@ -23,6 +23,7 @@ def define_common() -> None:
   flags.DEFINE_string("architecture", _DEFAULT.architecture, "fc1, fc2, ..., conv1, conv2, ... (with _vec: no pooling, _gap: global "
                       "average pooling), myrtle5, myrtle7, myrtle10; then _gelu, _erf, _leaky_relu or _identity, if not ReLU.")
   flags.DEFINE_enum("kernel", _DEFAULT.kernel, ["ntk", "nngp"], "Which infinite-width kernel of the architecture.")
+  flags.DEFINE_string("score_architecture", _DEFAULT.score_architecture, "The network whose kernel scores sets; --architecture if not given.")
   flags.DEFINE_enum("precision", _DEFAULT.precision, ["float32", "tensorfloat32", "bfloat16"], "What the factors of the kernel's first "
                     "products are rounded to, while distilling; sums and scores stay in float32.")
   flags.DEFINE_integer("images_per_class", _DEFAULT.images_per_class, "Distilled (or selected) images of each class.", lower_bound=1)
@@ -49,6 +50,24 @@ def define_distributed() -> None:
   """The flag of binaries whose work is mapped over devices."""
   flags.DEFINE_string("distributed", "", "Several processes as one run, all started with the same flags but INDEX: 'auto' where the "
                       "platform knows them (TPU pods, SLURM), or ADDRESS:PORT,COUNT,INDEX with the address of process 0.")
+
+
+def define_networks() -> None:
+  """Flags of methods that learn through finite networks."""
+  default = DistillConfig()
+  flags.DEFINE_enum("preset", default.preset, ["cpu", "published"], "Settings of a method through finite networks: at a size for a few CPU "
+                    "cores, or as published.")
+  flags.DEFINE_string("options", default.options, "The method's own options, name=value,name=value; see its Options class.")
+  flags.DEFINE_integer("width", default.width, "Channels or units of finite networks.", lower_bound=1)
+  flags.DEFINE_enum("optimizer", default.optimizer, ["adam", "adabelief", "lamb", "sgd"], "Of the images; sgd has momentum 0.5.")
+  flags.DEFINE_integer("network_seeds", default.network_seeds, "Finite networks trained on the result, scored on the test rows.",
+                       lower_bound=0)
+  flags.DEFINE_integer("network_steps", default.network_steps, "Optimiser steps of each of them.", lower_bound=1)
+  flags.DEFINE_string("experts", default.experts, "File (.npy) of the experts that mtt imitates, trained where it is absent; by default in the "
+                      "run folder.")
+  flags.DEFINE_integer("num_experts", default.num_experts, "Experts to train.", lower_bound=1)
+  flags.DEFINE_integer("expert_epochs", default.expert_epochs, "Epochs of each.", lower_bound=1)
+  flags.DEFINE_integer("expert_rows", default.expert_rows, "Training rows that experts see, evenly spaced; 0 for all.", lower_bound=0)
 
 
 def join_processes(text: str) -> int:

@@ -85,12 +85,13 @@ def _mtt(config, problem, options):
 
 
 _NETWORKS = dict(architecture="conv3", relative_ridge=5e-3, schedule="constant", solve_labels=False)
-_CPU = dict(width=32, steps=200, target_batch_size=250, test_rows=1000, network_seeds=2, network_steps=300)
+_CPU = dict(width=32, steps=200, target_batch_size=250, score_architecture="fc1", test_rows=2000, network_seeds=2,
+            network_steps=300)
 _FIXED = dict(_NETWORKS, learn_labels=False, width=128, optimizer="sgd", network_seeds=5)
 RECIPES = {
     "kip": Recipe(_kip),
     "label_solve": Recipe(None),
-    "krr_closed_form": Recipe(None, "closed_form:ClosedFormOptions"),
+    "krr_closed_form": Recipe(None, "closed_form:ClosedFormOptions", dict(init="uniform")),
     "rfad": Recipe(_rfad, "rfad:RFADOptions",
                    dict(_NETWORKS, width=256, loss="cross_entropy", learn_labels=False, optimizer="adabelief", learning_rate=1e-3,
                         steps=10_000, target_batch_size=5120, network_seeds=5),
@@ -102,16 +103,18 @@ RECIPES = {
     "rcig": Recipe(_rcig, "rcig:RCIGOptions",
                    dict(_NETWORKS, width=128, optimizer="adabelief", learning_rate=3e-3, steps=10_000, target_batch_size=1024,
                         network_seeds=5),
-                   dict(_CPU, learning_rate=0.02)),
+                   dict(_CPU, learning_rate=0.02, steps=60), dict(pool_size=10)),
     "dm": Recipe(_dm, "distribution_matching:DMOptions",
                  dict(_FIXED, learning_rate=1.0, steps=20_000, target_batch_size=2560), _CPU, hard_labels=True, norm="instance"),
     "dc": Recipe(_matching, "gradient_matching:GradientMatchingOptions",
-                 dict(_FIXED, learning_rate=0.1, steps=1000, target_batch_size=2560), _CPU, hard_labels=True, norm="instance"),
+                 dict(_FIXED, learning_rate=0.1, steps=1000, target_batch_size=2560),
+                 dict(_CPU, learning_rate=1.0, steps=100), hard_labels=True, norm="instance"),
     "dsa": Recipe(_matching, "gradient_matching:GradientMatchingOptions",
-                  dict(_FIXED, learning_rate=0.1, steps=1000, target_batch_size=2560), _CPU, hard_labels=True, norm="instance"),
+                  dict(_FIXED, learning_rate=0.1, steps=1000, target_batch_size=2560),
+                 dict(_CPU, learning_rate=1.0, steps=100), hard_labels=True, norm="instance"),
     "mtt": Recipe(_mtt, "trajectory_matching:TrajectoryMatchingOptions",
                   dict(_FIXED, learning_rate=1000.0, steps=5000, target_batch_size=256),
-                  dict(_CPU, num_experts=4, expert_epochs=8, expert_rows=5000), dict(syn_steps=10, expert_epochs=1, max_start_epoch=4),
+                  dict(_CPU, steps=60, num_experts=4, expert_epochs=6, expert_rows=5000), dict(syn_steps=10, expert_epochs=1, max_start_epoch=4),
                   hard_labels=True, norm="instance"),
 }
 METHODS = tuple(RECIPES)

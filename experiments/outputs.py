@@ -21,8 +21,8 @@ def write_artifact(folder, config, data, support, result: dict) -> None:
       "result": result,
   }
   artifact.save_artifact(folder / "distilled.npz", artifact.Artifact(
-      data.preprocess.invert(x, x.dtype), np.asarray(support.y), x, data.preprocess, data.kernel_fn.arch,
-      data.kernel_fn.get, config.relative_ridge, metadata))
+      data.preprocess.invert(x, x.dtype), np.asarray(support.y), x, data.preprocess, data.score_kernel.arch,
+      data.score_kernel.get, config.relative_ridge, metadata))
 
 
 def write_pictures(folder, data, start, support, history: list, result: dict) -> None:

@@ -16,8 +16,9 @@ from kipcore import absorb, checks, coreset, datasets, evaluate, keys, kernels, 
 from kipcore.architectures import architecture
 from kipcore.distill import importance, loop, method, optimizers
 from kipcore.types import Support
-from experiments import estimate, experts, methods, outputs, run_folder
+from experiments import direct, estimate, experts, methods, outputs, run_folder
 from experiments.config import DataConfig, DistillConfig
+from experiments.direct import Outcome
 from experiments.errors import UsageError, usage
 
 _BASELINE_DRAWS = 3
@@ -29,7 +30,7 @@ _ROWS_A_LABEL = 10
 class Data(NamedTuple):
   """A dataset behind its preprocessing, as host arrays of the run's dtype.
 
-  `y_*` are one-hot labels minus 1/c.
+  `y_*` are one-hot labels minus 1/c; `kernel_fn` is of the network that methods learn through, `score_kernel` of the one that scores.
   """
 
   raw: datasets.Dataset
@@ -41,6 +42,7 @@ class Data(NamedTuple):
   x_test: np.ndarray
   y_test: np.ndarray
   kernel_fn: kernels.NetworkKernel
+  score_kernel: kernels.NetworkKernel
 
 
 def load(config: DataConfig) -> Data:
@@ -66,9 +68,11 @@ def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel
     return fitted.apply(x, dtype), np.asarray(y)
 
   data = Data(raw, fitted, *split(raw.x_train, raw.y_train), *split(raw.x_validation, raw.y_validation),
-              *split(raw.x_test[:test_rows], raw.y_test[:test_rows]), kernel_fn)
-  # The kernel's own checks of rank and size, without computing anything.
-  jax.eval_shape(kernel_fn, jax.ShapeDtypeStruct((1, *data.x_train.shape[1:]), dtype))
+              *split(raw.x_test[:test_rows], raw.y_test[:test_rows]), kernel_fn,
+              kernels.NetworkKernel(architecture(config.score_architecture or config.architecture), config.kernel))
+  for kernel in (data.kernel_fn, data.score_kernel):
+    # The kernel's own checks of rank and size, without computing anything.
+    jax.eval_shape(kernel, jax.ShapeDtypeStruct((1, *data.x_train.shape[1:]), dtype))
   return data
 
 
@@ -123,24 +127,10 @@ def with_solved_labels(config, data: Data, support: Support, x, y) -> Support:
   return Support(support.x, solution.labels)
 
 
-class Outcome(NamedTuple):
-  """What a method gave: the learned support, its history, and what it cost.
-
-  `importance_gain` is the last that a sampler by loss saw (on the first device), None for other samplers.
-  """
-
-  support: Support
-  history: list
-  target_evaluations: int
-  compile_seconds: float
-  seconds: float
-  importance_gain: float | None = None
-
-
 def distil(config: DistillConfig, data: Data, support: Support, callback=None, progress=None) -> Outcome:
   """Runs the method of the config from a starting support."""
-  if config.method == "label_solve":
-    return _solve_labels(config, data, support)
+  if not methods.has_loop(config):
+    return direct.METHODS[config.method](config, data, support)
   batch_size = batch_size_of(config, data)
   evaluations = experts.prepare(config, data, sampler_of(config), config.experts) if config.method == "mtt" else 0
   with usage():
@@ -169,15 +159,6 @@ def sampler_of(config: DistillConfig) -> method.Sampler:
 _sampler = functools.lru_cache(maxsize=32)(importance.sampler)
 
 
-def _solve_labels(config: DistillConfig, data: Data, support: Support) -> Outcome:
-  started = time.perf_counter()
-  ridge = krr.relative_ridge(data.kernel_fn.diag(support.x), config.relative_ridge)
-  solution = krr.label_solve_rows(data.kernel_fn, support.x, jnp.asarray(data.x_train), jnp.asarray(data.y_train),
-                                  float(ridge))
-  checks.raise_for_status("label solve", solution.status)
-  return Outcome(Support(support.x, solution.labels), [], data.x_train.shape[0], 0.0, time.perf_counter() - started)
-
-
 def batch_size_of(config: DistillConfig, data: Data) -> int:
   """The target batch: as asked, or 1,000 rows or all of fewer."""
   rows = data.x_train.shape[0]
@@ -201,8 +182,7 @@ def devices_of(config: DataConfig) -> list:
 def score(config: DistillConfig, data: Data, support: Support, x=None, y=None) -> float:
   """Test accuracy (or that on given rows) of ridge regression on a support; raises if the fit failed."""
   x, y = (data.x_test, data.y_test) if x is None else (x, y)
-  kernel_fn = dataclasses.replace(data.kernel_fn, precision="float32")
-  result = evaluate.evaluate_krr(kernel_fn, support, x, y, relative_ridge=config.relative_ridge)
+  result = evaluate.evaluate_krr(data.score_kernel, support, x, y, relative_ridge=config.relative_ridge)
   checks.raise_for_status("kernel ridge regression on the support", result.status)
   return float(result.accuracy)
 
@@ -299,7 +279,7 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
       "test_accuracy": test_accuracy,
       **measured,
       **network_scores(config, data, outcome.support),
-      "importance_gain": outcome.importance_gain,
+      "importance_gain": outcome.importance_gain, **outcome.own,
       "random_baseline_test_accuracy": float(np.mean(baseline)),
       "random_baseline_test_accuracy_std": float(np.std(baseline, ddof=1)),
       "test_rows": data.x_test.shape[0],

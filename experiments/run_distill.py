@@ -18,21 +18,9 @@ _DEFAULT = DistillConfig()
 
 common.define_common()
 common.define_distributed()
+common.define_networks()
 flags.DEFINE_string("method", _DEFAULT.method, "kip, label_solve (real images, best labels), krr_closed_form; through finite networks: rfad, "
                     "frepo, rcig, dm, dc, dsa, mtt. Flags not given take the method's settings.")
-flags.DEFINE_enum("preset", _DEFAULT.preset, ["cpu", "published"], "Settings of a method through finite networks: at a size for a few CPU "
-                  "cores, or as published.")
-flags.DEFINE_string("options", _DEFAULT.options, "The method's own options, name=value,name=value; see its Options class.")
-flags.DEFINE_integer("width", _DEFAULT.width, "Channels or units of finite networks.", lower_bound=1)
-flags.DEFINE_enum("optimizer", _DEFAULT.optimizer, ["adam", "adabelief", "lamb", "sgd"], "Of the images; sgd has momentum 0.5.")
-flags.DEFINE_integer("network_seeds", _DEFAULT.network_seeds, "Finite networks trained on the result, scored on the test rows.",
-                     lower_bound=0)
-flags.DEFINE_integer("network_steps", _DEFAULT.network_steps, "Optimiser steps of each of them.", lower_bound=1)
-flags.DEFINE_string("experts", _DEFAULT.experts, "File (.npy) of the experts that mtt imitates, trained where it is absent; by default in the "
-                    "run folder.")
-flags.DEFINE_integer("num_experts", _DEFAULT.num_experts, "Experts to train.", lower_bound=1)
-flags.DEFINE_integer("expert_epochs", _DEFAULT.expert_epochs, "Epochs of each.", lower_bound=1)
-flags.DEFINE_integer("expert_rows", _DEFAULT.expert_rows, "Training rows that experts see, evenly spaced; 0 for all.", lower_bound=0)
 flags.DEFINE_string("init", _DEFAULT.init, "Where to start: uniform (class-balanced real rows), krr_sensitivity, kmeans "
                     "(centroids), kmedoids, kmeans_plusplus, krr_pursuit, noise, or auto (the best by measure).")
 flags.DEFINE_string("sampler", _DEFAULT.sampler, "Which targets to learn from next: uniform or class_balanced, or in proportion "

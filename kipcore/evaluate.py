@@ -123,5 +123,7 @@ def _train_and_score(module, num_steps, batch_size, key, support, x, y, learning
     return (optax.apply_updates(params, updates), opt_state), None
 
   (params, _), _ = jax.lax.scan(step, (params, opt_state), jnp.arange(num_steps, dtype=jnp.int32))
-  predictions = map_row_blocks(lambda block: module.apply(params, block) - module.apply(start, block), x, 1000)
+  # Blocks that stay in the caches of a CPU.
+  block_size = 100 if jax.default_backend() == "cpu" else 1000
+  predictions = map_row_blocks(lambda block: module.apply(params, block) - module.apply(start, block), x, block_size)
   return krr.accuracy(predictions, y)

@@ -142,6 +142,16 @@ def test_centred_labels_need_points_of_all_classes_but_one(x64):
     krr_closed_form(0, x, y + 0.25, points(3, y + 0.25), options("linear"))
 
 
+def test_labels_centred_in_float32_have_the_rank_of_centred_labels(x64):
+  x, y = problem(c=10)
+  rows = kipcore.class_balanced_indices(1, y.argmax(1), 1, 10)
+  narrow = y.astype(np.float32)
+  assert np.abs(narrow.astype(np.float64).sum(1)).max() > 1e-9  # what must not count as a direction of its own
+  wide, rounded = (krr_closed_form(3, x, labels, Support(jnp.asarray(x[rows]), jnp.asarray(labels[rows])), options("linear"))
+                   for labels in (y, narrow))
+  assert_close(rounded.support.x, wide.support.x, 1e-6)
+
+
 @pytest.mark.parametrize("name, num_features", [("linear", None), ("fcnn", None), ("rff", None), ("rff", 9)])
 def test_maps_and_their_inverses(name, num_features, x64):
   feature_map = draw_map(4, name, 16, MAPS[name].get("depth", 1), num_features, 3.0, jnp.float64)

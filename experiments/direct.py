@@ -1,0 +1,56 @@
+"""Methods without a loop: labels solved for, and distillation in closed form."""
+
+import time
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from kipcore import checks, evaluate, krr
+from kipcore.distill import closed_form as in_closed_form
+from kipcore.types import Support
+from experiments import methods
+from experiments.config import DistillConfig
+from experiments.errors import usage
+
+
+class Outcome(NamedTuple):
+  """What a method gave: the learned support, its history, and what it cost.
+
+  `importance_gain` is the last that a sampler by loss saw (on the first device), None for other samplers. `own` is
+  what the method alone can measure, for the result file.
+  """
+
+  support: Support
+  history: list
+  target_evaluations: int
+  compile_seconds: float
+  seconds: float
+  importance_gain: float | None = None
+  own: dict = {}
+
+
+def solve_labels(config: DistillConfig, data, support: Support) -> Outcome:
+  """The best labels for the images of the start, over all training rows."""
+  started = time.perf_counter()
+  ridge = krr.relative_ridge(data.kernel_fn.diag(support.x), config.relative_ridge)
+  solution = krr.label_solve_rows(data.kernel_fn, support.x, jnp.asarray(data.x_train), jnp.asarray(data.y_train),
+                                  float(ridge))
+  checks.raise_for_status("label solve", solution.status)
+  return Outcome(Support(support.x, solution.labels), [], data.x_train.shape[0], 0.0, time.perf_counter() - started)
+
+
+def closed_form(config: DistillConfig, data, support: Support) -> Outcome:
+  """The set whose ridge regression, in the features of an invertible map, is that of all training rows."""
+  started = time.perf_counter()
+  with usage():
+    options = methods.options_of(config)._replace(relative_ridge=config.relative_ridge)
+    found = in_closed_form.krr_closed_form(config.seed, data.x_train, data.y_train, support, options)
+  checks.raise_for_status("closed form", found.status)
+  seconds = time.perf_counter() - started
+  scored = evaluate.evaluate_krr(in_closed_form.feature_kernel(found.feature_map), found.support, data.x_test, data.y_test,
+                                 ridge=found.support_ridge)
+  own = {"feature_map_test_accuracy": float(scored.accuracy), "full_model_error": found.error, "full_model_ridge": found.ridge}
+  return Outcome(found.support, [], data.x_train.shape[0], 0.0, seconds, own=own)
+
+
+METHODS = {"label_solve": solve_labels, "krr_closed_form": closed_form}
