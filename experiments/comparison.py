@@ -100,7 +100,7 @@ def run_compare(config: CompareConfig, shared: dict, output_dir: str | None, ove
 def config_of(config: CompareConfig, shared: dict, cell: Cell) -> DistillConfig:
   """The config of a cell: the method's settings, those of the grid, and the cell's own."""
   base = methods.resolve(**{**shared, "preset": config.preset, "method": cell.method, "init": cell.init, "sampler": cell.sampler,
-                            "seed": cell.seed, "solve_labels": False})
+                            "seed": cell.seed, "solve_labels": False, "network_seeds": config.network_seeds})
   if not config.evaluations or not methods.has_loop(base):
     return base
   batch = base.target_batch_size or 1000

@@ -74,6 +74,7 @@ class CompareConfig:
   num_seeds: int = 3
   seed: int = 0
   evaluations: int = 0
+  network_seeds: int = 2
   preset: str = "cpu"
 
 

@@ -24,6 +24,7 @@ flags.DEFINE_list("samplers", list(_DEFAULT.samplers), "Samplers of targets; the
 flags.DEFINE_integer("num_seeds", _DEFAULT.num_seeds, "Seeds of each cell, from --seed on.", lower_bound=1)
 flags.DEFINE_integer("evaluations", _DEFAULT.evaluations, "Target evaluations of each cell; 0 for the method's own steps and batch.",
                      lower_bound=0)
+flags.DEFINE_integer("network_seeds", _DEFAULT.network_seeds, "Finite networks trained on each result.", lower_bound=0)
 flags.DEFINE_enum("preset", _DEFAULT.preset, ["cpu", "published"], "Settings of the methods.")
 flags.DEFINE_list("set", [], "Further fields of every cell's config, name=value, e.g. steps=500,width=16.")
 
