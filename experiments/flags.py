@@ -100,6 +100,9 @@ def launch(main) -> None:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   # After each factorisation OpenBLAS's threads wait busily and take the cores from XLA's: steps on CPU took twice as long.
   os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+  # --help is to show the shared flags as well.
+  for flag in FLAGS.flags_by_module_dict().get(__name__, ()):
+    FLAGS.register_key_flag_for_module(sys.argv[0], flag)
   app.run(lambda argv: _run(main), flags_parser=_parse)
 
 

@@ -93,16 +93,18 @@ class Start(NamedTuple):
 
 def start(config: DistillConfig, data: Data) -> Start:
   """The support of the config's init: with its weights absorbed, or with labels solved for where they are learned."""
+  # Methods through finite networks have no kernel of their own; that of the score is cheap at their CPU-size settings.
+  kernel_fn = data.kernel_fn if config.method in ("kip", "label_solve") else data.score_kernel
   with usage():
     chosen = coreset.select_coreset(config.seed, data.x_train, data.y_train, config.images_per_class, config.init,
-                                    data.kernel_fn, config.relative_ridge)
+                                    kernel_fn, config.relative_ridge)
   support = Support(chosen.x, chosen.y)
   if stride := label_stride(config, data, support.x.shape[0]):
     x, y = data.x_train[::stride], data.y_train[::stride]
     return Start(chosen, with_solved_labels(config, data, support, x, y), x.shape[0])
   if chosen.ridge is not None and not methods.RECIPES[config.method].hard_labels:
-    used = krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge)
-    support, _ = absorb.absorb_weights(data.kernel_fn, chosen, chosen.ridge, used)
+    used = krr.relative_ridge(kernel_fn.diag(chosen.x), config.relative_ridge)
+    support, _ = absorb.absorb_weights(kernel_fn, chosen, chosen.ridge, used)
   return Start(chosen, support)
 
 

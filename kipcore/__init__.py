@@ -10,12 +10,22 @@ from kipcore.certificate import Certificate, measure_coreset
 from kipcore.cholesky import rpcholesky
 from kipcore.clustering import kernel_kmeans_plusplus, kmeans, kmeans_plusplus, nearest_rows
 from kipcore.coreset import Coreset, auto_candidates, class_balanced_indices, measured_objective, select_coreset
+from kipcore.distill.augment import siamese
+from kipcore.distill.closed_form import ClosedForm, ClosedFormOptions, feature_kernel, krr_closed_form
+from kipcore.distill.distribution_matching import DMOptions, dm
+from kipcore.distill.experts import train_expert
+from kipcore.distill.frepo import FRePoOptions, frepo
+from kipcore.distill.gradient_matching import GradientMatchingOptions, dc, dsa
 from kipcore.distill.kip import KIPOptions, kip
 from kipcore.distill.loop import (DistillInfo, DistillResult, DistillState, Distiller, adam, distill, distill_init,
                                   distill_step)
 from kipcore.distill.method import Batch, LossInfo, Method, Sampler
+from kipcore.distill.optimizers import optimizer
+from kipcore.distill.rcig import RCIGOptions, rcig
+from kipcore.distill.rfad import RFADOptions, random_feature_kernel, random_features, rfad
 from kipcore.distill.targets import Targets, arrange_targets
 from kipcore.distill.importance import importance, sampler
+from kipcore.distill.trajectory_matching import TrajectoryMatchingOptions, mtt
 from kipcore.evaluate import KRREvaluation, evaluate_krr, evaluate_network
 from kipcore.gram import gram, gram_diag, gram_matvec
 from kipcore.guarantees import guarantee_at, sample_size
@@ -34,23 +44,27 @@ from kipcore.sensitivity import (SensitivityScores, approximate_krr_sensitivitie
                                  feature_krr_sensitivities, kmeans_sensitivities, krr_sensitivities,
                                  krr_sensitivity_scores, lightweight_sensitivities)
 from kipcore.streaming import stream_krr_sensitivities
+from kipcore.trajectories import Trajectories, TrajectoriesError, load_trajectories, save_trajectories
 from kipcore.types import NumericalError, Status, Support
 from kipcore.version import __version__
 
 __all__ = [
-    "Architecture", "Artifact", "ArtifactError", "Batch", "Certificate", "Coreset", "DistillInfo", "DistillResult",
-    "DistillState", "Distiller", "KIPOptions", "KRREvaluation", "KRRFit", "KRRLoss", "LabelSolution", "LossInfo",
-    "Method", "NumericalError", "Preprocess", "Sampler", "SensitivityScores", "Status", "Support", "Targets",
-    "absorb_weights", "adam", "approximate_krr_sensitivities", "architecture", "arrange_targets", "auto_candidates",
-    "blocked_krr_sensitivities", "class_balanced_indices", "conv_net", "distill", "distill_init", "distill_step",
-    "effective_dimension", "effective_dimension_bounds", "evaluate_krr", "evaluate_network", "fc",
-    "feature_krr_sensitivities", "feature_leverage_scores", "fit_preprocess", "from_stax", "gram", "gram_diag",
-    "gram_matvec", "guarantee_at", "gumbel_sample", "importance", "importance_sample", "kernel_kmeans_plusplus",
-    "kip", "kmeans", "kmeans_plusplus", "kmeans_sensitivities", "krr_fit", "krr_loss", "krr_predict", "krr_pursuit",
-    "krr_sensitivities", "krr_sensitivity_scores", "label_solve", "label_solve_rows", "landmark_leverage_scores",
-    "landmark_score_ridge", "lightweight_sensitivities", "linear_fn", "load_artifact", "measure_coreset",
-    "measured_objective", "merge_duplicates", "myrtle", "nearest_rows", "network", "nngp_fn", "ntk_fn",
-    "one_hot_centred", "rbf_fn", "relative_ridge", "ridge_leverage_scores", "rpcholesky", "sample_size", "sampler",
-    "save_artifact", "score_ridge_for_dimension", "select_coreset", "sensitivity_sample", "stratified_sample",
-    "stream_krr_sensitivities", "systematic_sample", "__version__",
+    "Architecture", "Artifact", "ArtifactError", "Batch", "Certificate", "ClosedForm", "ClosedFormOptions", "Coreset",
+    "DMOptions", "DistillInfo", "DistillResult", "DistillState", "Distiller", "FRePoOptions", "GradientMatchingOptions",
+    "KIPOptions", "KRREvaluation", "KRRFit", "KRRLoss", "LabelSolution", "LossInfo", "Method", "NumericalError",
+    "Preprocess", "RCIGOptions", "RFADOptions", "Sampler", "SensitivityScores", "Status", "Support", "Targets",
+    "Trajectories", "TrajectoriesError", "TrajectoryMatchingOptions", "absorb_weights", "adam",
+    "approximate_krr_sensitivities", "architecture", "arrange_targets", "auto_candidates", "blocked_krr_sensitivities",
+    "class_balanced_indices", "conv_net", "dc", "distill", "distill_init", "distill_step", "dm", "dsa",
+    "effective_dimension", "effective_dimension_bounds", "evaluate_krr", "evaluate_network", "fc", "feature_kernel",
+    "feature_krr_sensitivities", "feature_leverage_scores", "fit_preprocess", "frepo", "from_stax", "gram", "gram_diag",
+    "gram_matvec", "guarantee_at", "gumbel_sample", "importance", "importance_sample", "kernel_kmeans_plusplus", "kip",
+    "kmeans", "kmeans_plusplus", "kmeans_sensitivities", "krr_closed_form", "krr_fit", "krr_loss", "krr_predict",
+    "krr_pursuit", "krr_sensitivities", "krr_sensitivity_scores", "label_solve", "label_solve_rows",
+    "landmark_leverage_scores", "landmark_score_ridge", "lightweight_sensitivities", "linear_fn", "load_artifact",
+    "load_trajectories", "measure_coreset", "measured_objective", "merge_duplicates", "mtt", "myrtle", "nearest_rows",
+    "network", "nngp_fn", "ntk_fn", "one_hot_centred", "optimizer", "random_feature_kernel", "random_features", "rbf_fn",
+    "rcig", "relative_ridge", "rfad", "ridge_leverage_scores", "rpcholesky", "sample_size", "sampler", "save_artifact",
+    "save_trajectories", "score_ridge_for_dimension", "select_coreset", "sensitivity_sample", "siamese",
+    "stratified_sample", "stream_krr_sensitivities", "systematic_sample", "train_expert", "__version__",
 ]

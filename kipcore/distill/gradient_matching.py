@@ -202,5 +202,18 @@ def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptio
 
 
 def dsa(module: Network, options: GradientMatchingOptions = GradientMatchingOptions()) -> Method:
-  """`dc` with differentiable siamese augmentation: all of `augment.DSA`, alike for targets and support of a class."""
+  """`dc` with differentiable siamese augmentation: all of `augment.DSA`, alike for targets and support of a class.
+
+  Args:
+    module: as for `dc`.
+    options: as for `dc`, but for the augmentation.
+
+  Returns:
+    A `Method`.
+
+  Raises:
+    ValueError, TypeError: as `dc`.
+
+  Source: Zhao and Bilen 2021 (DSA), eq. 7.
+  """
   return dc(module, options._replace(augmentation=augment.DSA))._replace(name="dsa")

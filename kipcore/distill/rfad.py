@@ -35,7 +35,16 @@ class RFADOptions(NamedTuple):
 
 
 def random_features(module: Network, variables, x: Array) -> Array:
-  """Features of all networks side by side, `(n, M p)`, scaled so that their products are means over networks and units."""
+  """Features of M networks side by side, scaled so that their products are means over networks and units.
+
+  Args:
+    module: the network.
+    variables: M stacked draws, `features.draw_networks`.
+    x: `(n, ...)` rows.
+
+  Returns:
+    `(n, M p)`, with p what the readout of one network sees.
+  """
   phi = jax.lax.map(jax.checkpoint(lambda one: features(module, one, x)), variables)
   num_networks, n, p = phi.shape
   return jnp.swapaxes(phi, 0, 1).reshape(n, num_networks * p) / math.sqrt(num_networks * p)
