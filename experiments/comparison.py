@@ -150,11 +150,11 @@ def _opened(config: CompareConfig, resolved: dict, output_dir, overwrite: bool):
   grid = json.loads(json.dumps(grid))
   path = pathlib.Path(output_dir or "") / "config.json"
   if output_dir and path.exists() and not overwrite:
-    known = {key: value for key, value in json.loads(path.read_text()).items() if key in grid}
+    known = {key: value for key, value in json.loads(path.readshown()).items() if key in grid}
     if known != grid:
       raise UsageError(f"--output_dir: {output_dir} holds another grid; choose another folder, or --overwrite")
     cells = path.parent / "cells.csv"
-    return path.parent, list(csv.DictReader(io.StringIO(cells.read_text()))) if cells.exists() else []
+    return path.parent, list(csv.DictReader(io.StringIO(cells.readshown()))) if cells.exists() else []
   folder = run_folder.create(output_dir, "compare", overwrite)
   run_folder.write_json(folder / "config.json", {**grid, "environment": run_folder.environment()})
   return folder, []
@@ -192,7 +192,8 @@ def gain(arm: dict, plain: dict) -> tuple[float, float | None]:
   return mean, None if deviation is None else deviation / math.sqrt(len(arm.keys() & plain.keys()))
 
 
-def _text(mean: float, spread: float | None, sign: str = "") -> str:
+def shown(mean: float, spread: float | None, sign: str = "") -> str:
+  """A mean with its deviation or error, where there is one."""
   return f"{mean:{sign}.1f}" + ("" if spread is None else f" ± {spread:.1f}")
 
 
@@ -206,9 +207,9 @@ def markdown(rows: list[dict]) -> str:
     cells = []
     for found in scored.values():
       plain = next((arm for arm in found if arm[0] == name[0]), None)
-      cells.append(_text(*mean_and_deviation(found[name].values())) if name in found else "")
+      cells.append(shown(*mean_and_deviation(found[name].values())) if name in found else "")
       shared = name in found and name != plain and found[name].keys() & found[plain].keys()
-      cells.append(_text(*gain(found[name], found[plain]), "+") if shared else "")
+      cells.append(shown(*gain(found[name], found[plain]), "+") if shared else "")
     failed = sum(bool(row["error"]) for row in own)
     evaluations = next((f"{int(row['target_evaluations']):,}" for row in own if not row["error"]), "")
     seconds = f"{np.median([float(row['step_seconds'] or 0) for row in own]):.0f}" + (f" ({failed} failed)" if failed else "")

@@ -1,5 +1,6 @@
 """Writes the README's tables from the result files: `python -m experiments.tables`."""
 
+import csv
 import json
 import pathlib
 import re
@@ -117,6 +118,41 @@ def kernels_table(results: dict) -> str:
                     "(`python -m experiments.benchmarks.kernels`), which also has growth, narrower products and a step of KIP."])
 
 
+_DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
+
+
+def methods_table(folders: dict) -> str:
+  """Markdown of the `compare_*` folders: a row a dataset and method, what start and sampler gain alone and together."""
+  from experiments import comparison
+  lines = ["| dataset | method | plain | with our start | with our targets | with both | target evaluations |", "| --- |" + " --- |" * 6]
+  for dataset, (config, rows) in folders.items():
+    scored = [comparison.arms(rows, key) for key in comparison.SCORES]
+    (plain_start, start), (plain_targets, targets) = (config["grid"][name] for name in ("inits", "samplers"))
+    for method in config["grid"]["methods"]:
+      names = [(method, *arm) for arm in ((plain_start, plain_targets), (start, plain_targets), (plain_start, targets), (start, targets))]
+      if not all(name in found for name in names for found in scored):
+        continue
+      cells = [" / ".join(comparison.shown(*comparison.mean_and_deviation(found[names[0]].values())) for found in scored)]
+      cells += [" / ".join(comparison.shown(*comparison.gain(found[name], found[names[0]]), "+") for found in scored) for name in names[1:]]
+      evaluations = next(int(row["target_evaluations"]) for row in rows if row["method"] == method)
+      lines.append(f"| {_DATASETS[dataset]} | `{method}` | " + " | ".join(cells) + f" | {evaluations:,} |")
+  grid = config["grid"]
+  return "\n".join([*lines, "", f"One image a class, CPU-size settings (`--preset=cpu`), {grid['num_seeds']} seeds: test accuracy, %, of kernel ridge regression with the "
+                    f"NTK of FC1 / of {grid['network_seeds']} finite networks trained on the images (the method's own network), mean and deviation; then what is gained over "
+                    f"plain (start `{plain_start}`, targets `{plain_targets}`) by `{start}` and `{targets}`, with the standard error of the differences (same seeds, equal target "
+                    "evaluations), on the first 2,000 test rows (KIP: all). From `experiments/results/compare_*` (`python -m experiments.run_compare`)."])
+
+
+def _compared() -> dict:
+  """{dataset: (config, lines)} of the `compare_*` result folders."""
+  folders = {}
+  for dataset in _DATASETS:
+    folder = ROOT / f"experiments/results/compare_{dataset}"
+    if folder.exists():
+      folders[dataset] = json.loads((folder / "config.json").read_text()), list(csv.DictReader((folder / "cells.csv").open()))
+  return folders
+
+
 # marker in the README -> result file, and how it is shown
 TABLES = {"conformance": ("conformance", conformance_table), "starting_points": ("starting_points", starting_points_table),
           "default_gain": ("ablation", default_gain_table), "ablation": ("ablation", ablation_table),
@@ -125,8 +161,8 @@ TABLES = {"conformance": ("conformance", conformance_table), "starting_points": 
 
 def rendered(readme: str) -> str:
   """The README with its tables made anew, each between two comments that name its result file."""
-  for name, (file, table) in TABLES.items():
-    text = table(json.loads((ROOT / f"experiments/results/{file}.json").read_text()))
+  texts = {name: table(json.loads((ROOT / f"experiments/results/{file}.json").read_text())) for name, (file, table) in TABLES.items()}
+  for name, text in {**texts, "methods": methods_table(_compared())}.items():
     readme = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme,
                     flags=re.S)
   return readme

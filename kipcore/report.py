@@ -222,8 +222,7 @@ def save_bars(path, panels: dict, y_label: str) -> None:
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_title(title)
     axes.set_ylabel(y_label)
-    if i == 0:
-      axes.legend(fontsize=8, ncols=2)
+  figure.legend(fontsize=9, ncols=2, loc="outside upper center")
   _save(figure, path)
 
 

@@ -1,0 +1,87 @@
+"""Time and memory of a step of every method: `python -m experiments.benchmarks.methods --data_dir=DIR`.
+
+MNIST, one image a class. Each method runs in a process of its own, at the settings of `--preset=cpu` ("cpu"), and one step
+of its published settings is compiled, not run, for the memory that it would take ("published"). Writes
+experiments/results/benchmark_methods.json:
+
+  step_seconds       after compilation, over 20 steps of the loop, host and device together
+  compile_seconds    of the mapped step
+  scratch_bytes      temporary memory of one compiled step, as XLA plans it for this backend
+  state_bytes        what the step keeps: images, optimiser, networks, sampler
+  peak_gb            most memory of the process, the dataset and XLA's compilation included
+"""
+
+import dataclasses
+import functools
+
+from experiments import flags as common
+from experiments.benchmarks import harness
+
+harness.define_flags("methods")
+
+METHODS = ("kip", "rfad", "frepo", "rcig", "dm", "dc", "dsa", "mtt")
+_STEPS = 20
+
+
+def job(method: str, data_dir) -> dict:
+  """One method: measured at CPU size, compiled at the published one."""
+  import os
+  import tempfile
+  import jax
+  import numpy as np
+  from kipcore.distill import experts
+  from kipcore import trajectories
+  from experiments import methods, pipeline
+  config = methods.resolve(method=method, dataset="mnist", data_dir=data_dir, init="uniform")
+  data = pipeline.load(config)
+  support = pipeline.start(config, data).support
+  row = {}
+  with tempfile.TemporaryDirectory() as folder:
+    for preset in ("cpu", "published"):
+      config = methods.resolve(method=method, preset=preset, dataset="mnist", data_dir=data_dir, init="uniform")
+      if method == "mtt":
+        # Made-up experts: their values change neither time nor memory.
+        config = dataclasses.replace(config, experts=os.path.join(folder, f"{preset}.npy"))
+        module = methods.module_of(config, methods.Problem(data.kernel_fn, 10))
+        size, _ = experts.flat_parameters(module, support.x)
+        last = methods.options_of(config).max_start_epoch + methods.options_of(config).expert_epochs
+        rng = np.random.default_rng(0)
+        made = (0.05 * rng.normal(size=(last + 1, size)).astype(np.float32) for _ in range(2))
+        trajectories.save_trajectories(config.experts, made, {})
+      problem = methods.Problem(data.kernel_fn, 10, config.experts)
+      batch = pipeline.batch_size_of(config, data)
+      distiller = methods.distiller_of(config, problem, pipeline.sampler_of(config), batch)
+      row[preset] = {"width": config.width, "targets": batch, **step_memory(distiller, support, data)}
+      if preset == "cpu":
+        from kipcore.distill import loop
+        result = loop.distill(0, distiller, support, data.x_train, data.y_train, _STEPS, log_steps=[2], devices=[jax.devices()[0]])
+        seconds = (result.history[-1]["seconds"] - result.history[1]["seconds"]) / (_STEPS - 2)
+        row[preset].update(step_seconds=seconds, compile_seconds=result.compile_seconds, peak_gb=harness.peak_gb())
+  return row
+
+
+def step_memory(distiller, support, data) -> dict:
+  """What one step needs and keeps, in bytes, without running it."""
+  import jax
+  import numpy as np
+  from kipcore import keys
+  from kipcore.distill import loop
+  from kipcore.distill.targets import Targets
+  counts = np.bincount(np.argmax(data.y_train, axis=1), minlength=10).astype(np.int32)
+  key = keys.canonical_key(0)
+  shape = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype))
+  targets = shape(Targets(data.x_train, data.y_train, counts, np.float32(1)))
+  state = jax.eval_shape(lambda: loop.distill_init(key, distiller, support, counts, len(data.x_train)))
+  step = jax.jit(lambda state, targets: loop.distill_step(key, distiller, state, targets))
+  compiled = step.lower(state, targets).compile()
+  kept = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+  return {"scratch_bytes": compiled.memory_analysis().temp_size_in_bytes, "state_bytes": int(kept)}
+
+
+def main() -> None:
+  """Runs the jobs that --only names."""
+  harness.run({method: functools.partial(job, method) for method in METHODS})
+
+
+if __name__ == "__main__":
+  common.launch(main)
