@@ -78,11 +78,26 @@ def everything() -> kipcore.Sampler:
   return kipcore.Sampler("everything", lambda counts, capacity: jnp.sum(counts, dtype=jnp.int32), draw)
 
 
-def same_on_devices(method, support, x, y, rtol: float = 1e-10) -> None:
-  """One plain SGD step on all rows gives the same loss and images on 1, 2 and 8 devices, uneven shards included (float64)."""
+def same_on_devices(method, support, x, y, rtol: float = 1e-10, num_steps: int = 1) -> None:
+  """Plain SGD steps on all rows give the same loss and images on 1, 2 and 8 devices, uneven shards included (float64)."""
   distiller = kipcore.Distiller(method, everything(), optax.sgd(0.1), len(x))
-  runs = [kipcore.distill(0, distiller, support, x, y, 1, devices=jax.devices()[:d]) for d in (1, 2, 8)]
+  runs = [kipcore.distill(0, distiller, support, x, y, num_steps, devices=jax.devices()[:d]) for d in (1, 2, 8)]
   assert not np.array_equal(runs[0].support.x, support.x)
   for other in runs[1:]:
     np.testing.assert_allclose(other.history[-1]["loss"], runs[0].history[-1]["loss"], rtol=rtol)
     assert_close(other.support.x, runs[0].support.x, rtol=rtol)
+
+
+def image_rows(labels, dtype=np.float64, seed=0, num_classes=3):
+  """Images of 8 x 8 whose class shows in its mean, `labels` the class of each, and their centred labels."""
+  rng = np.random.default_rng(seed)
+  means = np.random.default_rng(9).normal(size=(num_classes, 8, 8, 1))
+  x = 0.5 * means[labels] + rng.normal(size=(len(labels), 8, 8, 1))
+  return x.astype(dtype), (np.eye(num_classes)[labels] - 1 / num_classes).astype(dtype)
+
+
+def image_problem(dtype=np.float32, n=90, per_class=2):
+  """A support of such images, and rows of unequal classes to learn from."""
+  x, y = image_rows(np.random.default_rng(1).integers(0, 3, n), dtype)
+  support = image_rows(np.repeat(np.arange(3), per_class), dtype, seed=2)
+  return kipcore.Support(*map(jnp.asarray, support)), x, y

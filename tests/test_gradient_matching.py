@@ -11,23 +11,10 @@ from kipcore.distill import gradient_matching as gm
 from kipcore.distill import importance, loop
 from kipcore.distill.method import Batch
 from kipcore.types import Support
-from helpers import RTOL, assert_close
+from helpers import RTOL, assert_close, image_problem, image_rows, same_on_devices
 
 C = 3
-
-
-def rows(labels, dtype=np.float64, seed=0):
-  """Images of 8 x 8 whose class shows in its mean, `labels` the class of each."""
-  rng = np.random.default_rng(seed)
-  means = np.random.default_rng(9).normal(size=(C, 8, 8, 1))
-  x = 0.5 * means[labels] + rng.normal(size=(len(labels), 8, 8, 1))
-  return x.astype(dtype), (np.eye(C)[labels] - 1 / C).astype(dtype)
-
-
-def problem(dtype=np.float32, n=90, per_class=2):
-  x, y = rows(np.random.default_rng(1).integers(0, C, n), dtype)
-  support = rows(np.repeat(np.arange(C), per_class), dtype, seed=2)
-  return Support(*map(jnp.asarray, support)), x, y
+rows, problem = image_rows, image_problem
 
 
 def net(convolutional=False):
@@ -177,25 +164,10 @@ def test_training_of_the_network_in_several_batches_lowers_its_loss():
   assert jax.tree.all(jax.tree.map(np.array_equal, again, trained))
 
 
-def everything():
-  """A sampler that takes all rows of its shard, padded with weight 0 to the size asked."""
-
-  def draw(key, n, size):
-    i = jnp.arange(size, dtype=jnp.int32)
-    return jnp.minimum(i, n - 1), jnp.where(i < n, size / n.astype(jnp.float64), 0.0)
-
-  return kipcore.Sampler("everything", lambda counts, capacity: jnp.sum(counts, dtype=jnp.int32), draw)
-
-
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
   """Two steps with a trained network between, uneven shards and classes that a device lacks included."""
   support, x, y = problem(np.float64, n=21)
-  distiller = loop.Distiller(gm.dc(net(), gm.GradientMatchingOptions(5, 1)), everything(), optax.sgd(0.1), 21)
-  results = [loop.distill(0, distiller, support, x, y, 2, devices=jax.devices()[:d]) for d in (1, 2, 8)]
-  for other in results[1:]:
-    np.testing.assert_allclose(other.history[-1]["loss"], results[0].history[-1]["loss"], rtol=1e-11)
-    assert_close(other.support.x, results[0].support.x, rtol=1e-11)
-  assert not np.allclose(results[0].support.x, support.x)
+  same_on_devices(gm.dc(net(), gm.GradientMatchingOptions(5, 1)), support, x, y, rtol=1e-11, num_steps=2)
 
 
 def test_equal_seeds_repeat():
