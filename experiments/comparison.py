@@ -73,7 +73,7 @@ def run_compare(config: CompareConfig, shared: dict, output_dir: str | None, ove
     The folder.
 
   Raises:
-    UsageError: for unknown names, or a folder of another grid.
+    UsageError: for unknown names, or a folder whose cells have another config.
   """
   resolved = {cell: config_of(config, shared, cell) for cell in cells_of(config)}
   for cell_config in resolved.values():
@@ -87,12 +87,12 @@ def run_compare(config: CompareConfig, shared: dict, output_dir: str | None, ove
       # Experts know nothing of the start, so that the cells of a sampler and seed share them.
       experts = str(folder / f"experts-{cell.sampler}-{cell.seed}.npy") if cell.method == "mtt" else ""
       rows[cell] = run_cell(dataclasses.replace(cell_config, experts=experts))
-      _write(folder, config, [rows[c] for c in resolved if c in rows])
+      _write(folder, list(rows.values()))
       bar.update()
       row = rows[cell]
       tqdm.write("  ".join(cell[:3]) + f"  seed {cell.seed}: " + (row["error"] or ", ".join(
           f"{100 * float(row[key]):.1f} % ({name})" for key, name in SCORES.items() if row[key] != "")), file=sys.stdout)
-  _write(folder, config, list(rows.values()))
+  _write(folder, list(rows.values()))
   print(markdown(list(rows.values())) + f"\n\nwritten to {folder}: cells.csv, comparison.md, comparison.png, config.json")
   return folder
 
@@ -145,22 +145,30 @@ def _loaded(config: DistillConfig):
 
 
 def _opened(config: CompareConfig, resolved: dict, output_dir, overwrite: bool):
-  """The folder and the lines that it has."""
+  """The folder and the lines that it has; a grid may grow there, but no cell of it may change."""
   grid = {"grid": dataclasses.asdict(config), "cells": [dataclasses.asdict(c) for c in resolved.values()]}
-  grid = json.loads(json.dumps(grid))
   path = pathlib.Path(output_dir or "") / "config.json"
+  lines = []
   if output_dir and path.exists() and not overwrite:
-    known = {key: value for key, value in json.loads(path.readshown()).items() if key in grid}
-    if known != grid:
-      raise UsageError(f"--output_dir: {output_dir} holds another grid; choose another folder, or --overwrite")
-    cells = path.parent / "cells.csv"
-    return path.parent, list(csv.DictReader(io.StringIO(cells.readshown()))) if cells.exists() else []
-  folder = run_folder.create(output_dir, "compare", overwrite)
+    folder, cells = path.parent, path.parent / "cells.csv"
+    before = {cell_of(cell): cell for cell in json.loads(path.read_text()).get("cells", ())}
+    if not before:
+      raise UsageError(f"--output_dir: {output_dir} holds something else than a comparison; choose another, or --overwrite")
+    for cell in grid["cells"]:
+      old = before.pop(cell_of(cell), cell)
+      changed = [name for name in cell if old.get(name) != cell[name]]
+      if changed:
+        raise UsageError(f"--output_dir: {output_dir} holds another grid, whose cells have {changed[0]}={old.get(changed[0])!r}, not "
+                         f"{cell[changed[0]]!r}; choose another folder, or --overwrite")
+    grid["cells"] += list(before.values())
+    lines = list(csv.DictReader(io.StringIO(cells.read_text()))) if cells.exists() else []
+  else:
+    folder = run_folder.create(output_dir, "compare", overwrite)
   run_folder.write_json(folder / "config.json", {**grid, "environment": run_folder.environment()})
-  return folder, []
+  return folder, lines
 
 
-def _write(folder: pathlib.Path, config: CompareConfig, rows: list[dict]) -> None:
+def _write(folder: pathlib.Path, rows: list[dict]) -> None:
   text = io.StringIO()
   writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
   writer.writeheader()

@@ -1,7 +1,7 @@
 """Start x targets x method x seed in one table: `python -m experiments.run_compare`.
 
 Writes cells.csv (a line a cell), comparison.md and comparison.png into --output_dir. A run that was stopped goes on where it
-stood; a folder of another grid is refused. All cells of a method have the same number of target evaluations. Nothing is
+stood, and a grid may grow by methods, starts, samplers and seeds; cells of another config are refused. All cells of a method have the same number of target evaluations. Nothing is
 chosen by test accuracy: every setting is the method's own, or a flag.
 
 What the two ideas do to a method, on MNIST, in a few minutes on two cores:

@@ -112,8 +112,11 @@ def test_a_grid_gives_a_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch
   assert len(ran) == 7
   timeless = lambda rows: [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
   assert timeless(cells(tmp_path / "cut")) == timeless(rows)
-  with pytest.raises(UsageError, match="holds another grid"):
+  with pytest.raises(UsageError, match="holds another grid, whose cells have steps=2, not 3"):
     comparison.run_compare(GRID, {**SHARED, "steps": 3}, str(tmp_path / "cut"), False)
+  ran.clear()
+  comparison.run_compare(dataclasses.replace(GRID, num_seeds=3, methods=("label_solve",)), SHARED, str(tmp_path / "cut"), False)
+  assert [config.seed for config in ran] == [2, 2] and len(cells(tmp_path / "cut")) == 14
 
 
 def test_gains_are_paired_and_failures_are_told():

@@ -61,8 +61,8 @@ def frepo(module: Network, options: FRePoOptions = FRePoOptions()) -> Method:
   takes one Adam step on the mean squared error on the support (batch norm by the batch), and another one is chosen.
   Labels start divided by sqrt(c / 10). Published: ConvNet of depth 3, 128, 256, 512 channels, batch norm; LAMB of rate 3e-4
   (cosine); 1,024 targets, 500,000 steps. Ours differs in that the choice of network repeats with the seed, and that on several
-  devices all train the same networks (published: different ones, whose gradients are averaged). Sigmas of the published
-  code under `abs` hide a ridge of the wrong sign; here such a matrix fails with a status.
+  devices all train the same networks (published: different ones, whose gradients are averaged). The published ridge is an
+  absolute value, which hides a matrix of the wrong sign; here that fails with a status.
 
   Args:
     module: the network; `networks.network(conv_net(3), 128, c, norm="batch", width_growth=2)`.
