@@ -146,7 +146,9 @@ def _loaded(config: DistillConfig):
 
 def _opened(config: CompareConfig, resolved: dict, output_dir, overwrite: bool):
   """The folder and the lines that it has; a grid may grow there, but no cell of it may change."""
-  grid = {"grid": dataclasses.asdict(config), "cells": [dataclasses.asdict(c) for c in resolved.values()]}
+  # Where the data lie is no part of what a cell is.
+  named = [{name: value for name, value in dataclasses.asdict(c).items() if name != "data_dir"} for c in resolved.values()]
+  grid = {"grid": dataclasses.asdict(config), "cells": named}
   path = pathlib.Path(output_dir or "") / "config.json"
   lines = []
   if output_dir and path.exists() and not overwrite:

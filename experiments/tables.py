@@ -124,15 +124,17 @@ _DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "fashion_mnist": "Fashion-
 def methods_table(folders: dict) -> str:
   """Markdown of the `compare_*` folders: a row a dataset and method, what start and sampler gain alone and together."""
   from experiments import comparison
-  lines = ["| dataset | method | plain | with our start | with our targets | with both | target evaluations |", "| --- |" + " --- |" * 6]
+  lines = ["| dataset | method | starts alone | plain | with our start | with our targets | with both | target evaluations |", "| --- |" + " --- |" * 7]
   for dataset, (config, rows) in folders.items():
     scored = [comparison.arms(rows, key) for key in comparison.SCORES]
+    starts = comparison.arms(rows, "init_test_accuracy")
     (plain_start, start), (plain_targets, targets) = (config["grid"][name] for name in ("inits", "samplers"))
     for method in config["grid"]["methods"]:
       names = [(method, *arm) for arm in ((plain_start, plain_targets), (start, plain_targets), (plain_start, targets), (start, targets))]
       if not all(name in found for name in names for found in scored):
         continue
-      cells = [" / ".join(comparison.shown(*comparison.mean_and_deviation(found[names[0]].values())) for found in scored)]
+      cells = [" → ".join(f"{comparison.mean_and_deviation(starts[name].values())[0]:.1f}" for name in names[:2])]
+      cells += [" / ".join(comparison.shown(*comparison.mean_and_deviation(found[names[0]].values())) for found in scored)]
       cells += [" / ".join(comparison.shown(*comparison.gain(found[name], found[names[0]]), "+") for found in scored) for name in names[1:]]
       evaluations = next(int(row["target_evaluations"]) for row in rows if row["method"] == method)
       lines.append(f"| {_DATASETS[dataset]} | `{method}` | " + " | ".join(cells) + f" | {evaluations:,} |")
@@ -140,7 +142,7 @@ def methods_table(folders: dict) -> str:
   return "\n".join([*lines, "", f"One image a class, CPU-size settings (`--preset=cpu`), {grid['num_seeds']} seeds: test accuracy, %, of kernel ridge regression with the "
                     f"NTK of FC1 / of {grid['network_seeds']} finite networks trained on the images (the method's own network), mean and deviation; then what is gained over "
                     f"plain (start `{plain_start}`, targets `{plain_targets}`) by `{start}` and `{targets}`, with the standard error of the differences (same seeds, equal target "
-                    "evaluations), on the first 2,000 test rows (KIP: all). From `experiments/results/compare_*` (`python -m experiments.run_compare`)."])
+                    f"evaluations), on the first 2,000 test rows (KIP: all). *Starts alone*: ridge regression on `{plain_start}` and `{start}` before any step. From `experiments/results/compare_*` (`python -m experiments.run_compare`)."])
 
 
 def _compared() -> dict:
