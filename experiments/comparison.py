@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from kipcore import artifact, report
+from kipcore import artifact, checks, report
 from kipcore.types import NumericalError
 from experiments import methods, pipeline, run_folder
 from experiments.config import CompareConfig, DistillConfig
-from experiments.errors import UsageError
+from experiments.errors import UsageError, usage
 
 FIELDS = ("dataset", "method", "init", "sampler", "seed", "steps", "target_evaluations", "init_test_accuracy",
           "test_accuracy", "network_test_accuracy", "importance_gain", "compile_seconds", "step_seconds", "wall_seconds", "error")
@@ -75,6 +75,9 @@ def run_compare(config: CompareConfig, shared: dict, output_dir: str | None, ove
   Raises:
     UsageError: for unknown names, or a folder whose cells have another config.
   """
+  with usage():
+    for name in config.methods:
+      checks.one_of("methods", name, methods.METHODS)
   resolved = {cell: config_of(config, shared, cell) for cell in cells_of(config)}
   for cell_config in resolved.values():
     pipeline.check(cell_config)

@@ -137,6 +137,15 @@ def test_numbers_that_fail_become_a_line_of_the_table():
   assert "NOT_FINITE" in comparison.run_cell(config)["error"]
 
 
+@pytest.mark.parametrize("changes, message", [
+    (dict(methods=("dm", "best")), "methods: expected one of kip"), (dict(inits=("best",)), "init: expected one of"),
+    (dict(samplers=("uniform", "best")), "sampler: expected one of"), (dict(preset="huge"), "preset: expected one of")])
+def test_wrong_grids_are_named_before_any_cell(changes, message, tmp_path):
+  with pytest.raises(UsageError, match=message):
+    comparison.run_compare(dataclasses.replace(GRID, **changes), SHARED, str(tmp_path / "new"), False)
+  assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("text, message", [("stepz=3", "expected names among"), ("steps=many", "type int")])
 def test_wrong_fields_of_a_grid_are_named(text, message):
   with pytest.raises(UsageError, match=message):
