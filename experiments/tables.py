@@ -118,6 +118,18 @@ def kernels_table(results: dict) -> str:
                     "(`python -m experiments.benchmarks.kernels`), which also has growth, narrower products and a step of KIP."])
 
 
+def cost_table(results: dict) -> str:
+  """Markdown of `benchmark_methods.json`: a row a method, time and memory of a step."""
+  lines = ["| method | targets a step | step, ms | compilation, s | scratch memory, MB | state, MB | scratch memory as published, MB |", "| --- |" + " --- |" * 6]
+  for method, job in results["jobs"].items():
+    small, published = job["cpu"], job["published"]
+    lines.append(f"| `{method}` | {small['targets']:,} | {1e3 * small['step_seconds']:.0f} | {small['compile_seconds']:.1f} | {small['scratch_bytes'] / 1e6:,.0f} | "
+                 f"{small['state_bytes'] / 1e6:,.1f} | {published['scratch_bytes'] / 1e6:,.0f} |")
+  return "\n".join([*lines, "", f"MNIST, one image a class, `--preset=cpu`, {results['environment']['hardware']['cpu_cores']} CPU cores; the last column is what XLA plans on CPU, "
+                    "where convolutions are products of patches, for a step of the published settings, which was not run. From `experiments/results/benchmark_methods.json` "
+                    "(`python -m experiments.benchmarks.methods`)."])
+
+
 _DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
 
 
@@ -158,7 +170,7 @@ def _compared() -> dict:
 # marker in the README -> result file, and how it is shown
 TABLES = {"conformance": ("conformance", conformance_table), "starting_points": ("starting_points", starting_points_table),
           "default_gain": ("ablation", default_gain_table), "ablation": ("ablation", ablation_table),
-          "kernels": ("benchmark_kernels", kernels_table)}
+          "kernels": ("benchmark_kernels", kernels_table), "cost": ("benchmark_methods", cost_table)}
 
 
 def rendered(readme: str) -> str:
