@@ -154,7 +154,7 @@ def test_same_seed_same_run_that_learns_on_any_devices(name):
 
 
 @pytest.mark.parametrize("name", ["rfad", "frepo"])
-def test_one_step_is_the_same_on_1_2_and_8_devices(name, x64):
+def test_one_step_is_the_same_on_any_number_of_devices(name, x64):
   support, x, y = problem(n=43)
   module = network(ARCH, 3, 3)
   same_on_devices(rfad.rfad(module, rfad.RFADOptions(2)) if name == "rfad" else frepo.frepo(module, frepo.FRePoOptions(2)), support, x, y)
