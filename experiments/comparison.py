@@ -18,7 +18,7 @@ from tqdm import tqdm
 from kipcore import artifact, checks, report
 from kipcore.types import NumericalError
 from experiments import methods, pipeline, run_folder
-from experiments.config import CompareConfig, DistillConfig
+from experiments.config import CompareConfig, DataConfig, DistillConfig
 from experiments.errors import UsageError, usage
 
 FIELDS = ("dataset", "method", "init", "sampler", "seed", "steps", "target_evaluations", "init_test_accuracy",
@@ -33,21 +33,6 @@ class Cell(NamedTuple):
   init: str
   sampler: str
   seed: int
-
-
-def parsed(settings: list[str]) -> dict:
-  """name=value texts as fields of `DistillConfig`, in the types of their defaults.
-
-  Raises:
-    UsageError: for an unknown field or a value of another type.
-  """
-  fields, given = {f.name: f.default for f in dataclasses.fields(DistillConfig)}, {}
-  for text in settings:
-    name, _, value = text.partition("=")
-    if name not in fields:
-      raise UsageError(f"--set: expected names among {', '.join(fields)}, got {name!r}")
-    given[name] = methods.parsed("--set", name, value, fields[name])
-  return given
 
 
 def cells_of(config: CompareConfig) -> list[Cell]:
@@ -119,7 +104,7 @@ def run_cell(config: DistillConfig) -> dict:
   """One cell as a line of cells.csv; a run whose numbers failed says so under `error`."""
   started = time.perf_counter()
   row = dict.fromkeys(FIELDS, "")
-  row.update(dataset=config.dataset, **{name: getattr(config, name) for name in ("method", "init", "sampler", "seed")}, error="")
+  row.update(dataset=config.dataset, **{name: getattr(config, name) for name in ("method", "init", "sampler", "seed")})
   data = _loaded(_data_fields(config))
   try:
     start = pipeline.start(config, data)
@@ -138,7 +123,7 @@ def run_cell(config: DistillConfig) -> dict:
 
 def _data_fields(config: DistillConfig) -> DistillConfig:
   """The config without what loading does not look at, so that cells share their data."""
-  names = ("dataset", "data_dir", "architecture", "kernel", "score_architecture", "precision", "preprocess", "validation_fraction", "test_rows", "seed", "x64")
+  names = {field.name for field in dataclasses.fields(DataConfig)} - {"images_per_class", "num_devices"}
   return DistillConfig(**{name: getattr(config, name) for name in names})
 
 

@@ -28,6 +28,7 @@ class Recipe(NamedTuple):
     published: config fields of the published settings.
     cpu: those that differ at a size for a few CPU cores.
     cpu_options: options that differ from the published ones there.
+    kernel: whether the method works through the kernel of the run's architecture, and so starts by it.
     hard_labels: whether the labels of the support are classes, which stay as they are.
     norm: of the networks that the method learns through, and that judge its images.
   """
@@ -37,6 +38,7 @@ class Recipe(NamedTuple):
   published: dict = {}
   cpu: dict = {}
   cpu_options: dict = {}
+  kernel: bool = False
   hard_labels: bool = False
   norm: str = "none"
 
@@ -89,8 +91,8 @@ _CPU = dict(width=32, steps=200, target_batch_size=250, score_architecture="fc1"
             network_steps=300)
 _FIXED = dict(_NETWORKS, learn_labels=False, width=128, optimizer="sgd", network_seeds=5)
 RECIPES = {
-    "kip": Recipe(_kip),
-    "label_solve": Recipe(None),
+    "kip": Recipe(_kip, kernel=True),
+    "label_solve": Recipe(None, kernel=True),
     "krr_closed_form": Recipe(None, "closed_form:ClosedFormOptions", dict(init="uniform")),
     "rfad": Recipe(_rfad, "rfad:RFADOptions",
                    dict(_NETWORKS, width=256, loss="cross_entropy", learn_labels=False, optimizer="adabelief", learning_rate=1e-3,
@@ -148,28 +150,34 @@ def options_of(config: DistillConfig):
     UsageError: for an unknown option, or a value of another type.
   """
   recipe = RECIPES[config.method]
-  given = dict(part.partition("=")[::2] for part in config.options.split(",") if part)
+  texts = [part for part in config.options.split(",") if part]
   if not recipe.options:
-    if given:
+    if texts:
       raise UsageError(f"--options: expected none for --method={config.method}, got {config.options!r}")
     return None
   room, name = recipe.options.split(":")
   options = getattr(importlib.import_module(f"kipcore.distill.{room}"), name)()
   options = options._replace(**(recipe.cpu_options if config.preset == "cpu" else {}))
-  for key, text in given.items():
-    if key not in options._fields:
-      raise UsageError(f"--options: expected names among {', '.join(options._fields)}, got {key!r}")
-    options = options._replace(**{key: parsed("--options", key, text, getattr(options, key))})
-  return options
+  return options._replace(**parsed("--options", texts, options._asdict()))
 
 
-def parsed(flag: str, key: str, text: str, default):
-  """Text in the type of the default; UsageError where it is none."""
-  kind = str if default is None else type(default)
-  try:
-    return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-  except (KeyError, ValueError):
-    raise UsageError(f"{flag}: expected {key} to be of type {kind.__name__}, got {text!r}") from None
+def parsed(flag: str, texts: list[str], defaults: dict) -> dict:
+  """name=value texts, each value in the type of its default.
+
+  Raises:
+    UsageError: for an unknown name, or a value of another type.
+  """
+  given = {}
+  for text in texts:
+    name, _, value = text.partition("=")
+    if name not in defaults:
+      raise UsageError(f"{flag}: expected names among {', '.join(defaults)}, got {name!r}")
+    kind = str if defaults[name] is None else type(defaults[name])
+    try:
+      given[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+    except (KeyError, ValueError):
+      raise UsageError(f"{flag}: expected {name} to be of type {kind.__name__}, got {value!r}") from None
+  return given
 
 
 def distiller_of(config: DistillConfig, problem: Problem, sampler, batch_size: int):

@@ -94,7 +94,7 @@ class Start(NamedTuple):
 def start(config: DistillConfig, data: Data) -> Start:
   """The support of the config's init: with its weights absorbed, or with labels solved for where they are learned."""
   # Methods through finite networks have no kernel of their own; that of the score is cheap at their CPU-size settings.
-  kernel_fn = data.kernel_fn if config.method in ("kip", "label_solve") else data.score_kernel
+  kernel_fn = data.kernel_fn if methods.RECIPES[config.method].kernel else data.score_kernel
   with usage():
     chosen = coreset.select_coreset(config.seed, data.x_train, data.y_train, config.images_per_class, config.init,
                                     kernel_fn, config.relative_ridge)
@@ -303,7 +303,10 @@ def check(config: DistillConfig) -> None:
     checks.one_of("init", config.init, coreset.STRATEGIES)
     checks.positive("relative_ridge", config.relative_ridge)
     sampler_of(config)
-    methods.options_of(config)
+    options = methods.options_of(config)
+    if methods.has_loop(config) and config.method != "mtt":  # whose experts are not there yet
+      kernel_fn = kernels.NetworkKernel(architecture(config.architecture), config.kernel)
+      methods.RECIPES[config.method].build(config, methods.Problem(kernel_fn, 2), options)
     optimizers.optimizer(config.optimizer, config.learning_rate, config.steps, config.schedule)
 
 

@@ -31,9 +31,10 @@ flags.DEFINE_list("set", [], "Further fields of every cell's config, name=value,
 
 def main() -> None:
   """Builds the grid from the flags and runs it."""
-  from experiments import comparison
+  import dataclasses
+  from experiments import comparison, methods
   shared = {name: value for name, value in given_flags(DistillConfig, FLAGS).items() if name != "preset"}
-  comparison.run_compare(from_flags(CompareConfig, FLAGS), {**shared, **comparison.parsed(FLAGS.set)}, FLAGS.output_dir, FLAGS.overwrite)
+  comparison.run_compare(from_flags(CompareConfig, FLAGS), {**shared, **methods.parsed("--set", FLAGS.set, dataclasses.asdict(DistillConfig()))}, FLAGS.output_dir, FLAGS.overwrite)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,20 @@ def check_gradient(f, params: dict, names=None, h: float = 1e-5, rtol: float = 1
     np.testing.assert_allclose(jnp.vdot(gradient[name], v), (ahead - behind) / (2 * h), rtol=rtol, atol=1e-10, err_msg=name)
 
 
+def check_image_gradient(method, support, x, y, num_keys: int) -> None:
+  """The gradient of a method's loss by the images against central differences, for several keys (float64)."""
+  params = method.init_params(support)
+  aux = method.init_aux(jax.random.key(0), params)
+  batch, weights = kipcore.Batch(jnp.asarray(x), jnp.asarray(y)), jnp.asarray(np.random.default_rng(4).uniform(0, 2, len(x)))
+  f = jax.jit(jax.value_and_grad(lambda x, key: method.loss({**params, "x": x}, aux, batch, weights, key)[0]))
+  for seed in range(num_keys):
+    key, h = jax.random.key(seed), 1e-5
+    v = jnp.asarray(np.random.default_rng(seed).normal(size=support.x.shape))
+    slope = (f(support.x + h * v, key)[0] - f(support.x - h * v, key)[0]) / (2 * h)
+    np.testing.assert_allclose(jnp.vdot(f(support.x, key)[1], v), slope, rtol=1e-6)
+    assert abs(slope) > 1e-3
+
+
 def everything() -> kipcore.Sampler:
   """A sampler that takes all rows of its shard, padded with weight 0 to the size asked."""
 

@@ -67,11 +67,12 @@ def test_settings_come_from_the_method_unless_given():
     (dict(method="dm", options="augmentation=blur"), "augmentation: expected names of"),
     (dict(method="frepo", options="pool_size=0"), "pool_size"),
     (dict(method="dc", optimizer="lion"), "optimizer: expected one of"),
+    (dict(method="rfad", loss="hinge"), "loss: expected one of"),
 ])
 def test_wrong_settings_are_named_before_any_work(given, message, tmp_path):
   with pytest.raises(UsageError, match=message):
     pipeline.run_distill(methods.resolve(**given), str(tmp_path), verbose=False)
-  assert not (tmp_path / "distilled.npz").exists()
+  assert not list(tmp_path.iterdir())
 
 
 GRID = CompareConfig(methods=("label_solve", "dm"), inits=("uniform", "kmeans"), num_seeds=2, network_seeds=1)
@@ -149,5 +150,5 @@ def test_wrong_grids_are_named_before_any_cell(changes, message, tmp_path):
 @pytest.mark.parametrize("text, message", [("stepz=3", "expected names among"), ("steps=many", "type int")])
 def test_wrong_fields_of_a_grid_are_named(text, message):
   with pytest.raises(UsageError, match=message):
-    comparison.parsed([text])
-  assert comparison.parsed(["steps=3", "learn_labels=true"]) == {"steps": 3, "learn_labels": True}
+    methods.parsed("--set", [text], dataclasses.asdict(DistillConfig()))
+  assert methods.parsed("--set", ["steps=3", "learn_labels=true"], dataclasses.asdict(DistillConfig())) == {"steps": 3, "learn_labels": True}

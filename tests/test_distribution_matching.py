@@ -11,7 +11,7 @@ from kipcore.distill import importance, loop
 from kipcore.distill.distribution_matching import DMOptions, dm
 from kipcore.distill.method import Batch
 from kipcore.types import Support
-from helpers import assert_close, image_problem, image_rows, same_on_devices
+from helpers import assert_close, check_image_gradient, image_problem, image_rows, same_on_devices
 
 C = 3
 rows, problem = image_rows, image_problem
@@ -52,17 +52,7 @@ def test_loss_equals_numpy_with_weights_and_absent_classes(batch_labels, support
 def test_gradient_equals_finite_differences(x64):
   """Through instance norm, pooling and augmentation."""
   support, x, y = problem(np.float64, n=20)
-  method = dm(net(True))
-  params = method.init_params(support)
-  aux = method.init_aux(jax.random.key(0), params)
-  batch, weights = Batch(jnp.asarray(x), jnp.asarray(y)), jnp.asarray(np.random.default_rng(4).uniform(0, 2, 20))
-  f = jax.jit(jax.value_and_grad(lambda x, key: method.loss({**params, "x": x}, aux, batch, weights, key)[0]))
-  for seed in range(4):
-    key, h = jax.random.key(seed), 1e-5
-    v = jnp.asarray(np.random.default_rng(seed).normal(size=support.x.shape))
-    slope = (f(support.x + h * v, key)[0] - f(support.x - h * v, key)[0]) / (2 * h)
-    np.testing.assert_allclose(jnp.vdot(f(support.x, key)[1], v), slope, rtol=1e-6)
-    assert abs(slope) > 1e-3
+  check_image_gradient(dm(net(True)), support, x, y, 4)
 
 
 def test_support_equal_to_the_data_has_loss_zero(x64):

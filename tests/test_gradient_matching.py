@@ -11,7 +11,7 @@ from kipcore.distill import gradient_matching as gm
 from kipcore.distill import importance, loop
 from kipcore.distill.method import Batch
 from kipcore.types import Support
-from helpers import RTOL, assert_close, image_problem, image_rows, same_on_devices
+from helpers import RTOL, assert_close, check_image_gradient, image_problem, image_rows, same_on_devices
 
 C = 3
 rows, problem = image_rows, image_problem
@@ -64,17 +64,7 @@ def test_loss_equals_numpy_with_unequal_and_absent_classes(batch_labels, support
 @pytest.mark.parametrize("make, convolutional", [(gm.dc, False), (gm.dsa, True)])
 def test_gradient_equals_finite_differences(make, convolutional, x64):
   support, x, y = problem(np.float64, n=20)
-  method = make(net(convolutional))
-  params = method.init_params(support)
-  aux = method.init_aux(jax.random.key(0), params)
-  batch, weights = Batch(jnp.asarray(x), jnp.asarray(y)), jnp.asarray(np.random.default_rng(4).uniform(0, 2, 20))
-  f = jax.jit(jax.value_and_grad(lambda x, key: method.loss({**params, "x": x}, aux, batch, weights, key)[0]))
-  for seed in range(3):
-    key, h = jax.random.key(seed), 1e-5
-    v = jnp.asarray(np.random.default_rng(seed).normal(size=support.x.shape))
-    slope = (f(support.x + h * v, key)[0] - f(support.x - h * v, key)[0]) / (2 * h)
-    np.testing.assert_allclose(jnp.vdot(f(support.x, key)[1], v), slope, rtol=1e-6)
-    assert abs(slope) > 1e-3
+  check_image_gradient(make(net(convolutional)), support, x, y, 3)
 
 
 @pytest.mark.parametrize("b", [1, 7, 300])

@@ -6,12 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.flatten_util import ravel_pytree
 
 from kipcore import checks, keys, krr, linalg
 from kipcore.distill import augment, samplers
-from kipcore.distill.features import outputs
+from kipcore.distill.features import cross_entropy, outputs
 from kipcore.distill.method import LossInfo, Sampler
 from kipcore.distill.targets import Targets, arrange_targets
 from kipcore.networks import Network
@@ -32,11 +31,6 @@ def flat_parameters(module: Network, x: Array):
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["params"])
   flat, unravel = ravel_pytree(zeros)
   return flat.shape[0], lambda vector: {"params": unravel(vector)}
-
-
-def cross_entropy(logits: Array, y: Array) -> Array:
-  """`(n,)`, against the class of each row of `y`."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.argmax(y, axis=1))
 
 
 _UNIFORM = samplers.uniform()  # One object: a sampler is compared by identity, and another would compile anew.

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from kipcore import krr, linalg
 from kipcore.distill.method import Batch, LossInfo
@@ -28,6 +29,11 @@ def outputs(module: Network, variables, x: Array) -> Array:
   """`(n, c)`; batch norm by its running means."""
   with linalg.permissive_promotion():
     return module.apply(variables, x)
+
+
+def cross_entropy(logits: Array, y: Array) -> Array:
+  """`(n,)`, against the class of each row of `y`."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.argmax(y, axis=1))
 
 
 def class_weights(y: Array, weights: Array | None = None) -> Array:

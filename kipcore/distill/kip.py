@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from kipcore import checks, krr
+from kipcore.distill.features import cross_entropy
 from kipcore.distill.method import Batch, LossInfo, Method, Params
 from kipcore.types import Array, KernelFn, Support
 
@@ -71,8 +71,7 @@ def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
     if options.loss == "mse":
       per_example = 0.5 * jnp.mean((predictions - batch.y) ** 2, axis=1)
     else:
-      logits = jnp.exp(params["log_temperature"]) * predictions
-      per_example = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.argmax(batch.y, axis=1))
+      per_example = cross_entropy(jnp.exp(params["log_temperature"]) * predictions, batch.y)
     value = jnp.mean(weights.astype(per_example.dtype) * per_example)
     info = LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), fit.status)
     return value, jax.lax.stop_gradient(info)

@@ -9,7 +9,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from kipcore import checks, keys, krr, linalg
-from kipcore.distill.features import draw_networks, features
+from kipcore.distill.features import cross_entropy, draw_networks, features
 from kipcore.distill.frepo import Pool, label_margin
 from kipcore.distill.method import Batch, LossInfo, Method, Params, across
 from kipcore.networks import Network
@@ -113,8 +113,7 @@ def rcig(module: Network, options: RCIGOptions = RCIGOptions()) -> Method:
       phi_s = phi(w, p["x"])
       fit = regress(phi_s, p["y"])
       predictions = krr.krr_predict(fit, linalg.matmul(phi(w, batch.x), phi_s.T))
-      logits = jnp.exp(p["log_temperature"]) * predictions
-      per_example = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.argmax(batch.y, axis=1))
+      per_example = cross_entropy(jnp.exp(p["log_temperature"]) * predictions, batch.y)
       value = jnp.mean(weights.astype(per_example.dtype) * per_example) - label_margin(p["y"], 0.5 / batch.y.shape[1])
       return value, LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), fit.status)
 

@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from kipcore import checks, keys, krr, linalg
-from kipcore.distill.features import draw_networks, features
+from kipcore.distill.features import cross_entropy, draw_networks, features
 from kipcore.distill.method import Batch, LossInfo, Method, Params
 from kipcore.networks import Network
 from kipcore.types import Array, Support
@@ -122,8 +121,7 @@ def rfad(module: Network, options: RFADOptions = RFADOptions()) -> Method:
     if options.loss == "mse":
       per_example = 0.5 * jnp.mean((predictions - batch.y) ** 2, axis=1)
     else:
-      logits = jnp.exp(params["log_scale"]) * predictions
-      per_example = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.argmax(batch.y, axis=1))
+      per_example = cross_entropy(jnp.exp(params["log_scale"]) * predictions, batch.y)
     info = LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), fit.status)
     return jnp.mean(weights.astype(per_example.dtype) * per_example), jax.lax.stop_gradient(info)
 

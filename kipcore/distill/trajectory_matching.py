@@ -10,8 +10,8 @@ import numpy as np
 
 from kipcore import checks, keys
 from kipcore.distill import augment
-from kipcore.distill.experts import cross_entropy, flat_parameters
-from kipcore.distill.features import features, outputs, reading
+from kipcore.distill.experts import flat_parameters
+from kipcore.distill.features import cross_entropy, features, outputs, reading
 from kipcore.distill.method import Batch, Method, Params
 from kipcore.networks import Network
 from kipcore.types import Array, Support
