@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from kipcore import artifact, checks, report
+from kipcore import checks, files, report
 from kipcore.types import NumericalError
 from experiments import methods, pipeline, run_folder
 from experiments.config import CompareConfig, DataConfig, DistillConfig
@@ -163,8 +163,8 @@ def _write(folder: pathlib.Path, rows: list[dict]) -> None:
   writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
-  artifact.write_atomically(folder / "cells.csv", text.getvalue().encode())
-  artifact.write_atomically(folder / "comparison.md", (markdown(rows) + "\n").encode())
+  files.write_atomically(folder / "cells.csv", text.getvalue().encode())
+  files.write_atomically(folder / "comparison.md", (markdown(rows) + "\n").encode())
   panels = {name: _bars(rows, key) for key, name in SCORES.items()}
   report.save_bars(folder / "comparison.png", {name: bars for name, bars in panels.items() if bars}, "test accuracy, %")
 

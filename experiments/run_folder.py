@@ -11,7 +11,7 @@ import subprocess
 import jax
 
 import kipcore
-from kipcore import artifact
+from kipcore import files
 from experiments.errors import UsageError
 
 RUN_FILES = ("config.json", "metrics.jsonl", "result.json", "distilled.npz", "images.png", "learning_curve.png", "certificate.json",
@@ -33,7 +33,7 @@ def create(output_dir: str | None, name: str, overwrite: bool) -> pathlib.Path:
       raise UsageError(f"--output_dir: {path} already holds a run ({', '.join(found)}); choose another, or --overwrite")
     for file in found:
       (path / file).unlink()
-    artifact.write_atomically(path / "config.json", b"{}")
+    files.write_atomically(path / "config.json", b"{}")
   except OSError as error:
     raise UsageError(f"--output_dir: cannot write to {path} ({error.strerror or error})") from error
   return path
@@ -49,7 +49,7 @@ def newest(name: str) -> pathlib.Path:
 
 def write_json(path, content: dict) -> None:
   """Writes a JSON file atomically."""
-  artifact.write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+  files.write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_config(path: pathlib.Path, config, **resolved) -> None:

@@ -10,16 +10,14 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import pathlib
-import tempfile
 import zipfile
 import zlib
 
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, evaluate, kernels
+from kipcore import checks, evaluate, files, kernels
 from kipcore.architectures import Architecture
 from kipcore.preprocess import Preprocess, one_hot_centred
 from kipcore.types import Support
@@ -115,7 +113,7 @@ def save_artifact(path, artifact: Artifact) -> None:
   }
   buffer = io.BytesIO()
   np.savez_compressed(buffer, metadata=np.array(json.dumps(metadata)), **arrays)
-  write_atomically(path, buffer.getvalue())
+  files.write_atomically(path, buffer.getvalue())
 
 
 def load_artifact(path) -> Artifact:
@@ -165,26 +163,6 @@ def load_artifact(path) -> Artifact:
     raise
   except ValueError as error:
     raise ArtifactError(f"{path}: {error}") from error
-
-
-def write_atomically(path, content: bytes) -> None:
-  """Writes a whole file or none: aside first, flushed to disk, then renamed over the old one.
-
-  Raises:
-    OSError: where it cannot be written; an older file of that name is left as it was.
-  """
-  path = pathlib.Path(path)
-  handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-  try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(aside, 0o644)
-    os.replace(aside, path)
-  except BaseException:
-    pathlib.Path(aside).unlink(missing_ok=True)
-    raise
 
 
 def _checksum(array: np.ndarray) -> str:

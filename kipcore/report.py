@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 
-from kipcore import artifact, checks
+from kipcore import checks, files
 
 _MAX_COLUMNS = 10
 _MAX_ROW_OF_CLASSES = 12
@@ -250,4 +250,4 @@ def _figure(width: float, height: float):
 def _save(figure, path) -> None:
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=130)
-  artifact.write_atomically(path, buffer.getvalue())
+  files.write_atomically(path, buffer.getvalue())

@@ -5,14 +5,12 @@ memory map. Nothing in it is ever unpickled.
 """
 
 import json
-import os
 import pathlib
-import tempfile
 from typing import Iterable, NamedTuple
 
 import numpy as np
 
-from kipcore.artifact import write_atomically
+from kipcore import files
 
 FORMAT = "kipcore-trajectories"
 FORMAT_VERSION = 1
@@ -46,34 +44,25 @@ def save_trajectories(path, trajectories: Iterable, metadata: dict) -> None:
   """
   path, beside = _pair(path)
   json.dumps(metadata)
-  handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-  try:
-    with os.fdopen(handle, "wb") as file:
-      count, first = 0, None
-      for trajectory in trajectories:
-        trajectory = np.ascontiguousarray(trajectory)
-        if first is None:
-          first = np.empty((0, *trajectory.shape), trajectory.dtype)
-          _write_header(file, first.shape, first.dtype)
-        _check(trajectory, count, first)
-        file.write(trajectory.data)
-        count += 1
+  with files.replacing(path) as file:
+    count, first = 0, None
+    for trajectory in trajectories:
+      trajectory = np.ascontiguousarray(trajectory)
       if first is None:
-        raise ValueError("trajectories: expected at least one, got none")
-      shape = (count, *first.shape[1:])
-      file.seek(0)
-      _write_header(file, shape, first.dtype)
-      file.flush()
-      os.fsync(file.fileno())
-    os.chmod(aside, 0o644)
-    # In this order a crash may leave an array without metadata, but never one with the metadata of another.
+        first = np.empty((0, *trajectory.shape), trajectory.dtype)
+        _write_header(file, first.shape, first.dtype)
+      _check(trajectory, count, first)
+      file.write(trajectory.data)
+      count += 1
+    if first is None:
+      raise ValueError("trajectories: expected at least one, got none")
+    shape = (count, *first.shape[1:])
+    file.seek(0)
+    _write_header(file, shape, first.dtype)
+    # Last: a crash from here on may leave an array without metadata, but never one with the metadata of another.
     beside.unlink(missing_ok=True)
-    os.replace(aside, path)
-  except BaseException:
-    pathlib.Path(aside).unlink(missing_ok=True)
-    raise
   record = {**metadata, "format": FORMAT, "format_version": FORMAT_VERSION, "shape": shape, "dtype": first.dtype.name}
-  write_atomically(beside, json.dumps(record, indent=2).encode())
+  files.write_atomically(beside, json.dumps(record, indent=2).encode())
 
 
 def load_trajectories(path) -> Trajectories:

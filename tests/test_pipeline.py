@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import kipcore
-from kipcore import artifact
+from kipcore import files
 from experiments import evaluation, pipeline, run_folder, selection
 from experiments.config import DataConfig, DistillConfig, SelectConfig
 from experiments.errors import UsageError
@@ -280,14 +280,14 @@ def test_damaged_artefacts_are_refused(run, tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "file"
-  artifact.write_atomically(path, b"old")
+  files.write_atomically(path, b"old")
 
   def full(*args):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(os, "fsync", full)
   with pytest.raises(OSError, match="No space"):
-    artifact.write_atomically(path, b"new")
+    files.write_atomically(path, b"new")
   assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -22,10 +22,10 @@ LAYERS = [
     ["evaluate", "coreset", "absorb", "distill.targets", "distill.method", "distill.samplers", "distill.importance", "distill.optimizers",
      "distill.features", "distill.augment", "distill.kip", "distill.rfad", "distill.frepo", "distill.distribution_matching",
      "distill.gradient_matching", "distill.experts", "distill.trajectory_matching", "distill.rcig", "distill.closed_form", "distill.loop", "distill"],
-    ["datasets", "artifact", "trajectories", "report"],
+    ["files", "datasets", "artifact", "trajectories", "report"],
 ]
 ORDER = [room for layer in LAYERS for room in layer]
-FILES_AND_CLOCKS = {"datasets", "artifact", "trajectories", "report"}
+FILES_AND_CLOCKS = {"files", "datasets", "artifact", "trajectories", "report"}
 
 
 def rooms():
