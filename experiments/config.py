@@ -65,6 +65,22 @@ class SelectConfig(DataConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+  """What `run_evaluate` needs besides an artefact."""
+
+  evaluators: tuple = ("krr",)
+  baselines: tuple = ("uniform", "kmeans", "herding", "k_center", "leverage", "full")
+  num_seeds: int = 5
+  seed: int = 0
+  width: int = 128
+  network_steps: int = 1000
+  full_rows: int = 5000
+  test_rows: int = 0
+  dataset: str | None = None
+  data_dir: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class CompareConfig:
   """The grid of `run_compare`."""
 

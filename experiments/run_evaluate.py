@@ -1,5 +1,6 @@
 """Scores a saved artefact on its test split: `python -m experiments.run_evaluate --artifact=RUN/distilled.npz`."""
 
+import dataclasses
 import json
 
 from absl import flags
@@ -7,13 +8,22 @@ import jax
 
 from experiments import errors
 from experiments import flags as common
+from experiments.config import EvaluateConfig, from_flags
 
 FLAGS = flags.FLAGS
+_DEFAULT = EvaluateConfig()
 
 flags.DEFINE_string("artifact", None, "The distilled.npz of a run; without it, the newest under runs/.")
-flags.DEFINE_list("evaluators", ["krr"], "krr, network, or both.")
-flags.DEFINE_integer("num_seeds", 5, "Networks to train.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Root of their random streams.", lower_bound=0)
+flags.DEFINE_list("evaluators", list(_DEFAULT.evaluators), "krr[:ARCHITECTURE[:nngp]] (ridge regression; alone: the artefact's own kernel) "
+                  "and network[:ARCHITECTURE|mlp|convnet|resnet[:dsa]] (finite networks; dsa: with augmentation); or all.")
+flags.DEFINE_list("baselines", list(_DEFAULT.baselines), "Sets of the same size to score beside it: uniform, uniform_solved (with solved "
+                  "labels), kmeans, herding, k_center, leverage; and full, all training rows. Empty for none.")
+flags.DEFINE_integer("num_seeds", _DEFAULT.num_seeds, "Networks of each set, and draws of random ones.", lower_bound=1)
+flags.DEFINE_integer("seed", _DEFAULT.seed, "Root of their random streams.", lower_bound=0)
+flags.DEFINE_integer("width", _DEFAULT.width, "Channels or units of finite networks.", lower_bound=1)
+flags.DEFINE_integer("network_steps", _DEFAULT.network_steps, "Optimiser steps of each network.", lower_bound=1)
+flags.DEFINE_integer("full_rows", _DEFAULT.full_rows, "Training rows of the set 'full', evenly spaced; 0 for all.", lower_bound=0)
+flags.DEFINE_integer("test_rows", _DEFAULT.test_rows, "Score on the first so many test rows; 0 for as many as the run did.", lower_bound=0)
 flags.DEFINE_string("dataset", None, "Another name or path of the same dataset.")
 flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
 flags.DEFINE_string("output", None, "A JSON file to write the result to.")
@@ -28,11 +38,14 @@ def main() -> None:
     stored = artifact.load_artifact(path)
     # The digits of the record come back only at the precision that made them.
     jax.config.update("jax_enable_x64", stored.support.dtype == "float64")
-  result = {"artifact": str(path), **evaluation.run_evaluate(
-      stored, FLAGS.data_dir, FLAGS.evaluators, FLAGS.num_seeds, FLAGS.seed, FLAGS.dataset)}
+  config = from_flags(EvaluateConfig, FLAGS)
+  if config.evaluators == ("all",):
+    config = dataclasses.replace(config, evaluators=evaluation.ALL_EVALUATORS)
+  result = {"artifact": str(path), **evaluation.run_evaluate(stored, config, evaluation.print_entry)}
   if FLAGS.output:
-    run_folder.write_json(FLAGS.output, result)
-  print(json.dumps(result, indent=2))
+    run_folder.write_json(FLAGS.output, {**result, "environment": run_folder.environment()})
+  print("\n" + result.pop("markdown") + "\n")
+  print(json.dumps({name: value for name, value in result.items() if name != "table"}, indent=2))
 
 
 if __name__ == "__main__":

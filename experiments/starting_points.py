@@ -1,6 +1,6 @@
 """Where to start, measured: `python -m experiments.starting_points --data_dir=DIR`.
 
-For each dataset and size, every strategy of `select_coreset` over several seeds: test
+For each dataset and size, every start over several seeds: test
 accuracy of ridge regression on the points, with one-hot labels and with labels solved on
 all training rows. Nothing is distilled. All training rows of MNIST, Fashion-MNIST and
 CIFAR-10 with the NTK of FC1, and 1,000 rows of MNIST with that of a convolutional network.
@@ -26,6 +26,8 @@ flags.DEFINE_integer("num_seeds", 5, "Seeds of each cell.", lower_bound=1)
 flags.DEFINE_string("only", "", "Measure the cells whose names contain this, anew; else those that the file lacks.")
 flags.DEFINE_string("output", "experiments/results/starting_points.json", "Result file; the picture is beside it.")
 
+# Where distillation may start; leverage, herding and k-center are baselines, in the tables of run_evaluate.
+STRATEGIES = ("uniform", "krr_sensitivity", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit", "noise", "auto")
 # name -> (config, training rows (0: all), candidates of the pursuit)
 _FC1 = {
     f"{dataset}-fc1-{10 * per_class}": (SelectConfig(dataset=dataset, images_per_class=per_class), 0, 2000)
@@ -51,7 +53,7 @@ def measure(data, config: SelectConfig, seeds, num_candidates: int) -> dict:
   for seed in seeds:
     by_strategy = {}
     coresets = coreset.auto_candidates(seed, x, y, config.images_per_class, data.kernel_fn, num_candidates)
-    for strategy in coreset.STRATEGIES:
+    for strategy in STRATEGIES:
       if strategy not in (*coresets, "auto"):
         coresets[strategy] = coreset.select_coreset(seed, x, y, config.images_per_class, strategy, data.kernel_fn)
     for strategy, chosen in coresets.items():
@@ -72,7 +74,7 @@ def measure(data, config: SelectConfig, seeds, num_candidates: int) -> dict:
     print(f"  seed {seed}: " + ", ".join(f"{k} {v['one_hot']:.1f}/{v['solved']:.1f}" for k, v in by_strategy.items()),
           flush=True)
   return {"runs": runs, "summary": {name: summary([run["strategies"][name] for run in runs])
-                                    for name in coreset.STRATEGIES}}
+                                    for name in STRATEGIES}}
 
 
 def summary(runs: list[dict]) -> dict:
@@ -99,13 +101,13 @@ def save_picture(path, cells: dict) -> None:
 
   Noise, at chance with one-hot labels, is in the table alone.
   """
-  from kipcore import coreset, report
+  from kipcore import report
   panels = {}
   for name, cell in cells.items():
     dataset, network, points = name.rsplit("-", 2)
     for kind, labels in (("one_hot", "one-hot labels"), ("solved", "solved labels")):
       panel = panels.setdefault(f"{tables.TITLES.get(dataset, dataset)}, {network}, {labels}", {})
-      for strategy in coreset.STRATEGIES:
+      for strategy in STRATEGIES:
         if strategy != "noise":
           entry = cell["summary"][strategy][kind]
           panel.setdefault(strategy, []).append((int(points), entry["mean"], entry["std"] or 0.0))

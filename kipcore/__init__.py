@@ -37,6 +37,10 @@ from kipcore.leverage import (effective_dimension, feature_leverage_scores, land
 from kipcore.networks import network
 from kipcore.preprocess import Preprocess, fit_preprocess, one_hot_centred
 from kipcore.pursuit import krr_pursuit
+from kipcore.ranking import (EvaluationEntry, KernelEvaluator, NetworkEvaluator, RankingScores, evaluation_table,
+                             ranking_scores)
+from kipcore.representatives import herding, k_center
+from kipcore.resnet import ResNet
 from kipcore.sampling import (gumbel_sample, importance_sample, merge_duplicates, sensitivity_sample,
                               stratified_sample, systematic_sample)
 from kipcore.score_ridge import effective_dimension_bounds, landmark_score_ridge, score_ridge_for_dimension
@@ -49,22 +53,25 @@ from kipcore.types import NumericalError, Status, Support
 from kipcore.version import __version__
 
 __all__ = [
-    "Architecture", "Artifact", "ArtifactError", "Batch", "Certificate", "ClosedForm", "ClosedFormOptions", "Coreset",
-    "DMOptions", "DistillInfo", "DistillResult", "DistillState", "Distiller", "FRePoOptions", "GradientMatchingOptions",
-    "KIPOptions", "KRREvaluation", "KRRFit", "KRRLoss", "LabelSolution", "LossInfo", "Method", "NumericalError",
-    "Preprocess", "RCIGOptions", "RFADOptions", "Sampler", "SensitivityScores", "Status", "Support", "Targets",
-    "Trajectories", "TrajectoriesError", "TrajectoryMatchingOptions", "absorb_weights", "adam",
-    "approximate_krr_sensitivities", "architecture", "arrange_targets", "auto_candidates", "blocked_krr_sensitivities",
-    "class_balanced_indices", "conv_net", "dc", "distill", "distill_init", "distill_step", "dm", "dsa",
-    "effective_dimension", "effective_dimension_bounds", "evaluate_krr", "evaluate_network", "fc", "feature_kernel",
-    "feature_krr_sensitivities", "feature_leverage_scores", "fit_preprocess", "frepo", "from_stax", "gram", "gram_diag",
-    "gram_matvec", "guarantee_at", "gumbel_sample", "importance", "importance_sample", "kernel_kmeans_plusplus", "kip",
-    "kmeans", "kmeans_plusplus", "kmeans_sensitivities", "krr_closed_form", "krr_fit", "krr_loss", "krr_predict",
-    "krr_pursuit", "krr_sensitivities", "krr_sensitivity_scores", "label_solve", "label_solve_rows",
-    "landmark_leverage_scores", "landmark_score_ridge", "lightweight_sensitivities", "linear_fn", "load_artifact",
-    "load_trajectories", "measure_coreset", "measured_objective", "merge_duplicates", "mtt", "myrtle", "nearest_rows",
-    "network", "nngp_fn", "ntk_fn", "one_hot_centred", "optimizer", "random_feature_kernel", "random_features", "rbf_fn",
-    "rcig", "relative_ridge", "rfad", "ridge_leverage_scores", "rpcholesky", "sample_size", "sampler", "save_artifact",
+    "Architecture", "Artifact", "ArtifactError", "Batch", "Certificate", "ClosedForm", "ClosedFormOptions",
+    "Coreset", "DMOptions", "DistillInfo", "DistillResult", "DistillState", "Distiller", "EvaluationEntry",
+    "FRePoOptions", "GradientMatchingOptions", "KIPOptions", "KRREvaluation", "KRRFit", "KRRLoss",
+    "KernelEvaluator", "LabelSolution", "LossInfo", "Method", "NetworkEvaluator", "NumericalError", "Preprocess",
+    "RCIGOptions", "RFADOptions", "RankingScores", "ResNet", "Sampler", "SensitivityScores", "Status", "Support",
+    "Targets", "Trajectories", "TrajectoriesError", "TrajectoryMatchingOptions", "absorb_weights", "adam",
+    "approximate_krr_sensitivities", "architecture", "arrange_targets", "auto_candidates",
+    "blocked_krr_sensitivities", "class_balanced_indices", "conv_net", "dc", "distill", "distill_init",
+    "distill_step", "dm", "dsa", "effective_dimension", "effective_dimension_bounds", "evaluate_krr",
+    "evaluate_network", "evaluation_table", "fc", "feature_kernel", "feature_krr_sensitivities",
+    "feature_leverage_scores", "fit_preprocess", "frepo", "from_stax", "gram", "gram_diag", "gram_matvec",
+    "guarantee_at", "gumbel_sample", "herding", "importance", "importance_sample", "k_center",
+    "kernel_kmeans_plusplus", "kip", "kmeans", "kmeans_plusplus", "kmeans_sensitivities", "krr_closed_form",
+    "krr_fit", "krr_loss", "krr_predict", "krr_pursuit", "krr_sensitivities", "krr_sensitivity_scores",
+    "label_solve", "label_solve_rows", "landmark_leverage_scores", "landmark_score_ridge",
+    "lightweight_sensitivities", "linear_fn", "load_artifact", "load_trajectories", "measure_coreset",
+    "measured_objective", "merge_duplicates", "mtt", "myrtle", "nearest_rows", "network", "nngp_fn", "ntk_fn",
+    "one_hot_centred", "optimizer", "random_feature_kernel", "random_features", "ranking_scores", "rbf_fn", "rcig",
+    "relative_ridge", "rfad", "ridge_leverage_scores", "rpcholesky", "sample_size", "sampler", "save_artifact",
     "save_trajectories", "score_ridge_for_dimension", "select_coreset", "sensitivity_sample", "siamese",
     "stratified_sample", "stream_krr_sensitivities", "systematic_sample", "train_expert", "__version__",
 ]

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, clustering, evaluate, keys, pursuit, sampling, sensitivity
+from kipcore import checks, clustering, evaluate, keys, pursuit, representatives, sampling, sensitivity
 from kipcore.gram import gram_diag
 from kipcore.score_ridge import AUTO_KAPPA, landmark_score_ridge, score_ridge_for_dimension
 from kipcore.types import Array, KernelFn, Support
 
-STRATEGIES = ("uniform", "krr_sensitivity", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit", "noise", "auto")
+STRATEGIES = ("uniform", "krr_sensitivity", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit", "noise", "auto", "leverage",
+              "herding", "k_center")
 # What "auto" compares; the rest either cannot win (noise) or need their weights.
 AUTO_CANDIDATES = ("uniform", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit")
-NEEDS_KERNEL = ("krr_sensitivity", "krr_pursuit", "auto")
+NEEDS_KERNEL = ("krr_sensitivity", "leverage", "krr_pursuit", "auto")
 # Ridge, as a fraction of the mean diagonal, of objectives over all n rows (pursuit, label solve):
 # the region where full-data ridge regression of natural images is at its best.
 OBJECTIVE_RIDGE = 0.1
@@ -32,12 +33,12 @@ class Coreset(NamedTuple):
     x: `(m, ...)` inputs.
     y: `(m, c)` labels, as given (not yet absorbing the weights).
     indices: `(m,)` int32 rows of the data; -1 for points that were made (centroids, noise).
-    weights: `(m,)`: a point stands for that many rows. 1 / (inclusion probability) for uniform
-      and krr_sensitivity, so that weighted sums are unbiased; cluster sizes for kmeans and
-      kmedoids; else equal shares of the class, which promise nothing.
+    weights: `(m,)`: a point stands for that many rows. 1 / (inclusion probability) for uniform,
+      krr_sensitivity and leverage, so that weighted sums are unbiased; cluster sizes for kmeans
+      and kmedoids; else equal shares of the class, which promise nothing.
     strategy: the one used; for "auto", the candidate that won.
-    ridge: absolute score ridge of `krr_sensitivity`, else None.
-    scores: `sensitivity.SensitivityScores` of `krr_sensitivity`, else None.
+    ridge: absolute score ridge of `krr_sensitivity` and `leverage`, else None.
+    scores: `sensitivity.SensitivityScores` of these two, else None.
     objectives: measured objective of each candidate of "auto" that could be fitted, else empty.
   """
 
@@ -60,9 +61,11 @@ def select_coreset(key, x: Array, y: Array, images_per_class: int, strategy: str
   kernel ridge regression at the score ridge, systematically within each class, with
   weights 1 / (inclusion probability): weighted sums of any function are unbiased, and
   the theorem of `guarantees.sample_size` holds for m large enough (at a few images a
-  class it promises nothing). kmeans: centroids of each class (made points); its seeding
+  class it promises nothing). leverage: the same by leverage scores, which know no labels.
+  kmeans: centroids of each class (made points); its seeding
   bounds the k-means cost, that it starts distillation well is empirical. kmedoids: the
-  nearest distinct real rows. kmeans_plusplus: the seeds. krr_pursuit: greedy descent of
+  nearest distinct real rows. kmeans_plusplus: the seeds. herding and k_center: within each
+  class, see `representatives`; they draw nothing. krr_pursuit: greedy descent of
   the ridge regression objective over all rows (see `pursuit.krr_pursuit`). noise:
   standard normal. auto: the candidate of AUTO_CANDIDATES with the least `measured_objective`, the
   error rate of ridge regression on (up to 10,000 of) the given rows, so by that measure never
@@ -74,7 +77,7 @@ def select_coreset(key, x: Array, y: Array, images_per_class: int, strategy: str
     y: `(n, c)` labels; the largest entry of a row is its class.
     images_per_class: points of each class, >= 1.
     strategy: see above.
-    kernel_fn: the kernel; needed by krr_sensitivity, krr_pursuit and auto.
+    kernel_fn: the kernel; needed by krr_sensitivity, leverage, krr_pursuit and auto.
     relative_ridge: ridge, as a fraction of tr(K_ss) / m, at which "auto" compares.
     score_ridge: absolute ridge of the sensitivities, or "auto": the one at which the
       effective dimension is about `score_ridge.AUTO_KAPPA` m. The training ridge would make all
@@ -109,8 +112,12 @@ def select_coreset(key, x: Array, y: Array, images_per_class: int, strategy: str
     return Coreset(noise, y[uniform], np.full(uniform.size, -1, np.int32), share, strategy)
   if strategy == "krr_pursuit":
     return _pursue(stream, x, y, images_per_class, kernel_fn, max(num_candidates, uniform.size), share)
-  if strategy == "krr_sensitivity":
-    return _by_sensitivity(stream, x, y, labels, uniform.size, kernel_fn, score_ridge)
+  if strategy in ("krr_sensitivity", "leverage"):
+    return _by_scores(stream, x, y, labels, uniform.size, kernel_fn, score_ridge, strategy)
+  if strategy in ("herding", "k_center"):
+    choose = getattr(representatives, strategy)
+    chosen = [rows[np.asarray(choose(padded, images_per_class, present))] for rows, padded, present in _by_class(x, labels)]
+    return _rows(x, y, np.concatenate(chosen), 1.0, strategy)._replace(weights=share)
   return _cluster(stream, x, y, labels, images_per_class, strategy)[0]
 
 
@@ -149,17 +156,20 @@ def _rows(x, y, rows, weights, strategy, **extra) -> Coreset:
   return Coreset(x[rows[order]], y[rows[order]], rows[order], weights, strategy, **extra)
 
 
-def _cluster(key, x, y, labels, per_class, *strategies) -> list[Coreset]:
-  """Per class: k-means centroids, the rows nearest to them, or the seeds alone; one clustering serves several."""
+def _by_class(x, labels):
+  """Of each class: its rows, they themselves as vectors padded to the largest class (one compilation serves all), which are no padding."""
   flat = x.reshape(x.shape[0], -1)
   longest = int(np.bincount(labels).max())
-  parts = {strategy: [] for strategy in strategies}
   for c in np.unique(labels):
     rows = np.flatnonzero(labels == c)
-    # Padded to the largest class with absent rows, so that every class shares one compilation.
-    padded = flat[np.resize(rows, longest)]
-    present = jnp.asarray(np.arange(longest) < rows.size, x.dtype)
-    class_key = keys.at_step(keys.stream(key, "cluster"), int(c))
+    yield rows, flat[np.resize(rows, longest)], jnp.asarray(np.arange(longest) < rows.size, x.dtype)
+
+
+def _cluster(key, x, y, labels, per_class, *strategies) -> list[Coreset]:
+  """Per class: k-means centroids, the rows nearest to them, or the seeds alone; one clustering serves several."""
+  parts = {strategy: [] for strategy in strategies}
+  for rows, padded, present in _by_class(x, labels):
+    class_key = keys.at_step(keys.stream(key, "cluster"), int(labels[rows[0]]))
     made = np.full(per_class, -1, np.int32)
     named = lambda chosen, rows=rows: rows[np.asarray(chosen)].astype(np.int32)
     if "kmeans_plusplus" in parts:
@@ -251,11 +261,11 @@ def score_rows(key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn,
   return ridge, scores
 
 
-def _by_sensitivity(key, x, y, labels, m, kernel_fn, score_ridge) -> Coreset:
+def _by_scores(key, x, y, labels, m, kernel_fn, score_ridge, strategy) -> Coreset:
   ridge, scores = score_rows(key, x, y, m, kernel_fn, score_ridge)
-  sample = sampling.stratified_sample(keys.stream(key, "sample"), scores.scores, labels, m, uniform_mix=0.1,
-                                      replace=False)
-  return _rows(x, y, sample.indices, sample.weights, "krr_sensitivity", ridge=ridge, scores=scores)
+  law = scores.leverage if strategy == "leverage" else scores.scores
+  sample = sampling.stratified_sample(keys.stream(key, "sample"), law, labels, m, uniform_mix=0.1, replace=False)
+  return _rows(x, y, sample.indices, sample.weights, strategy, ridge=ridge, scores=scores)
 
 
 def measured_objective(kernel_fn: KernelFn, coreset: Coreset, x: Array, y: Array,

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
 from kipcore import checks, keys, krr, linalg, networks
 from kipcore.architectures import Architecture
+from kipcore.distill import augment
 from kipcore.gram import gram_matvec, map_row_blocks
 from kipcore.types import Array, KernelFn, Support
 
@@ -62,9 +64,9 @@ def _evaluate_krr(kernel_fn, relative, block_size, support, x, y, ridge):
   return KRREvaluation(krr.accuracy(predictions, y), loss, fit.status)
 
 
-def evaluate_network(key, arch: Architecture, support: Support, x: Array, y: Array, num_seeds: int = 5,
+def evaluate_network(key, arch: Architecture | nn.Module, support: Support, x: Array, y: Array, num_seeds: int = 5,
                      width: int = 512, num_steps: int = 1000, learning_rate: float = 1e-3,
-                     batch_size: int = 256, norm: str = "none") -> np.ndarray:
+                     batch_size: int = 256, norm: str = "none", augmentation: str = "") -> np.ndarray:
   """Trains finite networks on the support and scores them on rows they have not seen.
 
   Each network minimises the mean squared error on the support's labels with Adam and a
@@ -75,7 +77,8 @@ def evaluate_network(key, arch: Architecture, support: Support, x: Array, y: Arr
 
   Args:
     key: random key (or int seed).
-    arch: the architecture; NHWC inputs for a convolutional one.
+    arch: the architecture; NHWC inputs for a convolutional one. Or any Flax module `(n, ...) -> (n, c)`, such as
+      `resnet.ResNet`, which is hashable and has no state but parameters; `width` and `norm` are then its own.
     support: inputs `(m, ...)` and labels `(m, c)`.
     x, y: test rows `(n, ...)` and labels `(n, c)`.
     num_seeds: networks, each with its own initialisation and batches.
@@ -84,39 +87,45 @@ def evaluate_network(key, arch: Architecture, support: Support, x: Array, y: Arr
     learning_rate: peak rate.
     batch_size: support rows a step; all of them if there are fewer.
     norm: "none", or "instance" after each convolution, as DC, DM and MTT evaluate.
+    augmentation: names of `distill.augment.siamese` joined with "_" (`augment.DSA` for all of them): each step one of
+      these, drawn anew, is done to the images of the batch; "" for none.
 
   Returns:
     `(num_seeds,)` accuracies in [0, 1].
 
   Raises:
-    ValueError: for shapes that disagree.
+    ValueError: for shapes that disagree, an unknown norm or augmentation.
   """
   checks.same_rows("x", x, "y", y)
   checks.shape("x", x, (None, *support.x.shape[1:]))
   checks.positive_int("num_seeds", num_seeds)
   checks.one_of("norm", norm, ("none", "instance"))
-  module = networks.network(arch, width, support.y.shape[1], norm=norm)
+  augment.siamese(augmentation)
+  module = arch if isinstance(arch, nn.Module) else networks.network(arch, width, support.y.shape[1], norm=norm)
   stream = keys.stream(key, "evaluate_network")
   x, y = jnp.asarray(x), jnp.asarray(y)
   rate = jnp.asarray(learning_rate, support.x.dtype)
   batch_size = min(batch_size, support.x.shape[0])
   with linalg.permissive_promotion():
-    return np.array([_train_and_score(module, num_steps, batch_size, keys.at_step(stream, seed), support, x, y, rate)
+    return np.array([_train_and_score(module, num_steps, batch_size, augmentation, keys.at_step(stream, seed), support, x, y, rate)
                      for seed in range(num_seeds)])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _train_and_score(module, num_steps, batch_size, key, support, x, y, learning_rate):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _train_and_score(module, num_steps, batch_size, augmentation, key, support, x, y, learning_rate):
   start = params = module.init(keys.stream(key, "init"), support.x[:1])
-  y_support = support.y + module.apply(start, support.x)
   optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=learning_rate)
   opt_state = optimizer.init(params)
-  m = support.x.shape[0]
+  m, draw = support.x.shape[0], augment.siamese(augmentation)
+  # What the network is at its start, which is not to be learned; the same at every step where the batch is.
+  known = module.apply(start, support.x) if batch_size == m and not augmentation else None
 
   def step(carry, i):
     params, opt_state = carry
     rows = jax.random.permutation(keys.at_step(keys.stream(key, "batch"), i), m)[:batch_size]
-    loss = lambda p: jnp.mean((module.apply(p, support.x[rows]) - y_support[rows]) ** 2)
+    x_batch = draw(keys.at_step(keys.stream(key, "augment"), i))(support.x[rows])
+    y_batch = support.y[rows] + (module.apply(start, x_batch) if known is None else known[rows])
+    loss = lambda p: jnp.mean((module.apply(p, x_batch) - y_batch) ** 2)
     phase = i.astype(learning_rate.dtype) / num_steps
     opt_state.hyperparams["learning_rate"] = learning_rate * 0.5 * (1.0 + jnp.cos(jnp.pi * phase))
     updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)

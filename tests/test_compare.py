@@ -10,7 +10,7 @@ import pytest
 
 import kipcore
 from experiments import comparison, evaluation, methods, pipeline
-from experiments.config import CompareConfig, DistillConfig
+from experiments.config import CompareConfig, DistillConfig, EvaluateConfig
 from experiments.errors import UsageError
 
 TINY = dict(architecture="conv1", score_architecture="fc1", width=4, steps=2, target_batch_size=40, network_seeds=1, network_steps=20,
@@ -34,7 +34,7 @@ def test_every_method_runs_from_a_name_and_leaves_its_artefact(method, tmp_path)
   assert result["target_evaluations"] == 2 * 40 + (5 * 100 if method == "mtt" else result["target_evaluations"] - 80 if method == "kip" else 0)
   stored = kipcore.load_artifact(folder / "distilled.npz")
   assert stored.images.shape == (10, 8, 8, 1)
-  again = evaluation.run_evaluate(stored, None, ["krr"], 1, 0)
+  again = evaluation.run_evaluate(stored, EvaluateConfig(baselines=()))
   assert again["test_accuracy"] == result["test_accuracy"]
   if methods.RECIPES[method].hard_labels:
     np.testing.assert_allclose(np.sort(stored.labels, axis=1)[:, ::9], [[-0.1, 0.9]] * 10, rtol=1e-5)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import kipcore
-from kipcore import coreset
+from kipcore import coreset, representatives
 from kipcore.types import Support
 from helpers import assert_close
 
@@ -38,7 +38,11 @@ def test_contract_of_every_strategy(strategy, dtype):
     assert np.array_equal(x[chosen.indices], chosen.x) and np.array_equal(y[chosen.indices], chosen.y)
   again = kipcore.select_coreset(3, x, y, 4, strategy, NTK, num_candidates=40)
   assert np.array_equal(chosen.x, again.x) and np.array_equal(chosen.weights, again.weights)
-  if strategy not in ("auto", "krr_pursuit"):
+  if strategy in ("herding", "k_center"):
+    for c in range(3):  # nothing is drawn: the choice within the class alone
+      rows = np.flatnonzero(y.argmax(1) == c)
+      assert (rows[np.asarray(getattr(representatives, strategy)(x[rows], 4))] == chosen.indices[4 * c:4 * c + 4]).all()
+  elif strategy not in ("auto", "krr_pursuit"):
     other = kipcore.select_coreset(4, x, y, 4, strategy, NTK)
     assert not np.array_equal(chosen.x, other.x)
 

@@ -14,7 +14,7 @@ import pytest
 import kipcore
 from kipcore import files
 from experiments import evaluation, pipeline, run_folder, selection
-from experiments.config import DataConfig, DistillConfig, SelectConfig
+from experiments.config import DataConfig, DistillConfig, EvaluateConfig, SelectConfig
 from experiments.errors import UsageError
 from helpers import enable_x64
 
@@ -88,7 +88,7 @@ def test_the_artefact_is_plain_numpy_in_pixel_space(run):
 def test_the_artefact_reproduces_the_recorded_accuracy_to_the_last_digit(run):
   folder, result = run
   stored = kipcore.load_artifact(folder / "distilled.npz")
-  again = evaluation.run_evaluate(stored, None, ["krr"], 1, 0)
+  again = evaluation.run_evaluate(stored, EvaluateConfig(baselines=()))
   assert again["test_accuracy"] == result["test_accuracy"] == again["recorded_test_accuracy"]
   raw = pipeline.datasets.load_dataset("digits")
   assert float(stored.evaluate(raw.x_test, raw.y_test).accuracy) == result["test_accuracy"]
@@ -97,7 +97,7 @@ def test_the_artefact_reproduces_the_recorded_accuracy_to_the_last_digit(run):
 
 def test_networks_are_evaluated_on_the_artefact(run):
   stored = kipcore.load_artifact(run[0] / "distilled.npz")
-  result = evaluation.run_evaluate(stored, None, ["network"], 2, 0)
+  result = evaluation.run_evaluate(stored, EvaluateConfig(("network",), (), num_seeds=2))
   assert len(result["network_test_accuracy"]) == 2 and result["network_test_accuracy_mean"] > 0.3
 
 
@@ -207,7 +207,7 @@ def test_selection_writes_points_scores_and_certificate(strategy, tmp_path):
   assert ("note" in certified) == made
   if not made:
     assert 0 < result["measured_epsilon"] and 1 <= result["objective_ratio"]
-  again = evaluation.run_evaluate(kipcore.load_artifact(folder / "distilled.npz"), None, ["krr"], 1, 0)
+  again = evaluation.run_evaluate(kipcore.load_artifact(folder / "distilled.npz"), EvaluateConfig(baselines=()))
   assert again["test_accuracy"] == result["test_accuracy"]
   assert (folder / "certificate.png").stat().st_size > 5000
   with pytest.raises(UsageError, match="score_ridge"):

@@ -55,7 +55,7 @@ def test_the_experiment_measures_every_strategy(tmp_path):
   data = starting_points.load(config, 300)
   assert data.x_train.shape[0] == data.y_train.shape[0] == 300
   cell = starting_points.measure(data, config, range(2), 60)
-  assert set(cell["summary"]) == set(coreset.STRATEGIES) and len(cell["runs"]) == 2
+  assert set(cell["summary"]) == set(starting_points.STRATEGIES) and len(cell["runs"]) == 2
   for run in cell["runs"]:
     by_strategy = run["strategies"]
     best = by_strategy["auto"]["chosen"]

@@ -16,11 +16,11 @@ PACKAGE = pathlib.Path(kipcore.__file__).parent
 # A room may import rooms of its own layer that stand before it, and of lower layers.
 LAYERS = [
     ["version", "types", "checks", "keys", "linalg", "architectures", "devices", "gram", "kernels.dual", "kernels.dense",
-     "kernels.covariance", "kernels.conv", "kernels.finite", "kernels.stax", "kernels", "networks"],
-    ["krr", "scoring", "leverage", "score_ridge", "sensitivity_cores", "sensitivity", "streaming", "draws", "clustering", "cholesky",
-     "pursuit", "sampling", "guarantees", "certificate", "preprocess"],
-    ["evaluate", "coreset", "absorb", "distill.targets", "distill.method", "distill.samplers", "distill.importance", "distill.optimizers",
-     "distill.features", "distill.augment", "distill.kip", "distill.rfad", "distill.frepo", "distill.distribution_matching",
+     "kernels.covariance", "kernels.conv", "kernels.finite", "kernels.stax", "kernels", "networks", "resnet"],
+    ["krr", "scoring", "leverage", "score_ridge", "sensitivity_cores", "sensitivity", "streaming", "draws", "clustering",
+     "representatives", "cholesky", "pursuit", "sampling", "guarantees", "certificate", "preprocess"],
+    ["distill.augment", "evaluate", "ranking", "coreset", "absorb", "distill.targets", "distill.method", "distill.samplers",
+     "distill.importance", "distill.optimizers", "distill.features", "distill.kip", "distill.rfad", "distill.frepo", "distill.distribution_matching",
      "distill.gradient_matching", "distill.experts", "distill.trajectory_matching", "distill.rcig", "distill.closed_form", "distill.loop", "distill"],
     ["files", "datasets", "artifact", "trajectories", "report"],
 ]
