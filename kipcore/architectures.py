@@ -167,6 +167,12 @@ def fc(depth: int, w_std: float = SQRT2, b_std: float = 0.1, activation: str = "
 
   Returns:
     The architecture `fc{depth}`, with the suffix `_{activation}` if that is not ReLU.
+
+  Example:
+    >>> kipcore.fc(1, w_std=1.0, b_std=0.0).layers
+    (Flatten(), Dense(w_std=1.0, b_std=0.0), Relu(), Dense(w_std=1.0, b_std=0.0))
+    >>> kipcore.fc(2, activation="erf").name
+    'fc2_erf'
   """
   checks.positive_int("depth", depth)
   hidden = (Dense(w_std, b_std), _activation(activation)) * depth
@@ -199,6 +205,12 @@ def conv_net(depth: int, w_std: float = SQRT2, b_std: float = 0.1, pooling: bool
   Returns:
     The architecture `conv{depth}`, with suffix `_vec` without pooling, `_gap` with
     global pooling, and `_{activation}` if that is not ReLU.
+
+  Example:
+    >>> kipcore.conv_net(3, pooling=False) == kipcore.architecture("conv3_vec")
+    True
+    >>> kipcore.conv_net(2, global_pooling=True).layers[-2:]
+    (GlobalAvgPool(), Dense(w_std=1.4142135623730951, b_std=0.1))
   """
   checks.positive_int("depth", depth)
   block = (Conv(3, w_std, b_std), _activation(activation)) + ((AvgPool(2),) if pooling else ())
@@ -243,6 +255,13 @@ def architecture(name: str) -> Architecture:
 
   Raises:
     ValueError: for a name of another form.
+
+  Example:
+    >>> arch = kipcore.architecture("fc3_gelu")
+    >>> arch == kipcore.fc(3, activation="gelu")
+    True
+    >>> kipcore.Architecture.from_json(arch.to_json()) == arch
+    True
   """
   match = re.fullmatch(rf"(fc|conv|myrtle)([1-9]\d?)(_vec)?(_gap)?(?:_({'|'.join(ACTIVATIONS)}))?", name)
   if match:

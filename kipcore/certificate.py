@@ -150,6 +150,16 @@ def measure_coreset(
     NumericalError: where a factorisation failed.
 
   Source: the queries and the bound follow from F(W* + U) = F* + tr U^T G U, G = Phi^T Phi + ridge I.
+
+  Example:
+    >>> k, y = jnp.eye(4) + 1, jnp.asarray([[1.0], [1.0], [-1.0], [-1.0]])
+    >>> rows = jnp.arange(4)
+    >>> whole = kipcore.measure_coreset(0, k, None, y, 0.1, rows, jnp.ones(4), num_queries=3)
+    >>> round(whole.measured_epsilon, 3), round(whole.objective_ratio, 3)  # all rows, once each, lose nothing
+    (0.0, 1.0)
+    >>> half = kipcore.measure_coreset(0, k, None, y, 0.1, rows // 2 * 2, jnp.ones(4), num_queries=3)
+    >>> half.objective_ratio > 1  # every second row, twice
+    True
   """
   indices, weights = _check_subset(y, indices, weights)
   problem = _prepare(key, kernel, x, y, ridge, num_landmarks, num_queries, block_size)

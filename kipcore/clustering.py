@@ -89,6 +89,11 @@ def kmeans_plusplus(key, x: Array, num_clusters: int, weights: Array | None = No
 
   Raises:
     ValueError, TypeError: wrong shape, dtype or range, NaN rows.
+
+  Example:
+    >>> seeds = kipcore.kmeans_plusplus(0, jnp.asarray([[0.0], [0.0], [0.0], [1.0]]), 2)
+    >>> sorted(seeds.centers.ravel().tolist())  # a row equal to a seed has probability 0
+    [0.0, 1.0]
   """
   x, weights = _check(x, num_clusters, weights, 2)
   checks.positive_int("num_trials", num_trials)
@@ -224,6 +229,11 @@ def kmeans(
 
   Raises:
     ValueError, TypeError: wrong shape, dtype or range, NaN rows.
+
+  Example:
+    >>> result = kipcore.kmeans(0, jnp.asarray([[0.0], [1.0], [10.0], [11.0]]), 2)
+    >>> sorted(result.centers.ravel().tolist()), float(result.inertia)
+    ([0.5, 10.5], 1.0)
   """
   x, weights = _check(x, num_clusters, weights, 2)
   for name, value in (("num_trials", num_trials), ("num_inits", num_inits), ("max_iterations", max_iterations)):

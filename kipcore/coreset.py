@@ -57,19 +57,21 @@ def select_coreset(key, x: Array, y: Array, images_per_class: int, strategy: str
                    num_candidates: int = 2000) -> Coreset:
   """Chooses `images_per_class` points of each class.
 
-  uniform: distinct rows, uniformly. krr_sensitivity: rows by certified sensitivities of
-  kernel ridge regression at the score ridge, systematically within each class, with
-  weights 1 / (inclusion probability): weighted sums of any function are unbiased, and
-  the theorem of `guarantees.sample_size` holds for m large enough (at a few images a
-  class it promises nothing). leverage: the same by leverage scores, which know no labels.
-  kmeans: centroids of each class (made points); its seeding
-  bounds the k-means cost, that it starts distillation well is empirical. kmedoids: the
-  nearest distinct real rows. kmeans_plusplus: the seeds. herding and k_center: within each
-  class, see `representatives`; they draw nothing. krr_pursuit: greedy descent of
-  the ridge regression objective over all rows (see `pursuit.krr_pursuit`). noise:
-  standard normal. auto: the candidate of AUTO_CANDIDATES with the least `measured_objective`, the
-  error rate of ridge regression on (up to 10,000 of) the given rows, so by that measure never
-  worse than uniform with the same key.
+  Strategies:
+    uniform: distinct rows, uniformly.
+    krr_sensitivity: rows by certified sensitivities of kernel ridge regression at the score ridge, systematically
+      within each class, with weights 1 / (inclusion probability): weighted sums of any function are unbiased, and the
+      theorem of `guarantees.sample_size` holds for m large enough (at a few images a class it promises nothing).
+    leverage: the same by leverage scores, which know no labels.
+    kmeans: centroids of each class (made points); its seeding bounds the k-means cost, that it starts distillation
+      well is empirical.
+    kmedoids: the nearest distinct real rows.
+    kmeans_plusplus: the seeds.
+    herding, k_center: within each class, see `representatives`; they draw nothing.
+    krr_pursuit: greedy descent of the ridge regression objective over all rows (see `pursuit.krr_pursuit`).
+    noise: standard normal.
+    auto: the candidate of AUTO_CANDIDATES with the least `measured_objective`, the error rate of ridge regression on
+      (up to 10,000 of) the given rows, so by that measure never worse than uniform with the same key.
 
   Args:
     key: random key (or int seed).

@@ -58,6 +58,14 @@ def gram(kernel_fn: KernelFn, x1: Array, x2: Array | None = None, block_size: in
 
   Raises:
     ValueError: where the rows of `x1` and `x2` differ in shape, or a block size < 1.
+
+  Example:
+    >>> x, kernel_fn = jnp.arange(12.0).reshape(6, 2), kipcore.rbf_fn(3.0)
+    >>> k = kipcore.gram(kernel_fn, x, block_size=4)
+    >>> np.allclose(k, kernel_fn(x))
+    True
+    >>> np.array_equal(np.diag(k), kipcore.gram_diag(kernel_fn, x))
+    True
   """
   if block_size is not None:
     checks.positive_int("block_size", block_size)

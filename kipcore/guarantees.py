@@ -28,22 +28,20 @@ def sample_size(
 
   With t = `total_sensitivity`, d = `dimension`, e = `epsilon`:
 
-  "krr": |F_S(W) / F(W) - 1| <= e for all W, any number of outputs, with d = effective dimension:
-      m >= (8 t / e^2) (1 + e / 6) ln((16 d + 4) / delta).
-      F_S - F is a quadratic, a cross and a constant term; each is within e / 2 by, in turn, Tropp's
-      intrinsic matrix Bernstein inequality (2015, Theorem 7.7.1), Pinelis' vector Bernstein
-      inequality (1994, Theorem 3.3) and Bernstein's. Needs s_i >= krr sensitivity, and a largest
-      kernel eigenvalue of at least the ridge (the intrinsic dimension is then at most 2 d).
-  "krr_optimum": F(W_S) <= (1 + e) F* for the minimiser W_S of F_S alone:
-      m >= max((28 t / 3) ln(32 d / delta), (8 t / e) (1 + sqrt(e) / 6) ln(4 / delta)). The two first
-      tools with e = 1/2 and sqrt(e) / 2; leverage scores would do for s_i if no row's residual
-      dominates. Same assumptions.
-  "single_query": |F_S / F - 1| <= e for one query fixed before the draw (Bernstein); any loss, d unused:
-      m >= (2 t / e^2) (1 + e / 3) ln(2 / delta).
-  "pseudo_dimension": all queries of any loss whose ranges have (pseudo-)dimension d:
-      m >= constant (t / e^2) (d ln t + ln(1 / delta)) (Feldman and Langberg 2011; Braverman, Feldman
-      and Lang 2016). The papers leave the constant open: with the default 1 this is an order of
-      magnitude, no promise. For a kernel d can be n, where it says nothing.
+  - "krr": |F_S(W) / F(W) - 1| <= e for all W and any number of outputs, with d the effective dimension, from
+    m >= (8 t / e^2) (1 + e / 6) ln((16 d + 4) / delta). F_S - F is a quadratic, a cross and a constant term; each is
+    within e / 2 by, in turn, Tropp's intrinsic matrix Bernstein inequality (2015, Theorem 7.7.1), Pinelis' vector
+    Bernstein inequality (1994, Theorem 3.3) and Bernstein's. Needs s_i >= krr sensitivity, and a largest kernel
+    eigenvalue of at least the ridge (the intrinsic dimension is then at most 2 d).
+  - "krr_optimum": F(W_S) <= (1 + e) F* for the minimiser W_S of F_S alone, from
+    m >= max((28 t / 3) ln(32 d / delta), (8 t / e) (1 + sqrt(e) / 6) ln(4 / delta)). The two first tools with e = 1/2
+    and sqrt(e) / 2; leverage scores would do for s_i if no row's residual dominates. Same assumptions.
+  - "single_query": |F_S / F - 1| <= e for one query fixed before the draw (Bernstein), any loss, d unused, from
+    m >= (2 t / e^2) (1 + e / 3) ln(2 / delta).
+  - "pseudo_dimension": all queries of any loss whose ranges have (pseudo-)dimension d, from
+    m >= constant (t / e^2) (d ln t + ln(1 / delta)) (Feldman and Langberg 2011; Braverman, Feldman and Lang 2016). The
+    papers leave the constant open: with the default 1 this is an order of magnitude, no promise. For a kernel d can be
+    n, where it says nothing.
 
   The first three constants follow from the named inequalities by our own derivation.
 
@@ -60,6 +58,12 @@ def sample_size(
 
   Raises:
     ValueError: for values out of range or an unknown theorem.
+
+  Example:
+    >>> kipcore.sample_size(total_sensitivity=50, dimension=40, epsilon=0.5, delta=0.1)
+    15202
+    >>> kipcore.sample_size(total_sensitivity=50, dimension=40, epsilon=0.5, delta=0.1, theorem="single_query")
+    1399
   """
   _check_theorem(total_sensitivity, dimension, delta, theorem)
   if not epsilon > 0 or (theorem != "krr_optimum" and epsilon >= 1):
@@ -90,6 +94,12 @@ def guarantee_at(
 
   Raises:
     ValueError: as `sample_size`.
+
+  Example:
+    >>> round(kipcore.guarantee_at(15202, total_sensitivity=50, dimension=40), 3)
+    0.5
+    >>> kipcore.guarantee_at(500, total_sensitivity=50, dimension=40)  # too few for any promise
+    inf
   """
   _check_theorem(total_sensitivity, dimension, delta, theorem)
   checks.positive_int("num_samples", num_samples)

@@ -53,6 +53,11 @@ def relative_ridge(k: Array, scale) -> Array:
 
   Raises:
     ValueError: for a scale that is zero or negative.
+
+  Example:
+    >>> k = jnp.asarray([[1.0, 0.5], [0.5, 3.0]])
+    >>> float(kipcore.relative_ridge(k, 0.5)), float(kipcore.relative_ridge(jnp.diagonal(k), 0.5))
+    (1.0, 1.0)
   """
   checks.rank("k", k, 1, 2)
   checks.positive("scale", scale)
@@ -80,6 +85,16 @@ def krr_fit(k_ss: Array, y_support: Array, ridge) -> KRRFit:
 
   Raises:
     ValueError: for shapes that do not match, or a concrete ridge <= 0.
+
+  Example:
+    A row with half the ridge counts as much as the row twice:
+
+    >>> kernel_fn, x, y = kipcore.rbf_fn(1.0), jnp.asarray([[0.0], [1.0]]), jnp.asarray([[1.0], [-1.0]])
+    >>> fit = kipcore.krr_fit(kernel_fn(x), y, jnp.asarray([0.5, 0.25]))
+    >>> rows = np.array([0, 1, 1])
+    >>> twice = kipcore.krr_fit(kernel_fn(x[rows]), y[rows], 0.5)
+    >>> np.allclose(fit.dual[1], twice.dual[1:].sum(axis=0), atol=1e-5)
+    True
   """
   checks.square("k_ss", k_ss)
   checks.rank("y_support", y_support, 2)
@@ -103,6 +118,13 @@ def krr_predict(fit: KRRFit, k_ts: Array) -> Array:
 
   Raises:
     ValueError: where `k_ts` does not have m columns.
+
+  Example:
+    >>> k, y = jnp.asarray([[2.0, 1.0], [1.0, 2.0]]), jnp.asarray([[1.0], [-1.0]])  # y: eigenvector of eigenvalue 1
+    >>> fit = kipcore.krr_fit(k, y, 1.0)
+    >>> print(np.asarray(kipcore.krr_predict(fit, k)).round(3))  # y times eigenvalue / (eigenvalue + ridge)
+    [[ 0.5]
+     [-0.5]]
   """
   checks.shape("k_ts", k_ts, (None, fit.dual.shape[0]))
   return linalg.matmul(k_ts, fit.dual.astype(k_ts.dtype))
@@ -127,6 +149,12 @@ def krr_loss(fit: KRRFit, k_ts: Array, y_target: Array, weights: Array | None = 
     ValueError: for shapes that do not match.
 
   Source: Nguyen, Chen, Lee 2021 (KIP), eq. 2, with mean for sum.
+
+  Example:
+    >>> k, y = jnp.asarray([[2.0, 1.0], [1.0, 2.0]]), jnp.asarray([[0.5, -0.5], [-0.5, 0.5]])
+    >>> result = kipcore.krr_loss(kipcore.krr_fit(k, y, 1.0), k, y)
+    >>> round(float(result.loss), 5), float(result.accuracy)  # all predictions are off by 1/4; 1/2 (1/4)^2
+    (0.03125, 1.0)
   """
   checks.shape("y_target", y_target, (k_ts.shape[0], fit.dual.shape[1]))
   predictions = krr_predict(fit, k_ts)
@@ -166,6 +194,16 @@ def label_solve(k_ss: Array, k_ts: Array, y_target: Array, ridge, fit_ridge=None
     ValueError: for shapes that do not match, a ridge <= 0, an unknown penalty.
 
   Source: Nguyen et al. 2021b (KIP at infinite width), eq. 5 (Label Solve).
+
+  Example:
+    >>> x, kernel_fn, ridge = jnp.linspace(0.0, 4.0, 9)[:, None], kipcore.rbf_fn(1.0), 1e-3
+    >>> y, x_support = x**2, x[::4]
+    >>> k_ss, k_ts = kernel_fn(x_support), kernel_fn(x, x_support)
+    >>> solved = jax.jit(kipcore.label_solve)(k_ss, k_ts, y, ridge)
+    >>> for labels in (y[::4], solved):  # the rows' own labels, and the best ones
+    ...   print(round(float(kipcore.krr_loss(kipcore.krr_fit(k_ss, labels, ridge), k_ts, y).loss), 1))
+    0.5
+    0.2
   """
   checks.square("k_ss", k_ss)
   checks.shape("k_ts", k_ts, (None, k_ss.shape[0]))

@@ -49,6 +49,11 @@ def ridge_leverage_scores(k: Array, ridge, weights: Array | None = None) -> Arra
   Raises:
     ValueError: for shapes that do not fit, a ridge <= 0, or a ridge below
       1e-4 tr K / n when only float32 is available (NaN on a traced path).
+
+  Example:
+    >>> k = jnp.diag(jnp.asarray([9.0, 1.0]))
+    >>> print(np.asarray(kipcore.ridge_leverage_scores(k, 1.0)).round(3))  # k_ii / (k_ii + ridge)
+    [0.9 0.5]
   """
   k, ridge, root = scoring.prepare_matrix(k, ridge, weights)
   return _exact(k, ridge, root).astype(k.dtype)
@@ -62,6 +67,11 @@ def effective_dimension(k: Array, ridge, weights: Array | None = None) -> Array:
 
   Returns:
     Scalar in [0, rank K].
+
+  Example:
+    >>> k = jnp.ones((2, 2))  # rank 1: twice the same row
+    >>> round(float(kipcore.effective_dimension(k, 1.0)), 3)  # 2 / (2 + ridge)
+    0.667
   """
   return jnp.sum(ridge_leverage_scores(k, ridge, weights))
 

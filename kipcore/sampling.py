@@ -98,6 +98,12 @@ def sensitivity_sample(
   Raises:
     ValueError, TypeError: a wrong shape, dtype or range, non-finite or all-zero scores, or
       fewer rows with p_i > 0 than draws without replacement.
+
+  Example:
+    >>> scores = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+    >>> sample = kipcore.sensitivity_sample(0, scores, 100)
+    >>> round(float(jnp.sum(sample.weights * scores[sample.indices])), 3)  # exact for f = scores, for any draw
+    10.0
   """
   scores, input_weights = draws.check_scores(scores, num_samples, uniform_mix, input_weights)
   if not replace:
@@ -188,6 +194,13 @@ def importance_sample(
 
   Raises:
     ValueError, TypeError: a wrong shape, dtype or range, negative or non-finite losses.
+
+  Example:
+    >>> sample = kipcore.importance_sample(0, jnp.asarray([0.0, 0.0, 0.0, 8.0]), 2)
+    >>> int(sample.indices.max())  # the row that loses most for certain, one of the others by 1/3
+    3
+    >>> sorted(np.asarray(sample.weights, float).round(2).tolist())
+    [0.5, 1.5]
   """
   losses, ones = draws.check_scores(losses, num_samples, uniform_mix, None, name="losses", allow_zeros=True)
   checks.in_range("weight_exponent", weight_exponent, 0, 1)

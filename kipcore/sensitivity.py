@@ -4,13 +4,12 @@ The sensitivity of row i is the largest share that it can have of the objective,
 
   s_i = sup_q u_i f_i(q) / F(q),  F = sum_i u_i f_i (+ regulariser),
 
-(Langberg and Schulman, SODA 2010). Sampling in proportion to s_i, or to any
-over-estimate of it, with weights one over the expected count gives a coreset whose
-size grows with their total (Feldman, Langberg 2011; Braverman et al. 2016); under-estimates void it.
+(Langberg and Schulman, SODA 2010). Sampling in proportion to s_i, or to any over-estimate of it, with weights one over
+the expected count gives a coreset whose size grows with their total (Feldman, Langberg 2011; Braverman et al. 2016);
+under-estimates void it.
 
-For kernel ridge regression q is a linear map W on features phi, the row loss is
-||W^T phi_i - y_i||^2, the regulariser ridge ||W||^2 stays in the coreset's objective
-as it is, and the supremum has the closed form (for any number of outputs)
+For kernel ridge regression q is a linear map W on features phi, the row loss is ||W^T phi_i - y_i||^2, the regulariser
+ridge ||W||^2 stays in the coreset's objective as it is, and for any number of outputs the supremum is
 
   s_i = tau_i + ||r_i||^2 / F*,   sum_i s_i <= d_eff + 1,
 
@@ -73,9 +72,8 @@ def krr_sensitivity_scores(k: Array, y: Array, ridge, weights: Array | None = No
 
     A = (K_u + ridge I)^{-1} U^{1/2} Y,   s_i = tau_i + ridge ||A_i||^2 / <U^{1/2} Y, A>
 
-  Exact: with W = W* + V, F(W) = F* + tr(V^T G V), and theta F - f_i >= 0 for all V exactly
-  when theta >= tau_i + ||r_i||^2 / F*. Not invariant to centring the labels, so pass
-  those of the distiller. With Y = 0 the label term is 0.
+  Exact: with W = W* + V, F(W) = F* + tr(V^T G V), and theta F - f_i >= 0 for all V exactly when theta >= tau_i +
+  ||r_i||^2 / F*. Not invariant to centring the labels, so pass those of the distiller. With Y = 0 the label term is 0.
 
   Args:
     k: `(n, n)` kernel matrix, symmetric positive semi-definite.
@@ -99,8 +97,16 @@ def krr_sensitivity_scores(k: Array, y: Array, ridge, weights: Array | None = No
 def krr_sensitivities(k: Array, y: Array, ridge, weights: Array | None = None) -> Array:
   """Exact sensitivities tau_i + ||r_i||^2 / F* of kernel ridge regression: the scores alone.
 
-  Args: k, y, ridge, weights as `krr_sensitivity_scores`, which also says the errors.
-  Returns: `(n,)` in [0, 1].
+  Args:
+    k, y, ridge, weights: as `krr_sensitivity_scores`, which also says the errors.
+
+  Returns:
+    `(n,)` in [0, 1].
+
+  Example:
+    >>> k, y = jnp.diag(jnp.asarray([9.0, 1.0])), jnp.asarray([[1.0], [0.0]])
+    >>> print(np.asarray(kipcore.krr_sensitivities(k, y, 1.0)).round(3))  # leverage 0.9 and 0.5, plus 0.1 of a label
+    [1.  0.5]
   """
   return krr_sensitivity_scores(k, y, ridge, weights).scores
 
@@ -109,8 +115,7 @@ def feature_krr_sensitivities(z: Array, y: Array, ridge, weights: Array | None =
                               block_size: int | None = None) -> SensitivityScores:
   """Exact sensitivities of ridge regression on features, from a D x D matrix.
 
-  Exact for the kernel Z Z^T. For another kernel that Z approximates they are only as
-  good as the approximation, and not certified.
+  Exact for the kernel Z Z^T. For another that Z approximates they are as good as the approximation, and not certified.
 
   Args:
     z: `(n, D)` features.
@@ -135,21 +140,18 @@ def blocked_krr_sensitivities(kernel_fn: KernelFn, x: Array, y: Array, ridge, gr
                               weights: Array | None = None, objective_bound=0.0) -> SensitivityScores:
   """Certified over-estimates: the exact sensitivity of each row within its own group.
 
-  Valid for every partition, because leaving rows out of F can only raise a ratio;
-  classes make tight groups. One group's kernel matrix is held at a time, all padded to
-  the largest, so cost is (number of groups) (largest group)^3.
+  Valid for every partition, because leaving rows out of F can only raise a ratio; classes make tight groups. One
+  group's kernel matrix is held at a time, all padded to the largest, so cost is (number of groups) (largest group)^3.
 
   Args:
     kernel_fn: see `types.KernelFn`; hashable.
     x: `(n, ...)` rows.
     y, ridge, weights: as `krr_sensitivity_scores`.
     groups: `(n,)` integers on the host, e.g. class labels; sizes may differ.
-    objective_bound: a known lower bound on F* over all rows, which tightens the label
-      term (see `sensitivity_cores.joint`); 0 for none.
+    objective_bound: a known lower bound on F*, which tightens the label term (`sensitivity_cores.joint`); 0 for none.
 
   Returns:
-    `SensitivityScores`, over-estimates; `objective` is the best lower bound known.
-    Warns on the host where the scores are flat.
+    `SensitivityScores`, over-estimates; `objective` is the best lower bound known. Warns on the host if they are flat.
 
   Raises:
     TypeError: for traced groups, whose sizes are not known.
@@ -179,19 +181,15 @@ def approximate_krr_sensitivities(key, kernel_fn: KernelFn, x: Array, y: Array, 
 
   Each score is the smaller of two bounds, both proved for every S and every order of rows:
 
-  1. One pass: tau_i, r_i and F*_i exactly within the rows S and i alone, joined with a
-     lower bound F_low <= F* (see `joint`).
-  2. Nystrom (with `refine`): K = V V^T + E with V from S. The upper bound of
-     `leverage.low_rank_leverage_bounds` on tau_i, where ||E|| is at most the sum over
-     diagonal blocks of their norms; and with W~ the fit in the span of S, r~_i its residuals,
-     ||r_i|| <= ||r~_i|| + sqrt(tau_i (F(W~) - F*)), because r_i - r~_i = (W~ - W*)^T phi_i.
+  1. One pass: tau_i, r_i and F*_i exactly within the rows S and i alone, joined with a bound F_low <= F* (see `joint`).
+  2. Nystrom (with `refine`): K = V V^T + E with V from S. The upper bound of `leverage.low_rank_leverage_bounds` on
+     tau_i, where ||E|| is at most the sum over diagonal blocks of their norms; and with W~ the fit in the span of S,
+     r~_i its residuals, ||r_i|| <= ||r~_i|| + sqrt(tau_i (F(W~) - F*)), because r_i - r~_i = (W~ - W*)^T phi_i.
 
-  F_low: the gradient of F at W~ lies outside the span of S and G >= ridge, so
-  F(W~) - F* <= <R~, E R~> / ridge <= (sum_b <R~_b, E_bb R~_b>^{1/2})^2 / ridge, the triangle
-  inequality over blocks b of rows (for each output); also F* >= F*_S. Memory is that of
-  s x s and block x (s + block). Bound 2 is tight while the norms of E's blocks sum to less
-  than the ridge (d_eff in the low hundreds for 60,000 rows of MNIST); beyond it bound 1
-  rules, and class blocks are tighter.
+  F_low: the gradient of F at W~ lies outside the span of S and G >= ridge, so F(W~) - F* <= <R~, E R~> / ridge <=
+  (sum_b <R~_b, E_bb R~_b>^{1/2})^2 / ridge, the triangle inequality over blocks b of rows (for each output); also F* >=
+  F*_S. Memory is that of s x s and block x (s + block). Bound 2 is tight while the norms of E's blocks sum to less than
+  the ridge (d_eff in the low hundreds for 60,000 rows of MNIST); beyond it bound 1 rules, and class blocks are tighter.
 
   Args:
     key: random key for the landmarks and for the order of the blocks.
@@ -204,11 +202,16 @@ def approximate_krr_sensitivities(key, kernel_fn: KernelFn, x: Array, y: Array, 
     refine: False for bound 1 alone with F_low = F*_S, at about a third of the cost.
 
   Returns:
-    `SensitivityScores`, over-estimates; `effective_dimension` and `_lower` enclose d_eff.
-    Warns on the host where the scores are flat.
+    `SensitivityScores`, over-estimates; `effective_dimension` and `_lower` enclose d_eff. Warns on the host if flat.
 
   Raises:
     ValueError: as `krr_sensitivity_scores`, and for repeated landmarks.
+
+  Example:
+    >>> x, y, kernel_fn = jnp.arange(4.0)[:, None], jnp.asarray([[1.0], [-1.0], [1.0], [1.0]]), kipcore.rbf_fn(1.0)
+    >>> upper = kipcore.approximate_krr_sensitivities(0, kernel_fn, x, y, 1.0, num_landmarks=2).scores
+    >>> bool(jnp.all(upper >= kipcore.krr_sensitivities(kernel_fn(x), y, 1.0) - 1e-6))
+    True
   """
   ridge, root, y = _prepare_kernel_rows(kernel_fn, x, y, ridge, weights)
   checks.positive_int("num_landmarks", num_landmarks)
@@ -230,10 +233,9 @@ def kmeans_sensitivities(x: Array, centers: Array, weights: Array | None = None,
   with d_i the distance to it, c the weighted cost, c_b and U_b the cost and weight of
   the cluster. Their sum is at most 6 alpha + 4 |B|.
 
-  Proved (triangle inequality, twice) for every k-tuple of centers whose optimal cost is
-  at least c / alpha. For k-means++ seeds alpha = 16 (log2 k + 2) holds with probability
-  1/2; alpha = 1, the default, is proved only where B is optimal and is a heuristic after
-  Lloyd's iterations.
+  Proved (triangle inequality, twice) for every k-tuple of centers whose optimal cost is at least c / alpha. For
+  k-means++ seeds alpha = 16 (log2 k + 2) holds with probability 1/2; alpha = 1, the default, is proved only where B is
+  optimal and is a heuristic after Lloyd's iterations.
 
   Args:
     x: `(n, d)` rows.
@@ -262,10 +264,9 @@ def kmeans_sensitivities(x: Array, centers: Array, weights: Array | None = None,
 def lightweight_sensitivities(x: Array, weights: Array | None = None) -> Array:
   """The lightweight-coreset law, q_i = u_i / (2 U) + u_i d_i^2 / (2 sum_j u_j d_j^2).
 
-  d_i is the distance to the weighted mean and U the sum of weights. Proved (their
-  theorem 2) for k-means with an additive error: sampling by q gives
-  |cost_S - cost| <= (eps / 2) (cost(Q) + cost(mean)) for all Q of k centers. A weight is
-  a multiplicity: it multiplies d_i^2 and not the coordinates.
+  d_i is the distance to the weighted mean and U the sum of weights. Proved (their theorem 2) for k-means with an
+  additive error: sampling by q gives |cost_S - cost| <= (eps / 2) (cost(Q) + cost(mean)) for all Q of k centers. A
+  weight is a multiplicity: it multiplies d_i^2 and not the coordinates.
 
   Args:
     x: `(n, d)` rows.
@@ -277,8 +278,7 @@ def lightweight_sensitivities(x: Array, weights: Array | None = None) -> Array:
   Raises:
     ValueError: for shapes that do not fit, or NaN or infinite input.
 
-  Source: Bachem, Lucic and Krause, "Scalable k-means clustering via lightweight
-  coresets" (KDD 2018), algorithm 1.
+  Source: Bachem, Lucic and Krause, "Scalable k-means clustering via lightweight coresets" (KDD 2018), algorithm 1.
   """
   return _lightweight_scores(x, _prepare_points(x, weights))
 

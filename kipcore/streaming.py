@@ -75,10 +75,10 @@ def stream_krr_sensitivities(key, kernel_fn: KernelFn, x, y, ridge, num_landmark
   for rows, *block in blocks():
     (tb, eb), totals = _first_pass(kernel_fn, solution, start, totals, ridge, *block, refine)
     t[rows], error2[rows] = np.asarray(tb)[:rows.size], np.asarray(eb)[:rows.size]
-  alone = scoring.landmark_optima(solution, jnp.asarray(t), jnp.asarray(error2), landmarks, ridge)
+  alone = _alone(solution, jnp.asarray(t), jnp.asarray(error2), landmarks, ridge)
   status = solution.factor.status
   if not refine:
-    parts = (*sensitivity_cores.one_pass_scores(*alone), status)
+    parts = (*_one_pass(*alone), status)
   else:
     fit = _fit(start, totals, ridge)
     unseen = jnp.zeros(y.shape[1], rs.dtype)
@@ -86,7 +86,7 @@ def stream_krr_sensitivities(key, kernel_fn: KernelFn, x, y, ridge, num_landmark
       tb, rb, ub = _second_pass(kernel_fn, start, fit, ridge, *block)
       tau[rows], residual2[rows] = np.asarray(tb)[:rows.size], np.asarray(rb)[:rows.size]
       unseen = unseen + ub
-    parts = sensitivity_cores.two_pass_scores(alone, fit, jnp.asarray(tau), jnp.asarray(residual2), unseen, ridge, status)
+    parts = _two_pass(alone, fit, jnp.asarray(tau), jnp.asarray(residual2), unseen, ridge, status)
   return sensitivity.finish(parts, sensitivity.Guarantee.OVER_ESTIMATE, xs.dtype)
 
 
@@ -114,6 +114,9 @@ def _first_pass(kernel_fn, solution, start, totals, ridge, xb, rb, yb, refine):
 
 
 _fit = jax.jit(sensitivity_cores.nystrom_fit)
+_alone = jax.jit(scoring.landmark_optima)
+_one_pass = jax.jit(sensitivity_cores.one_pass_scores)
+_two_pass = jax.jit(sensitivity_cores.two_pass_scores)
 
 
 @functools.partial(jax.jit, static_argnames="kernel_fn")

@@ -101,6 +101,13 @@ def ntk_fn(arch: Architecture, precision: str = "float32") -> NetworkKernel:
     ValueError, TypeError: at the call, for inputs of the wrong rank, size or dtype.
 
   Source: Jacot, Gabriel, Hongler 2018; Arora et al. 2019 for convolutions.
+
+  Example:
+    >>> kernel_fn = kipcore.ntk_fn(kipcore.fc(1, b_std=0.0))
+    >>> x = jnp.asarray([[3.0, 4.0], [6.0, 8.0]])
+    >>> print(np.asarray(kernel_fn(x)).round(2))  # without biases homogeneous: twice the row, twice the kernel
+    [[ 50. 100.]
+     [100. 200.]]
   """
   return NetworkKernel(arch, "ntk", precision=precision)
 
@@ -115,6 +122,12 @@ def nngp_fn(arch: Architecture, precision: str = "float32") -> NetworkKernel:
     As `ntk_fn`.
 
   Source: Lee et al. 2018; Novak et al. 2019 for convolutions.
+
+  Example:
+    >>> arch, x = kipcore.fc(1, b_std=0.0), jnp.asarray([[3.0, 4.0], [6.0, 8.0]])
+    >>> nngp, ntk = (np.asarray(kernel(arch)(x)) for kernel in (kipcore.nngp_fn, kipcore.ntk_fn))
+    >>> print(np.diag(ntk / nngp).round(3))  # half of the NTK comes from the readout alone
+    [2. 2.]
   """
   return NetworkKernel(arch, "nngp", precision=precision)
 
@@ -163,6 +176,12 @@ def rbf_fn(bandwidth: float) -> RBFKernel:
 
   Raises:
     ValueError: for a bandwidth that is not positive.
+
+  Example:
+    >>> kernel_fn = kipcore.rbf_fn(2.0)
+    >>> print(np.asarray(kernel_fn(jnp.asarray([[0.0], [2.0]]))).round(4))  # exp(-1/2) a bandwidth apart
+    [[1.     0.6065]
+     [0.6065 1.    ]]
   """
   checks.positive("bandwidth", bandwidth)
   return RBFKernel(float(bandwidth))
