@@ -3,10 +3,13 @@
 import dataclasses
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 
-from kipcore import artifact, report
+from kipcore import artifact, files, krr, report
 from experiments import run_folder
+
+HARDEST = 40  # training images that are kept of a run
 
 
 def write_artifact(folder, config, data, support, result: dict) -> None:
@@ -15,6 +18,7 @@ def write_artifact(folder, config, data, support, result: dict) -> None:
   metadata = {
       "dataset": {"name": config.dataset, "num_classes": data.raw.num_classes, "hashes": data.raw.hashes,
                   "class_names": list(data.raw.class_names) if data.raw.class_names else None, "note": data.raw.note,
+                  "pixel_max": data.raw.pixel_max, "pixel_range": pixel_range(data),
                   "validation_fraction": config.validation_fraction, "test_rows": data.x_test.shape[0]},
       "config": dataclasses.asdict(config),
       "environment": run_folder.environment(),
@@ -25,16 +29,47 @@ def write_artifact(folder, config, data, support, result: dict) -> None:
       data.score_kernel.get, config.relative_ridge, metadata))
 
 
-def write_pictures(folder, data, start, support, history: list, result: dict) -> None:
-  """`images.png`, start and end side by side, where rows are images, and `learning_curve.png`, where there was a loop."""
+def write_pictures(folder, data, start, classes, support, history: list, result: dict) -> None:
+  """`images.png`, start and end side by side, where rows are images, and `learning_curve.png`, where there was a loop.
+
+  `start.npz` has the start itself: `images` in pixel space, `labels`, and the `classes` `(m,)` that they were chosen for, of which
+  solved labels may disagree.
+  """
+  _save(folder / "start.npz", images=data.preprocess.invert(np.asarray(start.x)), labels=np.asarray(start.y), classes=classes)
   if support.x.ndim == 4 and support.x.shape[-1] in (1, 3):
     before, after = (data.preprocess.invert(np.asarray(s.x)) for s in (start, support))
-    report.save_image_grid(folder / "images.png", before, after, np.argmax(np.asarray(start.y), axis=1),
+    report.save_image_grid(folder / "images.png", before, after, classes,
                            pixel_range(data), data.raw.class_names)
   if history:
     report.save_learning_curve(folder / "learning_curve.png", history, {
         "random real images (test)": result["random_baseline_test_accuracy"],
         "distilled (test)": result["test_accuracy"]})
+
+
+def write_importance(folder, config, data, support, scores) -> None:
+  """`importance.npz`, where the sampler has seen rows: those of all training rows, the images of the highest, and their `predicted` classes.
+
+  These are of kernel ridge regression on the support, as test accuracy is.
+  """
+  if scores is None or not np.isfinite(scores).any():
+    return
+  hardest, predicted = hardest_rows(config, data, support, scores)
+  _save(folder / "importance.npz", scores=scores, labels=data.raw.y_train, hardest=hardest, images=data.raw.x_train[hardest],
+        predicted=predicted)
+
+
+def hardest_rows(config, data, support, scores, number: int = HARDEST) -> tuple[np.ndarray, np.ndarray]:
+  """Training rows with the highest known scores, in that order, and the classes that ridge regression on the support gives them."""
+  known = np.flatnonzero(np.isfinite(scores))
+  hardest = known[np.argsort(-scores[known], kind="stable")[:number]]
+  k_ss, k_ts = data.score_kernel(support.x, None), data.score_kernel(jnp.asarray(data.x_train[hardest]), support.x)
+  fit = krr.krr_fit(k_ss, support.y, krr.relative_ridge(k_ss, config.relative_ridge))
+  return hardest, np.argmax(np.asarray(krr.krr_predict(fit, k_ts)), axis=1)
+
+
+def _save(path, **arrays) -> None:
+  with files.replacing(path) as file:
+    np.savez_compressed(file, **arrays)
 
 
 def pixel_range(data) -> tuple[float, float]:

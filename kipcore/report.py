@@ -39,7 +39,7 @@ def save_image_grid(path, before, after, labels, pixel_range: tuple[float, float
   if columns <= 2:  # one or two images a class: a row of classes reads better than a column
     _grid_by_columns(path, before, after, labels, classes, columns, pixel_range, class_names, titles)
     return
-  figure = _figure((2 * columns + 1.5) * 0.55, len(classes) * 0.6 + 0.7)
+  figure = _figure((2 * columns + 1.5) * 0.55, len(classes) * 0.54 + 0.5)
   panels = [_panel(x, labels, classes, columns, pixel_range) for x in (before, after)]
   for axes, panel, title in zip(figure.subplots(1, 2), panels, titles):
     _show(axes, panel, title)
@@ -49,14 +49,16 @@ def save_image_grid(path, before, after, labels, pixel_range: tuple[float, float
 
 
 def _grid_by_columns(path, before, after, labels, classes, rows, pixel_range, class_names, titles):
-  figure = _figure(max(4.0, len(classes) * 0.75), 2 * rows * 0.75 + 1.1)
+  names = _names(classes, class_names)
+  longest = max(map(len, names))
+  slanted = longest > 11
+  # Slanted names need room under both rows, or the upper title is cut off.
+  figure = _figure(max(4.0, len(classes) * 0.75), 2 * rows * 0.75 + 1.1 + (0.08 * longest if slanted else 0.0))
   for axes, x, title in zip(figure.subplots(2, 1), (before, after), titles):
     panel = _panel(x, labels, classes, rows, pixel_range, transpose=True)
     _show(axes, panel, title)
     width = panel.shape[1] / len(classes)
-    rotation = 45 if class_names and max(map(len, class_names)) > 3 or len(classes) > 20 else 0
-    axes.set_xticks([(i + 0.5) * width for i in range(len(classes))], _names(classes, class_names), fontsize=7,
-                    rotation=rotation)
+    axes.set_xticks([(i + 0.5) * width for i in range(len(classes))], names, fontsize=7, rotation=45 if slanted else 0)
   _save(figure, path)
 
 
@@ -90,6 +92,39 @@ def _panel(x, labels, classes, per_class, pixel_range, transpose=False) -> np.nd
       row, column = (place, line) if transpose else (line, place)
       panel[row * h + 1:(row + 1) * h - 1, column * w + 1:(column + 1) * w - 1] = image
   return panel
+
+
+def save_image_rows(path, panels, pixel_range: tuple[float, float], columns: int = _MAX_COLUMNS) -> None:
+  """A PNG of titled rows of images, each with a caption below it; long rows are wrapped.
+
+  Args:
+    path: PNG file name.
+    panels: (title, images `(m, h, w, 1 or 3)` in pixel space, m captions) each; "" for no title.
+    pixel_range: (black, white); values outside are clipped for the picture only.
+    columns: images side by side.
+
+  Raises:
+    ValueError: for arrays that are not images with 1 or 3 channels, or captions of another number.
+  """
+  lines = []
+  for title, x, captions in panels:
+    checks.rank(title or "images", x, 4)
+    if x.shape[-1] not in (1, 3) or len(captions) != x.shape[0]:
+      raise ValueError(f"{title or 'images'}: expected 1 or 3 channels and a caption an image, got shape {x.shape} and {len(captions)} captions")
+    lines += [(title if i == 0 else "", x[i:i + columns], captions[i:i + columns]) for i in range(0, x.shape[0], columns)]
+  heights = [0.74 + 0.14 * max(c.count("\n") + 1 for c in captions) + (0.26 if title else 0.0) for title, _, captions in lines]
+  figure, low, high = _figure(0.78 * columns, sum(heights)), *pixel_range
+  for part, (title, x, captions) in zip(np.atleast_1d(figure.subfigures(len(lines), 1, height_ratios=heights)), lines):
+    if title:
+      part.suptitle(title, fontsize=9)
+    for axes, image, caption in zip(part.subplots(1, columns, squeeze=False)[0], [*x, *[None] * columns], [*captions, *[""] * columns]):
+      if image is None:
+        axes.axis("off")
+        continue
+      shown = np.clip((np.asarray(image, np.float64) - low) / (high - low), 0.0, 1.0)
+      _show(axes, np.broadcast_to(shown, (*shown.shape[:2], 3)), "")
+      axes.set_xlabel(caption, fontsize=6.5, labelpad=2, linespacing=1.1)
+  _save(figure, path)
 
 
 def save_learning_curve(path, history: list[dict], lines: dict[str, float] | None = None) -> None:

@@ -8,6 +8,7 @@ really drawn with. For the same reason the law need not be made anew at every st
 several passes over all rows, a draw from a prepared law almost nothing.
 """
 
+import functools
 import math
 from typing import Callable, NamedTuple
 
@@ -220,7 +221,8 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
     return jax.lax.cond(due, lambda s: with_law(s, uniform_mix, indices.shape[0], power), lambda s: s, state)
 
   name = score if isinstance(score, str) else getattr(score, "__name__", "callable")
-  return Sampler(name, init, draw, update, refresh_every)
+  return Sampler(name, init, draw, update, refresh_every, functools.partial(sampler_metrics, least_gain=least_gain),
+                 row_scores)
 
 
 class Law(NamedTuple):
@@ -255,6 +257,33 @@ def with_law(state: ImportanceState, uniform_mix, batch_size: int, power: float 
   prepared = draws.plan(words, law.probabilities, jnp.minimum(num_rows, batch_size))
   return state._replace(plan=prepared, gain=law.gain, batch_size=jnp.full((), batch_size, jnp.int32),
                         fresh=jnp.zeros((), jnp.int32), laws=state.laws + 1)
+
+
+def sampler_metrics(state: ImportanceState, least_gain: float) -> dict[str, Array]:
+  """What is logged of an importance sampler, of the next draw by its law in use.
+
+  Args:
+    state: the sampler's state.
+    least_gain: of `importance`.
+
+  Returns:
+    `importance_gain`; `effective_share`, 1 / (n sum p^2) of what rows are drawn with (1: uniformly); and `class_shares`
+    `(c,)`, the part of the draws that each class gets.
+  """
+  by_law = (state.gain >= least_gain) & (state.batch_size > 0)
+  mass = jnp.where(by_law, state.plan.inclusion, state.base)
+  p = mass / draws.total(mass)
+  counts = state.class_counts
+  row = jnp.arange(p.shape[0], dtype=jnp.int32)
+  label = jnp.minimum(jnp.searchsorted(jnp.cumsum(counts, dtype=jnp.int32), row, side="right"), counts.shape[0] - 1)
+  shares = jax.ops.segment_sum(p, label, counts.shape[0], indices_are_sorted=True)
+  num_rows = jnp.sum(counts, dtype=jnp.int32).astype(p.dtype)
+  return {"importance_gain": state.gain, "effective_share": 1 / (num_rows * draws.total(p * p)), "class_shares": shares}
+
+
+def row_scores(state: ImportanceState) -> Array:
+  """The latest score of each row, NaN where it was not seen yet, `(capacity,)`."""
+  return jnp.where(state.known, state.scores, jnp.nan)
 
 
 def importance_law(state: ImportanceState, uniform_mix, power: float = 1.0) -> Law:

@@ -19,7 +19,7 @@ from kipcore import checks, keys, linalg
 from kipcore.devices import AXIS, Axis, device_axis, pmap
 from kipcore.distill.method import Batch, Method, Params, Sampler
 from kipcore.distill.optimizers import adam  # noqa: F401, where callers look for it
-from kipcore.distill.targets import Targets, arrange_targets
+from kipcore.distill.targets import Targets, arrange_targets, deal_rows, gather_rows
 from kipcore.types import Array, NumericalError, Status, Support
 
 _MAX_STEPS = 1000  # in one call to the devices
@@ -61,9 +61,10 @@ class DistillInfo(NamedTuple):
 
 
 class DistillResult(NamedTuple):
-  """`support` learned, final `state`, `history` (a dict a logged step), `compile_seconds`.
+  """`support` learned, final `state` (of the first device), `history` (a dict a logged step), `compile_seconds`.
 
-  `seconds` is the time of the steps, without compilation and callbacks.
+  `seconds` is the time of the steps, without compilation and callbacks. `scores` `(n,)` has the sampler's latest score
+  of each target row, in the order of `x_target`, NaN where a row was never drawn; None for a sampler without scores.
   """
 
   support: Support
@@ -71,6 +72,7 @@ class DistillResult(NamedTuple):
   history: list
   compile_seconds: float
   seconds: float
+  scores: np.ndarray | None = None
 
 
 def distill_init(key, distiller: Distiller, support: Support, class_counts: Array, capacity: int) -> DistillState:
@@ -182,7 +184,7 @@ def scoring_evaluations(distiller: Distiller, num_rows: int, num_steps: int) -> 
 def distill(key, distiller: Distiller, support: Support, x_target, y_target, num_steps: int,
             devices: Sequence[jax.Device] | None = None, log_steps: Sequence[int] | None = None,
             callback: Callable[[int, Support, dict], None] | None = None,
-            progress: Callable[[int], None] | None = None) -> DistillResult:
+            progress: Callable[[int], None] | None = None, compiled: Callable[[Any], None] | None = None) -> DistillResult:
   """Distils: `num_steps` updates of the support towards the targets.
 
   Args:
@@ -197,8 +199,10 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
       devices of all of them take part, and None is the only choice.
     log_steps: steps after which to log; None for `default_log_steps(num_steps)`.
     callback: called as `callback(step, support, record)` at logged steps, the first (0) and
-      the last included; it may add to `record`.
+      the last included; it may add to `record`, which has what `DistillInfo` has and the sampler's metrics.
     progress: called with the number of steps done, about once a second.
+    compiled: called once with the compiled steps (`jax.stages.Compiled`, whose `memory_analysis` says what a device needs)
+      before the first of them; where one process runs.
 
   Returns:
     `DistillResult`.
@@ -225,14 +229,17 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
   # Placed on their devices once: otherwise every call would copy, and the second would compile anew.
   place = pmap(lambda tree: tree, axis)
   raw_key, state, targets = place((raw_key, state, targets))
+  if compiled is not None:
+    run = run.lower(raw_key, state, targets, axis.every(0)).compile()
+    compiled(run)
   # A call of no steps compiles, and nothing more.
-  state, _, _ = jax.block_until_ready(run(raw_key, state, targets, axis.every(0)))
+  state, _, _, metrics = jax.block_until_ready(run(raw_key, state, targets, axis.every(0)))
   compile_seconds = time.perf_counter() - started
   history, done, seconds, record, pace = [], 0, 0.0, {}, 1
   for stop in log_steps:
     while done < stop:
       started = time.perf_counter()
-      state, infos, count = run(raw_key, state, targets, axis.every(min(stop - done, pace)))
+      state, infos, count, metrics = run(raw_key, state, targets, axis.every(min(stop - done, pace)))
       count = int(np.asarray(count)[0])
       infos = jax.tree.map(lambda a: np.asarray(a)[0, :count], infos)
       _raise_if_failed(infos, done)
@@ -244,12 +251,17 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
       pace = int(min(max(count / elapsed, 1), 2 * pace, _MAX_STEPS))
       if progress is not None:
         progress(done)
-    record = {"step": done, "seconds": seconds, **record}
+    logged = {name: np.asarray(value)[0].tolist() for name, value in metrics.items()}
+    record = {"step": done, "seconds": seconds, **record, **logged}
     if callback is not None:
       callback(done, distiller.method.support(_first(state.params), _first(state.aux)), record)
     history.append(record)
   final = _first(state)
-  return DistillResult(distiller.method.support(final.params, final.aux), final, history, compile_seconds, seconds)
+  scores = None
+  if distiller.sampler.scores is not None:
+    shards = deal_rows(np.argmax(np.asarray(y_target), axis=1), axis.size, keys.stream(key, "arrange"))
+    scores = gather_rows(shards, np.asarray(_gathered_scores(distiller.sampler, axis)(state.sampler))[0])
+  return DistillResult(distiller.method.support(final.params, final.aux), final, history, compile_seconds, seconds, scores)
 
 
 def default_log_steps(num_steps: int) -> list[int]:
@@ -280,9 +292,16 @@ def _mapped(distiller: Distiller, axis: Axis):
     dtype = jax.tree.leaves(state.params)[0].dtype
     zeros = jnp.zeros((_MAX_STEPS,), dtype)
     infos = DistillInfo(zeros, zeros, zeros, jnp.zeros((_MAX_STEPS,), jnp.int32))
-    return *jax.lax.fori_loop(0, count, body, (state, infos)), count
+    state, infos = jax.lax.fori_loop(0, count, body, (state, infos))
+    return state, infos, count, jax.lax.pmean(distiller.sampler.metrics(state.sampler), AXIS)
 
   return pmap(run, axis, donate_argnums=(1,))
+
+
+@functools.lru_cache(maxsize=8)
+def _gathered_scores(sampler: Sampler, axis: Axis):
+  """The scores of all devices, of other processes too, on each of them."""
+  return pmap(lambda state: jax.lax.all_gather(sampler.scores(state), AXIS), axis)
 
 
 def _first(tree):

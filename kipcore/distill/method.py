@@ -79,6 +79,8 @@ class Sampler(NamedTuple):
       the draw has the expectation that the sampler documents.
     update: `(state, indices, labels (size, c), LossInfo) -> state` after each step.
     refresh_every: steps after which the loop scores all rows and passes them to `update`; 0 for never.
+    metrics: `state -> {name: array}`, what is to be logged of a state; means over the devices are recorded.
+    scores: `state -> (capacity,)`, the latest score of each row, NaN where it has none; None where rows have no scores.
   """
 
   name: str
@@ -86,6 +88,8 @@ class Sampler(NamedTuple):
   draw: Callable[[Array, Any, int], tuple[Array, Array]]
   update: Callable[..., Any] = lambda state, indices, labels, info: state
   refresh_every: int = 0
+  metrics: Callable[[Any], dict[str, Array]] = lambda state: {}
+  scores: Callable[[Any], Array] | None = None
 
 
 def across(batch: Batch, sums):

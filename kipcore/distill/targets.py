@@ -25,6 +25,42 @@ class Targets(NamedTuple):
   share: Array
 
 
+def deal_rows(labels, num_devices: int = 1, key=None) -> list[np.ndarray]:
+  """Which rows each device gets, in the order in which `arrange_targets` lays them out.
+
+  Args:
+    labels: `(n,)` integer class of each row.
+    num_devices: D.
+    key: shuffles the rows within their class; None keeps their order.
+
+  Returns:
+    D arrays of row numbers, together every row once.
+  """
+  labels = np.asarray(labels)
+  order = np.arange(labels.size)
+  if key is not None:
+    order = np.asarray(jax.random.permutation(keys.canonical_key(key), labels.size))
+  order = order[np.argsort(labels[order], kind="stable")]
+  return [order[d::num_devices] for d in range(num_devices)]
+
+
+def gather_rows(shards: list[np.ndarray], values) -> np.ndarray:
+  """One value a row from one a slot: the inverse of the deal, without the padding.
+
+  Args:
+    shards: of `deal_rows`.
+    values: `(D, capacity)`, in the layout of `Targets`.
+
+  Returns:
+    `(n,)` in the order in which the rows were before.
+  """
+  values = np.asarray(values)
+  gathered = np.empty(sum(map(len, shards)), values.dtype)
+  for rows, own in zip(shards, values):
+    gathered[rows] = own[:len(rows)]
+  return gathered
+
+
 def arrange_targets(x, y, num_devices: int = 1, key=None, wanted: slice = slice(None)) -> Targets:
   """Groups rows by class and deals them out to devices, with a leading device axis.
 
@@ -48,11 +84,7 @@ def arrange_targets(x, y, num_devices: int = 1, key=None, wanted: slice = slice(
   if x.shape[0] < num_devices:
     raise ValueError(f"expected at least one target row a device, got {x.shape[0]} rows for {num_devices} devices")
   labels = np.argmax(y, axis=1)
-  order = np.arange(x.shape[0])
-  if key is not None:
-    order = np.asarray(jax.random.permutation(keys.canonical_key(key), x.shape[0]))
-  order = order[np.argsort(labels[order], kind="stable")]
-  shards = [order[d::num_devices] for d in range(num_devices)]
+  shards = deal_rows(labels, num_devices, key)
   longest = max(map(len, shards))
   counts = np.stack([np.bincount(labels[shard], minlength=y.shape[1]) for shard in shards]).astype(np.int32)
   share = np.array([len(shard) for shard in shards]) * (num_devices / x.shape[0])
