@@ -35,7 +35,7 @@ def test_each_command_is_one_line(marker):
 
 
 def test_commands_name_flags_that_exist():
-  text = README + (ROOT / "WORKSPACE.md").read_text()
+  text = "".join(path.read_text() for path in ROOT.glob("*.md"))
   for module in set(re.findall(r"-m (experiments\.\w+(?:\.\w+)?)", text)):
     done = subprocess.run([sys.executable, "-m", module, "--helpfull"], cwd=ROOT, capture_output=True, text=True)
     shown = done.stdout + done.stderr
@@ -65,8 +65,26 @@ def test_notebooks_run_and_hold_no_outputs(path):
       exec(compile(code, path.name, "exec"), scope)
 
 
+def test_notebooks_install_alike():
+  cells = {"".join(cell["source"]) for path in (ROOT / "notebooks").glob("*.ipynb") for cell in json.loads(path.read_text())["cells"]
+           if "KIPCORE_SOURCE" in "".join(cell["source"])}
+  assert len(cells) == 1
+
+
+def test_links_lead_somewhere():
+  """Files that documents link to exist, and so do the headings."""
+  for path in ROOT.glob("*.md"):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
+      name, _, heading = target.partition("#")
+      there = ROOT / name if name else path
+      assert there.exists(), f"{path.name}: {target}"
+      if heading:
+        slugs = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in there.read_text().splitlines() if line.startswith("#")}
+        assert heading in slugs, f"{path.name}: {target}"
+
+
 def test_documents_speak_of_the_software_alone():
-  for path in [ROOT / "README.md", ROOT / "WORKSPACE.md", *(ROOT / "notebooks").glob("*.ipynb")]:
+  for path in [*ROOT.glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]:
     assert not re.search(r"(^|[^A-Za-z])/(work|root|tmp)/", path.read_text()), path.name
 
 
@@ -80,6 +98,8 @@ def test_version_is_the_installed_one():
   assert re.fullmatch(r"\d+\.\d+\.\d+", kipcore.__version__)
 
 
-def test_readme_tables_come_from_the_result_files():
+def test_tables_come_from_the_result_files():
   from experiments import tables
-  assert tables.rendered(README) == README, "run python -m experiments.tables"
+  for name in tables.DOCUMENTS:
+    text = (ROOT / name).read_text()
+    assert tables.rendered(text) == text, "run python -m experiments.tables"
