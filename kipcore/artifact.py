@@ -7,17 +7,13 @@ Nothing in it is ever unpickled.
 """
 
 import dataclasses
-import hashlib
-import io
 import json
 import pathlib
-import zipfile
-import zlib
 
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, evaluate, files, kernels
+from kipcore import checks, evaluate, export, kernels, npz
 from kipcore.architectures import Architecture
 from kipcore.preprocess import Preprocess, one_hot_centred
 from kipcore.types import Support
@@ -25,7 +21,7 @@ from kipcore.types import Support
 FORMAT = "kipcore-distilled"
 FORMAT_VERSION = 1
 _PREPROCESS = "preprocess/"
-_REQUIRED = ("images", "labels", "support", "metadata")
+_REQUIRED = ("images", "labels", "support")
 
 
 class ArtifactError(ValueError):
@@ -70,6 +66,61 @@ class Artifact:
     return evaluate.evaluate_krr(self.kernel_fn(), support, self.preprocess.apply(x, dtype), targets,
                                  relative_ridge=self.relative_ridge)
 
+  def as_numpy(self, space: str = "pixels") -> dict[str, np.ndarray]:
+    """`images` (NHWC), `labels` (centred, as stored), `one_hot` (labels + offset), `classes` (argmax); see `export.as_numpy`.
+
+    Args:
+      space: "pixels", or "inputs" for the images behind the preprocessing.
+    """
+    return export.as_numpy(self._images(space), self.labels)
+
+  def as_torch(self, space: str = "pixels") -> dict:
+    """The same as PyTorch tensors, float32 and int64, images NCHW; ImportError without PyTorch. See `export.as_torch`."""
+    return export.as_torch(self._images(space), self.labels)
+
+  def as_tfds(self, space: str = "pixels"):
+    """The same as a `tf.data.Dataset` of dicts, an element for each image; see `export.as_tfds`."""
+    return export.as_tfds(self._images(space), self.labels)
+
+  def distilled_set(self, space: str = "pixels", pixel_max: float | None = None) -> export.DistilledSet:
+    """What `export` writes: the arrays with their conventions; arguments as there."""
+    dataset, result = (self.metadata.get(name) or {} for name in ("dataset", "result"))
+    accuracy = {name: result[name] for name in ("test_accuracy", "network_test_accuracy_mean") if name in result}
+    if accuracy:
+      accuracy |= {"of": f"test_accuracy: kernel ridge regression with the {self.kernel} of {self.arch.name} on the inputs and "
+                         f"labels of this set; network_test_accuracy_mean: finite networks trained on them",
+                   "test_rows": dataset.get("test_rows"), "test_sha256": (dataset.get("hashes") or {}).get("test")}
+    about = {
+        "dataset": {name: dataset[name] for name in ("name", "hashes", "note") if name in dataset} or None,
+        "kernel": {"kind": self.kernel, "architecture": json.loads(self.arch.to_json())},
+        "ridge": {"kind": "fraction of tr(K_ss) / m", "value": self.relative_ridge},
+        "accuracy": accuracy or None,
+    }
+    names = dataset.get("class_names")
+    return export.DistilledSet(self._images(space), self.labels, space, self.preprocess,
+                               dataset.get("pixel_max") if pixel_max is None else pixel_max, tuple(names) if names else None, about)
+
+  def export(self, path, format: str, space: str = "pixels", overwrite: bool = False, pixel_max: float | None = None) -> None:
+    """Writes the set for other programs, whole or not at all, beside JSON that says what its numbers mean.
+
+    Args:
+      path: a file ("numpy", "safetensors", "torch") or folder ("png", "tfds").
+      format: one of `export.FORMATS`, described at `export.write`.
+      space: "pixels", or "inputs" for the images behind the preprocessing.
+      overwrite: replace an earlier export.
+      pixel_max: stored value of full white, for sets whose metadata lacks it.
+
+    Raises:
+      ValueError, TypeError: for an unknown format or space, or a set that PNG cannot hold.
+      ImportError: for "torch" where PyTorch is not installed.
+      OSError: where it cannot be written, or something else has that name.
+    """
+    export.write(path, format, self.distilled_set(space, pixel_max), overwrite)
+
+  def _images(self, space: str) -> np.ndarray:
+    checks.one_of("space", space, export.SPACES)
+    return self.images if space == "pixels" else self.support
+
 
 def _device_array(x: np.ndarray):
   """A device array of the same dtype; ValueError where the 64-bit switch would narrow it silently."""
@@ -87,20 +138,15 @@ def save_artifact(path, artifact: Artifact) -> None:
     artifact: what to write.
 
   Raises:
-    ValueError: for arrays that disagree in rows or hold NaN or infinity.
+    ValueError: for arrays that disagree in shape, are not float32 or float64, or hold NaN or infinity; an unknown kernel.
     OSError: where the file cannot be written.
   """
-  checks.same_rows("images", artifact.images, "labels", artifact.labels)
-  checks.same_rows("images", artifact.images, "support", artifact.support)
+  _check(artifact)
   spec, fitted = artifact.preprocess.to_arrays()
   arrays = {"images": artifact.images, "labels": artifact.labels, "support": artifact.support}
-  for name, array in arrays.items():
-    checks.finite(name, array)
-  arrays |= {_PREPROCESS + name: np.asarray(array) for name, array in fitted.items()}
-  metadata = {
+  arrays |= {_PREPROCESS + name: array for name, array in fitted.items()}
+  npz.save_checked(path, arrays, FORMAT, FORMAT_VERSION, {
       **artifact.metadata,
-      "format": FORMAT,
-      "format_version": FORMAT_VERSION,
       "label_convention": {
           "kind": "one-hot minus offset, possibly learned since",
           "offset": 1.0 / artifact.labels.shape[1],
@@ -108,12 +154,8 @@ def save_artifact(path, artifact: Artifact) -> None:
       "preprocess": spec,
       "architecture": json.loads(artifact.arch.to_json()),
       "kernel": artifact.kernel,
-      "ridge": {"kind": "fraction of tr(K_ss) / m", "value": artifact.relative_ridge},
-      "checksums": {name: _checksum(array) for name, array in arrays.items()},
-  }
-  buffer = io.BytesIO()
-  np.savez_compressed(buffer, metadata=np.array(json.dumps(metadata)), **arrays)
-  files.write_atomically(path, buffer.getvalue())
+      "ridge": {"kind": "fraction of tr(K_ss) / m", "value": float(artifact.relative_ridge)},
+  })
 
 
 def load_artifact(path) -> Artifact:
@@ -126,48 +168,38 @@ def load_artifact(path) -> Artifact:
     `Artifact`.
 
   Raises:
-    ArtifactError: for a file that is missing, truncated, altered, or of another kind or
-      a newer format.
+    ArtifactError: for a file that is missing, truncated, altered, of another kind or a newer format, or that claims sizes that
+      it does not have (see `npz.read_npz`); for arrays of the wrong shape or dtype, or with NaN or infinity.
   """
   path = pathlib.Path(path)
-  if not path.is_file():
-    raise ArtifactError(f"{path}: expected an artefact, found no such file")
   try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = {name: file[name] for name in file.files}
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, zlib.error) as error:
-    raise ArtifactError(f"{path}: expected a whole .npz file, got one that does not read ({error})") from error
-  except AttributeError as error:  # np.load of a bare .npy gives an array
-    raise ArtifactError(f"{path}: expected an .npz file, got a single array") from error
-  missing = [name for name in _REQUIRED if name not in arrays]
-  if missing:
-    raise ArtifactError(f"{path}: expected arrays {', '.join(_REQUIRED)}; missing {', '.join(missing)}")
+    arrays, metadata = npz.load_checked(path, FORMAT, FORMAT_VERSION, _REQUIRED)
+  except npz.NpzError as error:
+    raise ArtifactError(str(error)) from error
   try:
-    metadata = json.loads(str(arrays.pop("metadata")[()]))
-    if metadata["format"] != FORMAT or metadata["format_version"] > FORMAT_VERSION:
-      raise ArtifactError(f"{path}: expected format {FORMAT} up to version {FORMAT_VERSION}, got "
-                          f"{metadata['format']!r} version {metadata['format_version']}")
-    for name, expected in metadata["checksums"].items():
-      if name not in arrays or _checksum(arrays[name]) != expected:
-        raise ArtifactError(f"{path}: array {name!r} does not have its recorded checksum; the file was altered")
-    if set(arrays) != set(metadata["checksums"]):
-      raise ArtifactError(f"{path}: expected the arrays {sorted(metadata['checksums'])}, got {sorted(arrays)}")
     fitted = {name[len(_PREPROCESS):]: array for name, array in arrays.items() if name.startswith(_PREPROCESS)}
-    return Artifact(
+    stored = Artifact(
         arrays["images"], arrays["labels"], arrays["support"], Preprocess.from_arrays(metadata["preprocess"], fitted),
-        Architecture.from_json(json.dumps(metadata["architecture"])), str(metadata["kernel"]),
-        float(metadata["ridge"]["value"]), metadata)
-  except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-    raise ArtifactError(f"{path}: expected the metadata of an artefact, got something else ({error!r})") from error
-  except ArtifactError:
-    raise
-  except ValueError as error:
-    raise ArtifactError(f"{path}: {error}") from error
+        Architecture.from_json(json.dumps(metadata["architecture"])), metadata["kernel"], metadata["ridge"]["value"], metadata)
+    _check(stored)
+  except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+    text = str(error) if type(error) is ValueError else f"expected the metadata of an artefact, got something else ({error!r})"
+    raise ArtifactError(f"{path}: {' '.join(text.split())[:400]}") from error
+  return stored
 
 
-def _checksum(array: np.ndarray) -> str:
-  """sha256 of dtype, shape and C-order content."""
-  array = np.ascontiguousarray(array)
-  digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-  digest.update(array.data)
-  return digest.hexdigest()
+def _check(artifact: Artifact) -> None:
+  """ValueError or TypeError for arrays and numbers that do not go together, or are not finite."""
+  arrays = {"images": artifact.images, "labels": artifact.labels, "support": artifact.support}
+  for name, array in arrays.items():
+    if array.dtype not in (np.float32, np.float64) or not array.size:
+      raise ValueError(f"{name}: expected float32 or float64 numbers, got {array.dtype} of shape {array.shape}")
+    checks.same_rows("images", artifact.images, name, array)
+    checks.finite(name, array)
+  checks.shape("support", artifact.support, (None, *artifact.preprocess.row_shape))
+  checks.shape("images", artifact.images, artifact.support.shape)
+  checks.rank("labels", artifact.labels, 2)
+  checks.one_of("kernel", artifact.kernel, ("ntk", "nngp"))
+  ridge = artifact.relative_ridge
+  if isinstance(ridge, (bool, str)) or not 0 < ridge < np.inf:
+    raise ValueError(f"relative_ridge: expected a positive finite number, got {ridge!r}")
