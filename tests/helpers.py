@@ -93,13 +93,31 @@ def everything() -> kipcore.Sampler:
 
 
 def same_on_devices(method, support, x, y, rtol: float = 1e-10, num_steps: int = 1, counts=(1, 8)) -> None:
-  """Plain SGD steps on all rows give the same loss and images on so many devices, uneven shards included (float64)."""
+  """Plain SGD steps on all rows give the same loss and images on so many devices, uneven shards included (float64); and resume."""
   distiller = kipcore.Distiller(method, everything(), optax.sgd(0.1), len(x))
   runs = [kipcore.distill(0, distiller, support, x, y, num_steps, devices=jax.devices()[:d]) for d in counts]
   assert not np.array_equal(runs[0].support.x, support.x)
   for other in runs[1:]:
     np.testing.assert_allclose(other.history[-1]["loss"], runs[0].history[-1]["loss"], rtol=rtol)
     assert_close(other.support.x, runs[0].support.x, rtol=rtol)
+  resumes_exactly(distiller, support, x, y, jax.devices()[:counts[-1]])
+
+
+def resumes_exactly(distiller, support, x, y, devices, num_steps: int = 3) -> None:
+  """A run that goes on from any of its snapshots ends with the same bits, as if nothing had been."""
+  snapshots = []
+  keeping = kipcore.Keeping(snapshots.append, seconds=0.0)
+  whole = kipcore.distill(0, distiller, support, x, y, num_steps, devices=devices, log_steps=range(num_steps), keeping=keeping)
+  assert [s.step for s in snapshots] == list(range(1, num_steps + 1))
+  for snapshot in snapshots[::2]:
+    resumed = kipcore.distill(0, distiller, support, x, y, num_steps, devices=devices, log_steps=range(num_steps), resume=snapshot)
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), resumed.state, whole.state))
+    assert untimed(resumed.history) == untimed(whole.history)
+
+
+def untimed(history) -> list:
+  """What was logged, without the seconds."""
+  return [{name: value for name, value in line.items() if name != "seconds"} for line in history]
 
 
 def image_rows(labels, dtype=np.float64, seed=0, num_classes=3):

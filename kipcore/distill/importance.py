@@ -222,7 +222,7 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
 
   name = score if isinstance(score, str) else getattr(score, "__name__", "callable")
   return Sampler(name, init, draw, update, refresh_every, functools.partial(sampler_metrics, least_gain=least_gain),
-                 row_scores)
+                 row_scores, regrouped)
 
 
 class Law(NamedTuple):
@@ -284,6 +284,23 @@ def sampler_metrics(state: ImportanceState, least_gain: float) -> dict[str, Arra
 def row_scores(state: ImportanceState) -> Array:
   """The latest score of each row, NaN where it was not seen yet, `(capacity,)`."""
   return jnp.where(state.known, state.scores, jnp.nan)
+
+
+def regrouped(state: ImportanceState, before: ImportanceState, scores: Array) -> ImportanceState:
+  """A first state that knows the scores of a run on other devices; its law is made at the first step.
+
+  Args:
+    state: of `init`.
+    before: the states of the other devices, with a leading axis.
+    scores: `(capacity,)`, NaN where a row was not seen.
+
+  Returns:
+    `ImportanceState`.
+  """
+  known = jnp.isfinite(scores)
+  return state._replace(scores=jnp.where(known, scores, 0).astype(state.scores.dtype), known=known,
+                        log_temperature=jnp.mean(before.log_temperature), fresh=jnp.sum(state.class_counts, dtype=jnp.int32),
+                        laws=jnp.max(before.laws))
 
 
 def importance_law(state: ImportanceState, uniform_mix, power: float = 1.0) -> Law:

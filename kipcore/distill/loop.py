@@ -17,9 +17,11 @@ import optax
 
 from kipcore import checks, keys, linalg
 from kipcore.devices import AXIS, Axis, device_axis, pmap
+from kipcore.distill import snapshot
 from kipcore.distill.method import Batch, Method, Params, Sampler
 from kipcore.distill.optimizers import adam  # noqa: F401, where callers look for it
-from kipcore.distill.targets import Targets, arrange_targets, deal_rows, gather_rows
+from kipcore.distill.snapshot import Keeping, Snapshot, default_log_steps
+from kipcore.distill.targets import Targets, arrange_targets
 from kipcore.types import Array, NumericalError, Status, Support
 
 _MAX_STEPS = 1000  # in one call to the devices
@@ -42,13 +44,14 @@ class Distiller(NamedTuple):
 
 
 class DistillState(NamedTuple):
-  """What the next step needs. `step` is the number of steps done."""
+  """What the next step needs. `step` is the number of steps done; `rate_scale`, 1 at first, multiplies all updates."""
 
   params: Params
   opt_state: Any
   aux: Any
   sampler: Any
   step: Array
+  rate_scale: Array
 
 
 class DistillInfo(NamedTuple):
@@ -62,6 +65,8 @@ class DistillInfo(NamedTuple):
 
 class DistillResult(NamedTuple):
   """`support` learned, final `state` (of the first device), `history` (a dict a logged step), `compile_seconds`.
+
+  `state.step` says whether all steps were done, or `Keeping.stop` ended the run before.
 
   `seconds` is the time of the steps, without compilation and callbacks. `scores` `(n,)` has the sampler's latest score
   of each target row, in the order of `x_target`, NaN where a row was never drawn; None for a sampler without scores.
@@ -97,7 +102,8 @@ def distill_init(key, distiller: Distiller, support: Support, class_counts: Arra
   params = distiller.method.init_params(support)
   opt_state = _optimizer(distiller, params).init(params)
   aux = distiller.method.init_aux(keys.stream(key, "aux"), params)
-  return DistillState(params, opt_state, aux, distiller.sampler.init(class_counts, capacity), jnp.zeros((), jnp.int32))
+  return DistillState(params, opt_state, aux, distiller.sampler.init(class_counts, capacity), jnp.zeros((), jnp.int32),
+                      jnp.ones((), jax.tree.leaves(params)[0].dtype))
 
 
 def distill_step(key, distiller: Distiller, state: DistillState, targets: Targets,
@@ -135,13 +141,13 @@ def distill_step(key, distiller: Distiller, state: DistillState, targets: Target
   norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
   with linalg.permissive_promotion():
     updates, opt_state = _optimizer(distiller, state.params).update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda update: state.rate_scale * update, updates))
   aux = distiller.method.update_aux(keys.stream(step_key, "aux"), params, state.aux, state.step)
   sampler = distiller.sampler.update(state.sampler, indices, batch.y, info)
   # A failed factorisation makes the loss NaN as well: the first cause is the one to report.
   not_finite = (status == Status.OK) & ~(jnp.isfinite(loss) & jnp.isfinite(norm))
   status = jnp.where(not_finite, Status.NOT_FINITE, status)
-  return (DistillState(params, opt_state, aux, sampler, state.step + 1),
+  return (DistillState(params, opt_state, aux, sampler, state.step + 1, state.rate_scale),
           DistillInfo(loss, accuracy, norm, status))
 
 
@@ -184,7 +190,8 @@ def scoring_evaluations(distiller: Distiller, num_rows: int, num_steps: int) -> 
 def distill(key, distiller: Distiller, support: Support, x_target, y_target, num_steps: int,
             devices: Sequence[jax.Device] | None = None, log_steps: Sequence[int] | None = None,
             callback: Callable[[int, Support, dict], None] | None = None,
-            progress: Callable[[int], None] | None = None, compiled: Callable[[Any], None] | None = None) -> DistillResult:
+            progress: Callable[[int], None] | None = None, compiled: Callable[[Any], None] | None = None,
+            keeping: Keeping | None = None, resume: Snapshot | None = None) -> DistillResult:
   """Distils: `num_steps` updates of the support towards the targets.
 
   Args:
@@ -203,6 +210,9 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
     progress: called with the number of steps done, about once a second.
     compiled: called once with the compiled steps (`jax.stages.Compiled`, whose `memory_analysis` says what a device needs)
       before the first of them; where one process runs.
+    keeping: when and how to keep snapshots of the run, and whether it is to stop; None for neither.
+    resume: a snapshot of a run with the same arguments, to go on from: on as many devices the result is that of the
+      uninterrupted run, bit for bit.
 
   Returns:
     `DistillResult`.
@@ -210,7 +220,8 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
   Raises:
     NumericalError: if a step met a failed factorisation or a value that is not finite;
       it names the step.
-    ValueError: for shapes that disagree, fewer rows than devices, or devices beside several processes.
+    ValueError: for shapes that disagree, fewer rows than devices, devices beside several processes, or a snapshot of
+      another run.
   """
   axis = device_axis(devices)
   if num_steps < 0:
@@ -220,9 +231,16 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
   checks.shape("y_target", y_target, (None, support.y.shape[1]))
   log_steps = sorted({0, num_steps, *(default_log_steps(num_steps) if log_steps is None else log_steps)})
   key = keys.canonical_key(key)
-  targets = arrange_targets(x_target, y_target, axis.size, keys.stream(key, "arrange"), axis.own)
+  dealt = np.argmax(np.asarray(y_target), axis=1), keys.stream(key, "arrange")
+  targets = arrange_targets(x_target, y_target, axis.size, dealt[1], axis.own)
   init = jax.vmap(lambda counts: distill_init(key, distiller, support, counts, targets.x.shape[1]))
   state = init(jnp.asarray(targets.class_counts))
+  history, done, seconds, record = [], 0, 0.0, {}
+  if resume is not None:
+    state = snapshot.lay_out(resume, state, distiller.sampler, axis, *dealt)
+    history, done, seconds = [dict(line) for line in resume.history], resume.step, resume.seconds
+    if done > num_steps:
+      raise ValueError(f"resume: expected a snapshot of at most {num_steps} steps, got one of {done}")
   run = _mapped(distiller, axis)
   started = time.perf_counter()
   raw_key = np.broadcast_to(jax.random.key_data(key), (axis.local, *jax.random.key_data(key).shape))
@@ -230,23 +248,38 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
   place = pmap(lambda tree: tree, axis)
   raw_key, state, targets = place((raw_key, state, targets))
   if compiled is not None:
-    run = run.lower(raw_key, state, targets, axis.every(0)).compile()
+    run = run.lower(raw_key, state, targets, axis.every(0), axis.every(0)).compile()
     compiled(run)
   # A call of no steps compiles, and nothing more.
-  state, _, _, metrics = jax.block_until_ready(run(raw_key, state, targets, axis.every(0)))
+  state, _, _, metrics = jax.block_until_ready(run(raw_key, state, targets, axis.every(0), axis.every(0)))
   compile_seconds = time.perf_counter() - started
-  history, done, seconds, record, pace = [], 0, 0.0, {}, 1
+
+  def ended():
+    final, scores = _first(state), snapshot.row_scores(state, distiller.sampler, axis, *dealt)
+    return DistillResult(distiller.method.support(final.params, final.aux), final, history, compile_seconds, seconds, scores)
+
+  pace, kept, due = 1, time.monotonic(), False
   for stop in log_steps:
+    if resume is not None and stop <= resume.step:
+      continue  # It is in the history.
     while done < stop:
+      asked = keeping is not None and keeping.stop()
+      overdue = keeping is not None and time.monotonic() - kept >= keeping.seconds
       started = time.perf_counter()
-      state, infos, count, metrics = run(raw_key, state, targets, axis.every(min(stop - done, pace)))
-      count = int(np.asarray(count)[0])
+      state, infos, (count, due), metrics = run(raw_key, state, targets, axis.every(0 if asked else min(stop - done, pace)),
+                                                axis.every(overdue))
+      count, due = int(np.asarray(count)[0]), bool(np.asarray(due)[0])
       infos = jax.tree.map(lambda a: np.asarray(a)[0, :count], infos)
-      _raise_if_failed(infos, done)
-      done += count
-      record = {name: float(value[-1]) for name, value in infos._asdict().items() if name != "status"}
       elapsed = time.perf_counter() - started
       seconds += elapsed
+      done += int(np.sum(infos.status == Status.OK))
+      if keeping is not None and (not count or infos.status[-1] != Status.OK or due and done < stop):
+        keeping.save(snapshot.take(state, axis, history, seconds))
+        kept, due = time.monotonic(), False
+      _raise_if_failed(infos, done)
+      if not count:
+        return ended()
+      record = {name: float(value[-1]) for name, value in infos._asdict().items() if name != "status"}
       # About a second of work in a call: Python is no bottleneck, and progress is seen.
       pace = int(min(max(count / elapsed, 1), 2 * pace, _MAX_STEPS))
       if progress is not None:
@@ -256,19 +289,10 @@ def distill(key, distiller: Distiller, support: Support, x_target, y_target, num
     if callback is not None:
       callback(done, distiller.method.support(_first(state.params), _first(state.aux)), record)
     history.append(record)
-  final = _first(state)
-  scores = None
-  if distiller.sampler.scores is not None:
-    shards = deal_rows(np.argmax(np.asarray(y_target), axis=1), axis.size, keys.stream(key, "arrange"))
-    scores = gather_rows(shards, np.asarray(_gathered_scores(distiller.sampler, axis)(state.sampler))[0])
-  return DistillResult(distiller.method.support(final.params, final.aux), final, history, compile_seconds, seconds, scores)
-
-
-def default_log_steps(num_steps: int) -> list[int]:
-  """Early and then ever rarer steps, for a readable curve: 1, 2, 5, 10, 20, 50, 100, then 20 more."""
-  early = [s for s in (1, 2, 5, 10, 20, 50, 100) if s <= num_steps]
-  stride = max(100, -(-num_steps // 2000) * 100)
-  return early + list(range(stride, num_steps + 1, stride))
+    if keeping is not None and (due or done == num_steps):
+      keeping.save(snapshot.take(state, axis, history, seconds))
+      kept = time.monotonic()
+  return ended()
 
 
 @functools.lru_cache(maxsize=8)
@@ -279,29 +303,27 @@ def _mapped(distiller: Distiller, axis: Axis):
   two logged steps, and every run of the same distiller.
   """
 
-  def run(raw_key, state, targets, count):
+  def run(raw_key, state, targets, count, due):
     key = jax.random.wrap_key_data(raw_key)
-    # Processes differ in speed, and so in how many steps they ask for.
-    count = jax.lax.pmin(count, AXIS)
+    # Processes differ in speed, and so in how many steps they ask for; one that is to stop asks for none.
+    count, due = jax.lax.pmin(count, AXIS), jax.lax.pmax(due, AXIS)
 
-    def body(i, carry):
-      state, infos = carry
-      state, info = distill_step(key, distiller, state, targets, AXIS)
-      return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value.astype(buffer.dtype)), infos, info)
+    def body(carry):
+      i, state, infos, _ = carry
+      after, info = distill_step(key, distiller, state, targets, AXIS)
+      # The state before a step that fails is what there is to go on from.
+      state = jax.tree.map(lambda new, old: jnp.where(info.status == Status.OK, new, old), after, state)
+      infos = jax.tree.map(lambda buffer, value: buffer.at[i].set(value.astype(buffer.dtype)), infos, info)
+      return i + 1, state, infos, info.status
 
     dtype = jax.tree.leaves(state.params)[0].dtype
     zeros = jnp.zeros((_MAX_STEPS,), dtype)
     infos = DistillInfo(zeros, zeros, zeros, jnp.zeros((_MAX_STEPS,), jnp.int32))
-    state, infos = jax.lax.fori_loop(0, count, body, (state, infos))
-    return state, infos, count, jax.lax.pmean(distiller.sampler.metrics(state.sampler), AXIS)
+    going = lambda carry: (carry[0] < count) & (carry[3] == Status.OK)
+    count, state, infos, _ = jax.lax.while_loop(going, body, (jnp.int32(0), state, infos, jnp.int32(Status.OK)))
+    return state, infos, (count, due), jax.lax.pmean(distiller.sampler.metrics(state.sampler), AXIS)
 
   return pmap(run, axis, donate_argnums=(1,))
-
-
-@functools.lru_cache(maxsize=8)
-def _gathered_scores(sampler: Sampler, axis: Axis):
-  """The scores of all devices, of other processes too, on each of them."""
-  return pmap(lambda state: jax.lax.all_gather(sampler.scores(state), AXIS), axis)
 
 
 def _first(tree):
@@ -317,10 +339,8 @@ def _optimizer(distiller: Distiller, params: Params) -> optax.GradientTransforma
 
 
 def _raise_if_failed(infos: DistillInfo, done: int) -> None:
-  failed = np.flatnonzero(infos.status != Status.OK)
-  if failed.size:
+  if infos.status.size and infos.status[-1] != Status.OK:
     try:
-      checks.raise_for_status(f"distillation at step {done + int(failed[0]) + 1}", infos.status[failed[0]])
+      checks.raise_for_status(f"distillation at step {done + 1}", infos.status[-1])
     except NumericalError as error:
-      raise NumericalError(f"{error} (loss {infos.loss[failed[0]]:.6g}, gradient norm "
-                           f"{infos.gradient_norm[failed[0]]:.6g})") from None
+      raise NumericalError(f"{error} (loss {infos.loss[-1]:.6g}, gradient norm {infos.gradient_norm[-1]:.6g})") from None

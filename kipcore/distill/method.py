@@ -81,6 +81,8 @@ class Sampler(NamedTuple):
     refresh_every: steps after which the loop scores all rows and passes them to `update`; 0 for never.
     metrics: `state -> {name: array}`, what is to be logged of a state; means over the devices are recorded.
     scores: `state -> (capacity,)`, the latest score of each row, NaN where it has none; None where rows have no scores.
+    regroup: `(state, before, scores (capacity,)) -> state`: a first state with what was known before on another number of
+      devices, the states of which `before` holds with a leading axis; None where there is nothing to keep.
   """
 
   name: str
@@ -90,6 +92,7 @@ class Sampler(NamedTuple):
   refresh_every: int = 0
   metrics: Callable[[Any], dict[str, Array]] = lambda state: {}
   scores: Callable[[Any], Array] | None = None
+  regroup: Callable[[Any, Any, Array], Any] | None = None
 
 
 def across(batch: Batch, sums):

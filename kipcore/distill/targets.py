@@ -61,6 +61,24 @@ def gather_rows(shards: list[np.ndarray], values) -> np.ndarray:
   return gathered
 
 
+def scatter_rows(shards: list[np.ndarray], values, capacity: int) -> np.ndarray:
+  """One value a slot from one a row: the inverse of `gather_rows`, NaN in the padding.
+
+  Args:
+    shards: of `deal_rows`.
+    values: `(n,)`, floating.
+    capacity: slots a device, at least the longest of the shards.
+
+  Returns:
+    `(D, capacity)`.
+  """
+  values = np.asarray(values)
+  dealt = np.full((len(shards), capacity), np.nan, values.dtype)
+  for own, rows in zip(dealt, shards):
+    own[:len(rows)] = values[rows]
+  return dealt
+
+
 def arrange_targets(x, y, num_devices: int = 1, key=None, wanted: slice = slice(None)) -> Targets:
   """Groups rows by class and deals them out to devices, with a leading device axis.
 
@@ -75,11 +93,14 @@ def arrange_targets(x, y, num_devices: int = 1, key=None, wanted: slice = slice(
     `Targets` with arrays `(D, n_max, ...)`, D the number of devices wanted.
 
   Raises:
-    ValueError: where `x` and `y` disagree, or there are fewer rows than devices.
+    ValueError, TypeError: where `x` and `y` disagree, are integers, or hold NaN or infinity, or there are fewer rows than devices.
   """
   checks.rank("y", y, 2)
   checks.same_rows("x", x, "y", y)
   checks.positive_int("num_devices", num_devices)
+  for name, array in (("x", x), ("y", y)):
+    checks.floating(name, array)
+    checks.finite(name, array)
   x, y = np.asarray(x), np.asarray(y)
   if x.shape[0] < num_devices:
     raise ValueError(f"expected at least one target row a device, got {x.shape[0]} rows for {num_devices} devices")
