@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from kipcore import checks, files, report
 from kipcore.types import NumericalError
-from experiments import methods, pipeline, run_folder
+from experiments import estimate, methods, pipeline, progress, readme, reporting, run_folder
 from experiments.config import CompareConfig, DataConfig, DistillConfig
 from experiments.errors import UsageError, usage
 
 FIELDS = ("dataset", "method", "init", "sampler", "seed", "steps", "target_evaluations", "init_test_accuracy",
           "test_accuracy", "network_test_accuracy", "importance_gain", "compile_seconds", "step_seconds", "wall_seconds", "error")
 SCORES = {"test_accuracy": "kernel ridge regression", "network_test_accuracy": "finite networks"}
+_MOST_CELLS = 10_000
 
 
 class Cell(NamedTuple):
@@ -60,15 +61,15 @@ def run_compare(config: CompareConfig, shared: dict, output_dir: str | None, ove
   Raises:
     UsageError: for unknown names, or a folder whose cells have another config.
   """
-  with usage():
-    for name in config.methods:
-      checks.one_of("methods", name, methods.METHODS)
-  resolved = {cell: config_of(config, shared, cell) for cell in cells_of(config)}
-  for cell_config in resolved.values():
-    pipeline.check(cell_config)
-  folder, known = _opened(config, resolved, output_dir, overwrite)
-  rows = {cell_of(row): row for row in known}
-  with tqdm(total=len(resolved), desc="cells", initial=len(rows), disable=None, leave=False) as bar:
+  resolved = plan(config, shared)
+  grid, known = opened(config, resolved, output_dir, overwrite)
+  if set(resolved) - {cell_of(row) for row in known or ()}:
+    loaded(next(iter(resolved.values())))  # before there is a folder: a dataset may be missing
+  folder = pathlib.Path(output_dir) if known is not None else run_folder.create(output_dir, "compare", overwrite)
+  run_folder.write_json(folder / "config.json", {**grid, "environment": run_folder.environment()})
+  rows = {cell_of(row): row for row in known or ()}
+  with tqdm(total=len(resolved), desc="cells", initial=sum(cell in rows for cell in resolved), disable=None, leave=False,
+            bar_format="{desc}: {n_fmt}/{total_fmt}|{bar}| [{elapsed}{postfix}]") as bar:
     for cell, cell_config in resolved.items():
       if cell in rows:
         continue
@@ -76,13 +77,44 @@ def run_compare(config: CompareConfig, shared: dict, output_dir: str | None, ove
       experts = str(folder / f"experts-{cell.sampler}-{cell.seed}.npy") if cell.method == "mtt" else ""
       rows[cell] = run_cell(dataclasses.replace(cell_config, experts=experts))
       _write(folder, list(rows.values()))
+      row, missing = rows[cell], [other for other in resolved if other not in rows]
+      left = f", {estimate.duration(seconds_left(rows, missing))} left" if missing else ""
+      bar.set_postfix_str(left.removeprefix(", "), refresh=False)
       bar.update()
-      row = rows[cell]
-      tqdm.write("  ".join(cell[:3]) + f"  seed {cell.seed}: " + (row["error"] or ", ".join(
-          f"{100 * float(row[key]):.1f} % ({name})" for key, name in SCORES.items() if row[key] != "")), file=sys.stdout)
+      tqdm.write(f"{len(resolved) - len(missing)} of {len(resolved)}{left}  " + "  ".join(cell[:3]) + f"  seed {cell.seed}: " + (
+          row["error"] or ", ".join(f"{100 * float(row[key]):.1f} % ({name})" for key, name in SCORES.items() if row[key] != "")),
+                 file=sys.stdout)
   _write(folder, list(rows.values()))
-  print(markdown(list(rows.values())) + f"\n\nwritten to {folder}: cells.csv, comparison.md, comparison.png, config.json")
+  readme.of_comparison(folder, config, shared, len(rows))
+  print(markdown(list(rows.values())) + f"\n\nwritten to {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
   return folder
+
+
+def plan(config: CompareConfig, shared: dict) -> dict[Cell, DistillConfig]:
+  """The cells of a grid, with their configs, all checked.
+
+  Raises:
+    UsageError: for unknown names and wrong values.
+  """
+  with usage():
+    for name in config.methods:
+      checks.one_of("methods", name, methods.METHODS)
+    cells = len(config.methods) * len(config.inits) * len(config.samplers) * config.num_seeds
+    if not 1 <= cells <= _MOST_CELLS:
+      raise UsageError(f"expected a grid of 1 to {_MOST_CELLS:,} cells (methods x inits x samplers x num_seeds), got {cells}")
+  resolved = {cell: config_of(config, shared, cell) for cell in cells_of(config)}
+  for cell_config in resolved.values():
+    pipeline.check(cell_config)
+  return resolved
+
+
+def seconds_left(rows: dict, missing: list[Cell]) -> float:
+  """What the missing cells will take: as the cells of their method took, or as all did."""
+  seconds = {}
+  for cell, row in rows.items():
+    seconds.setdefault(cell.method, []).append(float(row["wall_seconds"]))
+  overall = float(np.mean([value for values in seconds.values() for value in values]))
+  return sum(float(np.mean(seconds[cell.method])) if cell.method in seconds else overall for cell in missing)
 
 
 def config_of(config: CompareConfig, shared: dict, cell: Cell) -> DistillConfig:
@@ -105,11 +137,12 @@ def run_cell(config: DistillConfig) -> dict:
   started = time.perf_counter()
   row = dict.fromkeys(FIELDS, "")
   row.update(dataset=config.dataset, **{name: getattr(config, name) for name in ("method", "init", "sampler", "seed")})
-  data = _loaded(_data_fields(config))
+  data = loaded(config)
   try:
     start = pipeline.start(config, data)
     row["init_test_accuracy"] = pipeline.score(config, data, start.support)
-    outcome = pipeline.distil(config, data, start.support)
+    with progress.Steps(config.steps if methods.has_loop(config) else 0, config.method, say=lambda line: None) as bar:
+      outcome = pipeline.distil(config, data, start.support, callback=lambda step, *_: bar.logged(step), progress=bar.advance)
     row.update(
         steps=config.steps if methods.has_loop(config) else 0, target_evaluations=start.target_evaluations + outcome.target_evaluations,
         test_accuracy=pipeline.score(config, data, outcome.support), compile_seconds=round(outcome.compile_seconds, 2),
@@ -119,6 +152,11 @@ def run_cell(config: DistillConfig) -> dict:
     row["error"] = " ".join(str(error).split())
   row["wall_seconds"] = round(time.perf_counter() - started, 2)
   return row
+
+
+def loaded(config: DistillConfig) -> pipeline.Data:
+  """The data of a cell, shared with the cells before it."""
+  return _loaded(_data_fields(config))
 
 
 def _data_fields(config: DistillConfig) -> DistillConfig:
@@ -132,30 +170,32 @@ def _loaded(config: DistillConfig):
   return pipeline.load(config)
 
 
-def _opened(config: CompareConfig, resolved: dict, output_dir, overwrite: bool):
-  """The folder and the lines that it has; a grid may grow there, but no cell of it may change."""
+def opened(config: CompareConfig, resolved: dict, output_dir, overwrite: bool) -> tuple[dict, list[dict] | None]:
+  """What config.json is to hold, and the lines that the folder has, None where it holds no grid; nothing is written.
+
+  A grid may grow, but no cell of it may change.
+
+  Raises:
+    UsageError: for a folder that holds something else.
+  """
   # Where the data lie is no part of what a cell is.
   named = [{name: value for name, value in dataclasses.asdict(c).items() if name != "data_dir"} for c in resolved.values()]
   grid = {"grid": dataclasses.asdict(config), "cells": named}
   path = pathlib.Path(output_dir or "") / "config.json"
-  lines = []
-  if output_dir and path.exists() and not overwrite:
-    folder, cells = path.parent, path.parent / "cells.csv"
-    before = {cell_of(cell): cell for cell in json.loads(path.read_text()).get("cells", ())}
-    if not before:
-      raise UsageError(f"--output_dir: {output_dir} holds something else than a comparison; choose another, or --overwrite")
-    for cell in grid["cells"]:
-      old = before.pop(cell_of(cell), cell)
-      changed = [name for name in cell if old.get(name) != cell[name]]
-      if changed:
-        raise UsageError(f"--output_dir: {output_dir} holds another grid, whose cells have {changed[0]}={old.get(changed[0])!r}, not "
-                         f"{cell[changed[0]]!r}; choose another folder, or --overwrite")
-    grid["cells"] += list(before.values())
-    lines = list(csv.DictReader(io.StringIO(cells.read_text()))) if cells.exists() else []
-  else:
-    folder = run_folder.create(output_dir, "compare", overwrite)
-  run_folder.write_json(folder / "config.json", {**grid, "environment": run_folder.environment()})
-  return folder, lines
+  if not output_dir or not path.exists() or overwrite:
+    return grid, None
+  before = {cell_of(cell): cell for cell in json.loads(path.read_text()).get("cells", ())}
+  if not before:
+    raise UsageError(f"--output_dir: {output_dir} holds something else than a comparison; choose another, or --overwrite")
+  for cell in grid["cells"]:
+    old = before.pop(cell_of(cell), cell)
+    changed = [name for name in cell if old.get(name) != cell[name]]
+    if changed:
+      raise UsageError(f"--output_dir: {output_dir} holds another grid, whose cells have {changed[0]}={old.get(changed[0])!r}, not "
+                       f"{cell[changed[0]]!r}; choose another folder, or --overwrite")
+  grid["cells"] += list(before.values())
+  cells = path.parent / "cells.csv"
+  return grid, list(csv.DictReader(io.StringIO(cells.read_text()))) if cells.exists() else []
 
 
 def _write(folder: pathlib.Path, rows: list[dict]) -> None:
@@ -167,6 +207,14 @@ def _write(folder: pathlib.Path, rows: list[dict]) -> None:
   files.write_atomically(folder / "comparison.md", (markdown(rows) + "\n").encode())
   panels = {name: _bars(rows, key) for key, name in SCORES.items()}
   report.save_bars(folder / "comparison.png", {name: bars for name, bars in panels.items() if bars}, "test accuracy, %")
+  write_report(folder, rows)
+
+
+def write_report(folder: pathlib.Path, rows: list[dict], path: pathlib.Path | None = None) -> None:
+  """`report.html` of a grid, or the file `path`, from its config.json and the lines of cells.csv."""
+  panels = {name: _bars(rows, key) for key, name in SCORES.items()}
+  failed = {", ".join(map(str, cell_of(row))): row["error"] for row in rows if row["error"]}
+  reporting.write_comparison(folder, markdown(rows), panels, failed, path)
 
 
 def arms(rows: list[dict], key: str) -> dict:

@@ -94,6 +94,23 @@ class CompareConfig:
   preset: str = "cpu"
 
 
+@dataclasses.dataclass(frozen=True)
+class Upkeep:
+  """What a run does for its own survival.
+
+  Attributes:
+    checkpoint_seconds: between checkpoints; 0 for none but at a stop and at a failure.
+    resume: go on from the last checkpoint.
+    retries: times to step back to a checkpoint, at half the rate, where numbers fail.
+    shared: folder of the checkpoints' folder where it is not the run's: of processes that keep nothing else.
+  """
+
+  checkpoint_seconds: float = 60.0
+  resume: bool = False
+  retries: int = 0
+  shared: str | None = None
+
+
 def from_flags(kind: type, values):
   """A config of that kind from parsed flags."""
   plain = lambda value: tuple(value) if isinstance(value, list) else value

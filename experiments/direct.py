@@ -4,6 +4,7 @@ import time
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from kipcore import checks, evaluate, krr
 from kipcore.distill import closed_form as in_closed_form
@@ -16,8 +17,8 @@ from experiments.errors import usage
 class Outcome(NamedTuple):
   """What a method gave: the learned support, its history, and what it cost.
 
-  `importance_gain` is the last that a sampler by loss saw (on the first device), None for other samplers. `own` is
-  what the method alone can measure, for the result file.
+  `importance_gain` is the last that a sampler by loss saw, None for other samplers. `own` is what the method alone can
+  measure, for the result file. `scores` `(n,)` are the sampler's of all training rows, NaN where it never saw one, or None.
   """
 
   support: Support
@@ -27,6 +28,7 @@ class Outcome(NamedTuple):
   seconds: float
   importance_gain: float | None = None
   own: dict = {}
+  scores: np.ndarray | None = None
 
 
 def solve_labels(config: DistillConfig, data, support: Support) -> Outcome:

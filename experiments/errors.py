@@ -7,6 +7,10 @@ class UsageError(ValueError):
   """A wrong flag, file or value."""
 
 
+class Stopped(Exception):
+  """A run that was asked to stop, and did so at a checkpoint."""
+
+
 @contextlib.contextmanager
 def usage():
   """Turns the eager ValueError and TypeError of the library, met while setting up, into `UsageError`."""

@@ -1,6 +1,7 @@
 """A saved artefact beside its baselines, behind its own preprocessing, on the test split of its dataset."""
 
 import dataclasses
+import sys
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from experiments.errors import UsageError, usage
 ALL_EVALUATORS = ("krr", "krr:fc1:nngp", "krr:fc3", "krr:conv3_vec", "network", "network:mlp", "network:convnet",
                   "network:convnet:dsa", "network:resnet")
 BASELINES = ("uniform", "kmeans", "herding", "k_center", "leverage", "full")
+_MOST_SEEDS = 10_000
 _RANDOM, _SOLVED = "uniform", "uniform_solved"
 # What the short names of networks are; ConvNet is that of DC, DM and MTT.
 _NETWORKS = {"mlp": ("fc3", "none"), "convnet": ("conv3", "instance")}
@@ -51,6 +53,7 @@ def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, progress=Non
       checks.one_of("evaluators", name.split(":")[0], ("krr", "network"))
     for name in config.baselines:
       checks.one_of("baselines", name, (*BASELINES, _SOLVED))
+    checks.in_range("num_seeds", config.num_seeds, 1, _MOST_SEEDS)
     if not config.evaluators:
       raise UsageError("--evaluators: expected at least one, got none")
     evaluation = prepare(stored, config)
@@ -86,16 +89,20 @@ def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
     `Evaluation`.
 
   Raises:
-    UsageError: for a dataset that is not the recorded one.
+    UsageError: for a dataset that is not the recorded one, or metadata that name none.
   """
-  about, recorded = stored.metadata["dataset"], stored.metadata["config"]
-  distilled = DistillConfig(**{f.name: recorded[f.name] for f in dataclasses.fields(DistillConfig) if f.name in recorded})
-  distilled = dataclasses.replace(distilled, test_rows=config.test_rows or distilled.test_rows)
-  raw = datasets.load_dataset(config.dataset or about["name"], config.data_dir or distilled.data_dir, about["validation_fraction"],
-                              distilled.seed)
-  if raw.hashes["test"] != about["hashes"]["test"]:
-    raise UsageError(f"the test split of {config.dataset or about['name']} is not the one that the artefact was scored on: "
-                     f"expected sha256 {about['hashes']['test'][:12]}..., got {raw.hashes['test'][:12]}...")
+  try:
+    about, recorded, _ = (stored.metadata[part] for part in ("dataset", "config", "result"))
+    name, fraction, hashed = config.dataset or about["name"], about["validation_fraction"], str(about["hashes"]["test"])
+    distilled = DistillConfig(**{f.name: recorded[f.name] for f in dataclasses.fields(DistillConfig) if f.name in recorded})
+    distilled = dataclasses.replace(distilled, test_rows=config.test_rows or distilled.test_rows)
+    raw = datasets.load_dataset(name, config.data_dir or distilled.data_dir, fraction, distilled.seed)
+  except (KeyError, TypeError, AttributeError) as error:
+    raise UsageError("expected the artefact of a run, whose metadata name its dataset, config and result; got another "
+                     f"({error!r})") from error
+  if raw.hashes["test"] != hashed:
+    raise UsageError(f"the test split of {name} is not the one that the artefact was scored on: "
+                     f"expected sha256 {hashed[:12]}..., got {raw.hashes['test'][:12]}...")
   data = pipeline.prepare(distilled, raw, stored.preprocess, stored.kernel_fn())._replace(score_kernel=stored.kernel_fn())
   sets = {"distilled": [Support(jnp.asarray(stored.support), jnp.asarray(stored.labels))]}
   for name in config.baselines:
@@ -179,5 +186,5 @@ def scores_of(table) -> dict:
 
 
 def print_entry(entry: ranking.EvaluationEntry) -> None:
-  """A line of a table that is being made, as work goes on."""
-  print(f"{entry.set} under {entry.evaluator}: {ranking.shown(entry.mean, entry.half_width)} %", flush=True)
+  """A line of a table that is being made, as work goes on; standard output is left for the result."""
+  print(f"{entry.set} under {entry.evaluator}: {ranking.shown(entry.mean, entry.half_width)} %", file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ def prepare(config: DistillConfig, data, sampler, path) -> int:
            "architecture": module.arch.to_json(), "train_hash": data.raw.hashes["train"]}
   with usage():
     if pathlib.Path(path).exists():
-      known = trajectories.load_trajectories(path).metadata
+      known = trajectories.load_trajectories(path, verify=False).metadata  # mtt does, when it opens them
       different = [name for name in about if known.get(name) != about[name]]
       if different:
         raise UsageError(f"--experts: {path} holds the experts of another run: {different[0]} is {known.get(different[0])!r}, "

@@ -5,8 +5,9 @@ import functools
 import importlib
 from typing import Any, Callable, NamedTuple
 
+from kipcore import checks
 from experiments.config import DistillConfig
-from experiments.errors import UsageError
+from experiments.errors import UsageError, usage
 
 PRESETS = ("cpu", "published")
 
@@ -137,9 +138,9 @@ def resolve(**given) -> DistillConfig:
   """
   default = DistillConfig()
   method, preset = given.get("method", default.method), given.get("preset", default.preset)
-  for name, value, known in (("method", method, METHODS), ("preset", preset, PRESETS)):
-    if value not in known:
-      raise UsageError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+  with usage():
+    for name, value, known in (("method", method, METHODS), ("preset", preset, PRESETS)):
+      checks.one_of(name, value, known)
   recipe = RECIPES[method]
   settings = {**recipe.published, **(recipe.cpu if preset == "cpu" else {}), **given}
   return dataclasses.replace(default, **settings)
@@ -173,7 +174,7 @@ def parsed(flag: str, texts: list[str], defaults: dict) -> dict:
   for text in texts:
     name, _, value = text.partition("=")
     if name not in defaults:
-      raise UsageError(f"{flag}: expected names among {', '.join(defaults)}, got {name!r}")
+      raise UsageError(f"{flag}: expected names among {', '.join(defaults)}; got {name!r}{checks.did_you_mean(name, defaults)}")
     kind = str if defaults[name] is None else type(defaults[name])
     try:
       given[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)

@@ -6,23 +6,23 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import artifact, files, krr, report
+from kipcore import artifact, krr, npz, report
 from experiments import run_folder
 
 HARDEST = 40  # training images that are kept of a run
 
 
 def write_artifact(folder, config, data, support, result: dict) -> None:
-  """`distilled.npz` with everything that `run_evaluate` needs."""
+  """`distilled.npz` with everything that `run_evaluate` needs, and no times: equal runs write equal bytes."""
   x = np.asarray(support.x)
   metadata = {
       "dataset": {"name": config.dataset, "num_classes": data.raw.num_classes, "hashes": data.raw.hashes,
                   "class_names": list(data.raw.class_names) if data.raw.class_names else None, "note": data.raw.note,
                   "pixel_max": data.raw.pixel_max, "pixel_range": pixel_range(data),
                   "validation_fraction": config.validation_fraction, "test_rows": data.x_test.shape[0]},
-      "config": dataclasses.asdict(config),
+      "config": {**dataclasses.asdict(config), "experts": pathlib.Path(config.experts).name},
       "environment": run_folder.environment(),
-      "result": result,
+      "result": {name: value for name, value in result.items() if not name.endswith(("_seconds", "_memory_bytes"))},
   }
   artifact.save_artifact(folder / "distilled.npz", artifact.Artifact(
       data.preprocess.invert(x, x.dtype), np.asarray(support.y), x, data.preprocess, data.score_kernel.arch,
@@ -35,7 +35,7 @@ def write_pictures(folder, data, start, classes, support, history: list, result:
   `start.npz` has the start itself: `images` in pixel space, `labels`, and the `classes` `(m,)` that they were chosen for, of which
   solved labels may disagree.
   """
-  _save(folder / "start.npz", images=data.preprocess.invert(np.asarray(start.x)), labels=np.asarray(start.y), classes=classes)
+  save_arrays(folder / "start.npz", images=data.preprocess.invert(np.asarray(start.x)), labels=np.asarray(start.y), classes=classes)
   if support.x.ndim == 4 and support.x.shape[-1] in (1, 3):
     before, after = (data.preprocess.invert(np.asarray(s.x)) for s in (start, support))
     report.save_image_grid(folder / "images.png", before, after, classes,
@@ -54,7 +54,7 @@ def write_importance(folder, config, data, support, scores) -> None:
   if scores is None or not np.isfinite(scores).any():
     return
   hardest, predicted = hardest_rows(config, data, support, scores)
-  _save(folder / "importance.npz", scores=scores, labels=data.raw.y_train, hardest=hardest, images=data.raw.x_train[hardest],
+  save_arrays(folder / "importance.npz", scores=scores, labels=data.raw.y_train, hardest=hardest, images=data.raw.x_train[hardest],
         predicted=predicted)
 
 
@@ -67,9 +67,15 @@ def hardest_rows(config, data, support, scores, number: int = HARDEST) -> tuple[
   return hardest, np.argmax(np.asarray(krr.krr_predict(fit, k_ts)), axis=1)
 
 
-def _save(path, **arrays) -> None:
-  with files.replacing(path) as file:
-    np.savez_compressed(file, **arrays)
+def save_arrays(path: pathlib.Path, **arrays) -> None:
+  """An `.npz` file of a run with its checksums; its format goes by its name."""
+  npz.save_checked(path, arrays, f"kipcore-{path.stem}", 1)
+
+
+def load_arrays(path: pathlib.Path, *names: str) -> list[np.ndarray]:
+  """Arrays of a file that `save_arrays` wrote; `npz.NpzError` for one that is not whole."""
+  arrays, _ = npz.load_checked(path, f"kipcore-{path.stem}", 1, names)
+  return [arrays[name] for name in names]
 
 
 def pixel_range(data) -> tuple[float, float]:

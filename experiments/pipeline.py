@@ -12,68 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from kipcore import absorb, checks, coreset, datasets, evaluate, keys, kernels, krr, preprocess
+from kipcore import absorb, checks, coreset, evaluate, keys, kernels, krr
 from kipcore.architectures import architecture
 from kipcore.distill import importance, loop, method, optimizers
 from kipcore.types import Support
-from experiments import direct, estimate, experts, methods, outputs, run_folder
-from experiments.config import DataConfig, DistillConfig
+from experiments import direct, estimate, event_log, experts, methods, outputs, progress, readme, reporting, run_folder
+from experiments.config import DataConfig, DistillConfig, Upkeep
 from experiments.direct import Outcome
-from experiments.errors import UsageError, usage
+from experiments.errors import Stopped, UsageError, usage
+from experiments.loading import Data, load, prepare  # noqa: F401, for callers
+from experiments.resume import Keeper, alone, stop_signals
 
 _BASELINE_DRAWS = 3
 _VALIDATION_ROWS = 2000
 # Fewer rows than this for each image do not determine its label.
 _ROWS_A_LABEL = 10
-
-
-class Data(NamedTuple):
-  """A dataset behind its preprocessing, as host arrays of the run's dtype.
-
-  `y_*` are one-hot labels minus 1/c; `kernel_fn` is of the network that methods learn through, `score_kernel` of the one that scores.
-  """
-
-  raw: datasets.Dataset
-  preprocess: preprocess.Preprocess
-  x_train: np.ndarray
-  y_train: np.ndarray
-  x_validation: np.ndarray
-  y_validation: np.ndarray
-  x_test: np.ndarray
-  y_test: np.ndarray
-  kernel_fn: kernels.NetworkKernel
-  score_kernel: kernels.NetworkKernel
-
-
-def load(config: DataConfig) -> Data:
-  """The dataset, preprocessed, with the kernel of the run checked against it.
-
-  Raises:
-    UsageError: for anything that the user can mend.
-  """
-  with usage():
-    arch = architecture(config.architecture)
-    raw = datasets.load_dataset(config.dataset, config.data_dir, config.validation_fraction, config.seed)
-    return prepare(config, raw, preprocess.fit_preprocess(raw.x_train, config.preprocess, raw.pixel_max),
-                   kernels.NetworkKernel(arch, config.kernel, precision=config.precision))
-
-
-def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel_fn) -> Data:
-  """Applies a fitted preprocessing to every split of a dataset."""
-  dtype = np.dtype("float64" if config.x64 else "float32")
-  test_rows = config.test_rows or raw.x_test.shape[0]
-
-  def split(x, labels):
-    y = preprocess.one_hot_centred(labels, raw.num_classes, dtype)
-    return fitted.apply(x, dtype), np.asarray(y)
-
-  data = Data(raw, fitted, *split(raw.x_train, raw.y_train), *split(raw.x_validation, raw.y_validation),
-              *split(raw.x_test[:test_rows], raw.y_test[:test_rows]), kernel_fn,
-              kernels.NetworkKernel(architecture(config.score_architecture or config.architecture), config.kernel))
-  for kernel in (data.kernel_fn, data.score_kernel):
-    # The kernel's own checks of rank and size, without computing anything.
-    jax.eval_shape(kernel, jax.ShapeDtypeStruct((1, *data.x_train.shape[1:]), dtype))
-  return data
 
 
 def random_support(key, data: Data, images_per_class: int) -> Support:
@@ -129,8 +82,8 @@ def with_solved_labels(config, data: Data, support: Support, x, y) -> Support:
   return Support(support.x, solution.labels)
 
 
-def distil(config: DistillConfig, data: Data, support: Support, callback=None, progress=None) -> Outcome:
-  """Runs the method of the config from a starting support."""
+def distil(config: DistillConfig, data: Data, support: Support, **hooks) -> Outcome:
+  """Runs the method of the config from a starting support; `hooks` are those of `loop.distill`."""
   if not methods.has_loop(config):
     return direct.METHODS[config.method](config, data, support)
   batch_size = batch_size_of(config, data)
@@ -139,11 +92,12 @@ def distil(config: DistillConfig, data: Data, support: Support, callback=None, p
     problem = methods.Problem(data.kernel_fn, data.y_train.shape[1], config.experts)
     distiller = methods.distiller_of(config, problem, sampler_of(config), batch_size)
   result = loop.distill(config.seed, distiller, support, data.x_train, data.y_train, config.steps,
-                        devices=devices_of(config) if jax.process_count() == 1 else None, callback=callback, progress=progress)
+                        devices=devices_of(config) if jax.process_count() == 1 else None, **hooks)
+  if int(result.state.step) < config.steps:
+    raise Stopped(f"stopped at step {int(result.state.step)} of {config.steps}, as asked; --resume goes on from there")
   evaluations += config.steps * batch_size + loop.scoring_evaluations(distiller, data.x_train.shape[0], config.steps)
-  sampler = result.state.sampler
-  gain = float(sampler.gain) if isinstance(sampler, importance.ImportanceState) else None
-  return Outcome(result.support, result.history, evaluations, result.compile_seconds, result.seconds, gain)
+  gain = result.history[-1].get("importance_gain")
+  return Outcome(result.support, result.history, evaluations, result.compile_seconds, result.seconds, gain, scores=result.scores)
 
 
 def uniform_targets(config: DistillConfig, data: Data, support: Support, evaluations: int) -> float:
@@ -203,8 +157,51 @@ def network_scores(config: DistillConfig, data: Data, support: Support) -> dict:
   return {"network_test_accuracy": [float(s) for s in scores], "network_test_accuracy_mean": float(np.mean(scores))}
 
 
-def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite: bool = False,
-                verbose: bool = True) -> tuple[pathlib.Path, dict]:
+class Plan(NamedTuple):
+  """A run that has been checked: its data, devices, targets of a step, sizes, and the random real images of its baseline."""
+
+  data: Data
+  devices: list
+  batch: int
+  baselines: list[Support]
+  sizes: estimate.Sizes
+  name: str
+
+
+def plan(config: DistillConfig, data: Data | None = None) -> Plan:
+  """Loads the data, unless they are given, and checks everything, before anything is written.
+
+  Raises:
+    UsageError: for anything that the user can mend.
+  """
+  devices = devices_of(config)
+  check(config)
+  data = load(config) if data is None else data
+  batch = batch_size_of(config, data) if methods.has_loop(config) else data.x_train.shape[0]
+  baselines = [random_support(keys.stream(config.seed, f"baseline {draw}"), data, config.images_per_class)
+               for draw in range(_BASELINE_DRAWS)]
+  m = baselines[0].x.shape[0]
+  stride, validation = label_stride(config, data, m), min(shown_rows(config), data.x_validation.shape[0])
+  sizes = estimate.Sizes(m, batch, data.x_train.shape[0] // stride if stride else 0, data.x_test.shape[0], _BASELINE_DRAWS + 2, validation,
+                         len(devices))
+  name = f"{outputs.slug(config.dataset)}-{config.method}-{config.architecture}-ipc{config.images_per_class}-seed{config.seed}"
+  return Plan(data, devices, batch, baselines, sizes, name)
+
+
+def description(config: DistillConfig, planned: Plan) -> str:
+  """Two lines about what will be done."""
+  data, devices = planned.data, planned.devices
+  kernel = f"the {config.kernel} of {config.score_architecture or config.architecture}"
+  through = f"with {kernel}" if methods.RECIPES[config.method].kernel else f"through networks of {config.architecture}, {config.width} wide, scored by {kernel}"
+  return (f"{config.dataset}: {data.x_train.shape[0]:,} training, {data.x_validation.shape[0]:,} validation, "
+          f"{data.x_test.shape[0]:,} test rows of shape {data.x_train.shape[1:]}, {data.raw.num_classes} classes\n"
+          f"{config.method} {through}: {planned.sizes.support} images "
+          f"({config.images_per_class} a class), {config.steps if methods.has_loop(config) else 0} steps of {planned.batch} targets "
+          f"on {len(devices)} {devices[0].platform} device(s)")
+
+
+def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite: bool = False, verbose: bool = True,
+                tensorboard: bool = False, upkeep: Upkeep = Upkeep()) -> tuple[pathlib.Path, dict]:
   """The main job: distils, scores, and writes the run folder.
 
   Args:
@@ -212,63 +209,78 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
     output_dir: run folder; None for a new one under runs/.
     overwrite: replace the files of an earlier run there.
     verbose: print progress and a summary.
+    tensorboard: write event files as well.
+    upkeep: checkpoints, and whether to go on from the last one in `output_dir`.
 
   Returns:
     The folder, and the content of `result.json`.
 
   Raises:
-    UsageError: for anything that the user can mend; NumericalError where numbers failed.
+    UsageError: for anything that the user can mend; NumericalError where numbers failed; Stopped after SIGTERM.
   """
+  event_log.require(tensorboard)
+  planned = plan(config)
+  folder = pathlib.Path(output_dir) if upkeep.resume else run_folder.planned(output_dir, planned.name, overwrite)
+  with alone(folder), stop_signals() as stop:
+    if not upkeep.resume:
+      run_folder.create(str(folder), planned.name, overwrite)
+    elif (folder / "result.json").exists():
+      raise UsageError(f"--resume: the run of {folder} has its result; nothing is left to do")
+    return _run(config, planned, folder, verbose, tensorboard, upkeep, stop)
+
+
+def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bool, tensorboard: bool, upkeep: Upkeep,
+         stop) -> tuple[pathlib.Path, dict]:
+  """`run_distill` in a folder that is its own."""
   started = time.perf_counter()
   say = (lambda text: tqdm.write(text, file=sys.stdout)) if verbose else (lambda text: None)
-  devices = devices_of(config)
-  check(config)
-  data = load(config)
-  has_loop = methods.has_loop(config)
-  batch = batch_size_of(config, data) if has_loop else data.x_train.shape[0]
-  baselines = [random_support(keys.stream(config.seed, f"baseline {draw}"), data, config.images_per_class)
-               for draw in range(_BASELINE_DRAWS)]
-  m = baselines[0].x.shape[0]
-  name = f"{outputs.slug(config.dataset)}-{config.method}-{config.architecture}-ipc{config.images_per_class}-seed{config.seed}"
-  folder = run_folder.create(output_dir, name, overwrite)
+  data, _, batch, baselines, sizes, _ = planned
+  asked, has_loop, m = config, methods.has_loop(config), sizes.support
+  keeper = Keeper(pathlib.Path(upkeep.shared or folder), config, data.raw.hashes, upkeep.checkpoint_seconds)
+  last = keeper.last() if upkeep.resume else None
+  events = event_log.EventLog(folder if tensorboard else None)
   if config.method == "mtt" and not config.experts:
     config = dataclasses.replace(config, experts=str(folder / "experts.npy"))
-  run_folder.write_config(folder, config, support_size=m, resolved_target_batch_size=batch,
-                          resolved_num_devices=len(devices), dataset_hashes=data.raw.hashes, note=data.raw.note)
-  say(f"{config.dataset}: {data.x_train.shape[0]:,} training, {data.x_validation.shape[0]:,} validation, "
-      f"{data.x_test.shape[0]:,} test rows of shape {data.x_train.shape[1:]}, {data.raw.num_classes} classes")
-  say(f"{config.method} with the {config.kernel} of {config.architecture}: {m} images "
-      f"({config.images_per_class} a class), {config.steps if has_loop else 0} steps of {batch} targets "
-      f"on {len(devices)} {devices[0].platform} device(s)")
-  shown = shown_rows(config)
-  validation = data.x_validation[:shown], data.y_validation[:shown]
-  stride = label_stride(config, data, m)
-  if expected := estimate.of_distillation(config, data, m, batch, data.x_train.shape[0] // stride if stride else 0, len(validation[1]),
-                                          _BASELINE_DRAWS + 2, len(devices)):
+  if upkeep.resume:
+    run_folder.write_metrics(folder, last.history if last else [])
+    say(f"going on from step {last.step if last else 0} of {config.steps}")
+  else:
+    run_folder.write_config(folder, config, support_size=m, resolved_target_batch_size=batch,
+                            resolved_num_devices=sizes.devices, dataset_hashes=data.raw.hashes, note=data.raw.note)
+  say(description(config, planned))
+  if expected := estimate.of_distillation(config, data, sizes):
     say(expected)
-  baseline = [score(config, data, random) for random in baselines]
-  chosen, support, evaluations = start(config, data)
-  init_accuracy = score(config, data, support)
+  with progress.working("scoring random real images", shown=verbose):
+    baseline = [score(config, data, random) for random in baselines]
+  with progress.working(f"choosing the start ({config.init})", shown=verbose):
+    chosen, support, evaluations = start(config, data)
+    init_accuracy = score(config, data, support)
   say(f"random real images: {100 * np.mean(baseline):.1f} % test accuracy (mean of {_BASELINE_DRAWS} draws); "
       f"start ({chosen.strategy}{', solved labels' if evaluations else ''}): {100 * init_accuracy:.1f} %")
 
-  with tqdm(total=config.steps if has_loop else None, desc=config.method, unit="step",
-            disable=None if verbose and has_loop else True, leave=False) as bar:
+  validation = data.x_validation[:sizes.validation], data.y_validation[:sizes.validation]
+  with progress.Steps(config.steps if has_loop else 0, config.method, loop.default_log_steps(config.steps), say if verbose else None,
+                      methods.RECIPES[config.method].kernel) as bar:
 
     def callback(step, current, record):
-      if data.x_validation.shape[0]:
+      if sizes.validation:
         record["validation_accuracy"] = score(config, data, current, *validation)
       if config.log_test_accuracy:
         record["test_accuracy"] = score(config, data, current)
       run_folder.append_metrics(folder, record)
+      events.scalars(record)
+      bar.logged(step)
       if "loss" in record:
         shown = "  ".join(f"{k.removesuffix('_accuracy').replace('accuracy', 'batch')} {100 * v:.1f} %"
                           for k, v in record.items() if k.endswith("accuracy"))
         say(f"step {step:>6}/{config.steps}  loss {record['loss']:.5f}  {shown}  ({record['seconds']:.1f} s)")
 
-    outcome = distil(config, data, support, callback, lambda done: bar.update(done - bar.n))
+    hooks = dict(callback=callback, progress=bar.advance, compiled=bar.compiled if jax.process_count() == 1 else None) if has_loop else {}
+    outcome = keeper.carry(lambda **kept: distil(config, data, support, **hooks, **kept), last, stop, upkeep.retries,
+                           lambda history: run_folder.write_metrics(folder, history), say)
 
-  test_accuracy = score(config, data, outcome.support)
+  with progress.working("scoring", shown=verbose):
+    test_accuracy = score(config, data, outcome.support)
   measured = {}
   if config.measure_gain and has_loop:
     measured["uniform_targets_test_accuracy"] = uniform_targets(config, data, support, outcome.target_evaluations)
@@ -288,10 +300,16 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
       "wall_seconds": time.perf_counter() - started,
       "compile_seconds": outcome.compile_seconds,
       "step_seconds": outcome.seconds,
+      **run_folder.peak_memory(),
   }
   outputs.write_artifact(folder, config, data, outcome.support, result)
-  outputs.write_pictures(folder, data, support, outcome.support, outcome.history, result)
+  outputs.write_pictures(folder, data, support, np.argmax(np.asarray(chosen.y), axis=1), outcome.support, outcome.history, result)
+  outputs.write_importance(folder, config, data, outcome.support, outcome.scores)
   run_folder.write_json(folder / "result.json", result)
+  reporting.write_report(folder)
+  events.close(result["steps"], [folder / "images.png", folder / "learning_curve.png"])
+  readme.of_distillation(folder, asked, result)
+  keeper.done()
   say(_summary(folder, result, config.least_gain))
   return folder, result
 
@@ -324,4 +342,4 @@ def _summary(folder, result: dict, least_gain: float) -> str:
           f"{100 * gain:+.1f} points over {result['support_size']} random real images "
           f"({100 * result['random_baseline_test_accuracy']:.1f} %)\n{sampled}"
           f"{result['wall_seconds']:.1f} s in all, {result['compile_seconds']:.1f} s of it compiling the step\n"
-          f"written to {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
+          f"written to {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))))

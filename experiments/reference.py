@@ -31,6 +31,7 @@ MORE = {
     "sensitivity": ("Guarantee",),
     "distill.importance": ("ImportanceState",),
     "datasets": ("load_dataset", "Dataset", "DatasetError"),
+    "npz": ("read_npz", "names_in", "save_checked", "load_checked", "NpzError"),
     "export": ("DistilledSet", "as_numpy", "as_torch", "as_tfds", "check", "write"),
     "html_report": ("Html", "Section", "write_html", "page", "element", "joined", "cards", "table", "properties", "noted", "bar", "code", "image",
                     "image_cells", "image_rows", "side_by_side"),
@@ -46,7 +47,7 @@ TOPICS = {
                             "representatives", "cholesky", "pursuit"),
     "Draws and guarantees": ("draws", "sampling", "guarantees", "certificate"),
     "Distillation": ("distill",),
-    "Files and pictures": ("artifact", "export", "published", "torch_files", "trajectories", "report", "html_report", "charts"),
+    "Files and pictures": ("artifact", "npz", "export", "published", "torch_files", "trajectories", "report", "html_report", "charts"),
     "Types": ("types",),
 }
 FRONT = """

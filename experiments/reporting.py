@@ -9,7 +9,7 @@ import numpy as np
 from kipcore import artifact, html_report
 from kipcore.charts import interval_chart, line_chart
 from kipcore.html_report import Html, Section
-from experiments import run_folder
+from experiments import outputs, run_folder
 
 _MAX_CELLS = 120  # images with a caption each
 _MAX_IMAGES = 200  # in a grid of rows
@@ -157,8 +157,7 @@ def _are_images(x) -> bool:
 def _before_and_after(folder, stored: artifact.Artifact) -> list[Html]:
   if not _are_images(stored.images) or not (folder / "start.npz").exists():
     return []
-  with np.load(folder / "start.npz", allow_pickle=False) as file:
-    before, labels = file["images"], file["classes"]
+  before, labels = outputs.load_arrays(folder / "start.npz", "images", "classes")
   names, pixels = _names(stored), _pixel_range(stored)
   draw = lambda x, what, c: html_report.image(x, pixels, f"{what}, class {names[c]}")
   order = np.argsort(labels, kind="stable")
@@ -184,8 +183,8 @@ def _importance(folder, config: dict, result: dict, stored: artifact.Artifact, h
   logged = [r for r in history if "importance_gain" in r]
   if not logged or not result["steps"] or not (folder / "importance.npz").exists():
     return []
-  with np.load(folder / "importance.npz", allow_pickle=False) as file:
-    scores, labels, hardest, images, predicted = (file[name] for name in ("scores", "labels", "hardest", "images", "predicted"))
+  scores, labels, hardest, images, predicted = outputs.load_arrays(
+      folder / "importance.npz", "scores", "labels", "hardest", "images", "predicted")
   last, names = logged[-1], _names(stored)
   known = np.sort(scores[np.isfinite(scores)])[::-1]
   half = np.searchsorted(np.cumsum(known), known.sum() / 2) + 1 if known.sum() > 0 else known.size
@@ -295,8 +294,7 @@ def _selection(folder, config: dict, result: dict, stored: artifact.Artifact) ->
     proof = [certified["note"][:1].upper() + certified["note"][1:] + "."]
   elif certified.get("promised_epsilon") is None:
     proof.append("The theorems promise nothing for so few points: what counts here is what was measured.")
-  with np.load(folder / "selection.npz", allow_pickle=False) as file:
-    indices, weights, scores = file["indices"], file["weights"], file["scores"]
+  indices, weights, scores = outputs.load_arrays(folder / "selection.npz", "indices", "weights", "scores")
   place = np.empty(scores.size, np.int64)
   place[np.argsort(-scores, kind="stable")] = np.arange(scores.size)
   height, rows = np.sort(scores)[::-1] / scores.mean(), indices[indices >= 0]

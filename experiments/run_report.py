@@ -9,7 +9,6 @@ Examples:
 
 import csv
 import pathlib
-import zipfile
 
 from absl import flags
 
@@ -23,7 +22,6 @@ flags.DEFINE_string("output", None, "The file; by default report.html in that fo
 
 def write(folder: pathlib.Path, path: pathlib.Path) -> None:
   """Finds out what kind of run it is and writes its report; UsageError where it is none, or not finished."""
-  from kipcore.artifact import ArtifactError
   from experiments import comparison, reporting
   from experiments.errors import UsageError
   if not path.parent.is_dir():
@@ -34,7 +32,7 @@ def write(folder: pathlib.Path, path: pathlib.Path) -> None:
       comparison.write_report(folder, rows, path)
     else:
       reporting.write_report(folder, path)
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile, ArtifactError) as error:
+  except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:  # JSON of any form
     raise UsageError(f"--run: expected the folder of a finished run, got {folder} ({error!r})") from error
 
 

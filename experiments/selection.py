@@ -1,19 +1,52 @@
 """Selection without distillation: scores, points, weights, and the measured certificate."""
 
+import functools
 import pathlib
 import time
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from kipcore import absorb, certificate, coreset, keys, krr, report
 from kipcore.types import Support
-from experiments import estimate, outputs, pipeline, run_folder
+from experiments import estimate, outputs, pipeline, progress, readme, reporting, run_folder
 from experiments.config import SelectConfig
 from experiments.errors import UsageError, usage
 
 # Beyond this the dual lower bound on F*, which evaluates every kernel entry, is left to the scores.
 _DUAL_ROWS = 10_000
+
+
+class Plan(NamedTuple):
+  """A selection that has been checked: its data, as many random rows, the score ridge, and the name of its folder."""
+
+  data: pipeline.Data
+  baseline: Support
+  score_ridge: float | str
+  name: str
+
+
+def plan(config: SelectConfig) -> Plan:
+  """Loads the data and checks everything, before anything is written.
+
+  Raises:
+    UsageError: for anything that the user can mend.
+  """
+  score_ridge = _score_ridge(config.score_ridge)
+  with usage():
+    coreset.checks.one_of("strategy", config.strategy, coreset.STRATEGIES)
+    coreset.checks.positive("relative_ridge", config.relative_ridge)
+  data = pipeline.load(config)
+  baseline = pipeline.random_support(keys.stream(config.seed, "baseline 0"), data, config.images_per_class)
+  return Plan(data, baseline, score_ridge, f"{outputs.slug(config.dataset)}-{config.strategy}-ipc{config.images_per_class}-seed{config.seed}")
+
+
+def expectation(config: SelectConfig, data: pipeline.Data, m: int, measure: bool = False) -> tuple[list, list]:
+  """Seconds and bytes of the parts of a selection of m points; see `estimate.seconds_of`."""
+  work = estimate.of_selection(config.strategy, data.x_train.shape[0], m, data.x_train[0].size, data.raw.num_classes, data.x_test.shape[0],
+                               _DUAL_ROWS)
+  return estimate.seconds_of(work, data.kernel_fn, data.x_train, measure), estimate.memory_of_selection(data, m, data.x_train.dtype)
 
 
 def run_select(config: SelectConfig, output_dir: str | None = None, overwrite: bool = False,
@@ -34,19 +67,14 @@ def run_select(config: SelectConfig, output_dir: str | None = None, overwrite: b
   """
   started = time.perf_counter()
   say = print if verbose else (lambda text: None)
-  score_ridge = _score_ridge(config.score_ridge)
-  with usage():
-    coreset.checks.one_of("strategy", config.strategy, coreset.STRATEGIES)
-    coreset.checks.positive("relative_ridge", config.relative_ridge)
-  data = pipeline.load(config)
-  baseline = pipeline.random_support(keys.stream(config.seed, "baseline 0"), data, config.images_per_class)
-  name = f"{outputs.slug(config.dataset)}-{config.strategy}-ipc{config.images_per_class}-seed{config.seed}"
+  working = functools.partial(progress.working, shown=verbose)
+  data, baseline, score_ridge, name = plan(config)
   folder = run_folder.create(output_dir, name, overwrite)
   run_folder.write_config(folder, config, dataset_hashes=data.raw.hashes)
   x, y, m = jnp.asarray(data.x_train), jnp.asarray(data.y_train), baseline.x.shape[0]
-  if expected := estimate.of_selection(data, x.shape[0], coreset.num_score_columns(x.shape[0], m)):
+  if expected := estimate.worth_saying(*expectation(config, data, m)):
     say(expected)
-  with usage():
+  with usage(), working(f"choosing points ({config.strategy}) and scoring all rows"):
     chosen = coreset.select_coreset(config.seed, x, y, config.images_per_class, config.strategy, data.kernel_fn,
                                     config.relative_ridge, score_ridge)
     ridge, scores = (chosen.ridge, chosen.scores) if chosen.scores is not None else coreset.score_rows(
@@ -55,9 +83,13 @@ def run_select(config: SelectConfig, output_dir: str | None = None, overwrite: b
   support = Support(chosen.x, chosen.y)
   if chosen.ridge is not None:
     support, _ = absorb.absorb_weights(data.kernel_fn, chosen, ridge, used)
-  solved = krr.label_solve_rows(data.kernel_fn, chosen.x, x, y, float(used),
-                                coreset.objective_ridge(data.kernel_fn, x))
-  certified = _certify(config, data.kernel_fn, x, y, ridge, chosen, scores)
+  with working("solving for labels"):
+    solved = krr.label_solve_rows(data.kernel_fn, chosen.x, x, y, float(used),
+                                  coreset.objective_ridge(data.kernel_fn, x))
+  with working("measuring the certificate"):
+    certified = _certify(config, data.kernel_fn, x, y, ridge, chosen, scores)
+  with working("scoring test rows"):
+    accuracies = [pipeline.score(config, data, each) for each in (support, Support(chosen.x, solved.labels), baseline)]
   result = {
       "dataset": config.dataset, "strategy": config.strategy, "chosen_strategy": chosen.strategy, "seed": config.seed,
       "support_size": m, "score_ridge": ridge,
@@ -67,9 +99,7 @@ def run_select(config: SelectConfig, output_dir: str | None = None, overwrite: b
       "scores_are": "exact" if scores.guarantee == 0 else "certified over-estimates",
       "measured_epsilon": certified.get("measured_epsilon"), "objective_ratio": certified.get("objective_ratio"),
       "objectives": chosen.objectives,
-      "test_accuracy": pipeline.score(config, data, support),
-      "solved_labels_test_accuracy": pipeline.score(config, data, Support(chosen.x, solved.labels)),
-      "random_baseline_test_accuracy": pipeline.score(config, data, baseline),
+      **dict(zip(("test_accuracy", "solved_labels_test_accuracy", "random_baseline_test_accuracy"), accuracies)),
   }
   run_folder.write_json(folder / "certificate.json", certified)
   report.save_scores(folder / "certificate.png", np.asarray(scores.scores), chosen.indices, certified)
@@ -78,11 +108,12 @@ def run_select(config: SelectConfig, output_dir: str | None = None, overwrite: b
     report.save_image_grid(folder / "images.png", data.preprocess.invert(np.asarray(baseline.x)), images,
                            np.argmax(np.asarray(chosen.y), axis=1), outputs.pixel_range(data), data.raw.class_names,
                            titles=("random", chosen.strategy))
-  result["wall_seconds"] = time.perf_counter() - started
+  result.update(wall_seconds=time.perf_counter() - started, **run_folder.peak_memory())
   outputs.write_artifact(folder, config, data, support, result)
-  np.savez(folder / "selection.npz", indices=chosen.indices, weights=np.asarray(chosen.weights),
-           scores=np.asarray(scores.scores))
+  outputs.save_arrays(folder / "selection.npz", indices=chosen.indices, weights=chosen.weights, scores=scores.scores)
   run_folder.write_json(folder / "result.json", result)
+  reporting.write_report(folder)
+  readme.of_selection(folder, config, result)
   say(_summary(folder, result))
   return folder, result
 
@@ -122,4 +153,4 @@ def _summary(folder, result: dict) -> str:
           f"{100 * result['test_accuracy']:.1f} % test accuracy ({100 * result['solved_labels_test_accuracy']:.1f} % with "
           f"solved labels), random {100 * result['random_baseline_test_accuracy']:.1f} %\n"
           f"effective dimension {result['d_eff']:.1f}, total sensitivity {result['total_sensitivity']:.1f}, "
-          f"max / mean score {result['max_over_mean_score']:.2f}{certified}\nwritten to {folder}")
+          f"max / mean score {result['max_over_mean_score']:.2f}{certified}\nwritten to {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))

@@ -7,6 +7,7 @@ from kipcore.absorb import absorb_weights
 from kipcore.architectures import Architecture, architecture, conv_net, fc, myrtle
 from kipcore.artifact import Artifact, ArtifactError, load_artifact, save_artifact
 from kipcore.certificate import Certificate, measure_coreset
+from kipcore.checkpoint import CheckpointError, Checkpoints
 from kipcore.cholesky import rpcholesky
 from kipcore.clustering import kernel_kmeans_plusplus, kmeans, kmeans_plusplus, nearest_rows
 from kipcore.coreset import Coreset, auto_candidates, class_balanced_indices, measured_objective, select_coreset
@@ -23,6 +24,7 @@ from kipcore.distill.method import Batch, LossInfo, Method, Sampler
 from kipcore.distill.optimizers import optimizer
 from kipcore.distill.rcig import RCIGOptions, rcig
 from kipcore.distill.rfad import RFADOptions, random_feature_kernel, random_features, rfad
+from kipcore.distill.snapshot import Keeping, Snapshot, slowed
 from kipcore.distill.targets import Targets, arrange_targets
 from kipcore.distill.importance import importance, sampler
 from kipcore.distill.trajectory_matching import TrajectoryMatchingOptions, mtt
@@ -36,6 +38,7 @@ from kipcore.leverage import (effective_dimension, feature_leverage_scores, land
                               ridge_leverage_scores)
 from kipcore.networks import network
 from kipcore.preprocess import Preprocess, fit_preprocess, one_hot_centred
+from kipcore.published import PublishedError, PublishedSet, load_published
 from kipcore.pursuit import krr_pursuit
 from kipcore.ranking import (EvaluationEntry, KernelEvaluator, NetworkEvaluator, RankingScores, evaluation_table,
                              ranking_scores)
@@ -48,16 +51,18 @@ from kipcore.sensitivity import (SensitivityScores, approximate_krr_sensitivitie
                                  feature_krr_sensitivities, kmeans_sensitivities, krr_sensitivities,
                                  krr_sensitivity_scores, lightweight_sensitivities)
 from kipcore.streaming import stream_krr_sensitivities
+from kipcore.torch_files import read_torch_file
 from kipcore.trajectories import Trajectories, TrajectoriesError, load_trajectories, save_trajectories
 from kipcore.types import NumericalError, Status, Support
 from kipcore.version import __version__
 
 __all__ = [
-    "Architecture", "Artifact", "ArtifactError", "Batch", "Certificate", "ClosedForm", "ClosedFormOptions",
-    "Coreset", "DMOptions", "DistillInfo", "DistillResult", "DistillState", "Distiller", "EvaluationEntry",
-    "FRePoOptions", "GradientMatchingOptions", "KIPOptions", "KRREvaluation", "KRRFit", "KRRLoss",
-    "KernelEvaluator", "LabelSolution", "LossInfo", "Method", "NetworkEvaluator", "NumericalError", "Preprocess",
-    "RCIGOptions", "RFADOptions", "RankingScores", "ResNet", "Sampler", "SensitivityScores", "Status", "Support",
+    "Architecture", "Artifact", "ArtifactError", "Batch", "Certificate", "CheckpointError", "Checkpoints",
+    "ClosedForm", "ClosedFormOptions", "Coreset", "DMOptions", "DistillInfo", "DistillResult", "DistillState",
+    "Distiller", "EvaluationEntry", "FRePoOptions", "GradientMatchingOptions", "KIPOptions", "KRREvaluation",
+    "KRRFit", "KRRLoss", "Keeping", "KernelEvaluator", "LabelSolution", "LossInfo", "Method",
+    "NetworkEvaluator", "NumericalError", "Preprocess", "PublishedError", "PublishedSet", "RCIGOptions",
+    "RFADOptions", "RankingScores", "ResNet", "Sampler", "SensitivityScores", "Snapshot", "Status", "Support",
     "Targets", "Trajectories", "TrajectoriesError", "TrajectoryMatchingOptions", "absorb_weights", "adam",
     "approximate_krr_sensitivities", "architecture", "arrange_targets", "auto_candidates",
     "blocked_krr_sensitivities", "class_balanced_indices", "conv_net", "dc", "distill", "distill_init",
@@ -68,10 +73,11 @@ __all__ = [
     "kernel_kmeans_plusplus", "kip", "kmeans", "kmeans_plusplus", "kmeans_sensitivities", "krr_closed_form",
     "krr_fit", "krr_loss", "krr_predict", "krr_pursuit", "krr_sensitivities", "krr_sensitivity_scores",
     "label_solve", "label_solve_rows", "landmark_leverage_scores", "landmark_score_ridge",
-    "lightweight_sensitivities", "linear_fn", "load_artifact", "load_trajectories", "measure_coreset",
-    "measured_objective", "merge_duplicates", "mtt", "myrtle", "nearest_rows", "network", "nngp_fn", "ntk_fn",
-    "one_hot_centred", "optimizer", "random_feature_kernel", "random_features", "ranking_scores", "rbf_fn", "rcig",
-    "relative_ridge", "rfad", "ridge_leverage_scores", "rpcholesky", "sample_size", "sampler", "save_artifact",
-    "save_trajectories", "score_ridge_for_dimension", "select_coreset", "sensitivity_sample", "siamese",
-    "stratified_sample", "stream_krr_sensitivities", "systematic_sample", "train_expert", "__version__",
+    "lightweight_sensitivities", "linear_fn", "load_artifact", "load_published", "load_trajectories",
+    "measure_coreset", "measured_objective", "merge_duplicates", "mtt", "myrtle", "nearest_rows", "network",
+    "nngp_fn", "ntk_fn", "one_hot_centred", "optimizer", "random_feature_kernel", "random_features",
+    "ranking_scores", "rbf_fn", "rcig", "read_torch_file", "relative_ridge", "rfad", "ridge_leverage_scores",
+    "rpcholesky", "sample_size", "sampler", "save_artifact", "save_trajectories", "score_ridge_for_dimension",
+    "select_coreset", "sensitivity_sample", "siamese", "slowed", "stratified_sample", "stream_krr_sensitivities",
+    "systematic_sample", "train_expert", "__version__",
 ]

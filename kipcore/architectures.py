@@ -18,6 +18,8 @@ import re
 from kipcore import checks
 
 SQRT2 = math.sqrt(2.0)
+_MOST_LAYERS = 1000  # of a file
+_MOST_STD = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +126,15 @@ class Architecture:
     try:
       raw = json.loads(text)
       layers = []
+      if len(raw["layers"]) > _MOST_LAYERS:
+        raise ValueError(f"expected at most {_MOST_LAYERS} layers, got {len(raw['layers'])}")
       for record in raw["layers"]:
+        if not isinstance(record, dict):
+          raise TypeError(f"a layer that is a {type(record).__name__}")
         record = dict(record)
         layers.append(LAYERS[record.pop("layer")](**record))
       return cls(str(raw["name"]), tuple(layers))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
       raise ValueError(f"expected the JSON of an architecture, got {text[:80]!r} ({error!r})") from error
 
 
@@ -149,12 +155,12 @@ def _check_layers(layers: tuple) -> None:
     spatial = isinstance(layer, (Conv, AvgPool))
     if spatial and i > reducers[0] or isinstance(layer, Dense) and i < reducers[0]:
       raise ValueError(f"layers: {layer!r} at position {i} is on the wrong side of {layers[reducers[0]]!r}")
-    if isinstance(layer, (Conv, AvgPool)) and layer.size < 1 or isinstance(layer, Conv) and layer.size % 2 == 0:
+    if spatial and (type(layer.size) is not int or layer.size < 1 or isinstance(layer, Conv) and layer.size % 2 == 0):
       raise ValueError(f"layers: expected an odd Conv size and a positive AvgPool size, got {layer!r}")
     if isinstance(layer, LeakyRelu) and not 0 <= layer.slope <= 1:
       raise ValueError(f"layers: expected a slope in [0, 1], got {layer!r}")
-    if isinstance(layer, (Dense, Conv)) and not (layer.w_std > 0 and layer.b_std >= 0):
-      raise ValueError(f"layers: expected w_std > 0 and b_std >= 0, got {layer!r}")
+    if isinstance(layer, (Dense, Conv)) and not (0 < layer.w_std < _MOST_STD and 0 <= layer.b_std < _MOST_STD):
+      raise ValueError(f"layers: expected w_std > 0 and b_std >= 0, both below {_MOST_STD:g}, got {layer!r}")
 
 
 def fc(depth: int, w_std: float = SQRT2, b_std: float = 0.1, activation: str = "relu") -> Architecture:

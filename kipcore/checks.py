@@ -4,6 +4,8 @@ Checks of shape and dtype look at nothing but shape and dtype and so also work o
 traced arrays. Checks of values (`finite`) belong to the host and skip tracers.
 """
 
+import difflib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,15 +49,24 @@ def shape(name: str, x, expected: tuple) -> None:
     raise ValueError(f"{name}: expected shape {wanted}, got {got}")
 
 
+def array(name: str, x) -> None:
+  """Raises TypeError unless `x` is an array, which lists are not."""
+  if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    raise TypeError(f"{name}: expected an array, got a {type(x).__name__}; convert it first")
+
+
 def same_rows(name1: str, x1, name2: str, x2) -> None:
   """Raises ValueError unless both arrays have the same leading size."""
-  if x1.shape[0] != x2.shape[0]:
+  array(name1, x1)
+  array(name2, x2)
+  if x1.shape[:1] != x2.shape[:1] or not x1.shape:
     raise ValueError(
         f"expected {name1} and {name2} to have the same number of rows, got shapes {x1.shape} and {x2.shape}")
 
 
 def floating(name: str, x) -> None:
   """Raises TypeError unless `x` has a floating dtype."""
+  array(name, x)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}; convert it first")
 
@@ -90,8 +101,9 @@ def finite(name: str, x) -> None:
   """Raises ValueError if a concrete array holds NaN or infinity; tracers pass."""
   if is_traced(x):
     return
-  bad = ~np.isfinite(np.asarray(x))
-  if bad.any():
+  good = np.isfinite(np.asarray(x))
+  if not good.all():
+    bad = ~good
     first = tuple(int(i) for i in np.argwhere(bad)[0])
     raise ValueError(f"{name}: expected finite values, got {int(bad.sum())} NaN or infinite, the first at index {first}")
 
@@ -99,7 +111,13 @@ def finite(name: str, x) -> None:
 def one_of(name: str, value, choices) -> None:
   """Raises ValueError unless `value` is among `choices`."""
   if value not in choices:
-    raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}")
+    raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}{did_you_mean(value, choices)}")
+
+
+def did_you_mean(value, choices) -> str:
+  """The choice that looks most like a wrong value, as the end of a message; "" where none does."""
+  close = difflib.get_close_matches(str(value), map(str, choices), n=1)
+  return f" (did you mean {close[0]}?)" if close else ""
 
 
 def raise_for_status(what: str, status) -> None:

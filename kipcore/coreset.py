@@ -90,13 +90,15 @@ def select_coreset(key, x: Array, y: Array, images_per_class: int, strategy: str
     `Coreset`.
 
   Raises:
-    ValueError: for an unknown strategy, a missing kernel, a class smaller than
-      `images_per_class`, or shapes that disagree.
+    ValueError, TypeError: for an unknown strategy, a missing kernel, a class smaller than
+      `images_per_class`, shapes that disagree, integers, NaN or infinity.
   """
   checks.one_of("strategy", strategy, STRATEGIES)
   checks.same_rows("x", x, "y", y)
   checks.rank("y", y, 2)
-  checks.floating("x", x)
+  for name, array in (("x", x), ("y", y)):
+    checks.floating(name, array)
+    checks.finite(name, array)
   if kernel_fn is None and strategy in NEEDS_KERNEL:
     raise ValueError(f"kernel_fn: expected a kernel for strategy {strategy!r}, got None")
   x, y = jnp.asarray(x), jnp.asarray(y)
@@ -251,6 +253,7 @@ def score_rows(key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn,
     chosen = score_ridge_for_dimension(k, target) if exact else landmark_score_ridge(
         keys.stream(key, "ridge"), kernel_fn, x, target, num_landmarks)
     ridge = float(chosen.ridge)
+    checks.finite("ridge of the scores (x may hold numbers that are too large for the kernel)", ridge)
   else:
     checks.positive("score_ridge", score_ridge)
     ridge = float(score_ridge)

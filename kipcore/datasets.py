@@ -1,4 +1,4 @@
-"""Image-classification data from scikit-learn, a TFDS name or an `.npz` file, checked and hashed.
+"""Image-classification data from scikit-learn, a TFDS name, a folder of images or an `.npz` file, checked and hashed.
 
 Every fault of the data or of its file is one `DatasetError` of one line that says
 what was expected and what came. TensorFlow is imported only when a TFDS name is
@@ -8,23 +8,21 @@ asked for, is kept off accelerators, and writes nothing to the terminal.
 import contextlib
 import difflib
 import hashlib
-import math
 import os
 import socket
 import sys
 import urllib.parse
 import urllib.request
-import zipfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from kipcore import image_folders, npz
+from kipcore.types import DatasetError
+
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-
-
-class DatasetError(ValueError):
-  """The data cannot be had or cannot be used; the message is one line."""
+_NAMES = ("label_names", "class_names")
 
 
 class Dataset(NamedTuple):
@@ -69,6 +67,8 @@ def load_dataset(name: str, data_dir: str | os.PathLike | None = None, validatio
       A path that ends in `.npz`: x_train, x_test `(n, h, w, c)`, `(n, h, w)` (a channel is
       added) or `(n, d)`, y_train, y_test `(n,)` integers or strings, and at will
       `class_names`. Nothing is unpickled; sizes are checked before memory is taken.
+      A folder of class folders of PNG or JPEG images of one size (`image_folders.read`): itself, where test is every
+      fifth image of a class in the order of file names, or as train/ and test/.
       A TFDS image-classification name: prepared in data_dir, or else downloaded by TFDS.
       Where it has no labelled test split its validation split stands in, or else every
       fifth training row of a class; `note` says so.
@@ -82,11 +82,15 @@ def load_dataset(name: str, data_dir: str | os.PathLike | None = None, validatio
   """
   if not 0 <= validation_fraction < 1:
     raise ValueError(f"validation_fraction: expected a number in [0, 1), got {validation_fraction!r}")
-  if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-    raise ValueError(f"seed: expected an integer >= 0, got {seed!r}")
+  if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+    raise ValueError(f"seed: expected an integer >= 0 and below 2^63, got {seed!r}")
   name = os.fspath(name)
-  is_file = name.lower().endswith(".npz")
-  raw = _read_npz(name) if is_file else _read_digits() if name == "digits" else _read_tfds(name, data_dir)
+  if name.lower().endswith(".npz"):
+    raw = _read_npz(name)
+  elif name == "digits":
+    raw = _read_digits()
+  else:
+    raw = _read_folder(name) if image_folders.is_named(name) else _read_tfds(name, data_dir)
   return _finish(name, validation_fraction, seed, **raw)
 
 
@@ -103,6 +107,8 @@ def _finish(name, fraction, seed, *, x_train, y_train, x_test, y_test, class_nam
     if y.shape not in ((len(x),), (len(x), 1)):
       raise DatasetError(f"{name}: expected y_{key} with one label for each of {len(x)} rows, got shape {y.shape}")
   y_train, y_test, num_classes, class_names = _labels(name, y_train.ravel(), y_test.ravel(), class_names)
+  if num_classes < 2:
+    raise DatasetError(f"{name}: expected y_train of at least 2 classes, got {y_train[0]} alone")
   pixel_max = 255.0 if x_train.dtype == np.uint8 else pixel_max or max(float(x_train.max()), 1.0)
   held = _stratified(y_train, fraction, seed)
   arrays = (x_train[~held], y_train[~held], x_train[held], y_train[held], x_test, y_test)
@@ -225,50 +231,40 @@ def _one_fault(what):
     raise DatasetError(f"{what}, got {type(error).__name__}: {_line(error)}") from error
 
 
+def _read_folder(name) -> dict:
+  with _one_fault(f"{name}: expected a readable folder of images"):
+    raw = image_folders.read(os.path.expanduser(name))
+  if "x_test" in raw:
+    return raw
+  names, labels = np.unique(raw["y_train"], return_inverse=True)
+  if (largest := int(np.bincount(labels).max())) < 5:
+    raise DatasetError(f"{name}: expected 5 images of a class or more, of which every fifth is for testing, or folders train and test; got "
+                       f"{largest} at most")
+  note = "; ".join(filter(None, ("test is every fifth image of each class", raw["note"])))
+  return {**_cut_test(raw["x_train"], labels), "class_names": tuple(names.tolist()), "note": note}
+
+
 def _read_npz(name) -> dict:
   path = os.path.expanduser(name)
-  if not os.path.isfile(path):
-    raise DatasetError(f"{name}: expected an .npz file, got {'a directory' if os.path.isdir(path) else 'no such file'}")
-  with _one_fault(f"{name}: expected a readable .npz file (a zip of .npy arrays)"), zipfile.ZipFile(path) as archive:
-    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-    missing = [key for key in _ARRAYS if key not in members]
+  try:
+    raw = npz.read_npz(path, (*_ARRAYS, *_NAMES))
+    missing = [key for key in _ARRAYS if key not in raw]
     if missing:
       raise DatasetError(f"{name}: expected the arrays {', '.join(_ARRAYS)}; {', '.join(missing)} missing, "
-                         f"found {', '.join(sorted(members)[:20]) or 'nothing'}")
-    raw = {key: _read_member(f"{name}: {key}", archive, members[key]) for key in _ARRAYS}
-    for key in (key for key in ("label_names", "class_names") if key in members):
-      names = _read_member(f"{name}: {key}", archive, members[key])
-      if names.ndim == 1 and names.dtype.kind == "U":
-        raw["class_names"] = tuple(names.tolist())
+                         f"found {_line(', '.join(sorted(npz.names_in(path))[:20])) or 'nothing'}")
+  except npz.NpzError as error:
+    raise DatasetError(str(error)) from error
+  for names in [raw.pop(key) for key in _NAMES if key in raw]:
+    if names.ndim == 1 and names.dtype.kind == "U":
+      raw["class_names"] = tuple(names.tolist())
   return raw
 
 
-def _read_member(what, archive, info) -> np.ndarray:
-  """One array, read after its header, the size of its member and the bytes in the file agree."""
-  if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-    raise DatasetError(f"{what}: expected a stored or deflated member, got compression type {info.compress_type}")
-  stored = min(info.compress_size, os.fstat(archive.fp.fileno()).st_size)
-  if info.file_size > 1032 * stored + 1024:  # 1032 is the most that deflate can gain
-    raise DatasetError(f"{what}: expected a size that {stored} compressed bytes can hold, got {info.file_size}")
-  with archive.open(info) as member:
-    version = np.lib.format.read_magic(member)
-    if version not in ((1, 0), (2, 0)):
-      raise DatasetError(f"{what}: expected .npy format 1.0 or 2.0, got {version}")
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(member)
-    if dtype.kind not in "biufSU":  # so no "O", and no "V", in which objects can hide
-      raise DatasetError(f"{what}: expected a plain numeric or string array, got dtype {_line(dtype)} "
-                         "(Python objects are never unpickled)")
-    claimed, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
-    if claimed != held or min(shape, default=0) < 0:
-      raise DatasetError(f"{what}: expected {claimed} bytes for shape {shape} {dtype}, got {held}")
-  with archive.open(info) as member:
-    return np.lib.format.read_array(member, allow_pickle=False)
-
-
 @contextlib.contextmanager
-def _silenced():
-  """Sends both output streams, those of C++ included, to nowhere."""
+def quiet_tensorflow():
+  """Yields (tensorflow, tensorflow_datasets), off accelerators; what is written meanwhile, by C++ included, goes nowhere."""
+  for setting in ("TF_CPP_MIN_LOG_LEVEL=3", "GRPC_VERBOSITY=ERROR", "NO_GCE_CHECK=true"):
+    os.environ.setdefault(*setting.split("="))
   sys.stdout.flush()
   sys.stderr.flush()
   saved = {fd: os.dup(fd) for fd in (1, 2)}
@@ -277,7 +273,13 @@ def _silenced():
       for fd in saved:
         os.dup2(nowhere.fileno(), fd)
       with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+        for device in ("GPU", "TPU"):
+          with contextlib.suppress(RuntimeError, ValueError):  # The caller has started TensorFlow, and so has decided.
+            tf.config.set_visible_devices([], device)
+        tfds.disable_progress_bar()
+        yield tf, tfds
     finally:
       for fd, copy in saved.items():
         os.dup2(copy, fd)
@@ -287,26 +289,17 @@ def _silenced():
 def _read_tfds(name, data_dir) -> dict:
   if data_dir is not None and not os.path.isdir(data_dir):
     raise DatasetError(f"{name}: expected data_dir to be an existing directory, got {os.fspath(data_dir)!r}")
-  for setting in ("TF_CPP_MIN_LOG_LEVEL=3", "GRPC_VERBOSITY=ERROR", "NO_GCE_CHECK=true"):
-    os.environ.setdefault(*setting.split("="))
   where = f"in {os.fspath(data_dir)}" if data_dir else "in TFDS's default directory"
-  with _one_fault(f"{name}: expected a dataset that TFDS can load {where}"), _silenced():
-    return _read_builder(name, data_dir)
+  with _one_fault(f"{name}: expected a dataset that TFDS can load {where}"), quiet_tensorflow() as (_, tfds):
+    return _read_builder(tfds, name, data_dir)
 
 
-def _read_builder(name, data_dir) -> dict:
-  import tensorflow as tf
-  import tensorflow_datasets as tfds
-
-  for device in ("GPU", "TPU"):
-    with contextlib.suppress(RuntimeError, ValueError):  # The caller has started TensorFlow, and so has decided.
-      tf.config.set_visible_devices([], device)
-  tfds.disable_progress_bar()
+def _read_builder(tfds, name, data_dir) -> dict:
   try:
     builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
   except tfds.core.DatasetNotFoundError as error:
     close = difflib.get_close_matches(name, ["digits", *tfds.list_builders()], n=3)
-    raise DatasetError(f"unknown dataset {name!r}: expected digits, a path ending in .npz or a TFDS name"
+    raise DatasetError(f"unknown dataset {name!r}: expected digits, a folder of images, a path ending in .npz or a TFDS name"
                        + (f"; close: {', '.join(close)}" if close else "")) from error
   features = builder.info.features
   x_key, y_key = builder.info.supervised_keys or ("image", "label")

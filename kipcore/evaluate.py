@@ -13,7 +13,7 @@ from kipcore import checks, keys, krr, linalg, networks
 from kipcore.architectures import Architecture
 from kipcore.distill import augment
 from kipcore.gram import gram_matvec, map_row_blocks
-from kipcore.types import Array, KernelFn, Support
+from kipcore.types import Array, KernelFn, Status, Support
 
 
 class KRREvaluation(NamedTuple):
@@ -41,18 +41,32 @@ def evaluate_krr(kernel_fn: KernelFn, support: Support, x: Array, y: Array, ridg
     `KRREvaluation`.
 
   Raises:
-    ValueError: for shapes that disagree, no rows, or not exactly one kind of ridge.
+    ValueError, TypeError: for shapes that disagree, no rows, integers, test rows that are not finite, or not exactly one kind
+      of ridge.
   """
   if (ridge is None) == (relative_ridge is None):
     raise ValueError(f"expected one of ridge and relative_ridge, got {ridge} and {relative_ridge}")
-  checks.same_rows("x", x, "y", y)
-  checks.shape("x", x, (None, *support.x.shape[1:]))
-  if x.shape[0] == 0:
-    raise ValueError("x: expected at least one row, got none")
+  _check(support, x, y)
   value = relative_ridge if ridge is None else ridge
   checks.positive("ridge", value)
   value = jnp.asarray(value, support.x.dtype)
   return _evaluate_krr(kernel_fn, ridge is None, block_size, support, jnp.asarray(x), jnp.asarray(y), value)
+
+
+def _check(support, x, y) -> None:
+  """That support and test rows go together, and test rows are finite; what a support leads to, the status tells."""
+  for name, array in (("support.x", support.x), ("support.y", support.y), ("x", x), ("y", y)):
+    checks.floating(name, array)
+  checks.same_rows("support.x", support.x, "support.y", support.y)
+  checks.same_rows("x", x, "y", y)
+  checks.rank("support.y", support.y, 2)
+  checks.shape("x", x, (None, *support.x.shape[1:]))
+  checks.shape("y", y, (None, support.y.shape[1]))
+  for name, array in (("support.x", support.x), ("x", x)):
+    if not array.shape[0]:
+      raise ValueError(f"{name}: expected at least one row, got none")
+  checks.finite("x", x)
+  checks.finite("y", y)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -61,7 +75,7 @@ def _evaluate_krr(kernel_fn, relative, block_size, support, x, y, ridge):
   fit = krr.krr_fit(k_ss, support.y, krr.relative_ridge(k_ss, ridge) if relative else ridge)
   predictions = gram_matvec(kernel_fn, x, support.x, fit.dual.astype(x.dtype), block_size)
   loss = 0.5 * jnp.mean((predictions - y) ** 2)
-  return KRREvaluation(krr.accuracy(predictions, y), loss, fit.status)
+  return KRREvaluation(krr.accuracy(predictions, y), loss, krr.status_with(fit.status, loss))
 
 
 def evaluate_network(key, arch: Architecture | nn.Module, support: Support, x: Array, y: Array, num_seeds: int = 5,
@@ -94,10 +108,12 @@ def evaluate_network(key, arch: Architecture | nn.Module, support: Support, x: A
     `(num_seeds,)` accuracies in [0, 1].
 
   Raises:
-    ValueError: for shapes that disagree, an unknown norm or augmentation.
+    ValueError, TypeError: for shapes that disagree, no rows, integers, NaN or infinity, an unknown norm or augmentation.
+    NumericalError: where training met values that are not finite.
   """
-  checks.same_rows("x", x, "y", y)
-  checks.shape("x", x, (None, *support.x.shape[1:]))
+  _check(support, x, y)
+  for name, array in (("support.x", support.x), ("support.y", support.y)):
+    checks.finite(name, array)
   checks.positive_int("num_seeds", num_seeds)
   checks.one_of("norm", norm, ("none", "instance"))
   augment.siamese(augmentation)
@@ -107,8 +123,11 @@ def evaluate_network(key, arch: Architecture | nn.Module, support: Support, x: A
   rate = jnp.asarray(learning_rate, support.x.dtype)
   batch_size = min(batch_size, support.x.shape[0])
   with linalg.permissive_promotion():
-    return np.array([_train_and_score(module, num_steps, batch_size, augmentation, keys.at_step(stream, seed), support, x, y, rate)
-                     for seed in range(num_seeds)])
+    scores = np.array([_train_and_score(module, num_steps, batch_size, augmentation, keys.at_step(stream, seed), support, x, y, rate)
+                       for seed in range(num_seeds)])
+  if not np.isfinite(scores).all():
+    checks.raise_for_status("training of a finite network", Status.NOT_FINITE)
+  return scores
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -135,4 +154,5 @@ def _train_and_score(module, num_steps, batch_size, augmentation, key, support, 
   # Blocks that stay in the caches of a CPU.
   block_size = 100 if jax.default_backend() == "cpu" else 1000
   predictions = map_row_blocks(lambda block: module.apply(params, block) - module.apply(start, block), x, block_size)
-  return krr.accuracy(predictions, y)
+  # Where the largest of NaN is, is no prediction.
+  return jnp.where(jnp.isfinite(predictions).all(), krr.accuracy(predictions, y), jnp.nan)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kipcore import checks, linalg
-from kipcore.types import Array, KernelFn
+from kipcore.types import Array, KernelFn, Status
 
 
 class KRRFit(NamedTuple):
@@ -81,10 +81,10 @@ def krr_fit(k_ss: Array, y_support: Array, ridge) -> KRRFit:
     ridge: absolute, > 0, scalar or `(m,)`.
 
   Returns:
-    `KRRFit` with `dual` `(m, c)` in the dtype of the labels, and a status.
+    `KRRFit` with `dual` `(m, c)` in the dtype of the labels, and a status: NOT_FINITE where kernel, labels or `dual` are not.
 
   Raises:
-    ValueError: for shapes that do not match, or a concrete ridge <= 0.
+    ValueError, TypeError: for shapes that do not match, integers, or a concrete ridge <= 0.
 
   Example:
     A row with half the ridge counts as much as the row twice:
@@ -96,14 +96,24 @@ def krr_fit(k_ss: Array, y_support: Array, ridge) -> KRRFit:
     >>> np.allclose(fit.dual[1], twice.dual[1:].sum(axis=0), atol=1e-5)
     True
   """
+  checks.floating("k_ss", k_ss)
+  checks.floating("y_support", y_support)
   checks.square("k_ss", k_ss)
   checks.rank("y_support", y_support, 2)
   checks.same_rows("k_ss", k_ss, "y_support", y_support)
+  if not k_ss.shape[0]:
+    raise ValueError("k_ss: expected at least one row, got none")
   if jnp.ndim(ridge):
     checks.shape("ridge", ridge, (k_ss.shape[0],))
   checks.positive("ridge", ridge)
   factor = linalg.factor(k_ss, ridge)
-  return KRRFit(linalg.solve(factor, y_support).astype(y_support.dtype), factor.status)
+  dual = linalg.solve(factor, y_support).astype(y_support.dtype)
+  return KRRFit(dual, status_with(factor.status, dual))
+
+
+def status_with(status: Array, values: Array) -> Array:
+  """The status, or NOT_FINITE where it is OK and the values are not finite."""
+  return jnp.where((status == Status.OK) & ~jnp.isfinite(values).all(), jnp.int32(Status.NOT_FINITE), status)
 
 
 def krr_predict(fit: KRRFit, k_ts: Array) -> Array:

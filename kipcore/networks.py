@@ -11,6 +11,8 @@ from kipcore.architectures import (
     Architecture, AvgPool, Conv, Dense, Erf, Flatten, Gelu, GlobalAvgPool, LeakyRelu, Relu)
 from kipcore.types import Array
 
+_MOST_WIDTH = 2**20
+
 
 class Network(nn.Module):
   """The network of an architecture: `(n, ...) -> (n, num_outputs)`.
@@ -147,6 +149,7 @@ def network(arch: Architecture, width: int = 128, num_outputs: int = 10, paramet
       parameterisation or norm.
   """
   checks.positive_int("width", width)
+  checks.in_range("width", width, 1, _MOST_WIDTH)
   checks.positive_int("num_outputs", num_outputs)
   checks.one_of("parameterization", parameterization, ("standard", "ntk"))
   checks.one_of("norm", norm, ("none", "instance", "batch"))

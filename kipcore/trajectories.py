@@ -4,13 +4,15 @@ Such a file is some gigabytes. It is written an expert at a time and never read 
 memory map. Nothing in it is ever unpickled.
 """
 
+import hashlib
 import json
+import math
 import pathlib
 from typing import Iterable, NamedTuple
 
 import numpy as np
 
-from kipcore import files
+from kipcore import files, npz
 
 FORMAT = "kipcore-trajectories"
 FORMAT_VERSION = 1
@@ -45,55 +47,68 @@ def save_trajectories(path, trajectories: Iterable, metadata: dict) -> None:
   path, beside = _pair(path)
   json.dumps(metadata)
   with files.replacing(path) as file:
-    count, first = 0, None
+    sums, first = [], None
     for trajectory in trajectories:
       trajectory = np.ascontiguousarray(trajectory)
       if first is None:
         first = np.empty((0, *trajectory.shape), trajectory.dtype)
         _write_header(file, first.shape, first.dtype)
-      _check(trajectory, count, first)
+      _check(trajectory, len(sums), first)
       file.write(trajectory.data)
-      count += 1
+      sums.append(hashlib.sha256(trajectory.data).hexdigest())
     if first is None:
       raise ValueError("trajectories: expected at least one, got none")
-    shape = (count, *first.shape[1:])
+    shape = (len(sums), *first.shape[1:])
     file.seek(0)
     _write_header(file, shape, first.dtype)
     # Last: a crash from here on may leave an array without metadata, but never one with the metadata of another.
     beside.unlink(missing_ok=True)
-  record = {**metadata, "format": FORMAT, "format_version": FORMAT_VERSION, "shape": shape, "dtype": first.dtype.name}
+  record = {**metadata, "format": FORMAT, "format_version": FORMAT_VERSION, "shape": shape, "dtype": first.dtype.name, "sha256": sums}
   files.write_atomically(beside, json.dumps(record, indent=2).encode())
 
 
-def load_trajectories(path) -> Trajectories:
-  """Opens what `save_trajectories` wrote, without reading it.
+def load_trajectories(path, verify: bool = True) -> Trajectories:
+  """Opens what `save_trajectories` wrote; in memory are at most the parts in use.
 
   Args:
     path: file name that ends in `.npy`.
+    verify: read all of it once, an expert at a time, against the checksums; False to look at sizes alone.
 
   Returns:
     `Trajectories`; of its array only the parts that are looked at are read from disk.
 
   Raises:
-    TrajectoriesError: for files that are missing, truncated, of another kind or a newer format, or that do not belong together.
+    TrajectoriesError: for files that are missing, truncated, altered, of another kind or a newer format, or that do not belong
+      together.
   """
   path, beside = _pair(path)
   for file in (path, beside):
     if not file.is_file():
       raise TrajectoriesError(f"{file}: expected trajectories with metadata beside them, found no such file")
   try:
-    metadata = json.loads(beside.read_text())
-    kind, version, shape, dtype = (metadata[name] for name in ("format", "format_version", "shape", "dtype"))
-  except (ValueError, KeyError, TypeError) as error:
-    raise TrajectoriesError(f"{beside}: expected the metadata of trajectories, got something else ({error!r})") from error
-  if kind != FORMAT or not isinstance(version, int) or version > FORMAT_VERSION:
-    raise TrajectoriesError(f"{beside}: expected format {FORMAT} up to version {FORMAT_VERSION}, got {kind!r}, {version!r}")
+    metadata = json.loads(beside.read_text(encoding="utf-8"))
+    kind, version, shape, dtype, sums = (metadata[name] for name in ("format", "format_version", "shape", "dtype", "sha256"))
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise TrajectoriesError(f"{beside}: expected the metadata of trajectories, got something else ({repr(error)[:200]})") from error
+  if kind != FORMAT or type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    raise TrajectoriesError(f"{beside}: expected format {FORMAT} up to version {FORMAT_VERSION}, got {kind!r:.40}, {version!r:.40}")
   try:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-  except (OSError, ValueError, EOFError) as error:
+    with open(path, "rb") as file:
+      found, fortran_order, stored = npz.read_npy_header(str(path), file)
+      start = file.tell()
+    size = path.stat().st_size
+    if fortran_order or stored.name not in ("float32", "float64") or start + math.prod(found) * stored.itemsize != size or 0 in found:
+      raise npz.NpzError(f"{size} bytes for shape {found} {stored}")
+    if list(found) != shape or len(found) != 3 or stored.name != dtype or not isinstance(sums, list) or len(sums) != found[0]:
+      raise TrajectoriesError(f"{path}: expected an array of shape {shape!r:.60} in {dtype!r:.20}, as its metadata say, got another")
+    array = np.memmap(path, stored, "r", start, found)
+  except (OSError, npz.NpzError) as error:
     raise TrajectoriesError(f"{path}: expected a whole .npy file, got one that does not open ({error})") from error
-  if not isinstance(array, np.memmap) or list(array.shape) != shape or array.dtype.name != dtype:
-    raise TrajectoriesError(f"{path}: expected an array of shape {shape} in {dtype}, as its metadata say, got another")
+  for i, expert in enumerate(array if verify else ()):
+    if hashlib.sha256(expert.data).hexdigest() != sums[i]:
+      raise TrajectoriesError(f"{path}: expected expert {i} to have its recorded checksum, got another; the file was altered")
+    if not np.isfinite(expert).all():
+      raise TrajectoriesError(f"{path}: expected finite values, got others in expert {i}")
   return Trajectories(array, metadata)
 
 

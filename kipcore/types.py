@@ -26,6 +26,10 @@ class NumericalError(ArithmeticError):
   """A computation ended with a `Status` other than `OK`."""
 
 
+class DatasetError(ValueError):
+  """The data cannot be had or cannot be used; the message is one line."""
+
+
 class KernelFn(Protocol):
   """A positive semi-definite kernel, `kernel_fn(x1, x2=None) -> (n1, n2)`.
 

@@ -21,7 +21,8 @@ def test_pairs_are_counted():
   assert estimate.pairs(3, 5) == 15 + 8 and estimate.pairs(3, 5, symmetric=True) == 15 + 8 + 6
 
 
-def test_costly_runs_say_so_before_they_start(tmp_path, capsys):
+def test_costly_runs_say_so_before_they_start(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(estimate, "WORTH_SECONDS", 0.0)
   config = DistillConfig(**SMALL, steps=2, target_batch_size=30, precision="bfloat16")
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=True)
   out = capsys.readouterr().out
@@ -38,12 +39,12 @@ def test_costly_runs_say_so_before_they_start(tmp_path, capsys):
 
 
 def test_cheap_kernels_say_nothing():
-  data = pipeline.load(DistillConfig())
-  assert estimate.of_distillation(DistillConfig(), data, 10, 100, 0, 0, 5, 1) is None
-  assert estimate.of_selection(data, 1000, 1000) is None
+  planned, chosen = pipeline.plan(DistillConfig()), selection.plan(SelectConfig())
+  assert estimate.of_distillation(DistillConfig(), planned.data, planned.sizes) is None
+  assert estimate.worth_saying(*selection.expectation(SelectConfig(), chosen.data, 10)) is None
 
 
-def test_selection_says_what_its_kernel_matrix_takes(tmp_path, capsys, monkeypatch):
+def test_selection_says_what_it_takes_before_it_starts(tmp_path, capsys, monkeypatch):
   class Stop(Exception):
     pass
 
@@ -51,7 +52,16 @@ def test_selection_says_what_its_kernel_matrix_takes(tmp_path, capsys, monkeypat
     raise Stop
 
   monkeypatch.setattr(selection.coreset, "select_coreset", stop)
+  monkeypatch.setattr(estimate, "seconds_a_pair", lambda *_, **__: (1e-4, 0))
   with pytest.raises(Stop):
     selection.run_select(SelectConfig(**SMALL), str(tmp_path))
   rows = pipeline.load(SelectConfig(**SMALL)).x_train.shape[0]
-  assert f"estimate: {rows:,} x {rows:,} pairs of images" in capsys.readouterr().out
+  said = re.search(r"estimate: about ([\d.]+) min \(points \(krr_sensitivity\) ([\d.]+) min", capsys.readouterr().out)
+  assert said and float(said[1]) > float(said[2]) == pytest.approx(rows**2 * 1e-4 / 60, rel=0.2)
+
+
+def test_work_adds_up():
+  work = estimate.of_scores(1000, 10)
+  assert work.pairs == 1000**2, "few rows are scored exactly"
+  assert (work + estimate.Work(5.0, 7.0)).seconds(1.0, 1.0) == pytest.approx(work.seconds(1.0, 1.0) + 12.0)
+  assert estimate.of_scores(100_000, 10).pairs < 0.1 * 100_000**2

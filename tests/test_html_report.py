@@ -119,11 +119,12 @@ def test_the_report_has_every_section_and_the_figures_of_the_run(run):
 
 def test_what_a_run_lacks_is_left_out(copied):
   stored = kipcore.load_artifact(copied / "distilled.npz")
-  flat = dataclasses.replace(stored, images=stored.images.reshape(10, 64), support=stored.support.reshape(10, 64))
+  flat = dataclasses.replace(stored, images=stored.images.reshape(10, 64), support=stored.support.reshape(10, 64),
+                             preprocess=kipcore.fit_preprocess(stored.images.reshape(10, 64), "none"))
   kipcore.save_artifact(copied / "distilled.npz", flat)
   with np.load(copied / "importance.npz") as file:
-    arrays = dict(file)
-  np.savez(copied / "importance.npz", **{**arrays, "images": arrays["images"].reshape(-1, 64)})
+    arrays = {name: file[name] for name in file if name != "metadata"}
+  outputs.save_arrays(copied / "importance.npz", **{**arrays, "images": arrays["images"].reshape(-1, 64)})
   reporting.write_report(copied)
   page = Page(report(copied))
   assert page.sections == [s for s in SECTIONS if s != "Images"] and "img" not in page.tags, "rows that are no images"

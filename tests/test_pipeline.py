@@ -46,10 +46,19 @@ def run(tmp_path_factory):
   return pipeline.run_distill(DistillConfig(**QUICK), str(folder), verbose=False)
 
 
+def names_its_files(folder):
+  """The README of a run folder has a line for each file."""
+  text = (folder / "README.txt").read_text()
+  for path in folder.iterdir():
+    assert f"\n  {path.name} " in text and run_folder.RUN_FILES[path.name] in text, path.name
+
+
 def test_a_run_writes_what_it_promises(run):
   folder, result = run
-  names = {"config.json", "metrics.jsonl", "result.json", "distilled.npz", "images.png", "learning_curve.png"}
+  names = {"README.txt", "config.json", "metrics.jsonl", "result.json", "distilled.npz", "start.npz", "importance.npz", "images.png",
+           "learning_curve.png", "report.html"}
   assert {p.name for p in folder.iterdir()} == names < set(run_folder.RUN_FILES)
+  names_its_files(folder)
   assert json.loads((folder / "result.json").read_text()) == result
   contract = {"dataset", "method", "init", "sampler", "seed", "support_size", "steps", "target_evaluations",
               "init_test_accuracy", "test_accuracy", "random_baseline_test_accuracy", "wall_seconds",
@@ -90,7 +99,7 @@ def test_the_artefact_reproduces_the_recorded_accuracy_to_the_last_digit(run):
   stored = kipcore.load_artifact(folder / "distilled.npz")
   again = evaluation.run_evaluate(stored, EvaluateConfig(baselines=()))
   assert again["test_accuracy"] == result["test_accuracy"] == again["recorded_test_accuracy"]
-  raw = pipeline.datasets.load_dataset("digits")
+  raw = kipcore.datasets.load_dataset("digits")
   assert float(stored.evaluate(raw.x_test, raw.y_test).accuracy) == result["test_accuracy"]
   np.testing.assert_allclose(stored.preprocess.apply(stored.images), stored.support, atol=1e-4)
 
@@ -106,6 +115,8 @@ def test_same_seed_same_bytes_and_float64_artefact(tmp_path, x64):
   runs = [pipeline.run_distill(config, str(tmp_path / name), verbose=False) for name in "ab"]
   a, b = (kipcore.load_artifact(folder / "distilled.npz") for folder, _ in runs)
   assert a.support.dtype == np.float64 and np.array_equal(a.support, b.support)
+  first, second = ((folder / "distilled.npz").read_bytes() for folder, _ in runs)
+  assert first == second
   with pytest.raises(ValueError, match="64-bit"):
     with enable_x64(False):
       a.evaluate(np.zeros((1, 8, 8, 1)), np.zeros(1, int))
@@ -202,6 +213,7 @@ def test_selection_writes_points_scores_and_certificate(strategy, tmp_path):
   folder, result = selection.run_select(config, str(tmp_path), verbose=False)
   assert {"d_eff", "total_sensitivity", "max_over_mean_score", "measured_epsilon", "objective_ratio"} <= set(result)
   assert abs(result["d_eff"] - 50) < 1 and 50 <= result["total_sensitivity"] <= 51.1
+  names_its_files(folder)
   certified = json.loads((folder / "certificate.json").read_text())
   made = strategy == "kmeans" or result["chosen_strategy"] == "kmeans"
   assert ("note" in certified) == made

@@ -78,7 +78,7 @@ class NetworkKernel:
       if isinstance(layer, AvgPool):
         side //= layer.size
     if side < 1:
-      raise ValueError(f"{name}: images of shape {x.shape[1:]} are too small for the pooling of {self.arch.name}")
+      raise ValueError(f"{name}: expected larger images, got shape {x.shape[1:]}, too small for the pooling of {self.arch.name}")
 
 
 def ntk_fn(arch: Architecture, precision: str = "float32") -> NetworkKernel:

@@ -1,0 +1,104 @@
+"""Images of a folder of class folders, as arrays; nothing is resized, and nothing but PNG and JPEG is read."""
+
+import os
+import pathlib
+
+import numpy as np
+
+from kipcore.types import DatasetError
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+# Folders whose images are the test split, where there is a folder called train.
+_TEST = ("test", "val", "validation")
+
+
+def is_named(name: str) -> bool:
+  """Whether a dataset's name is that of a folder: one that is there and not of TFDS's making, or a path that can be nothing else."""
+  path = pathlib.Path(name).expanduser()
+  if path.is_dir():
+    return not any(path.glob("*/dataset_info.json")) and not any(path.glob("*/*/dataset_info.json"))
+  return name.startswith((".", "~", os.sep)) or name.endswith(os.sep)
+
+
+def read(path) -> dict:
+  """The images of `CLASS/*.png`, or of `train/CLASS/*.png` and `test/CLASS/*.png` (or val/, validation/), in the order of their names.
+
+  Args:
+    path: a folder. Files of other kinds, hidden ones, and folders within those of the classes are left out.
+
+  Returns:
+    x_train uint8 `(n, h, w, c)`, y_train `(n,)` the names of the class folders, and x_test, y_test where there are two splits; `note`. A channel
+    where all images are grey, else three.
+
+  Raises:
+    DatasetError: for a folder of another form, images of several sizes, or one that cannot be read.
+  """
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    raise DatasetError(f"{path}: expected a folder with a folder of images for each class, or a file that ends in .npz; got "
+                       + ("a file" if path.exists() else "no such folder"))
+  splits = [path]
+  if (path / "train").is_dir():
+    splits = [path / "train", *(path / name for name in _TEST if (path / name).is_dir())][:2]
+    if len(splits) < 2:
+      raise DatasetError(f"{path}: expected a folder called {', '.join(_TEST[:-1])} or {_TEST[-1]} beside train, got none")
+  files = [_files(split) for split in splits]
+  images = [file for found in files for each in found.values() for file in each]
+  grey, notes = _checked(images)
+  out = {"note": "; ".join(notes)}
+  for split, found in zip(("train", "test"), files):
+    rows = [file for each in found.values() for file in each]
+    out[f"x_{split}"] = np.stack([_pixels(file, "L" if grey else "RGB") for file in rows])
+    out[f"y_{split}"] = np.repeat(list(found), [len(each) for each in found.values()])
+  return out
+
+
+def _files(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+  """The images of each class folder, by name."""
+  classes = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+  if not classes:
+    raise DatasetError(f"{folder}: expected a folder for each class, with {', '.join(SUFFIXES)} files in it; got no folder")
+  found = {each.name: sorted(file for file in each.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+           for each in classes}
+  for name, files in found.items():
+    if not files:
+      raise DatasetError(f"{folder}: expected {', '.join(SUFFIXES)} files in each class folder, got none in {name}")
+  return found
+
+
+def _checked(files: list[pathlib.Path]) -> tuple[bool, list[str]]:
+  """Whether all images are grey, from their headers, and what is lost by reading them as 8-bit grey or colour."""
+  size, modes = None, {}
+  for file in files:
+    with _opened(file) as image:
+      size = size or image.size
+      if image.size != size:
+        raise DatasetError(f"{file}: expected all images of one size, got {image.size[0]} x {image.size[1]}, where {files[0]} is "
+                           f"{size[0]} x {size[1]} (width x height); resize or crop them first")
+      transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+      modes.setdefault("transparent" if transparent else image.mode, file)
+  if deep := next((file for mode, file in modes.items() if mode[0] in "IF"), None):
+    raise DatasetError(f"{deep}: expected 8 bits a channel, got more; convert it first")
+  grey = set(modes) <= {"L", "1"}
+  notes = [f"transparency of images such as {modes['transparent'].name} was dropped"] if "transparent" in modes else []
+  if not grey and {"L", "1"} & set(modes):
+    notes.append("grey images were read as colour, for there are both")
+  return grey, notes
+
+
+def _opened(file: pathlib.Path):
+  from PIL import Image
+  try:
+    return Image.open(file, formats=("PNG", "JPEG"))
+  except (OSError, Image.DecompressionBombError) as error:
+    raise DatasetError(f"{file}: expected a PNG or JPEG image, got a file that does not read ({error})") from error
+
+
+def _pixels(file: pathlib.Path, mode: str) -> np.ndarray:
+  """`(h, w, c)` in uint8."""
+  with _opened(file) as image:
+    try:
+      x = np.asarray(image.convert(mode))
+    except (OSError, SyntaxError, ValueError) as error:
+      raise DatasetError(f"{file}: expected a whole image, got one that does not read ({error})") from error
+  return x[..., None] if mode == "L" else x
