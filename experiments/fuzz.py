@@ -29,7 +29,7 @@ from absl import flags
 from experiments import flags as common
 
 FLAGS = flags.FLAGS
-SECONDS_EACH = 2.0
+SETTINGS_SECONDS = 20.0  # to trace the kernel of a network of 99 layers
 _BATCH = 250  # examples of a target at a time, where seconds are counted
 
 
@@ -44,11 +44,13 @@ class Target(NamedTuple):
     payloads: hypothesis strategy.
     attempt: `(folder, payload) -> None` on a folder of its own; raises `Defect` for a result that makes no sense.
     errors: the documented error types.
+    seconds: that an example may take.
   """
 
   payloads: Any
   attempt: Callable[[pathlib.Path, Any], None]
   errors: tuple
+  seconds: float = 2.0
 
 
 def finite(what: str, *arrays) -> None:
@@ -273,18 +275,22 @@ def _settings_targets(folder: pathlib.Path, malformed) -> dict[str, Target]:
   resolved = lambda given: methods.resolve(**{**known, **given, "x64": False})
   pipeline.plan(resolved({}))  # compiles and imports, once
   return {
-      "settings_distill": Target(malformed.settings_of(config.DistillConfig), lambda _, given: pipeline.plan(resolved(given)), (UsageError,)),
+      "settings_distill": Target(malformed.settings_of(config.DistillConfig), lambda _, given: pipeline.plan(resolved(given)), (UsageError,), SETTINGS_SECONDS),
       "settings_select": Target(malformed.settings_of(config.SelectConfig), lambda _, given: selection.plan(
-          config.SelectConfig(**{"dataset": str(path), **given, "x64": False})), (UsageError,)),
+          config.SelectConfig(**{"dataset": str(path), **given, "x64": False})), (UsageError,), SETTINGS_SECONDS),
       "settings_compare": Target(st.tuples(malformed.settings_of(config.CompareConfig), malformed.settings_of(config.DistillConfig)),
                                  lambda _, given: comparison.plan(config.CompareConfig(**given[0]), {**given[1], "dataset": str(path)}),
-                                 (UsageError,)),
+                                 (UsageError,), SETTINGS_SECONDS),
   }
 
 
 def targets(folder: pathlib.Path) -> dict[str, Target]:
-  """All targets by name; good files to spoil are made in the folder."""
-  from experiments import malformed
+  """All targets by name; good files to spoil are made in the folder. UsageError without hypothesis."""
+  from experiments.errors import UsageError
+  try:
+    from experiments import malformed
+  except ImportError as error:
+    raise UsageError(f"expected hypothesis to be installed, got {error}; pip install -e '.[test]'") from error
   return {**_artifact_targets(folder, malformed), **_dataset_targets(malformed), **_published_targets(malformed),
           **_trajectory_targets(folder, malformed), **_write_targets(), **_settings_targets(folder, malformed)}
 
@@ -316,12 +322,12 @@ def _limited(seconds: float):
     signal.signal(signal.SIGALRM, before)
 
 
-def outcome(target: Target, payload, seconds: float = SECONDS_EACH) -> str:
+def outcome(target: Target, payload) -> str:
   """"read" or "refused"; `Defect` for anything else."""
   with tempfile.TemporaryDirectory(prefix="fuzz") as folder, warnings.catch_warnings(record=True) as heard:
     warnings.simplefilter("always")
     try:
-      with _limited(seconds):
+      with _limited(target.seconds):
         target.attempt(pathlib.Path(folder), payload)
       found = "read"
     except target.errors as error:
@@ -334,7 +340,7 @@ def outcome(target: Target, payload, seconds: float = SECONDS_EACH) -> str:
   return found
 
 
-def attack(target: Target, examples: int, seed: int = 0, seconds: float = SECONDS_EACH) -> dict:
+def attack(target: Target, examples: int, seed: int = 0) -> dict:
   """Counts of so many examples, and each kind of defect with the smallest payload that has it."""
   import hypothesis
   counts, defects = {"examples": 0, "read": 0, "refused": 0}, {}
@@ -346,7 +352,7 @@ def attack(target: Target, examples: int, seed: int = 0, seconds: float = SECOND
   def one(payload):
     counts["examples"] += 1
     try:
-      counts[outcome(target, payload, seconds)] += 1
+      counts[outcome(target, payload)] += 1
     except Exception as error:  # whatever it is, it is a finding
       frame = traceback.extract_tb(error.__traceback__)[-1]
       name = f"{type(error).__name__} at {pathlib.Path(frame.filename).name}:{frame.lineno}: {str(error)[:200]}"
@@ -396,7 +402,7 @@ def main() -> None:
   print(json.dumps(total))
   if not FLAGS.only:
     guided = json.loads(path.read_text()).get("coverage_guided") if path.exists() else None
-    run_folder.write_json(path, {"environment": environment, "seconds_each": SECONDS_EACH, "seconds": time.perf_counter() - started,
+    run_folder.write_json(path, {"environment": environment, "seconds": time.perf_counter() - started,
                                  "total": total, "targets": results, "coverage_guided": guided, **run_folder.peak_memory()})
   sys.exit(1 if total["defects"] else 0)
 

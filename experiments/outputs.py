@@ -14,13 +14,15 @@ HARDEST = 40  # training images that are kept of a run
 
 def write_artifact(folder, config, data, support, result: dict) -> None:
   """`distilled.npz` with everything that `run_evaluate` needs, and no times: equal runs write equal bytes."""
-  x = np.asarray(support.x)
+  x, settings = np.asarray(support.x), dataclasses.asdict(config)
+  if "experts" in settings:  # whose folder is the run's own
+    settings["experts"] = pathlib.Path(settings["experts"]).name
   metadata = {
       "dataset": {"name": config.dataset, "num_classes": data.raw.num_classes, "hashes": data.raw.hashes,
                   "class_names": list(data.raw.class_names) if data.raw.class_names else None, "note": data.raw.note,
                   "pixel_max": data.raw.pixel_max, "pixel_range": pixel_range(data),
                   "validation_fraction": config.validation_fraction, "test_rows": data.x_test.shape[0]},
-      "config": {**dataclasses.asdict(config), "experts": pathlib.Path(config.experts).name},
+      "config": settings,
       "environment": run_folder.environment(),
       "result": {name: value for name, value in result.items() if not name.endswith(("_seconds", "_memory_bytes"))},
   }

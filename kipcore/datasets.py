@@ -170,6 +170,9 @@ def _labels(name, train, test, class_names):
 def _integers(what, y) -> np.ndarray:
   if y.dtype.kind not in "biuf":
     raise DatasetError(f"{what}: expected integer labels (or strings in both splits), got {y.dtype}")
+  if y.dtype.kind == "f":
+    with np.errstate(over="ignore"):
+      y = y.astype(np.float64)  # 2^31 is beyond float16
   whole = np.floor(y) == y if y.dtype.kind == "f" else True  # False at NaN
   bad = ~(whole & (y >= 0) & (y < 2**31 - 1))
   if bad.any():

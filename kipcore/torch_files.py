@@ -13,6 +13,7 @@ import pathlib
 import pickle
 import pickletools
 import re
+import warnings
 import zipfile
 from typing import Any, Callable, NamedTuple
 
@@ -163,7 +164,8 @@ def read_torch_file(path) -> Any:
       if file.read(len(LEGACY)) == LEGACY:
         raise _Refused("expected the zip format of torch.save, got the one of before torch 1.6; if you trust the file, convert it "
                        "where torch is: torch.save(torch.load(OLD, map_location='cpu', weights_only=False), NEW)")
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # about odd text in the pickle
       return _read(archive, os.path.getsize(path))
   except _Refused as error:
     raise ValueError(f"{path}: {error}") from error

@@ -14,8 +14,8 @@ import pytest
 import kipcore
 from kipcore import npz, trajectories
 from kipcore.datasets import DatasetError, load_dataset
-from experiments import evaluation, flags, fuzz, pipeline, run_folder
-from experiments.config import DistillConfig, EvaluateConfig
+from experiments import comparison, evaluation, flags, fuzz, malformed, pipeline, run_folder
+from experiments.config import CompareConfig, DistillConfig, EvaluateConfig
 from experiments.errors import UsageError
 
 RNG = np.random.default_rng(0)
@@ -123,7 +123,7 @@ def test_ridge_regression_never_gives_nan_in_silence():
   huge = kipcore.evaluate_krr(kipcore.linear_fn(), SUPPORT, 1e25 * X, Y, ridge=1e-3)
   assert huge.status == kipcore.Status.NOT_FINITE, "an infinite loss is no result"
   with pytest.raises(kipcore.NumericalError, match="training of a finite network failed"):
-    kipcore.evaluate_network(0, kipcore.fc(1), kipcore.Support(1e30 * SUPPORT.x, SUPPORT.y), X, Y, 1, 4, 2)
+    kipcore.evaluate_network(0, kipcore.fc(1), SUPPORT, X, Y, 1, 4, 2, learning_rate=np.float32(np.nan))
 
 
 # --- datasets ---
@@ -149,6 +149,7 @@ DATASETS = {
     "a class missing in training": ({"y_train": np.where(LABELS == 1, 2, LABELS)}, "every class of 0..2, got 2 classes from 0 to 2, without 1"),
     "a class missing in the test split": ({"y_test": np.zeros(6, int)}, lambda d: d.num_classes == 3),
     "strings": (labels(lambda y: np.array(list("abc"))[y]), lambda d: d.class_names == ("a", "b", "c")),
+    "float16 labels": (labels(lambda y: y.astype(np.float16)), lambda d: np.array_equal(d.y_train, LABELS)),
     "strings in one split": ({"y_test": np.array(list("abc"))[LABELS[:6]]}, "strings in both splits"),
     "negative": ({"y_train": at(LABELS, 4, -1)}, "the first -1 at index 4"),
     "a class of the test split alone": ({"y_test": at(LABELS[:6], 0, 7)}, "expected y_test in 0..2, the classes of y_train, got 7"),
@@ -162,7 +163,9 @@ def test_dirty_datasets_work_or_end_a_binary_with_status_2(name, tmp_path, capsy
   path = str(tmp_path / "data.npz")
   np.savez(path, **{**GOOD, **changes})
   if callable(expected):
-    data = load_dataset(path, validation_fraction=0)
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")
+      data = load_dataset(path, validation_fraction=0)
     assert expected(data) and np.isfinite(data.x_train).all()
     return
   with pytest.raises(DatasetError, match=expected):
@@ -362,11 +365,28 @@ def test_reports_of_broken_runs_end_in_one_line(tmp_path):
   assert not (tmp_path / "report.html").exists()
 
 
+def test_grids_seeds_and_widths_beyond_reason_are_named(tmp_path):
+  for grid in (dict(num_seeds=2**70), dict(num_seeds=2**31, samplers=()), dict(inits=()), dict(num_seeds=-1)):
+    with pytest.raises(UsageError, match="expected a grid of 1 to 10,000 cells"):
+      comparison.plan(CompareConfig(**grid), {})
+  for call in (lambda: load_dataset("digits", seed=2**63), lambda: kipcore.select_coreset(2**64, X, Y, 1, "uniform"),
+               lambda: kipcore.network(kipcore.fc(1), 2**40, 3)):
+    with pytest.raises(ValueError, match="(seed|width): expected"):
+      call()
+
+
+def test_odd_text_in_a_pickle_is_refused_in_silence(tmp_path):
+  (tmp_path / "a.pt").write_bytes(malformed.torch_bytes(b"\x80\x02S'\\('\n."))
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    assert kipcore.read_torch_file(tmp_path / "a.pt") == "\\("
+
+
 # --- a share of the fuzzing ---
 
 
 def test_a_share_of_malformed_examples_does_no_harm(tmp_path):
-  found = {name: fuzz.attack(target, 20, seconds=20) for name, target in fuzz.targets(tmp_path).items()}
+  found = {name: fuzz.attack(target._replace(seconds=20.0), 20) for name, target in fuzz.targets(tmp_path).items()}
   assert not {name: each["defects"] for name, each in found.items() if each["defects"]}
   assert sum(each["examples"] for each in found.values()) >= 250 and min(each["refused"] for each in found.values()) >= 1
   assert sum(each["read"] for each in found.values()) >= 10
@@ -386,6 +406,6 @@ def test_the_fuzzer_finds_what_is_planted(tmp_path):
     raise ValueError("expected another number, got this")
 
   from hypothesis import strategies as st
-  found = fuzz.attack(fuzz.Target(st.integers(0, 4), harm, (ValueError,)), 25, seconds=0.05)
+  found = fuzz.attack(fuzz.Target(st.integers(0, 4), harm, (ValueError,), 0.05), 25)
   assert found["refused"] and len(found["defects"]) == 4
   assert all(any(text in name for name in found["defects"]) for text in ("KeyError", "silent NaN", "unclear message", "no end after"))
