@@ -1,10 +1,11 @@
 """Exported sets trained in PyTorch: `python -m experiments.pytorch_check --data_dir=DIR`.
 
-Distils two sets, scores each with ConvNets of our own, exports it, and trains the same ConvNets in plain PyTorch, with nothing but
-the exported file (experiments/pytorch_training.py). One set has images of distribution matching with hard labels, the other images
-and labels that KIP learned. Each half draws its own initialisations, so means over networks are compared: the check passes where the
-95 % interval of their difference (Welch) holds 0, and ends with status 3 otherwise; the interval of our mean alone would leave out that
-the other mean varies as much. Writes experiments/results/pytorch_check.json. Five minutes on two cores; needs PyTorch (kipcore[torch]).
+Distils two sets, scores each with ConvNets of our own, exports it, and trains the same ConvNets in plain PyTorch, with
+nothing but the exported file (experiments/pytorch_training.py). One set has images of distribution matching with hard
+labels, the other images and labels that KIP learned. Each half draws its own initialisations, so means over networks
+are compared: the check passes where the 95 % interval of their difference (Welch) holds 0, and ends with status 3
+otherwise; the interval of our mean alone would leave out that the other mean varies as much. Writes
+experiments/results/pytorch_check.json. Five minutes on two cores; needs PyTorch (kipcore[torch]).
 """
 
 import dataclasses
@@ -90,8 +91,9 @@ def main() -> None:
     ours, theirs = (ranking.shown(found[half]["mean"], found[half]["half_width"]) for half in ("kipcore", "pytorch"))
     print(f"{name}: kipcore {ours} %, PyTorch {theirs} %, difference "
           f"{ranking.shown(found['difference'], found['difference_half_width'])} points", flush=True)
-    run_folder.write_json(FLAGS.output, {"environment": environment, "recipe": {"architecture": "conv3", "norm": "instance", **RECIPE},
-                                         "dataset": FLAGS.dataset, "sets": results})
+    recipe = {"architecture": "conv3", "norm": "instance", **RECIPE}
+    run_folder.write_json(FLAGS.output, {"environment": environment, "recipe": recipe, "dataset": FLAGS.dataset,
+                                         "sets": results})
   if apart := [name for name, found in results.items() if not found["agree"]]:
     raise NumericalError(f"PyTorch and kipcore differ by more than the 95 % interval on {', '.join(apart)}")
 

@@ -1,7 +1,7 @@
 """An exported set in plain PyTorch, as a program without kipcore uses it: read, preprocess, train, score.
 
-Nothing of kipcore is imported here. All that it knows of the set stands in the exported file: tensors, and JSON that says what they
-mean. The networks are the ConvNet of DC, DM and MTT, of a width that a CPU bears.
+Nothing of kipcore is imported here. All that it knows of the set stands in the exported file: tensors, and JSON that
+says what they mean. The networks are the ConvNet of DC, DM and MTT, of a width that a CPU bears.
 """
 
 import json
@@ -34,7 +34,8 @@ def inputs_of(pixels, conventions: dict, arrays: dict) -> np.ndarray:
   """
   x = np.asarray(pixels, np.float64)
   for step in conventions["preprocess"]["steps"]:
-    known = {name: arrays[value["stored_as"]] if isinstance(value, dict) else np.asarray(value) for name, value in step["arrays"].items()}
+    known = {name: arrays[value["stored_as"]] if isinstance(value, dict) else np.asarray(value)
+             for name, value in step["arrays"].items()}
     rows = x.reshape(len(x), -1)
     if step["name"] == "scale":
       x = x / known["divisor"]
@@ -69,7 +70,8 @@ def conv_net(channels: int, image_size: tuple[int, int], num_classes: int, width
   from torch import nn
   layers, last = [], channels
   for _ in range(depth):
-    layers += [nn.Conv2d(last, width, 3, padding=1), nn.InstanceNorm2d(width, eps=1e-5, affine=True), nn.ReLU(), nn.AvgPool2d(2)]
+    layers += [nn.Conv2d(last, width, 3, padding=1), nn.InstanceNorm2d(width, eps=1e-5, affine=True), nn.ReLU(),
+               nn.AvgPool2d(2)]
     last = width
   features = width * math.prod(side // 2**depth for side in image_size)
   network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, num_classes))

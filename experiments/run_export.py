@@ -1,4 +1,7 @@
-"""Writes a saved artefact for other programs: `python -m experiments.run_export --artifact=RUN/distilled.npz --format=png,torch`."""
+"""Writes a saved artefact for other programs.
+
+For example `python -m experiments.run_export --artifact=RUN/distilled.npz --format=png,torch`.
+"""
 
 import pathlib
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import absorb, certificate, coreset, keys, krr, report
+from kipcore import absorb, certificate, checks, coreset, keys, krr, report
 from kipcore.types import Support
 from experiments import estimate, outputs, pipeline, progress, readme, reporting, run_folder
 from experiments.config import SelectConfig
@@ -86,6 +86,7 @@ def run_select(config: SelectConfig, output_dir: str | None = None, overwrite: b
   with working("solving for labels"):
     solved = krr.label_solve_rows(data.kernel_fn, chosen.x, x, y, float(used),
                                   coreset.objective_ridge(data.kernel_fn, x))
+  checks.raise_for_status("solving for the labels of the points", solved.status)
   with working("measuring the certificate"):
     certified = _certify(config, data.kernel_fn, x, y, ridge, chosen, scores)
   with working("scoring test rows"):

@@ -153,6 +153,30 @@ def cross_architecture_table(results: dict) -> str:
                     "(`python -m experiments.cross_architecture`)."])
 
 
+def published_table(results: dict) -> str:
+  """Markdown of `published_sets.json`: a row a way of judging a set of other authors."""
+  lines = ["| set and judge | accuracy, % | known, % |", "| --- | --- | --- |"]
+  for name, part in results["parts"].items():
+    deviation = "" if part.get("std_percent") is None else f" ± {part['std_percent']:.1f}"
+    lines.append(f"| `{name}` | {part['accuracy_percent']:.1f}{deviation} | {part['reference_percent']} |")
+  part = next(iter(results["parts"].values()))
+  return "\n".join([*lines, "", f"On the first {part['test_rows']:,} test rows of CIFAR-10, original pixels, behind whitening fitted on {part['training_rows']:,} training rows; "
+                    "deviation over networks. From `experiments/results/published_sets.json` (`python -m experiments.published_sets`), which has the recipe of each row."])
+
+
+def pytorch_table(results: dict) -> str:
+  """Markdown of `pytorch_check.json`: a row a set, networks of ours beside those of PyTorch."""
+  from kipcore import ranking
+  lines = ["| set | kipcore, % | PyTorch, % | difference, points |", "| --- | --- | --- | --- |"]
+  for name, found in results["sets"].items():
+    ours, theirs = (ranking.shown(found[half]["mean"], found[half]["half_width"]) for half in ("kipcore", "pytorch"))
+    lines.append(f"| `{name}` | {ours} | {theirs} | {ranking.shown(found['difference'], found['difference_half_width'])} |")
+  recipe, networks = results["recipe"], len(next(iter(results["sets"].values()))["kipcore"]["accuracies"])
+  return "\n".join([*lines, "", f"MNIST, ten images a class, test accuracy of ConvNet-3 of {recipe['width']} channels with instance norm, {recipe['num_steps']} steps of all images; means of "
+                    f"{networks} networks with half of their 95 % intervals. The right half saw nothing but the exported file. From `experiments/results/pytorch_check.json` "
+                    "(`python -m experiments.pytorch_check`)."])
+
+
 _DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
 
 
@@ -194,7 +218,8 @@ def _compared() -> dict:
 TABLES = {"conformance": ("conformance", conformance_table), "starting_points": ("starting_points", starting_points_table),
           "default_gain": ("ablation", default_gain_table), "ablation": ("ablation", ablation_table),
           "kernels": ("benchmark_kernels", kernels_table), "cost": ("benchmark_methods", cost_table),
-          "cross_architecture": ("cross_architecture", cross_architecture_table)}
+          "cross_architecture": ("cross_architecture", cross_architecture_table), "published": ("published_sets", published_table),
+          "pytorch": ("pytorch_check", pytorch_table)}
 
 
 DOCUMENTS = ("README.md", "RESULTS.md")

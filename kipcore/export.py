@@ -257,9 +257,9 @@ def _describe(format: str, content: DistilledSet) -> tuple[dict, dict[str, np.nd
       },
       "pixel_range": {"black": 0.0, "white": content.pixel_max},
       "label_convention": {
-          "kind": "one-hot minus offset, possibly learned since", "offset": 1.0 / classes, "labels": "as the accuracy was measured with",
-          "one_hot": "labels + offset", "classes": "where labels are largest", "num_classes": classes,
-          "class_names": content.class_names,
+          "kind": "one-hot minus offset, possibly learned since", "offset": 1.0 / classes,
+          "labels": "as the accuracy was measured with", "one_hot": "labels + offset",
+          "classes": "where labels are largest", "num_classes": classes, "class_names": content.class_names,
       },
       "preprocess": {
           "kind": content.preprocess.kind,

@@ -43,8 +43,8 @@ def write_atomically(path, content: bytes) -> None:
 def replacing_folder(path) -> Iterator[pathlib.Path]:
   """A folder to fill, aside; at the end of the block it takes the name `path`, and a folder of that name is deleted.
 
-  Whatever is raised in the block leaves an older folder as it was, and nothing aside. No portable call exchanges two folders: a process
-  that is killed between the two renames leaves both in a hidden folder beside `path`.
+  Whatever is raised in the block leaves an older folder as it was, and nothing aside. No portable call exchanges
+  two folders: a process that is killed between the two renames leaves both in a hidden folder beside `path`.
 
   Args:
     path: folder name; the folder that it is in exists.

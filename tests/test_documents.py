@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import kipcore
@@ -103,3 +104,42 @@ def test_tables_come_from_the_result_files():
   for name in tables.DOCUMENTS:
     text = (ROOT / name).read_text()
     assert tables.rendered(text) == text, "run python -m experiments.tables"
+
+
+def run(command: str) -> subprocess.CompletedProcess:
+  """`python -m` a command, with its output."""
+  return subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """Where the commands of the README find what they name: a run, an .npz, a folder of images."""
+  from PIL import Image
+  path = tmp_path_factory.mktemp("readme")
+  data = kipcore.datasets.load_dataset("digits")
+  arrays = {name: getattr(data, name)[:300] for name in ("x_train", "y_train", "x_test", "y_test")}
+  np.savez(path / "data.npz", **arrays)
+  for name, images, labels in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
+    for i in range(100):
+      folder = path / "folder" / name / str(labels[i])
+      folder.mkdir(parents=True, exist_ok=True)
+      Image.fromarray((15 * images[i, ..., 0]).astype(np.uint8)).save(folder / f"{i}.png")
+  assert run(f"experiments.run_distill --output_dir={path}/RUN --steps=2").returncode == 0
+  return path
+
+
+SMALL = {"run_distill": " --steps=2", "run_compare": " --num_seeds=1 --inits=uniform --samplers=uniform --evaluations=500 --network_seeds=0",
+         "run_evaluate": " --baselines=uniform --num_seeds=2 --network_steps=2 --width=4 --test_rows=50"}
+COMMANDS = re.findall(r"^python -m (.+)$", "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S)), flags=re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_readme_run(place, command):
+  """Each as written, but on digits for named datasets, and with few steps; none needs a network."""
+  module = command.split()[0].removeprefix("experiments.")
+  command = re.sub(r"--dataset=(mnist|cifar10)|--data_dir=DIR", "", command.replace("path/to", str(place)).replace("runs/", f"{place}/"))
+  if module in ("run_distill", "run_select", "run_export") and "--output_dir" not in command:
+    command += f" --output_dir={place}/{len(list(place.iterdir()))}"
+  done = run(command + ("" if "--resume" in command else SMALL.get(module, "")))
+  finished = "--resume" in command and "has its result" in done.stderr
+  assert done.returncode == 0 or finished, f"{command}\n{done.stdout}\n{done.stderr}"

@@ -144,7 +144,11 @@ def test_tfds_reads_it_back(tmp_path, stored):
   plain.export(tmp_path / "Plain set", "tfds")
   from kipcore.datasets import quiet_tensorflow
   with quiet_tensorflow() as (_, tfds):
-    read = lambda dataset: {name: np.stack([row[name] for row in rows]) for rows in [list(tfds.as_numpy(dataset))] for name in rows[0]}
+
+    def read(dataset):
+      rows = list(tfds.as_numpy(dataset))
+      return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
     builder = tfds.builder_from_directory(str(tmp_path / "learned" / "1.0.0"))
     found = [read(builder.as_dataset(split="train")), read(tfds.load("learned", data_dir=str(tmp_path), split="train")),
              read(tfds.builder_from_directory(str(tmp_path / "Plain set")).as_dataset(split="train"))]
@@ -235,9 +239,9 @@ def test_what_is_no_export_is_never_replaced(tmp_path, stored):
   assert (tmp_path / "empty" / "labels.csv").is_file()
 
 
-@pytest.mark.parametrize("format, broken", [("numpy", "numpy.savez_compressed"), ("safetensors", "safetensors.numpy.save"),
-                                            ("numpy", "os.fsync"), ("png", "PIL.Image.Image.save"), ("png", "pathlib.Path.write_text"),
-                                            ("png", "pathlib.Path.rename")])
+@pytest.mark.parametrize("format, broken", [
+    ("numpy", "numpy.savez_compressed"), ("safetensors", "safetensors.numpy.save"), ("numpy", "os.fsync"),
+    ("png", "PIL.Image.Image.save"), ("png", "pathlib.Path.write_text"), ("png", "pathlib.Path.rename")])
 def test_an_interrupted_export_leaves_the_earlier_one(tmp_path, monkeypatch, stored, format, broken):
   stored.export(tmp_path / "out", format)
   before = content(tmp_path)
@@ -270,7 +274,8 @@ def test_wrong_arguments_are_named_before_anything_is_written(tmp_path, stored):
       (lambda: unknown.export(path, "png"), "format png: expected pixel_max"),
       (lambda: stored.export(path, "png", pixel_max=-1.0), "pixel_max: expected values > 0, got -1"),
       (lambda: export.as_numpy(np.zeros((3, 2)), np.zeros((2, 2))), "same number of rows"),
-      (lambda: export.write(path, "numpy", stored.distilled_set()._replace(labels=np.full((7, 4), np.nan))), "labels: expected finite"),
+      (lambda: export.write(path, "numpy", stored.distilled_set()._replace(labels=np.full((7, 4), np.nan))),
+       "labels: expected finite"),
   ):
     with pytest.raises(ValueError, match=message):
       call()
@@ -297,7 +302,8 @@ def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path, stored, format)
 def test_the_binary_exports_and_refuses(tmp_path, stored):
   path = tmp_path / "distilled.npz"
   kipcore.save_artifact(path, stored)
-  run = lambda *flags: subprocess.run([sys.executable, "-m", "experiments.run_export", *flags], cwd=ROOT, capture_output=True, text=True)
+  run = lambda *flags: subprocess.run([sys.executable, "-m", "experiments.run_export", *flags], cwd=ROOT,
+                                      capture_output=True, text=True)
   done = run(f"--artifact={path}", "--format=png,numpy", "--space=pixels")
   assert done.returncode == 0, done.stderr
   names = {"distilled_pixels.npz", "distilled_pixels.npz.json", "distilled_pixels_png"}
