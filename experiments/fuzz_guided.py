@@ -27,8 +27,8 @@ def _archive(path, names, parts) -> None:
 def seeds(folder: pathlib.Path) -> list[bytes]:
   """Good inputs, of the form that `attempts` reads: which attempt, then its content."""
   from kipcore import npz
-  from experiments import fuzz, malformed
-  fuzz.targets(folder)
+  from experiments import fuzz_targets, malformed
+  fuzz_targets.targets(folder)
   metadata = json.dumps(npz.load_checked(folder / "good.npz", "kipcore-distilled", 1)[1]).encode()
   good, out = malformed.dataset_arrays(), []
   with zipfile.ZipFile(folder / "good.npz") as archive:
@@ -37,8 +37,9 @@ def seeds(folder: pathlib.Path) -> list[bytes]:
     dataset = [archive.read(name) for name in archive.namelist()]
   sets = malformed.published_sets()
   whole = {0: (folder / "good.npz").read_bytes(), 1: malformed.npz_bytes(good), 2: malformed.flax_bytes(sets["checkpoint_7"]),
-           3: malformed.torch_bytes(), 4: malformed.torch_layout(), 5: _SEED_MEMBERS.join(artefact), 6: _SEED_MEMBERS.join(dataset), 7: metadata,
-           8: (folder / "good.npy").read_bytes(), 9: (folder / "good.json").read_bytes(), 10: malformed.npz_bytes(sets["best.npz"])}
+           3: malformed.torch_bytes(), 4: malformed.torch_layout(), 5: _SEED_MEMBERS.join(artefact),
+           6: _SEED_MEMBERS.join(dataset), 7: metadata, 8: (folder / "good.npy").read_bytes(),
+           9: (folder / "good.json").read_bytes(), 10: malformed.npz_bytes(sets["best.npz"])}
   for number, content in whole.items():
     out.append(bytes([number]) + content)
   return out
@@ -47,7 +48,7 @@ def seeds(folder: pathlib.Path) -> list[bytes]:
 def attempts(folder: pathlib.Path) -> list:
   """`(name, content -> None, documented errors)` by the first byte of an input."""
   from kipcore import artifact, datasets, npz, published, torch_files, trajectories
-  from experiments import fuzz, malformed
+  from experiments import fuzz_targets, malformed
   arrays, about = npz.load_checked(folder / "good.npz", artifact.FORMAT, artifact.FORMAT_VERSION)
   del about["checksums"]
   work = folder / "work"
@@ -72,34 +73,39 @@ def attempts(folder: pathlib.Path) -> list:
       text = json.loads(content)
     except (ValueError, RecursionError) as error:
       raise artifact.ArtifactError("expected JSON, got other text, which tries nothing") from error
-    npz.save_checked(work / "m.npz", arrays, artifact.FORMAT, artifact.FORMAT_VERSION, text if isinstance(text, dict) else {"x": text})
-    fuzz._artifact(work / "m.npz")
+    text = text if isinstance(text, dict) else {"x": text}
+    npz.save_checked(work / "m.npz", arrays, artifact.FORMAT, artifact.FORMAT_VERSION, text)
+    fuzz_targets.check_artifact(work / "m.npz")
 
   def pair(which):
     def attempt(content):
       for suffix in ("npy", "json"):
         (work / f"t.{suffix}").write_bytes(content if suffix == which else (folder / f"good.{suffix}").read_bytes())
-      fuzz.finite("trajectories", trajectories.load_trajectories(work / "t.npy").array)
+      fuzz_targets.finite("trajectories", trajectories.load_trajectories(work / "t.npy").array)
     return attempt
 
   dataset = [f"{name}.npy" for name in malformed.dataset_arrays()]
   of_artifact, of_dataset, of_set = artifact.ArtifactError, datasets.DatasetError, published.PublishedError
   return [
-      ("artefact", file("a.npz", fuzz._artifact), of_artifact), ("dataset", file("d.npz", fuzz._dataset), of_dataset),
-      ("flax_set", file("checkpoint_7", fuzz._published), of_set), ("torch_file", file("a.pt", torch_files.read_torch_file), ValueError),
+      ("artefact", file("a.npz", fuzz_targets.check_artifact), of_artifact),
+      ("dataset", file("d.npz", fuzz_targets.check_dataset), of_dataset),
+      ("flax_set", file("checkpoint_7", fuzz_targets.check_published), of_set),
+      ("torch_file", file("a.pt", torch_files.read_torch_file), ValueError),
       ("torch_layout", lambda content: file("b.pt", torch_files.read_torch_file)(malformed.torch_bytes(content)), ValueError),
-      ("artefact_members", members("b.npz", names, fuzz._artifact), of_artifact),
-      ("dataset_members", members("e.npz", dataset, fuzz._dataset), of_dataset), ("artefact_metadata", metadata, of_artifact),
-      ("trajectories", pair("npy"), trajectories.TrajectoriesError), ("trajectories_metadata", pair("json"), trajectories.TrajectoriesError),
-      ("npz_set", file("best.npz", fuzz._published), of_set)]
+      ("artefact_members", members("b.npz", names, fuzz_targets.check_artifact), of_artifact),
+      ("dataset_members", members("e.npz", dataset, fuzz_targets.check_dataset), of_dataset), ("artefact_metadata", metadata, of_artifact),
+      ("trajectories", pair("npy"), trajectories.TrajectoriesError),
+      ("trajectories_metadata", pair("json"), trajectories.TrajectoriesError),
+      ("npz_set", file("best.npz", fuzz_targets.check_published), of_set)]
 
 
 def main() -> None:
   """Fuzzes for so many seconds, and writes the counts."""
   import atheris
-  with atheris.instrument_imports(include=["kipcore", "zipfile", "numpy.lib", "numpy.lib._format_impl", "pickletools"], enable_loader_override=False):
+  readers = ["kipcore", "zipfile", "numpy.lib", "numpy.lib._format_impl", "pickletools"]
+  with atheris.instrument_imports(include=readers, enable_loader_override=False):
     from kipcore import artifact, datasets, npz, published, publishers, torch_files, trajectories  # noqa: F401, instrumented here
-  from experiments import fuzz, run_folder
+  from experiments import fuzz, fuzz_targets, run_folder
   seconds = float(next((text.split("=")[1] for text in sys.argv if text.startswith("--seconds=")), 300))
   output = pathlib.Path(next((text.split("=")[1] for text in sys.argv if text.startswith("--output=")), "experiments/results/fuzz.json"))
   folder = pathlib.Path(tempfile.mkdtemp(prefix="guided"))
@@ -123,7 +129,7 @@ def main() -> None:
     if not data:
       return
     name, attempt, errors = tried[data[0] % len(tried)]
-    target = fuzz.Target(None, lambda _, content: attempt(content), (errors,))
+    target = fuzz_targets.Target(None, lambda _, content: attempt(content), (errors,))
     mine = counts[name]
     mine["examples"] += 1
     try:

@@ -119,8 +119,10 @@ def arrays(draw, like: np.ndarray | None = None) -> np.ndarray:
   near = like is not None and draw(st.integers(0, 3)) > 0
   shape = draw(st.lists(st.sampled_from((0, 1, 2, 3, 4, 12)), max_size=4).map(tuple))
   if near:
-    shape = like.shape if draw(st.booleans()) else draw(st.sampled_from((like.shape[1:], (*like.shape, 1), (0, *like.shape[1:]), like.shape[::-1])))
-  dtype = np.dtype(draw(st.sampled_from(("f4", "f8", "f2", "f16", "u1", "u2", "i4", "i8", "u8", "?", "U3", "S3", "O", "c8", "M8[s]", "V3", ">f4", ">i2"))))
+    others = (like.shape[1:], (*like.shape, 1), (0, *like.shape[1:]), like.shape[::-1])
+    shape = like.shape if draw(st.booleans()) else draw(st.sampled_from(others))
+  dtype = np.dtype(draw(st.sampled_from(
+      ("f4", "f8", "f2", "f16", "u1", "u2", "i4", "i8", "u8", "?", "U3", "S3", "O", "c8", "M8[s]", "V3", ">f4", ">i2"))))
   if near and draw(st.booleans()):
     dtype = like.dtype
   if near and shape == like.shape and dtype == like.dtype:
@@ -200,7 +202,8 @@ def torch_bytes(layout: bytes | None = None) -> bytes:
   layout = b"\x80\x02}" + const("data") + b"](" + pair + b"es." if layout is None else layout
   out = io.BytesIO()
   with zipfile.ZipFile(out, "w") as archive:
-    for member, data in {"data.pkl": layout, "data/0": np.arange(24, dtype="<f4").tobytes(), "data/1": np.arange(2, dtype="<i8").tobytes()}.items():
+    numbers = {"data/0": np.arange(24, dtype="<f4").tobytes(), "data/1": np.arange(2, dtype="<i8").tobytes()}
+    for member, data in {"data.pkl": layout, **numbers}.items():
       archive.writestr(f"archive/{member}", data)
   return out.getvalue()
 

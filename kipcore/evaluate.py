@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 
 from kipcore import checks, keys, krr, linalg, networks
-from kipcore.architectures import Architecture
+from kipcore.architectures import Architecture, Conv
 from kipcore.distill import augment
 from kipcore.gram import gram_matvec, map_row_blocks
 from kipcore.types import Array, KernelFn, Status, Support
@@ -79,7 +79,7 @@ def _evaluate_krr(kernel_fn, relative, block_size, support, x, y, ridge):
 
 
 def evaluate_network(key, arch: Architecture | nn.Module, support: Support, x: Array, y: Array, num_seeds: int = 5,
-                     width: int = 512, num_steps: int = 1000, learning_rate: float = 1e-3,
+                     width: int = 512, num_steps: int = 1000, learning_rate: float | None = None,
                      batch_size: int = 256, norm: str = "none", augmentation: str = "") -> np.ndarray:
   """Trains finite networks on the support and scores them on rows they have not seen.
 
@@ -98,7 +98,8 @@ def evaluate_network(key, arch: Architecture | nn.Module, support: Support, x: A
     num_seeds: networks, each with its own initialisation and batches.
     width: units or channels.
     num_steps: optimiser steps.
-    learning_rate: peak rate.
+    learning_rate: peak rate; None for 1e-3, or 1e-4 for an architecture of dense layers alone: Adam moves all of their weights
+      by the rate, and on a few images 1e-3 moves them further than those images warrant.
     batch_size: support rows a step; all of them if there are fewer.
     norm: "none", or "instance" after each convolution, as DC, DM and MTT evaluate.
     augmentation: names of `distill.augment.siamese` joined with "_" (`augment.DSA` for all of them): each step one of
@@ -120,6 +121,9 @@ def evaluate_network(key, arch: Architecture | nn.Module, support: Support, x: A
   module = arch if isinstance(arch, nn.Module) else networks.network(arch, width, support.y.shape[1], norm=norm)
   stream = keys.stream(key, "evaluate_network")
   x, y = jnp.asarray(x), jnp.asarray(y)
+  if learning_rate is None:
+    dense = isinstance(arch, Architecture) and not any(isinstance(layer, Conv) for layer in arch.layers)
+    learning_rate = 1e-4 if dense else 1e-3
   rate = jnp.asarray(learning_rate, support.x.dtype)
   batch_size = min(batch_size, support.x.shape[0])
   with linalg.permissive_promotion():

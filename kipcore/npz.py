@@ -48,7 +48,8 @@ def read_npz(path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
       more than the machine has memory; dtypes other than plain ones.
   """
   with _opened(path) as (archive, members):
-    return {name: _read_member(f"{path}: {_line(name, 80)}", archive, info) for name, info in members.items() if names is None or name in names}
+    wanted = {name: info for name, info in members.items() if names is None or name in names}
+    return {name: _read_member(f"{path}: {_line(name, 80)}", archive, info) for name, info in wanted.items()}
 
 
 def names_in(path) -> list[str]:
@@ -108,7 +109,8 @@ def load_checked(path, form: str, version: int, required: Sequence[str] = ()) ->
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise NpzError(f"{path}: expected metadata, the JSON text of a {form}, got something else ({type(error).__name__})") from error
   if not known:
-    raise NpzError(f"{path}: expected format {form} up to version {version}, got {_line(repr(found), 40)} version {_line(repr(its_version), 40)}")
+    raise NpzError(f"{path}: expected format {form} up to version {version}, got {_line(repr(found), 40)} version "
+                   f"{_line(repr(its_version), 40)}")
   if set(arrays) != set(sums):
     raise NpzError(f"{path}: expected the arrays {_line(sorted(sums))}, got {_line(sorted(arrays))}")
   for name, array in arrays.items():

@@ -182,10 +182,10 @@ def floats(what, x) -> np.ndarray:
 
 
 def _number(what, x) -> float:
-  x = np.asarray(x) if isinstance(x, (int, float, np.number, np.ndarray)) else np.empty(0)
-  if x.size != 1 or x.dtype.kind not in "iuf" or not np.isfinite(x).all():
+  number = np.asarray(x) if isinstance(x, (int, float, np.number, np.ndarray)) else np.empty(0)
+  if number.size != 1 or number.dtype.kind not in "iuf" or not np.isfinite(number).all():
     raise ValueError(f"{what}: expected a finite number, got {x!r:.100}")
-  return float(x.reshape(()))
+  return float(number.reshape(()))
 
 
 def _soft_labels(labels) -> np.ndarray:

@@ -26,7 +26,7 @@ class NetworkEvaluator(NamedTuple):
   norm: str = "none"
   augmentation: str = ""
   num_steps: int = 1000
-  learning_rate: float = 1e-3
+  learning_rate: float | None = None
 
 
 class EvaluationEntry(NamedTuple):
