@@ -15,6 +15,7 @@ class DataConfig:
   precision: str = "float32"
   images_per_class: int = 1
   preprocess: str = "standardize"
+  train_rows: int = 0
   validation_fraction: float = 0.1
   test_rows: int = 0
   seed: int = 0
@@ -45,6 +46,7 @@ class DistillConfig(DataConfig):
   refresh_every: int = 0
   steps: int = 1000
   target_batch_size: int = 0
+  target_block_size: int = 0
   learning_rate: float = 0.04
   schedule: str = "cosine"
   relative_ridge: float = 1e-6

@@ -24,6 +24,7 @@ def of_distillation(config: DistillConfig, output_dir: str | None = None, overwr
   """
   started = time.perf_counter()
   planned = pipeline.plan(config)
+  config = dataclasses.replace(config, target_block_size=planned.block)
   folder = run_folder.planned(output_dir, planned.name, overwrite)
   reading = Part(_READING, time.perf_counter() - started)
   print(pipeline.description(config, planned))

@@ -1,10 +1,14 @@
-"""The one exception that means "the user can mend this"; binaries turn it into one line and status 2."""
+"""What a run ends with that is no defect; binaries turn each into one line and a status (2 for what the user can mend)."""
 
 import contextlib
 
 
 class UsageError(ValueError):
   """A wrong flag, file or value."""
+
+
+class OutOfMemory(Exception):
+  """Memory that ran out, or would; the message names the part and what helps. Binaries end with status 3."""
 
 
 class Stopped(Exception):

@@ -96,7 +96,7 @@ def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
     name, fraction, hashed = config.dataset or about["name"], about["validation_fraction"], str(about["hashes"]["test"])
     distilled = DistillConfig(**{f.name: recorded[f.name] for f in dataclasses.fields(DistillConfig) if f.name in recorded})
     distilled = dataclasses.replace(distilled, test_rows=config.test_rows or distilled.test_rows)
-    raw = datasets.load_dataset(name, config.data_dir or distilled.data_dir, fraction, distilled.seed)
+    raw = datasets.load_dataset(name, config.data_dir or distilled.data_dir, fraction, distilled.seed, distilled.train_rows)
   except (KeyError, TypeError, AttributeError) as error:
     raise UsageError("expected the artefact of a run, whose metadata name its dataset, config and result; got another "
                      f"({error!r})") from error

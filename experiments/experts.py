@@ -31,7 +31,7 @@ def prepare(config: DistillConfig, data, sampler, path) -> int:
   rows = np.linspace(0, len(data.x_train) - 1, config.expert_rows or len(data.x_train)).astype(int)
   module = methods.module_of(config, methods.Problem(data.kernel_fn, data.y_train.shape[1]))
   augmentation = methods.options_of(config).augmentation
-  names = ("dataset", "seed", "preprocess", "validation_fraction", "width", "num_experts", "expert_epochs", "sampler", "uniform_mix",
+  names = ("dataset", "seed", "preprocess", "train_rows", "validation_fraction", "width", "num_experts", "expert_epochs", "sampler", "uniform_mix",
            "weight_exponent", "least_gain")
   about = {**{name: getattr(config, name) for name in names}, "rows": len(rows), "augmentation": augmentation, "norm": module.norm,
            "architecture": module.arch.to_json(), "train_hash": data.raw.hashes["train"]}

@@ -18,7 +18,7 @@ from experiments.help_text import first, group  # noqa: F401, for the binaries
 
 FLAGS = flags.FLAGS
 _DEFAULT = DataConfig()
-_NO_MEMORY = "out of memory: --dry_run says what each part takes; less by --target_batch_size, --images_per_class, --test_rows or --width"
+_NO_MEMORY = "--dry_run says what each takes; less by --target_batch_size, --images_per_class, --train_rows, --test_rows or --width"
 
 
 def define_common() -> None:
@@ -31,6 +31,8 @@ def define_common() -> None:
   flags.DEFINE_enum("preprocess", _DEFAULT.preprocess,
                     ["none", "standardize", "zca", "zca_kip", "zca_rfad", "zca_dcbench", "zca_absolute"],
                     "Fitted on training rows; see kipcore.preprocess for what each ZCA is.")
+  flags.DEFINE_integer("train_rows", _DEFAULT.train_rows, "Learn from so many training rows, a random part of each class, validation included; the "
+                       "others are never held in memory. 0 for all.", lower_bound=0)
   flags.DEFINE_float("validation_fraction", _DEFAULT.validation_fraction, "Share of the training rows kept for validation; 0 for none.",
                      lower_bound=0.0, upper_bound=0.9)
   flags.DEFINE_integer("test_rows", _DEFAULT.test_rows, "Score on the first so many test rows (for slow kernels); 0 for all.",
@@ -104,6 +106,8 @@ def define_sampler() -> None:
                       "residual_norm, margin.")
   flags.DEFINE_integer("target_batch_size", default.target_batch_size, "Targets a step, over all devices; 0 for 1,000 or all of fewer.",
                        lower_bound=0)
+  flags.DEFINE_integer("target_block_size", default.target_block_size, "Targets whose kernel kip holds at a time, at the price of computing it twice; "
+                       "0 for all of a step, or as many as fit.", lower_bound=0)
   flags.DEFINE_float("uniform_mix", default.uniform_mix, "Share of uniform draws of a sampler by loss.", lower_bound=0.0, upper_bound=1.0)
   flags.DEFINE_float("weight_exponent", default.weight_exponent, "Of the weights of a sampler by loss: 1 for an unbiased mean, "
                      "0 for none.", lower_bound=0.0, upper_bound=1.0)
@@ -197,25 +201,21 @@ def _run(main) -> None:
     if "x64" in FLAGS:
       jax.config.update("jax_enable_x64", FLAGS.x64)
     from kipcore.types import NumericalError
-    from experiments.errors import Stopped, UsageError
+    from experiments import planner
+    from experiments.errors import OutOfMemory, Stopped, UsageError
     try:
-      main()
+      with planner.part("a part without a name", _NO_MEMORY):
+        main()
     except UsageError as error:
       _end(2, str(error))
-    except NumericalError as error:
+    except (NumericalError, OutOfMemory) as error:
       _end(3, str(error))
     except Stopped as error:
       _end(143, str(error))
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      _end(3, f"{_NO_MEMORY} ({str(error).splitlines()[0]})")
   except KeyboardInterrupt:
     _end(130, "interrupted")
   except BrokenPipeError:  # an OSError, but no one's fault
     raise
-  except MemoryError as error:
-    _end(3, f"{_NO_MEMORY} ({error or 'MemoryError'})")
   except OSError as error:
     _end(2, str(error))
 

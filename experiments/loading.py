@@ -7,6 +7,7 @@ import numpy as np
 
 from kipcore import datasets, kernels, preprocess
 from kipcore.architectures import architecture
+from experiments import planner
 from experiments.config import DataConfig
 from experiments.errors import usage
 
@@ -37,7 +38,8 @@ def load(config: DataConfig) -> Data:
   """
   with usage():
     arch = architecture(config.architecture)
-    raw = datasets.load_dataset(config.dataset, config.data_dir, config.validation_fraction, config.seed)
+    raw = datasets.load_dataset(config.dataset, config.data_dir, config.validation_fraction, config.seed, config.train_rows)
+    planner.check_rows(raw, 8 if config.x64 else 4, config.num_devices or jax.local_device_count(), config.test_rows)
     return prepare(config, raw, preprocess.fit_preprocess(raw.x_train, config.preprocess, raw.pixel_max),
                    kernels.NetworkKernel(arch, config.kernel, precision=config.precision))
 

@@ -52,7 +52,8 @@ def module_of(config: DistillConfig, problem: Problem, **changes):
 
 def _kip(config, problem, options):
   from kipcore.distill import kip
-  return kip.kip(problem.kernel_fn, kip.KIPOptions(config.relative_ridge, config.loss, config.learn_labels))
+  return kip.kip(problem.kernel_fn, kip.KIPOptions(config.relative_ridge, config.loss, config.learn_labels,
+                                                             block_size=config.target_block_size or None))
 
 
 def _rfad(config, problem, options):
@@ -191,7 +192,7 @@ def distiller_of(config: DistillConfig, problem: Problem, sampler, batch_size: i
   """
   own = {name: getattr(config, name) for name in (
       "method", "preset", "options", "width", "optimizer", "learning_rate", "steps", "schedule", "relative_ridge", "loss",
-      "learn_labels", "images_per_class")}
+      "learn_labels", "images_per_class", "target_block_size")}
   if config.schedule == "constant":
     own["steps"] = 0
   return _distiller(DistillConfig(**own), problem, sampler, batch_size)

@@ -16,7 +16,7 @@ from kipcore import absorb, checks, coreset, evaluate, keys, kernels, krr
 from kipcore.architectures import architecture
 from kipcore.distill import importance, loop, method, optimizers
 from kipcore.types import Support
-from experiments import direct, estimate, event_log, experts, methods, outputs, progress, readme, reporting, run_folder
+from experiments import direct, estimate, event_log, experts, methods, outputs, planner, progress, readme, reporting, run_folder
 from experiments.config import DataConfig, DistillConfig, Upkeep
 from experiments.direct import Outcome
 from experiments.errors import Stopped, UsageError, usage
@@ -138,7 +138,8 @@ def devices_of(config: DataConfig) -> list:
 def score(config: DistillConfig, data: Data, support: Support, x=None, y=None) -> float:
   """Test accuracy (or that on given rows) of ridge regression on a support; raises if the fit failed."""
   x, y = (data.x_test, data.y_test) if x is None else (x, y)
-  result = evaluate.evaluate_krr(data.score_kernel, support, x, y, relative_ridge=config.relative_ridge)
+  result = evaluate.evaluate_krr(data.score_kernel, support, x, y, relative_ridge=config.relative_ridge,
+                                 block_size=planner.rows_at_a_time(x.shape[0], support.x.shape[0], x.dtype.itemsize) or None)
   checks.raise_for_status("kernel ridge regression on the support", result.status)
   return float(result.accuracy)
 
@@ -158,7 +159,7 @@ def network_scores(config: DistillConfig, data: Data, support: Support) -> dict:
 
 
 class Plan(NamedTuple):
-  """A run that has been checked: its data, devices, targets of a step, sizes, and the random real images of its baseline."""
+  """A run that has been checked: its data, devices, targets of a step, sizes, the random real images of its baseline, and targets a block."""
 
   data: Data
   devices: list
@@ -166,6 +167,7 @@ class Plan(NamedTuple):
   baselines: list[Support]
   sizes: estimate.Sizes
   name: str
+  block: int
 
 
 def plan(config: DistillConfig, data: Data | None = None) -> Plan:
@@ -185,7 +187,9 @@ def plan(config: DistillConfig, data: Data | None = None) -> Plan:
   sizes = estimate.Sizes(m, batch, data.x_train.shape[0] // stride if stride else 0, data.x_test.shape[0], _BASELINE_DRAWS + 2, validation,
                          len(devices))
   name = f"{outputs.slug(config.dataset)}-{config.method}-{config.architecture}-ipc{config.images_per_class}-seed{config.seed}"
-  return Plan(data, devices, batch, baselines, sizes, name)
+  dense = config.method == "kip" and not data.kernel_fn.arch.convolutional  # those work in tiles
+  block = config.target_block_size or (planner.rows_at_a_time(-(-batch // len(devices)), m, data.x_train.itemsize) if dense else 0)
+  return Plan(data, devices, batch, baselines, sizes, name, block)
 
 
 def description(config: DistillConfig, planned: Plan) -> str:
@@ -197,7 +201,7 @@ def description(config: DistillConfig, planned: Plan) -> str:
           f"{data.x_test.shape[0]:,} test rows of shape {data.x_train.shape[1:]}, {data.raw.num_classes} classes\n"
           f"{config.method} {through}: {planned.sizes.support} images "
           f"({config.images_per_class} a class), {config.steps if methods.has_loop(config) else 0} steps of {planned.batch} targets "
-          f"on {len(devices)} {devices[0].platform} device(s)")
+          f"on {len(devices)} {devices[0].platform} device(s)" + (f", {planned.block} at a time" if planned.block else ""))
 
 
 def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite: bool = False, verbose: bool = True,
@@ -220,6 +224,8 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
   """
   event_log.require(tensorboard)
   planned = plan(config)
+  if not upkeep.resume:  # another size of block is another order of sums
+    config = dataclasses.replace(config, target_block_size=planned.block)
   folder = pathlib.Path(output_dir) if upkeep.resume else run_folder.planned(output_dir, planned.name, overwrite)
   with alone(folder), stop_signals() as stop:
     if not upkeep.resume:
@@ -234,7 +240,7 @@ def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bo
   """`run_distill` in a folder that is its own."""
   started = time.perf_counter()
   say = (lambda text: tqdm.write(text, file=sys.stdout)) if verbose else (lambda text: None)
-  data, _, batch, baselines, sizes, _ = planned
+  data, _, batch, baselines, sizes, *_ = planned
   asked, has_loop, m = config, methods.has_loop(config), sizes.support
   keeper = Keeper(pathlib.Path(upkeep.shared or folder), config, data.raw.hashes, upkeep.checkpoint_seconds)
   last = keeper.last() if upkeep.resume else None

@@ -7,7 +7,7 @@ import time
 
 from tqdm import tqdm
 
-from experiments import estimate
+from experiments import estimate, planner
 
 # Before so many seconds of steps nothing is said: compilation and short calls still weigh.
 _SURE_SECONDS = 10.0
@@ -34,18 +34,22 @@ class Steps:
     self._marks = [(0, 0.0)]
     self._bar = tqdm(total=total, desc=name, unit="step", disable=None if say and total else True, leave=False,
                      bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")
+    self._part = planner.part(f"the steps of {name}", "less by --target_batch_size, --images_per_class, --train_rows or --width")
     self._bar.set_postfix_str("getting ready")  # a method may train experts first; then its step is compiled
 
   def __enter__(self):
+    self._part.__enter__()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *error):
     self._bar.close()
+    return self._part.__exit__(*error)
 
   def compiled(self, executable) -> None:
-    """The steps are compiled: what they need is said, where that is much."""
+    """The steps are compiled: what they need is said, where that is much; OutOfMemory where it is not there."""
     if self._say and (warning := memory_line(estimate.memory_of_steps(executable, self._kernel))):
       self._say(warning)
+    planner.check_steps(executable, self._kernel)
 
   def advance(self, done: int) -> None:
     """So many steps are done, as of now."""
@@ -90,14 +94,21 @@ def memory_line(parts: list[estimate.Part]) -> str | None:
 
 
 @contextlib.contextmanager
-def working(text: str, expected: float | None = None, shown: bool = True):
-  """In a terminal, after a second, a line with the seconds that the block has taken; nothing elsewhere.
+def working(text: str, expected: float | None = None, shown: bool = True, remedy: str = ""):
+  """In a terminal, after a second, a line with the seconds that the block has taken; `OutOfMemory` of that name, where memory runs out.
 
   Args:
     text: what is being done.
     expected: seconds that it should take, where known.
-    shown: False for nothing at all.
+    shown: False for no line at all.
+    remedy: flags that make the block need less memory.
   """
+  with planner.part(f"the part {text!r}", f"less by {remedy}" if remedy else "--dry_run says what each part takes"), _ticking(text, expected, shown):
+    yield
+
+
+@contextlib.contextmanager
+def _ticking(text: str, expected: float | None, shown: bool):
   if not (shown and sys.stderr.isatty()):
     yield
     return

@@ -76,8 +76,10 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except OSError as error:
         raise UsageError(f"--output_dir: another run is writing to {folder}; choose another folder, or wait for its end") from error
-    yield
-    path.unlink(missing_ok=True)
+    try:
+      yield
+    finally:
+      path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

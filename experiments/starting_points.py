@@ -21,11 +21,6 @@ from experiments.config import SelectConfig
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
-flags.DEFINE_integer("num_seeds", 5, "Seeds of each cell.", lower_bound=1)
-flags.DEFINE_string("only", "", "Measure the cells whose names contain this, anew; else those that the file lacks.")
-flags.DEFINE_string("output", "experiments/results/starting_points.json", "Result file; the picture is beside it.")
-
 # Where distillation may start; leverage, herding and k-center are baselines, in the tables of run_evaluate.
 STRATEGIES = ("uniform", "krr_sensitivity", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit", "noise", "auto")
 # name -> (config, training rows (0: all), candidates of the pursuit)
@@ -114,6 +109,14 @@ def save_picture(path, cells: dict) -> None:
   report.save_comparison(path, panels, "number of points", "test accuracy, %", log_x=True)
 
 
+def define_flags() -> None:
+  """Of this program alone: what imports it has others."""
+  flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
+  flags.DEFINE_integer("num_seeds", 5, "Seeds of each cell.", lower_bound=1)
+  flags.DEFINE_string("only", "", "Measure the cells whose names contain this, anew; else those that the file lacks.")
+  flags.DEFINE_string("output", "experiments/results/starting_points.json", "Result file; the picture is beside it.")
+
+
 def main() -> None:
   """Measures the cells, and writes the result file after each."""
   from experiments import run_folder
@@ -136,4 +139,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+  define_flags()
   common.launch(main)

@@ -1,24 +1,20 @@
 """Image-classification data from scikit-learn, a TFDS name, a folder of images or an `.npz` file, checked and hashed.
 
 Every fault of the data or of its file is one `DatasetError` of one line that says
-what was expected and what came. TensorFlow is imported only when a TFDS name is
-asked for, is kept off accelerators, and writes nothing to the terminal.
+what was expected and what came. A number of training rows bounds memory, whatever the
+size of the data: only these are ever held.
 """
 
 import contextlib
-import difflib
+import functools
 import hashlib
 import os
-import socket
-import sys
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from kipcore import image_folders, npz
+from kipcore import image_folders, npz, tfds_data
 from kipcore.types import DatasetError
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -55,8 +51,8 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name: str, data_dir: str | os.PathLike | None = None, validation_fraction: float = 0.1,
-                 seed: int = 0) -> Dataset:
-  """Loads a dataset and cuts a validation split from its training rows.
+                 seed: int = 0, train_rows: int = 0) -> Dataset:
+  """Loads a dataset, or some of its training rows, and cuts a validation split from them.
 
   The validation split is stratified: round(fraction * n) rows over all classes, shared by
   largest remainder, drawn by the raw stream of NumPy's PCG64 (stable over versions), but
@@ -74,23 +70,28 @@ def load_dataset(name: str, data_dir: str | os.PathLike | None = None, validatio
       fifth training row of a class; `note` says so.
     data_dir: the TFDS directory, which must exist; None for TFDS's default.
     validation_fraction: in [0, 1); 0 gives an empty validation split.
-    seed: of the validation split, an integer >= 0.
+    seed: of the validation split and of `train_rows`, an integer >= 0.
+    train_rows: of which the validation split is cut: a random part of each class in proportion, by largest remainder, but a row at
+      least; 0, or more than there are, for all. The others are never held in memory.
 
   Raises:
     DatasetError: where the data cannot be found, read or used.
-    ValueError: on a fraction or seed out of range.
+    ValueError: on a fraction, seed or number of rows out of range.
   """
   if not 0 <= validation_fraction < 1:
     raise ValueError(f"validation_fraction: expected a number in [0, 1), got {validation_fraction!r}")
   if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
     raise ValueError(f"seed: expected an integer >= 0 and below 2^63, got {seed!r}")
+  if isinstance(train_rows, bool) or not isinstance(train_rows, (int, np.integer)) or train_rows < 0:
+    raise ValueError(f"train_rows: expected an integer >= 0, got {train_rows!r}")
   name = os.fspath(name)
+  choose = functools.partial(_part_of, count=int(train_rows), seed=int(seed)) if train_rows else None
   if name.lower().endswith(".npz"):
-    raw = _read_npz(name)
+    raw = _read_npz(name, choose)
   elif name == "digits":
-    raw = _read_digits()
+    raw = _read_digits(choose)
   else:
-    raw = _read_folder(name) if image_folders.is_named(name) else _read_tfds(name, data_dir)
+    raw = _read_folder(name, choose) if image_folders.is_named(name) else _read_tfds(name, data_dir, choose)
   return _finish(name, validation_fraction, seed, **raw)
 
 
@@ -196,6 +197,14 @@ def _stratified(labels, fraction, seed) -> np.ndarray:
   return held
 
 
+def _part_of(labels, count: int, seed: int) -> np.ndarray:
+  """Rows of a part of each class in proportion, about `count` in all, ascending."""
+  if count >= len(labels):
+    return np.arange(len(labels))
+  _, classes = np.unique(labels, return_inverse=True)
+  return np.flatnonzero(~_stratified(classes, 1 - count / len(labels), [seed, 1]))
+
+
 def _rank_in_class(labels) -> np.ndarray:
   """How many earlier rows have the row's label."""
   counts, rank = np.bincount(labels), np.empty(len(labels), np.int64)
@@ -203,18 +212,26 @@ def _rank_in_class(labels) -> np.ndarray:
   return rank
 
 
-def _cut_test(x, y) -> dict[str, np.ndarray]:
-  """Every fifth row of each class as the test split."""
-  test = _rank_in_class(y) % 5 == 4
-  return {"x_train": x[~test], "y_train": y[~test], "x_test": x[test], "y_test": y[test]}
+def _every_fifth(labels) -> np.ndarray:
+  """Which rows are for testing where nothing else says so, bool `(n,)`: every fifth of each class."""
+  return _rank_in_class(np.unique(labels, return_inverse=True)[1]) % 5 == 4
 
 
-def _read_digits() -> dict:
+def _cut(x, y, choose) -> dict[str, np.ndarray]:
+  """Every fifth row of each class as the test split, and of the others those that are chosen."""
+  test = _every_fifth(y)
+  train = np.flatnonzero(~test)
+  if choose is not None:
+    train = train[choose(y[train])]
+  return {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test]}
+
+
+def _read_digits(choose) -> dict:
   from sklearn.datasets import load_digits
 
   x, y = load_digits(return_X_y=True)
   named = {"class_names": tuple("0123456789"), "note": "pixels are 0..16; test is every fifth row of each class"}
-  return {**_cut_test(x.reshape(-1, 8, 8, 1).astype(np.float32), y), "pixel_max": 16.0, **named}
+  return {**_cut(x.reshape(-1, 8, 8, 1).astype(np.float32), y, choose), "pixel_max": 16.0, **named}
 
 
 def _line(error) -> str:
@@ -234,27 +251,24 @@ def _one_fault(what):
     raise DatasetError(f"{what}, got {type(error).__name__}: {_line(error)}") from error
 
 
-def _read_folder(name) -> dict:
+def _read_folder(name, choose) -> dict:
   with _one_fault(f"{name}: expected a readable folder of images"):
-    raw = image_folders.read(os.path.expanduser(name))
-  if "x_test" in raw:
-    return raw
-  names, labels = np.unique(raw["y_train"], return_inverse=True)
-  if (largest := int(np.bincount(labels).max())) < 5:
-    raise DatasetError(f"{name}: expected 5 images of a class or more, of which every fifth is for testing, or folders train and test; got "
-                       f"{largest} at most")
-  note = "; ".join(filter(None, ("test is every fifth image of each class", raw["note"])))
-  return {**_cut_test(raw["x_train"], labels), "class_names": tuple(names.tolist()), "note": note}
+    return image_folders.read(os.path.expanduser(name), _every_fifth, choose)
 
 
-def _read_npz(name) -> dict:
+def _read_npz(name, choose) -> dict:
   path = os.path.expanduser(name)
   try:
-    raw = npz.read_npz(path, (*_ARRAYS, *_NAMES))
-    missing = [key for key in _ARRAYS if key not in raw]
+    missing = [key for key in _ARRAYS if key not in (found := npz.names_in(path))]
     if missing:
       raise DatasetError(f"{name}: expected the arrays {', '.join(_ARRAYS)}; {', '.join(missing)} missing, "
-                         f"found {_line(', '.join(sorted(npz.names_in(path))[:20])) or 'nothing'}")
+                         f"found {_line(', '.join(sorted(found)[:20])) or 'nothing'}")
+    if choose is None:
+      raw = npz.read_npz(path, (*_ARRAYS, *_NAMES))
+    else:
+      raw = npz.read_npz(path, (*_ARRAYS[1:], *_NAMES))
+      rows = choose(raw["y_train"].ravel())
+      raw = {**raw, "x_train": npz.read_rows(path, "x_train", rows), "y_train": raw["y_train"].ravel()[rows]}
   except npz.NpzError as error:
     raise DatasetError(str(error)) from error
   for names in [raw.pop(key) for key in _NAMES if key in raw]:
@@ -263,84 +277,9 @@ def _read_npz(name) -> dict:
   return raw
 
 
-@contextlib.contextmanager
-def quiet_tensorflow():
-  """Yields (tensorflow, tensorflow_datasets), off accelerators; what is written meanwhile, by C++ included, goes nowhere."""
-  for setting in ("TF_CPP_MIN_LOG_LEVEL=3", "GRPC_VERBOSITY=ERROR", "NO_GCE_CHECK=true"):
-    os.environ.setdefault(*setting.split("="))
-  sys.stdout.flush()
-  sys.stderr.flush()
-  saved = {fd: os.dup(fd) for fd in (1, 2)}
-  with open(os.devnull, "w") as nowhere:
-    try:
-      for fd in saved:
-        os.dup2(nowhere.fileno(), fd)
-      with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        import tensorflow as tf
-        import tensorflow_datasets as tfds
-        for device in ("GPU", "TPU"):
-          with contextlib.suppress(RuntimeError, ValueError):  # The caller has started TensorFlow, and so has decided.
-            tf.config.set_visible_devices([], device)
-        tfds.disable_progress_bar()
-        yield tf, tfds
-    finally:
-      for fd, copy in saved.items():
-        os.dup2(copy, fd)
-        os.close(copy)
-
-
-def _read_tfds(name, data_dir) -> dict:
+def _read_tfds(name, data_dir, choose) -> dict:
   if data_dir is not None and not os.path.isdir(data_dir):
     raise DatasetError(f"{name}: expected data_dir to be an existing directory, got {os.fspath(data_dir)!r}")
   where = f"in {os.fspath(data_dir)}" if data_dir else "in TFDS's default directory"
-  with _one_fault(f"{name}: expected a dataset that TFDS can load {where}"), quiet_tensorflow() as (_, tfds):
-    return _read_builder(tfds, name, data_dir)
-
-
-def _read_builder(tfds, name, data_dir) -> dict:
-  try:
-    builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
-  except tfds.core.DatasetNotFoundError as error:
-    close = difflib.get_close_matches(name, ["digits", *tfds.list_builders()], n=3)
-    raise DatasetError(f"unknown dataset {name!r}: expected digits, a folder of images, a path ending in .npz or a TFDS name"
-                       + (f"; close: {', '.join(close)}" if close else "")) from error
-  features = builder.info.features
-  x_key, y_key = builder.info.supervised_keys or ("image", "label")
-  if not (x_key in features and isinstance(features[x_key], tfds.features.Image) and
-          y_key in features and isinstance(features[y_key], tfds.features.ClassLabel)):
-    raise DatasetError(f"{name}: expected a TFDS dataset of images with class labels, got features {_line(features)}")
-  if None in features[x_key].shape:
-    raise DatasetError(f"{name}: expected images of one size, got image shape {features[x_key].shape}")
-  if not builder.is_prepared():
-    _require_host(name, builder)
-    builder.download_and_prepare()
-
-  def read(split):
-    decoders = tfds.decode.PartialDecoding({x_key: True, y_key: True})
-    rows = builder.as_dataset(split=split, batch_size=-1, shuffle_files=False, decoders=decoders)
-    return rows[x_key].numpy(), rows[y_key].numpy()
-
-  splits = builder.info.splits
-  if "train" not in splits:
-    raise DatasetError(f"{name}: expected a split called train, got {', '.join(splits)}")
-  raw = dict(zip(("x_train", "y_train"), read("train")), class_names=tuple(features[y_key].names or ()) or None)
-  for split in ("test", "validation"):
-    if split in splits:
-      x_test, y_test = read(split)
-      if (y_test >= 0).all():  # Some test splits come without labels, as -1.
-        note = "" if split == "test" else "the TFDS validation split is the test split"
-        return {**raw, "x_test": x_test, "y_test": y_test, "note": note}
-  note = "no labelled test split: test is every fifth training row of each class"
-  return {**raw, **_cut_test(raw["x_train"], raw["y_train"]), "note": note}
-
-
-def _require_host(name, builder):
-  """Fails at once where no download host has an address; TFDS itself retries for minutes."""
-  hosts = sorted({urllib.parse.urlsplit(url).hostname or "" for url in getattr(builder, "url_infos", None) or ()})
-  for host in hosts:
-    with contextlib.suppress(OSError):
-      socket.getaddrinfo(host, None)
-      return
-  if hosts and not urllib.request.getproxies():
-    raise DatasetError(f"{name}: expected it prepared in {builder.data_dir}, or a network to download it; "
-                       f"got neither (no address for {', '.join(hosts)})")
+  with _one_fault(f"{name}: expected a dataset that TFDS can load {where}"):
+    return tfds_data.read(name, data_dir, _every_fifth, choose)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kipcore import checks, datasets, files
+from kipcore import checks, files, tfds_data
 from kipcore.preprocess import Preprocess
 from kipcore.version import __version__
 
@@ -107,7 +107,7 @@ def as_tfds(images, labels):
   Returns:
     `tf.data.Dataset` of `images` `(...)`, `labels` `(c,)`, `one_hot` `(c,)` and `classes` (scalar).
   """
-  with datasets.quiet_tensorflow() as (tf, _):
+  with tfds_data.quiet_tensorflow() as (tf, _):
     return tf.data.Dataset.from_tensor_slices(as_numpy(images, labels))
 
 
@@ -330,7 +330,7 @@ def _write_tfds(folder: pathlib.Path, path: pathlib.Path, content: DistilledSet)
   arrays = as_numpy(images.astype(dtype), labels)
   owner = path.parent if re.fullmatch(r"\d+\.\d+\.\d+", path.name) else path
   name = "_".join(re.findall(r"[a-z0-9]+", owner.name.lower())) or "distilled"
-  with datasets.quiet_tensorflow() as (tf, tfds):
+  with tfds_data.quiet_tensorflow() as (tf, tfds):
     kind = tfds.features.Image if byte_pixels else tfds.features.Tensor
     classes = {"names": list(content.class_names)} if content.class_names else {"num_classes": labels.shape[1]}
     features = tfds.features.FeaturesDict({

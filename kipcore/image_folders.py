@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Callable
 
 import numpy as np
 
@@ -20,15 +21,17 @@ def is_named(name: str) -> bool:
   return name.startswith((".", "~", os.sep)) or name.endswith(os.sep)
 
 
-def read(path) -> dict:
+def read(path, cut: Callable, choose: Callable | None = None) -> dict:
   """The images of `CLASS/*.png`, or of `train/CLASS/*.png` and `test/CLASS/*.png` (or val/, validation/), in the order of their names.
 
   Args:
     path: a folder. Files of other kinds, hidden ones, and folders within those of the classes are left out.
+    cut: which of these labels' rows are for testing, bool, where the folders do not say.
+    choose: which of these labels' rows are wanted for training, ascending; None for all. Of the others the headers alone are read.
 
   Returns:
-    x_train uint8 `(n, h, w, c)`, y_train `(n,)` the names of the class folders, and x_test, y_test where there are two splits; `note`. A channel
-    where all images are grey, else three.
+    x_train uint8 `(n, h, w, c)`, y_train `(n,)` the names of the class folders, x_test, y_test, and `note`. A channel where all images are
+    grey, else three.
 
   Raises:
     DatasetError: for a folder of another form, images of several sizes, or one that cannot be read.
@@ -42,15 +45,22 @@ def read(path) -> dict:
     splits = [path / "train", *(path / name for name in _TEST if (path / name).is_dir())][:2]
     if len(splits) < 2:
       raise DatasetError(f"{path}: expected a folder called {', '.join(_TEST[:-1])} or {_TEST[-1]} beside train, got none")
-  files = [_files(split) for split in splits]
-  images = [file for found in files for each in found.values() for file in each]
-  grey, notes = _checked(images)
-  out = {"note": "; ".join(notes)}
-  for split, found in zip(("train", "test"), files):
-    rows = [file for each in found.values() for file in each]
-    out[f"x_{split}"] = np.stack([_pixels(file, "L" if grey else "RGB") for file in rows])
-    out[f"y_{split}"] = np.repeat(list(found), [len(each) for each in found.values()])
-  return out
+  found = [_files(split) for split in splits]
+  files = [np.array([file for each in of_class.values() for file in each], object) for of_class in found]
+  labels = [np.repeat(list(of_class), [len(each) for each in of_class.values()]) for of_class in found]
+  grey, notes = _checked([file for each in files for file in each])
+  if len(splits) == 1:
+    test = cut(labels[0])
+    if not test.any():
+      raise DatasetError(f"{path}: expected 5 images of a class or more, of which every fifth is for testing, or folders train and test; "
+                         f"got {max(map(len, found[0].values()))} at most")
+    files, labels = [files[0][~test], files[0][test]], [labels[0][~test], labels[0][test]]
+    notes = ["test is every fifth image of each class", *notes]
+  if choose is not None:
+    wanted = choose(labels[0])
+    files[0], labels[0] = files[0][wanted], labels[0][wanted]
+  x_train, x_test = (np.stack([_pixels(file, "L" if grey else "RGB") for file in rows]) for rows in files)
+  return {"x_train": x_train, "y_train": labels[0], "x_test": x_test, "y_test": labels[1], "note": "; ".join(notes)}
 
 
 def _files(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:

@@ -25,6 +25,7 @@ _DEFLATE_GAIN = 1032  # the most that deflate makes of a byte
 # Of a file as a whole: black and white drawings gain over a hundred; up to so many bytes, anything goes.
 _MOST_GAIN, _FREE_BYTES = 256, 2**28
 _MAX_HEADER = 2**14
+_BLOCK_BYTES = 2**26  # that `read_rows` holds beside the rows
 _MAX_DIMENSIONS = 32
 
 
@@ -49,7 +50,42 @@ def read_npz(path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
   """
   with _opened(path) as (archive, members):
     wanted = {name: info for name, info in members.items() if names is None or name in names}
+    _check_memory(path, sum(info.file_size for info in wanted.values()))
     return {name: _read_member(f"{path}: {_line(name, 80)}", archive, info) for name, info in wanted.items()}
+
+
+def read_rows(path, name: str, rows: np.ndarray) -> np.ndarray:
+  """Some rows of one array, in ascending order, for arrays of any size: the file is read once, and a block of it is held at a time.
+
+  Args:
+    path: file name.
+    name: of an array that is there.
+    rows: ascending integers; the array has more than the last of them.
+
+  Returns:
+    `(len(rows), ...)`.
+
+  Raises:
+    NpzError: as `read_npz`, of the chosen rows' bytes alone where memory is concerned; for an array in Fortran order, or with fewer rows.
+  """
+  with _opened(path) as (archive, members):
+    what, info = f"{path}: {_line(name, 80)}", members[name]
+    _check_member(what, info)
+    with _one_fault(f"{what}: expected a readable .npz file of .npy arrays"), archive.open(info) as member:
+      shape, fortran_order, dtype = _checked_header(what, member, info)
+      if fortran_order or not shape or len(rows) and rows[-1] >= shape[0]:
+        raise NpzError(f"{what}: expected an array in C order of {rows[-1] + 1 if len(rows) else 1} rows or more, got shape {_line(shape)}"
+                       + " in Fortran order" * fortran_order)
+      a_row = math.prod(shape[1:]) * dtype.itemsize
+      _check_memory(path, len(rows) * a_row)
+      out, block, done = np.empty((len(rows), *shape[1:]), dtype), max(1, _BLOCK_BYTES // max(a_row, 1)), 0
+      for first in range(0, shape[0], block):  # to the last one, for the checksum of the member is after it
+        count = min(block, shape[0] - first)
+        content = np.frombuffer(_whole(what, member, count * a_row), dtype).reshape(count, *shape[1:])
+        here = rows[done:np.searchsorted(rows, first + count)] - first
+        out[done:done + len(here)] = content[here]
+        done += len(here)
+      return out
 
 
 def names_in(path) -> list[str]:
@@ -183,9 +219,12 @@ def _opened(path):
     unpacked = sum(info.file_size for info in infos)
     if unpacked > max(_FREE_BYTES, _MOST_GAIN * size):
       raise NpzError(f"{path}: expected at most {_MOST_GAIN} times the {size} bytes of the file when unpacked, got {unpacked}")
-    if unpacked > _memory():
-      raise NpzError(f"{path}: expected arrays that fit into the {_memory()} bytes of this machine's memory, got {unpacked}")
     yield archive, members
+
+
+def _check_memory(path, count: int) -> None:
+  if count > _memory():
+    raise NpzError(f"{path}: expected arrays that fit into the {_memory()} bytes of this machine's memory, got {count}")
 
 
 def _memory() -> float:
@@ -195,20 +234,42 @@ def _memory() -> float:
   return math.inf
 
 
-def _read_member(what: str, archive, info) -> np.ndarray:
-  """One array, after header, size of the member and bytes in the file agree."""
+def _check_member(what: str, info) -> None:
+  """What can be said of a member without reading it."""
   if info.flag_bits & 0x41:
     raise NpzError(f"{what}: expected a member without a password, got an encrypted one")
   if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
     raise NpzError(f"{what}: expected a stored or deflated member, got compression type {info.compress_type}")
   if info.file_size > _DEFLATE_GAIN * info.compress_size + 1024:
     raise NpzError(f"{what}: expected a size that {info.compress_size} compressed bytes can hold, got {info.file_size}")
+
+
+def _checked_header(what: str, member, info) -> tuple[tuple[int, ...], bool, np.dtype]:
+  """The header of an open member, which agrees with its size."""
+  shape, fortran_order, dtype = read_npy_header(what, member)
+  claimed, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
+  if claimed != held:
+    raise NpzError(f"{what}: expected {claimed} bytes for shape {_line(shape)} {dtype}, got {held}")
+  return shape, fortran_order, dtype
+
+
+def _whole(what: str, member, count: int) -> bytes:
+  """So many bytes of a member, which gives what it has at hand."""
+  parts = []
+  while count and (part := member.read(count)):
+    parts.append(part)
+    count -= len(part)
+  if count:
+    raise NpzError(f"{what}: expected {count} bytes more than there are")
+  return b"".join(parts)
+
+
+def _read_member(what: str, archive, info) -> np.ndarray:
+  """One array, after header, size of the member and bytes in the file agree."""
+  _check_member(what, info)
   with _one_fault(f"{what}: expected a readable .npz file of .npy arrays"):
     with archive.open(info) as member:
-      shape, _, dtype = read_npy_header(what, member)
-      claimed, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
-      if claimed != held:
-        raise NpzError(f"{what}: expected {claimed} bytes for shape {_line(shape)} {dtype}, got {held}")
+      _checked_header(what, member, info)
     with archive.open(info) as member, warnings.catch_warnings():
       warnings.simplefilter("ignore")
       return np.lib.format.read_array(member, allow_pickle=False)

@@ -142,7 +142,7 @@ def test_tfds_reads_it_back(tmp_path, stored):
   plain = make("none", whole=True, names=None)
   stored.export(tmp_path / "learned" / "1.0.0", "tfds")
   plain.export(tmp_path / "Plain set", "tfds")
-  from kipcore.datasets import quiet_tensorflow
+  from kipcore.tfds_data import quiet_tensorflow
   with quiet_tensorflow() as (_, tfds):
 
     def read(dataset):

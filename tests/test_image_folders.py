@@ -40,7 +40,7 @@ def test_two_splits_and_grey_images(tmp_path, test):
 
 
 def test_jpeg_grey_and_transparent_images_become_colour_and_that_is_said(tmp_path):
-  write(tmp_path / "a", {"x": 5}, suffix=".JPEG")
+  write(tmp_path / "a", {"x": 5, "y": 5}, suffix=".JPEG")
   for mode, name in (("L", "grey"), ("RGBA", "clear"), ("P", "palette")):
     Image.new(mode, (5, 4)).save(tmp_path / "a" / "x" / f"{name}.png")
   data = load_dataset(str(tmp_path / "a"), validation_fraction=0)

@@ -274,5 +274,7 @@ def test_bad_input():
   support, x, y = problem()
   with pytest.raises(ValueError, match=r"score: expected one value a target, shape \(40,\), got \(40, 3\)"):
     loop.distill(0, distiller(importance.importance(lambda p, y: p - y)), support, x, y, 2)
-  with pytest.raises(NumericalError, match="step 1"):
+  with pytest.raises(ValueError, match="x: expected finite values, got 240 NaN"):
     loop.distill(0, distiller(importance.importance()), support, np.where(np.arange(6) == 1, np.nan, x), y, 2)
+  with pytest.raises(NumericalError, match="step 1"):  # losses that are not numbers
+    loop.distill(0, distiller(importance.importance()), support._replace(y=jnp.full_like(support.y, jnp.nan)), x, y, 2)

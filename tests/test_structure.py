@@ -22,10 +22,10 @@ LAYERS = [
     ["distill.augment", "evaluate", "ranking", "coreset", "absorb", "distill.targets", "distill.method", "distill.samplers",
      "distill.importance", "distill.optimizers", "distill.features", "distill.kip", "distill.rfad", "distill.frepo", "distill.distribution_matching",
      "distill.gradient_matching", "distill.experts", "distill.trajectory_matching", "distill.rcig", "distill.closed_form", "distill.snapshot", "distill.loop", "distill"],
-    ["files", "npz", "image_folders", "datasets", "torch_files", "publishers", "published", "export", "artifact", "checkpoint", "trajectories", "report", "html_report", "charts"],
+    ["files", "npz", "image_folders", "tfds_data", "datasets", "torch_files", "publishers", "published", "export", "artifact", "checkpoint", "trajectories", "report", "html_report", "charts"],
 ]
 ORDER = [room for layer in LAYERS for room in layer]
-FILES_AND_CLOCKS = {"files", "npz", "image_folders", "datasets", "torch_files", "publishers", "published", "export", "artifact", "checkpoint", "trajectories", "report", "html_report"}
+FILES_AND_CLOCKS = {"files", "npz", "image_folders", "tfds_data", "datasets", "torch_files", "publishers", "published", "export", "artifact", "checkpoint", "trajectories", "report", "html_report"}
 
 
 def rooms():
@@ -55,7 +55,7 @@ def test_rooms_import_downwards_only(name, path):
       assert room in ORDER, f"{name} imports {module}"
       assert ORDER.index(room) < ORDER.index(name), f"{name} imports {room}, which stands above it"
     assert module != "kipcore", f"{name} imports the whole package"
-    owner = {"neural_tangents": "kernels.stax", "tensorflow_datasets": "datasets", "tensorflow": "datasets",
+    owner = {"neural_tangents": "kernels.stax", "tensorflow_datasets": "tfds_data", "tensorflow": "tfds_data",
              "torch": "export", "safetensors": "export", "PIL": "export html_report image_folders"}
     assert name in owner.get(module.split(".")[0], name).split(), f"{name} imports {module}, which {owner} owns"
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kipcore import checks, krr
 from kipcore.distill.features import cross_entropy
 from kipcore.distill.method import Batch, LossInfo, Method, Params
+from kipcore.gram import map_row_blocks
 from kipcore.types import Array, KernelFn, Support
 
 
@@ -21,12 +22,15 @@ class KIPOptions(NamedTuple):
       learned temperature: ridge regression of one-hot labels does not give logits).
     learn_labels: whether the labels of the support are learned too.
     initial_temperature: where the temperature starts.
+    block_size: targets whose kernel is held at a time, computed again for the gradient: for large supports; None for all of
+      them, once. Kernels of convolutional networks work in tiles of their own.
   """
 
   relative_ridge: float = 1e-6
   loss: str = "mse"
   learn_labels: bool = False
   initial_temperature: float = 10.0
+  block_size: int | None = None
 
 
 def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
@@ -47,7 +51,7 @@ def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
     A `Method` that learns `x`, `y` and `log_temperature` (the last two if asked).
 
   Raises:
-    ValueError: for a ridge or temperature <= 0, or an unknown loss.
+    ValueError: for a ridge or temperature <= 0, a block size < 1, or an unknown loss.
 
   Source: Nguyen, Chen, Lee 2021 (KIP), algorithm 1; temperature: Loo et al. 2022 (RFAD), section 3.
 
@@ -64,6 +68,8 @@ def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
   checks.positive("relative_ridge", options.relative_ridge)
   checks.positive("initial_temperature", options.initial_temperature)
   checks.one_of("loss", options.loss, ("mse", "cross_entropy"))
+  if options.block_size is not None:
+    checks.positive_int("block_size", options.block_size)
 
   def init_params(support: Support) -> Params:
     log_temperature = jnp.asarray(math.log(options.initial_temperature), support.x.dtype)
@@ -77,7 +83,10 @@ def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
     del aux, key
     k_ss = kernel_fn(params["x"], None)
     fit = krr.krr_fit(k_ss, params["y"], krr.relative_ridge(k_ss, options.relative_ridge))
-    predictions = krr.krr_predict(fit, kernel_fn(batch.x, params["x"]))
+    predict = lambda rows: krr.krr_predict(fit, kernel_fn(rows, params["x"]))
+    if options.block_size is not None:
+      predict = jax.checkpoint(predict)
+    predictions = map_row_blocks(predict, batch.x, options.block_size)
     if options.loss == "mse":
       per_example = 0.5 * jnp.mean((predictions - batch.y) ** 2, axis=1)
     else:

@@ -1,0 +1,132 @@
+"""Images of TensorFlow Datasets, read without a word of TensorFlow's, and no more of them at once than are wanted."""
+
+import contextlib
+import difflib
+import os
+import socket
+import sys
+import urllib.parse
+import urllib.request
+from typing import Callable
+
+import numpy as np
+
+from kipcore.types import DatasetError
+
+_BATCH = 256  # images decoded at a time where only some of them are wanted
+
+
+@contextlib.contextmanager
+def quiet_tensorflow():
+  """Yields (tensorflow, tensorflow_datasets), off accelerators; what is written meanwhile, by C++ included, goes nowhere."""
+  for setting in ("TF_CPP_MIN_LOG_LEVEL=3", "GRPC_VERBOSITY=ERROR", "NO_GCE_CHECK=true"):
+    os.environ.setdefault(*setting.split("="))
+  sys.stdout.flush()
+  sys.stderr.flush()
+  saved = {fd: os.dup(fd) for fd in (1, 2)}
+  with open(os.devnull, "w") as nowhere:
+    try:
+      for fd in saved:
+        os.dup2(nowhere.fileno(), fd)
+      with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+        for device in ("GPU", "TPU"):
+          with contextlib.suppress(RuntimeError, ValueError):  # The caller has started TensorFlow, and so has decided.
+            tf.config.set_visible_devices([], device)
+        tfds.disable_progress_bar()
+        yield tf, tfds
+    finally:
+      for fd, copy in saved.items():
+        os.dup2(copy, fd)
+        os.close(copy)
+
+
+def read(name: str, data_dir, cut: Callable, choose: Callable | None) -> dict:
+  """The splits of a TFDS dataset of images with class labels.
+
+  Args:
+    name: of the dataset.
+    data_dir: where it is, or is put; None for TFDS's default.
+    cut: which of these labels' rows are for testing, bool, where the dataset does not say.
+    choose: which of these labels' rows are wanted of the training split, ascending; None for all.
+
+  Returns:
+    x_train uint8 `(n, h, w, c)`, y_train `(n,)`, x_test, y_test, `class_names`, `note`.
+
+  Raises:
+    DatasetError: for an unknown name, other features, or data that are not there and cannot be fetched; and whatever TFDS raises.
+  """
+  with quiet_tensorflow() as (_, tfds):
+    return _read(tfds, name, data_dir, cut, choose)
+
+
+def _read(tfds, name, data_dir, cut, choose) -> dict:
+  try:
+    builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+  except tfds.core.DatasetNotFoundError as error:
+    close = difflib.get_close_matches(name, ["digits", *tfds.list_builders()], n=3)
+    raise DatasetError(f"unknown dataset {name!r}: expected digits, a folder of images, a path ending in .npz or a TFDS name"
+                       + (f"; close: {', '.join(close)}" if close else "")) from error
+  features = builder.info.features
+  x_key, y_key = builder.info.supervised_keys or ("image", "label")
+  if not (x_key in features and isinstance(features[x_key], tfds.features.Image) and
+          y_key in features and isinstance(features[y_key], tfds.features.ClassLabel)):
+    raise DatasetError(f"{name}: expected a TFDS dataset of images with class labels, got features {_line(features)}")
+  if None in features[x_key].shape:
+    raise DatasetError(f"{name}: expected images of one size, got image shape {features[x_key].shape}")
+  if not builder.is_prepared():
+    _require_host(name, builder)
+    builder.download_and_prepare()
+
+  def rows_of(split, decoded, batch_size=-1):
+    decoders = tfds.decode.PartialDecoding({key: True for key in decoded})
+    return builder.as_dataset(split=split, batch_size=batch_size, shuffle_files=False, decoders=decoders)
+
+  def whole(split):
+    rows = rows_of(split, (x_key, y_key))
+    return rows[x_key].numpy(), rows[y_key].numpy()
+
+  def some_of_train(wanted):
+    out, first, done = np.empty((wanted.sum(), *features[x_key].shape), features[x_key].np_dtype), 0, 0
+    for batch in tfds.as_numpy(rows_of("train", (x_key,), _BATCH)):
+      here = batch[x_key][wanted[first:first + _BATCH]]
+      out[done:done + len(here)] = here
+      first, done = first + _BATCH, done + len(here)
+    return out
+
+  splits = builder.info.splits
+  if "train" not in splits:
+    raise DatasetError(f"{name}: expected a split called train, got {', '.join(splits)}")
+  tests, note = None, "no labelled test split: test is every fifth training row of each class"
+  for split in ("test", "validation"):
+    if split in splits:
+      x_test, y_test = whole(split)
+      if (y_test >= 0).all():  # Some test splits come without labels, as -1.
+        tests, note = (x_test, y_test), "" if split == "test" else "the TFDS validation split is the test split"
+        break
+  if choose is None:
+    x, y = whole("train")
+    for_tests = np.zeros(len(y), bool) if tests else cut(y)
+  else:
+    y = rows_of("train", (y_key,))[y_key].numpy()
+    for_tests = np.zeros(len(y), bool) if tests else cut(y)
+    wanted, others = for_tests.copy(), np.flatnonzero(~for_tests)
+    wanted[others[choose(y[others])]] = True
+    x, y, for_tests = some_of_train(wanted), y[wanted], for_tests[wanted]
+  if not tests:
+    tests, x, y = (x[for_tests], y[for_tests]), x[~for_tests], y[~for_tests]
+  return {"x_train": x, "y_train": y, "x_test": tests[0], "y_test": tests[1], "class_names": tuple(features[y_key].names or ()) or None,
+          "note": note}
+
+
+def _require_host(name, builder):
+  """Fails at once where no download host has an address; TFDS itself retries for minutes."""
+  hosts = sorted({urllib.parse.urlsplit(url).hostname or "" for url in getattr(builder, "url_infos", None) or ()})
+  for host in hosts:
+    with contextlib.suppress(OSError):
+      socket.getaddrinfo(host, None)
+      return
+  if hosts and not urllib.request.getproxies():
+    raise DatasetError(f"{name}: expected it prepared in {builder.data_dir}, or a network to download it; "
+                       f"got neither (no address for {', '.join(hosts)})")
