@@ -187,8 +187,9 @@ def opened(config: CompareConfig, resolved: dict, output_dir, overwrite: bool) -
   before = {cell_of(cell): cell for cell in json.loads(path.read_text()).get("cells", ())}
   if not before:
     raise UsageError(f"--output_dir: {output_dir} holds something else than a comparison; choose another, or --overwrite")
+  default = dataclasses.asdict(DistillConfig())  # of settings that are younger than the folder
   for cell in grid["cells"]:
-    old = before.pop(cell_of(cell), cell)
+    old = {**default, **before.pop(cell_of(cell), cell)}
     changed = [name for name in cell if old.get(name) != cell[name]]
     if changed:
       raise UsageError(f"--output_dir: {output_dir} holds another grid, whose cells have {changed[0]}={old.get(changed[0])!r}, not "

@@ -115,6 +115,11 @@ def test_a_grid_gives_a_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch
   assert timeless(cells(tmp_path / "cut")) == timeless(rows)
   with pytest.raises(UsageError, match="holds another grid, whose cells have steps=2, not 3"):
     comparison.run_compare(GRID, {**SHARED, "steps": 3}, str(tmp_path / "cut"), False)
+  # A folder that is older than one of the settings.
+  recorded = json.loads((tmp_path / "cut" / "config.json").read_text())
+  for cell in recorded["cells"]:
+    del cell["train_rows"]
+  (tmp_path / "cut" / "config.json").write_text(json.dumps(recorded))
   ran.clear()
   comparison.run_compare(dataclasses.replace(GRID, num_seeds=3, methods=("label_solve",)), SHARED, str(tmp_path / "cut"), False)
   assert [config.seed for config in ran] == [2, 2] and len(cells(tmp_path / "cut")) == 14
