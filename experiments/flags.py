@@ -1,12 +1,14 @@
 """Flags that the binaries share, and how every binary starts and ends.
 
 Exit status: 0 on success; 2 with one line on a wrong flag, file or value; 3 with one
-line where the numbers failed or memory ran out (with advice); 130 after Ctrl-C; a traceback
-is a defect of ours.
+line where the numbers failed or memory ran out (with advice); 4 where another process of the run was
+lost; 130 after Ctrl-C; 143 after SIGTERM, at a checkpoint; a traceback is a defect of ours.
 """
 
 import contextlib
+import faulthandler
 import functools
+import inspect
 import os
 import sys
 
@@ -18,6 +20,8 @@ from experiments.help_text import first, group  # noqa: F401, for the binaries
 
 FLAGS = flags.FLAGS
 _DEFAULT = DataConfig()
+# After so long without a sign of a process the others give it up; where a connection breaks they know at once.
+HEARTBEAT_SECONDS = 20
 _NO_MEMORY = "--dry_run says what each takes; less by --target_batch_size, --images_per_class, --train_rows, --test_rows or --width"
 
 
@@ -151,6 +155,9 @@ def join_processes(text: str) -> int:
       raise UsageError(f"--distributed: expected 'auto' or ADDRESS:PORT,COUNT,INDEX with INDEX < COUNT, got {text!r}")
     where = dict(zip(("coordinator_address", "num_processes", "process_id"), (parts[0], int(parts[1]), int(parts[2]))))
   jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for CPUs alone; others have their own
+  if "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:
+    where["heartbeat_timeout_seconds"] = HEARTBEAT_SECONDS
+  faulthandler.disable()  # a process that is told to give up does so by abort(), with words of its own
   try:
     jax.distributed.initialize(**where)
   except (RuntimeError, ValueError) as error:
@@ -212,6 +219,11 @@ def _run(main) -> None:
       _end(3, str(error))
     except Stopped as error:
       _end(143, str(error))
+    except (RuntimeError, ValueError) as error:  # in the words of whoever waited for the other process
+      if not any(word in str(error) for word in ("Gloo", "coordination service", "heartbeat")) or jax.process_count() == 1:
+        raise
+      _end(4, "a process of this run was lost, and none goes on without it; --resume, in all of them, goes on from the last checkpoint "
+           f"({str(error).splitlines()[0]:.200})")
   except KeyboardInterrupt:
     _end(130, "interrupted")
   except BrokenPipeError:  # an OSError, but no one's fault
@@ -221,5 +233,9 @@ def _run(main) -> None:
 
 
 def _end(status: int, message: str) -> None:
-  print("error: " + " ".join(message.split()), file=sys.stderr)
+  print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+  jax = sys.modules.get("jax")
+  if jax is not None and jax.distributed.is_initialized():  # without a goodbye: it would wait for processes that are lost, or wait for this one
+    sys.stdout.flush()
+    os._exit(status)
   sys.exit(status)

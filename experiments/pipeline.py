@@ -235,8 +235,7 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
     return _run(config, planned, folder, verbose, tensorboard, upkeep, stop)
 
 
-def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bool, tensorboard: bool, upkeep: Upkeep,
-         stop) -> tuple[pathlib.Path, dict]:
+def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bool, tensorboard: bool, upkeep: Upkeep, stop) -> tuple:
   """`run_distill` in a folder that is its own."""
   started = time.perf_counter()
   say = (lambda text: tqdm.write(text, file=sys.stdout)) if verbose else (lambda text: None)
@@ -250,7 +249,7 @@ def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bo
   if upkeep.resume:
     run_folder.write_metrics(folder, last.history if last else [])
     say(f"going on from step {last.step if last else 0} of {config.steps}")
-  else:
+  if upkeep.shared or not upkeep.resume:  # a resumed run has it
     run_folder.write_config(folder, config, support_size=m, resolved_target_batch_size=batch,
                             resolved_num_devices=sizes.devices, dataset_hashes=data.raw.hashes, note=data.raw.note)
   say(description(config, planned))

@@ -210,3 +210,27 @@ def test_a_killed_binary_goes_on_to_the_same_bytes(tmp_path, number, status):
   expected, _ = pipeline.run_distill(DistillConfig(steps=300, target_batch_size=60, num_devices=1), str(tmp_path / "whole"), verbose=False)
   first, second = (kipcore.load_artifact(each / "distilled.npz") for each in (tmp_path / "run", expected))
   assert first.support.tobytes() == second.support.tobytes() and first.labels.tobytes() == second.labels.tobytes()
+
+
+def test_a_process_that_is_lost_ends_the_others_and_all_go_on(tmp_path):
+  """Two processes on loopback, one of which is killed: the other says so within a minute, and both resume."""
+  flags = ["--steps=150", "--target_batch_size=60", "--sampler=uniform", "--checkpoint_seconds=0.000001", f"--output_dir={tmp_path / 'run'}"]
+
+  def pair(*arguments):
+    port = free_port()
+    return [binary(*arguments, f"--distributed=127.0.0.1:{port},2,{index}") for index in range(2)]
+
+  first, second = pair(*flags)
+  wait_for(tmp_path / "run" / "checkpoints", first)
+  second.kill()
+  killed = time.monotonic()
+  out = first.communicate(timeout=120)[0]
+  assert time.monotonic() - killed < 60 and first.returncode == 4, out
+  assert "a process of this run was lost" in out and "Traceback" not in out and not (tmp_path / "run" / "result.json").exists()
+  second.communicate()
+  both = pair("--resume", f"--output_dir={tmp_path / 'run'}")
+  outs = [process.communicate(timeout=240)[0] for process in both]
+  assert [process.returncode for process in both] == [0, 0] and "going on from step" in outs[0], outs
+  alone, _ = pipeline.run_distill(DistillConfig(steps=150, target_batch_size=60, sampler="uniform", num_devices=2), str(tmp_path / "alone"), verbose=False)
+  found = [kipcore.load_artifact(folder / "distilled.npz").support for folder in (tmp_path / "run", alone)]
+  np.testing.assert_allclose(*found, rtol=1e-2, atol=1e-2)
