@@ -230,7 +230,7 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
   with alone(folder), stop_signals() as stop:
     if not upkeep.resume:
       run_folder.create(str(folder), planned.name, overwrite)
-    elif (folder / "result.json").exists():
+    elif (folder / "README.txt").exists():  # the last of its files
       raise UsageError(f"--resume: the run of {folder} has its result; nothing is left to do")
     return _run(config, planned, folder, verbose, tensorboard, upkeep, stop)
 
@@ -249,7 +249,7 @@ def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bo
   if upkeep.resume:
     run_folder.write_metrics(folder, last.history if last else [])
     say(f"going on from step {last.step if last else 0} of {config.steps}")
-  if upkeep.shared or not upkeep.resume:  # a resumed run has it
+  if upkeep.shared or last is None:
     run_folder.write_config(folder, config, support_size=m, resolved_target_batch_size=batch,
                             resolved_num_devices=sizes.devices, dataset_hashes=data.raw.hashes, note=data.raw.note)
   say(description(config, planned))

@@ -47,7 +47,7 @@ TOPICS = {
                             "representatives", "cholesky", "pursuit"),
     "Draws and guarantees": ("draws", "sampling", "guarantees", "certificate"),
     "Distillation": ("distill",),
-    "Files and pictures": ("artifact", "npz", "export", "published", "torch_files", "trajectories", "report", "html_report", "charts"),
+    "Files and pictures": ("artifact", "checkpoint", "npz", "export", "published", "torch_files", "trajectories", "report", "html_report", "charts"),
     "Types": ("types",),
 }
 FRONT = """

@@ -42,6 +42,8 @@ def config_of(folder, given: dict) -> DistillConfig:
     began = DistillConfig(**{name: value for name, value in recorded.items() if name in known})
   except (OSError, ValueError, TypeError, AttributeError) as error:
     raise UsageError(f"--resume: expected the folder of a run of run_distill, got {folder} ({error})") from error
+  if "method" not in recorded:
+    raise UsageError(f"--resume: the run of {folder} ended before it recorded its flags; begin it again, with --overwrite")
   before = dataclasses.asdict(began)
   differing = checkpoint.differences({name: before[name] for name in given if name not in FREE},
                                      {name: value for name, value in given.items() if name not in FREE})
@@ -51,10 +53,10 @@ def config_of(folder, given: dict) -> DistillConfig:
 
 
 def unfinished(output_dir: str | None) -> pathlib.Path:
-  """The folder to go on with: as named, or the newest under runs/ that has a config and no result."""
+  """The folder to go on with: as named, or the newest under runs/ that has a config and not all of its files."""
   if output_dir:
     return pathlib.Path(output_dir)
-  found = [path.parent for path in pathlib.Path("runs").glob("*/config.json") if not (path.parent / "result.json").exists()]
+  found = [path.parent for path in pathlib.Path("runs").glob("*/config.json") if not (path.parent / "README.txt").exists()]
   if not found:
     raise UsageError("--resume: expected --output_dir, or a run under runs/ that did not finish; found none")
   return max(found, key=lambda path: path.stat().st_mtime)

@@ -2,8 +2,8 @@
 
 Every trial starts a run of `run_distill`, sends it SIGKILL after a random time, resumes it until it ends, and compares the
 bytes of its artefact with those of a run that nobody touched. Checkpoints are written as often as there is a call to
-the devices, so that many kills meet one that is being written; four of five kills fall between the first checkpoint and
-the last step, the others anywhere. Writes experiments/results/survival.json. Half an hour on two cores.
+the devices, so that many kills meet one that is being written; four of five kills follow the checkpoint of a random step,
+the others fall anywhere. Writes experiments/results/survival.json. Half an hour on two cores.
 """
 
 import contextlib
@@ -65,28 +65,34 @@ def content(folder: pathlib.Path) -> str:
   return digest.hexdigest()
 
 
-def stepping(process: int, folder: pathlib.Path) -> tuple[float, float]:
-  """Seconds after which a run that nobody touches has a checkpoint, and after which it needs none any more."""
-  begun, first, last = time.perf_counter(), None, None
-  while not (found := os.waitpid(process, os.WNOHANG))[0]:
-    there = any(path.name.isdigit() for path in folder.glob("checkpoints/*"))
-    now = time.perf_counter() - begun
-    first, last = (first or now, now) if there else (first, last)
-    time.sleep(0.005)
-  assert_zero(found[1])
-  return first, last
+def newest(folder: pathlib.Path) -> int:
+  """The step of the newest checkpoint, -1 before there is one."""
+  return max((int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()), default=-1)
 
 
-def trial(config, folder: pathlib.Path, seconds: float, number: int) -> dict:
-  """A run that is sent a signal after so many seconds, and goes on until it ends."""
-  process = start(config, folder, resume=False)
+def trial(config, folder: pathlib.Path, step: int, seconds: float, number: int) -> dict:
+  """A run that is sent a signal so many seconds after its checkpoint of that step, or of a later one, and goes on until it ends.
+
+  Args:
+    config, folder: of the run.
+    step: -1 for seconds after its beginning.
+    seconds: to wait.
+    number: of the signal.
+  """
+  process, status = start(config, folder, resume=False), None
+  begun = time.perf_counter()
+  while newest(folder) < step and not (done := os.waitpid(process, os.WNOHANG))[0]:
+    time.sleep(0.002)
+  if newest(folder) < step:
+    raise RuntimeError(f"expected a run to last until its checkpoint of step {step}, it ended with {done[1]}")
   time.sleep(seconds)
+  record = {"after_seconds": round(time.perf_counter() - begun, 2)}
   with contextlib.suppress(ProcessLookupError):
     os.kill(process, number)
-  record = {"after_seconds": round(seconds, 2), "status": ended(process)}
+  status = ended(process)
   kept = [path.name for path in folder.glob("checkpoints/*")]
-  record |= {"checkpoints": sorted(int(name) for name in kept if name.isdigit()), "being_written": sum(not name.isdigit() for name in kept)}
-  if (folder / "config.json").exists() and (folder / "config.json").read_text() != "{}" and not (folder / "result.json").exists():
+  record |= {"status": status, "checkpoint": newest(folder), "being_written": sum(not name.isdigit() for name in kept)}
+  if not (folder / "README.txt").exists():
     record["resumed"] = ended(start(config, folder, resume=True))
   return record
 
@@ -105,20 +111,23 @@ def main() -> None:
     # Runs that find what the first one compiled: kills meet work, not compilation.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(top / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    assert_zero(ended(start(config, top / "first", resume=False)))
-    first, last = stepping(start(config, top / "whole", resume=False), top / "whole")
+    for name in ("first", "whole"):
+      begun = time.perf_counter()
+      assert_zero(ended(start(config, top / name, resume=False)))
+      seconds = time.perf_counter() - begun
     wanted = content(top / "whole")
     for i in range(FLAGS.kills):
       folder = top / f"run{i}"
-      record = trial(config, folder, rng.uniform(first, last) if i % 5 else rng.uniform(0.0, last), getattr(signal, f"SIG{FLAGS.signal}"))
+      # Four of five between checkpoints or while one is written, the others anywhere.
+      moment = (rng.randrange(FLAGS.steps - 200), rng.uniform(0.0, 0.3)) if i % 5 else (-1, rng.uniform(0.0, seconds))
+      record = trial(config, folder, *moment, getattr(signal, f"SIG{FLAGS.signal}"))
       record["same_bytes"] = (folder / "distilled.npz").exists() and content(folder) == wanted
       trials.append(record)
       print(i, record, flush=True)
   killed = [t for t in trials if t["status"] == 128 + getattr(signal, f"SIG{FLAGS.signal}")]
   summary = {"killed": len(killed), "ended_before_the_signal": len(trials) - len(killed), "resumed": sum("resumed" in t for t in killed),
-             "from_a_checkpoint": sum(bool(t["checkpoints"]) for t in killed), "while_one_was_written": sum(t["being_written"] > 0 for t in killed),
-             "same_bytes": sum(t["same_bytes"] for t in killed), "seconds_to_the_first_checkpoint": first,
-             "seconds_to_the_last_step": last}
+             "from_a_checkpoint": sum(t["checkpoint"] >= 0 for t in killed), "while_one_was_written": sum(t["being_written"] > 0 for t in killed),
+             "same_bytes": sum(t["same_bytes"] for t in killed), "seconds_of_a_run": seconds}
   print(json.dumps(summary, indent=2))
   environment = run_folder.environment()
   path = pathlib.Path(FLAGS.output)

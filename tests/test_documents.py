@@ -95,6 +95,16 @@ def test_results_carry_their_origin():
     assert origin["commit"] and origin["hardware"]["backend"] and origin["versions"]["jax"], path.name
 
 
+def test_promises_are_held_by_tests_that_exist():
+  text = (ROOT / "PROMISES.md").read_text()
+  for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", text):
+    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), flags=re.M), f"{file} has no {name}"
+  for name in re.findall(r"`(\w+\.json)`", text):
+    assert (ROOT / "experiments" / "results" / name).exists(), name
+  rows = [line for line in text.splitlines() if line.startswith("|") and not line.startswith(("| promise", "| ---"))]
+  assert len(rows) > 20 and all("`" in row.split("|")[2] for row in rows)
+
+
 def test_version_is_the_installed_one():
   assert re.fullmatch(r"\d+\.\d+\.\d+", kipcore.__version__)
 

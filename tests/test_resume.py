@@ -101,6 +101,9 @@ def test_flags_that_differ_are_refused_with_the_difference(begun):
     resume.config_of(begun, {"seed": 3, "learning_rate": 0.1})
   with pytest.raises(UsageError, match="expected the folder of a run of run_distill"):
     resume.config_of(begun / "checkpoints", {})
+  (begun / "config.json").write_text("{}")
+  with pytest.raises(UsageError, match="ended before it recorded its flags; begin it again"):
+    resume.config_of(begun, {})
   with pytest.raises(UsageError, match="steps: 40 then, 50 now"):  # and by who calls the library
     pipeline.run_distill(dataclasses.replace(CONFIG, steps=50), str(begun), verbose=False, upkeep=GO_ON)
 
