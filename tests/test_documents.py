@@ -3,13 +3,12 @@
 import json
 import pathlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import kipcore
+from binaries import run_binary
 from helpers import standard_promotion
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -38,7 +37,7 @@ def test_each_command_is_one_line(marker):
 def test_commands_name_flags_that_exist():
   text = "".join(path.read_text() for path in ROOT.glob("*.md"))
   for module in set(re.findall(r"-m (experiments\.\w+(?:\.\w+)?)", text)):
-    done = subprocess.run([sys.executable, "-m", module, "--helpfull"], cwd=ROOT, capture_output=True, text=True)
+    done = run_binary(module, "--helpfull")
     shown = done.stdout + done.stderr
     for line in re.findall(rf"-m {re.escape(module)}([^`\n&]*)", text):
       for flag in re.findall(r"--(\w+)", line):
@@ -116,11 +115,6 @@ def test_tables_come_from_the_result_files():
     assert tables.rendered(text) == text, "run python -m experiments.tables"
 
 
-def run(command: str) -> subprocess.CompletedProcess:
-  """`python -m` a command, with its output."""
-  return subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
   """Where the commands of the README find what they name: a run, an .npz, a folder of images."""
@@ -134,11 +128,12 @@ def place(tmp_path_factory):
       folder = path / "folder" / name / str(labels[i])
       folder.mkdir(parents=True, exist_ok=True)
       Image.fromarray((15 * images[i, ..., 0]).astype(np.uint8)).save(folder / f"{i}.png")
-  assert run(f"experiments.run_distill --output_dir={path}/RUN --steps=2").returncode == 0
+  assert run_binary("experiments.run_distill", f"--output_dir={path}/RUN", "--steps=2").returncode == 0
   return path
 
 
-SMALL = {"run_distill": " --steps=2", "run_compare": " --num_seeds=1 --inits=uniform --samplers=uniform --evaluations=500 --network_seeds=0",
+SMALL_NETWORKS = " --architecture=conv1 --width=4 --network_seeds=0 --test_rows=50"
+SMALL = {"run_distill": " --steps=2", "run_compare": " --num_seeds=1 --inits=uniform --samplers=uniform --evaluations=250 --network_seeds=0 --architecture=conv1 --set=width=4",
          "run_evaluate": " --baselines=uniform --num_seeds=2 --network_steps=2 --width=4 --test_rows=50"}
 COMMANDS = re.findall(r"^python -m (.+)$", "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S)), flags=re.M)
 
@@ -150,6 +145,7 @@ def test_commands_of_the_readme_run(place, command):
   command = re.sub(r"--dataset=(mnist|cifar10)|--data_dir=DIR", "", command.replace("path/to", str(place)).replace("runs/", f"{place}/"))
   if module in ("run_distill", "run_select", "run_export") and "--output_dir" not in command:
     command += f" --output_dir={place}/{len(list(place.iterdir()))}"
-  done = run(command + ("" if "--resume" in command else SMALL.get(module, "")))
+  small = SMALL.get(module, "") + (SMALL_NETWORKS if "--method=" in command else "")
+  done = run_binary(*(command + ("" if "--resume" in command else small)).split())
   finished = "--resume" in command and "has its result" in done.stderr
   assert done.returncode == 0 or finished, f"{command}\n{done.stdout}\n{done.stderr}"

@@ -3,11 +3,11 @@
 import ast
 import csv
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import pkgutil
-import subprocess
 import sys
 import types
 
@@ -17,6 +17,7 @@ import pytest
 import kipcore
 from kipcore import export
 from experiments import pytorch_training
+from binaries import run_binary
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NAMES = ("air plane", "b/c", "2", "dog")
@@ -302,8 +303,7 @@ def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path, stored, format)
 def test_the_binary_exports_and_refuses(tmp_path, stored):
   path = tmp_path / "distilled.npz"
   kipcore.save_artifact(path, stored)
-  run = lambda *flags: subprocess.run([sys.executable, "-m", "experiments.run_export", *flags], cwd=ROOT,
-                                      capture_output=True, text=True)
+  run = functools.partial(run_binary, "experiments.run_export")
   done = run(f"--artifact={path}", "--format=png,numpy", "--space=pixels")
   assert done.returncode == 0, done.stderr
   names = {"distilled_pixels.npz", "distilled_pixels.npz.json", "distilled_pixels_png"}

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,6 +14,7 @@ from kipcore import files
 from experiments import evaluation, pipeline, run_folder, selection
 from experiments.config import DataConfig, DistillConfig, EvaluateConfig, SelectConfig
 from experiments.errors import UsageError
+from binaries import run_binary
 from helpers import enable_x64
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -303,27 +302,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
   assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def command(*arguments, **options):
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
-                        timeout=300, **options)
-
-
 @pytest.mark.parametrize("arguments", [
     ["--no_such_flag=1"], ["--steps=many"], ["--loss=hinge"], ["--dataset=no_such_file.npz"], ["stray"],
     ["--relative_ridge=0"], ["--sampler=best"], ["--uniform_mix=2"], ["--distributed=here"],
 ])
 def test_wrong_flags_end_in_status_2_and_one_line(arguments, tmp_path):
-  done = command("experiments.run_distill", f"--output_dir={tmp_path}/run", *arguments)
+  done = run_binary("experiments.run_distill", f"--output_dir={tmp_path}/run", *arguments)
   assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_binaries_distil_and_evaluate(tmp_path):
-  done = command("experiments.run_distill", f"--output_dir={tmp_path}/run", "--steps=20", "--x64")
+  done = run_binary("experiments.run_distill", f"--output_dir={tmp_path}/run", "--steps=20", "--x64")
   assert done.returncode == 0, done.stderr
   assert "points over 10 random real images" in done.stdout and "Unable to initialize" not in done.stderr
   recorded = json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"]
-  done = command("experiments.run_evaluate", f"--artifact={tmp_path}/run/distilled.npz")
+  done = run_binary("experiments.run_evaluate", f"--artifact={tmp_path}/run/distilled.npz")
   assert done.returncode == 0 and json.loads(done.stdout)["test_accuracy"] == recorded, done.stderr
-  done = command("experiments.run_evaluate", f"--artifact={tmp_path}/run/config.json")
+  done = run_binary("experiments.run_evaluate", f"--artifact={tmp_path}/run/config.json")
   assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

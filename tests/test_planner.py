@@ -13,8 +13,7 @@ from experiments.config import DataConfig, DistillConfig
 from experiments.errors import OutOfMemory, UsageError
 
 
-@pytest.mark.parametrize("depth", [1, 3, 5])
-@pytest.mark.parametrize("m, t", [(100, 2000), (500, 1000)])
+@pytest.mark.parametrize("depth, m, t", [(1, 500, 1000), (5, 100, 2000)])
 def test_the_plan_holds_what_xla_plans(depth, m, t):
   """Scratch of a step: a block as planned, and what the support alone needs."""
   method = kipcore.kip(kernels.NetworkKernel(kipcore.fc(depth), "ntk"), kipcore.KIPOptions(learn_labels=True))

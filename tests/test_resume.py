@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,12 +57,18 @@ def whole(tmp_path_factory):
   return pipeline.run_distill(CONFIG, str(tmp_path_factory.mktemp("whole") / "run"), verbose=False)[0]
 
 
-@pytest.fixture
-def begun(tmp_path):
-  """The folder of a run that was stopped on its way."""
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("stopped") / "run"
   with stopped_after(4), pytest.raises(Stopped, match="stopped at step [1-9][0-9]* of 40, as asked; --resume"):
-    pipeline.run_distill(CONFIG, str(tmp_path / "run"), verbose=False, upkeep=EVERY)
-  return tmp_path / "run"
+    pipeline.run_distill(CONFIG, str(folder), verbose=False, upkeep=EVERY)
+  return folder
+
+
+@pytest.fixture
+def begun(stopped, tmp_path):
+  """The folder of a run that was stopped on its way, for one test."""
+  return shutil.copytree(stopped, tmp_path / "run")
 
 
 def test_a_stopped_run_ends_with_the_same_bytes(begun, whole):
