@@ -262,7 +262,6 @@ def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bo
     init_accuracy = score(config, data, support)
   say(f"random real images: {100 * np.mean(baseline):.1f} % test accuracy (mean of {_BASELINE_DRAWS} draws); "
       f"start ({chosen.strategy}{', solved labels' if evaluations else ''}): {100 * init_accuracy:.1f} %")
-
   validation = data.x_validation[:sizes.validation], data.y_validation[:sizes.validation]
   with progress.Steps(config.steps if has_loop else 0, config.method, loop.default_log_steps(config.steps), say if verbose else None,
                       methods.RECIPES[config.method].kernel) as bar:
@@ -307,11 +306,12 @@ def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bo
       "step_seconds": outcome.seconds,
       **run_folder.peak_memory(),
   }
-  outputs.write_artifact(folder, config, data, outcome.support, result)
-  outputs.write_pictures(folder, data, support, np.argmax(np.asarray(chosen.y), axis=1), outcome.support, outcome.history, result)
-  outputs.write_importance(folder, config, data, outcome.support, outcome.scores)
-  run_folder.write_json(folder / "result.json", result)
-  reporting.write_report(folder)
+  with progress.working("writing artefact, pictures and report", shown=verbose):
+    outputs.write_artifact(folder, config, data, outcome.support, result)
+    outputs.write_pictures(folder, data, support, np.argmax(np.asarray(chosen.y), axis=1), outcome.support, outcome.history, result)
+    outputs.write_importance(folder, config, data, outcome.support, outcome.scores)
+    run_folder.write_json(folder / "result.json", result)
+    reporting.write_report(folder)
   events.close(result["steps"], [folder / "images.png", folder / "learning_curve.png"])
   readme.of_distillation(folder, asked, result)
   keeper.done()
