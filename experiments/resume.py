@@ -151,7 +151,8 @@ class Keeper:
     earlier = []  # the last snapshot that is not of a failure
 
     def save(snapshot):
-      self._checkpoints.save(snapshot)
+      with usage():
+        self._checkpoints.save(snapshot)
       earlier[:] = [*earlier[-1:], snapshot]
 
     for left in range(retries, -1, -1):

@@ -150,7 +150,8 @@ class Checkpoints:
     except CheckpointError:
       raise
     except Exception as error:  # of file systems, orbax and TensorStore, whose kinds know no bounds
-      text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+      text = " ".join(f"{type(error).__name__}: {error}".split())
+      text = text if len(text) <= 300 else f"{text[:140]} ... {text[-150:]}"  # the cause comes last
       raise CheckpointError(f"{self.folder}: expected {what}, got {text}") from error
 
 

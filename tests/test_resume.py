@@ -145,6 +145,10 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_kept(begun, whole, monkeyp
     patch.setattr(os, "replace", full)
     with pytest.raises((UsageError, OSError), match="No space left"):
       pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)
+  with monkeypatch.context() as patch:  # as tensorstore says it
+    patch.setattr(kipcore.Checkpoints, "save", lambda *_: (_ for _ in ()).throw(kipcore.CheckpointError("expected a checkpoint to be written")))
+    with pytest.raises(UsageError, match="expected a checkpoint to be written"):
+      pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)
   assert set(kept) <= {path.name for path in (begun / "checkpoints").iterdir()}
   assert artefact(pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)[0]) == artefact(whole)
 
