@@ -72,7 +72,7 @@ def _read(tfds, name, data_dir, cut, choose) -> dict:
   x_key, y_key = builder.info.supervised_keys or ("image", "label")
   if not (x_key in features and isinstance(features[x_key], tfds.features.Image) and
           y_key in features and isinstance(features[y_key], tfds.features.ClassLabel)):
-    raise DatasetError(f"{name}: expected a TFDS dataset of images with class labels, got features {_line(features)}")
+    raise DatasetError(f"{name}: expected a TFDS dataset of images with class labels, got features {' '.join(str(features).split()):.300}")
   if None in features[x_key].shape:
     raise DatasetError(f"{name}: expected images of one size, got image shape {features[x_key].shape}")
   if not builder.is_prepared():

@@ -29,6 +29,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 from helpers import enable_x64
 
 
+def pytest_addoption(parser):
+  parser.addoption("--slow", action="store_true", help="also the tests of slow.txt")
+
+
+def pytest_collection_modifyitems(config, items):
+  if config.getoption("--slow") or any("::" in argument for argument in config.args):
+    return
+  lines = (pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines()
+  slow = tuple(f"tests/{line}" for line in lines if line and not line.startswith("#"))
+  left_out = [item for item in items if item.nodeid.startswith(slow)]
+  config.hook.pytest_deselected(items=left_out)
+  items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
   """Runs the test twice: in float32 with the 64-bit switch off, in float64 with it on."""

@@ -115,3 +115,11 @@ def test_experiments_stay_thin():
 def test_every_room_imports_on_its_own():
   for name, _ in rooms():
     importlib.import_module(f"kipcore.{name}")
+
+
+def test_the_list_of_slow_tests_names_tests():
+  folder = pathlib.Path(__file__).parent
+  for line in (folder / "slow.txt").read_text().splitlines():
+    if not line.startswith("#"):
+      file, name = line.split("::")
+      assert re.search(rf"^def {name.partition('[')[0]}\(", (folder / file).read_text(), flags=re.M), line
