@@ -7,7 +7,7 @@ import time
 import jax
 from tqdm import tqdm
 
-from experiments import comparison, estimate, measure, methods, pipeline, progress, readme, run_folder, selection
+from experiments import comparison, estimate, measure, pipeline, progress, readme, run_folder, selection
 from experiments.config import CompareConfig, DistillConfig, SelectConfig
 from experiments.estimate import Part
 

@@ -4,7 +4,6 @@ import contextlib
 import math
 
 import jax
-import numpy as np
 
 from experiments import estimate
 from experiments.errors import OutOfMemory, UsageError

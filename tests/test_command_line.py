@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import dry_run, estimate, pipeline, progress, readme, run_folder, selection
+from experiments import dry_run, estimate, progress, readme, run_folder
 from experiments.config import CompareConfig, DataConfig, DistillConfig, EvaluateConfig, SelectConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

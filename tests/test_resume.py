@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import kipcore
-from experiments import methods, pipeline, resume, run_folder
+from experiments import methods, pipeline, resume
 from experiments.config import DistillConfig, Upkeep
 from experiments.errors import Stopped, UsageError
 from test_processes import free_port

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kipcore import checks, keys, krr, linalg
+from kipcore import checks, krr, linalg
 from kipcore.distill.features import cross_entropy, draw_networks, features
 from kipcore.distill.method import Batch, LossInfo, Method, Params
 from kipcore.networks import Network

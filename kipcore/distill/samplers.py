@@ -7,7 +7,6 @@ classes of every batch. A draw takes time proportional to the batch, not to the 
 import jax
 import jax.numpy as jnp
 
-from kipcore import checks
 from kipcore.distill.method import Sampler
 from kipcore.types import Array
 

@@ -6,7 +6,7 @@ their scores; the mathematics is the same, the draws are not.
 """
 
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import numpy as np
