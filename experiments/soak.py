@@ -68,7 +68,7 @@ def main() -> None:
                                        "points": [dict(zip(("step", "bytes", "compilations"), point)) for point in shown]})
   figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
   axes.plot([step for step, *_ in points], [size / 2**20 for _, size, _ in points])
-  axes.set(xlabel="steps done", ylabel="memory of the process, MiB", ylim=(0, None))
+  axes.set(xlabel="steps done", ylabel="memory of the process, MiB", ylim=(0, 1.2 / 2**20 * found["most_bytes"]))
   figure.savefig(pathlib.Path(FLAGS.output).with_suffix(".png"), dpi=120)
   print(found)
   if found["growth"] > _GROWTH or found["compilations_after_a_tenth"]:
