@@ -34,9 +34,8 @@ def limit_memory(number: int = 2**32) -> None:
   """MemoryError where more bytes than these are asked for; where the system has such a limit."""
   with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):
     import resource
-    status = pathlib.Path("/proc/self/status").read_text()
-    in_use = 1024 * int(status.partition("VmData:")[2].split()[0])
-    resource.setrlimit(resource.RLIMIT_DATA, (in_use + number, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    from experiments import run_folder
+    resource.setrlimit(resource.RLIMIT_DATA, (run_folder.process_bytes("VmData") + number, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import textwrap
 from absl import flags
 
 _WIDTH, _LEFT = 100, 26
+_LIBRARIES = ("absl", "orbax")  # that have flags of their own; orbax where it is imported
 HELP = ("--help", "-help", "-h", "--h", "-?", "--helpshort", "--helpfull", "-helpfull")
 VERSION = ("--version", "-version")
 
@@ -48,7 +49,7 @@ def of(module, everything: bool = False) -> str:
 
   Args:
     module: of the binary, whose docstring says what it does.
-    everything: with the flags of absl, which log and debug.
+    everything: with the flags of libraries, which log and debug.
 
   Returns:
     Lines of 100 columns at most, less in a narrower terminal.
@@ -60,7 +61,7 @@ def of(module, everything: bool = False) -> str:
     lines += ["", *textwrap.wrap(title, width)]
     for name in names:
       lines += _flag(flags.FLAGS[name], width)
-  lines += ["", *textwrap.wrap("Also: --help, --helpfull (with the flags of absl), --version, --flagfile=FILE (flags from a file, one a "
+  lines += ["", *textwrap.wrap("Also: --help, --helpfull (with the flags of libraries), --version, --flagfile=FILE (flags from a file, one a "
                                "line).", width)]
   return "\n".join(lines)
 
@@ -80,18 +81,18 @@ def group(title: str) -> None:
 
 
 def groups(everything: bool = False) -> list[tuple[str, list[str]]]:
-  """Titles and the names of their flags: the main ones, groups in the order of definition, and absl's own, where wanted."""
-  own, of_absl = {"Main flags": list(_first)} if _first else {}, []
+  """Titles and the names of their flags: the main ones, groups in the order of definition, and those of libraries, where wanted."""
+  own, others = {"Main flags": list(_first)} if _first else {}, []
   for position, name in enumerate(flags.FLAGS):
     flag = flags.FLAGS[name]
     if flag.name != name or name in _first:
       continue
-    if (flags.FLAGS.find_module_defining_flag(name) or "absl").startswith("absl"):
-      of_absl.append(name)
+    if (flags.FLAGS.find_module_defining_flag(name) or "absl").startswith(_LIBRARIES):
+      others.append(name)
       continue
     title = next((title for title, first in reversed(_marks) if first <= position), "Flags")
     own.setdefault(title, []).append(name)
-  return [*own.items(), *([("Flags of absl", of_absl)] if everything else [])]
+  return [*own.items(), *([("Flags of libraries", others)] if everything else [])]
 
 
 def _flag(flag, width: int) -> list[str]:

@@ -255,9 +255,9 @@ def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bo
   say(description(config, planned))
   if expected := estimate.of_distillation(config, data, sizes):
     say(expected)
-  with progress.working("scoring random real images", shown=verbose):
+  with progress.working("scoring random real images", shown=verbose, remedy=planner.FEWER_ROWS):
     baseline = [score(config, data, random) for random in baselines]
-  with progress.working(f"choosing the start ({config.init})", shown=verbose):
+  with progress.working(f"choosing the start ({config.init})", shown=verbose, remedy=planner.FEWER_ROWS):
     chosen, support, evaluations = start(config, data)
     init_accuracy = score(config, data, support)
   say(f"random real images: {100 * np.mean(baseline):.1f} % test accuracy (mean of {_BASELINE_DRAWS} draws); "
@@ -283,7 +283,7 @@ def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bo
     outcome = keeper.carry(lambda **kept: distil(config, data, support, **hooks, **kept), last, stop, upkeep.retries,
                            lambda history: run_folder.write_metrics(folder, history), say)
 
-  with progress.working("scoring", shown=verbose):
+  with progress.working("scoring", shown=verbose, remedy=planner.FEWER_ROWS):
     test_accuracy = score(config, data, outcome.support)
   measured = {}
   if config.measure_gain and has_loop:

@@ -14,6 +14,8 @@ _ARRAYS_OF_A_BLOCK = 40
 # Share of the free memory that such a block may take: the rest is for the solves, the rows, and others on the machine.
 _SHARE = 0.25
 _FEWEST_ROWS = 8
+# Flags that make scores and starts need less.
+FEWER_ROWS = "--images_per_class, --train_rows or --test_rows"
 
 
 def free_bytes() -> float:

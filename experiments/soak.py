@@ -22,21 +22,15 @@ flags.DEFINE_string("output", "experiments/results/soak.json", "Result file; the
 _GROWTH, _POINTS = 1.05, 200
 
 
-def resident_bytes() -> int:
-  """Memory of this process, as the system counts it."""
-  status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
-  return 1024 * int(status.partition("VmRSS:")[2].split()[0])
-
-
 def watched(config: DistillConfig) -> list[tuple[int, int, int]]:
   """Steps done, bytes and compilations, after each call to the devices of a run."""
   import jax
-  from experiments import pipeline, progress
+  from experiments import pipeline, progress, run_folder
   points, compiled, advance = [], [], progress.Steps.advance
   jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None)
 
   def noted(steps, done):
-    points.append((done, resident_bytes(), len(compiled)))
+    points.append((done, run_folder.process_bytes("VmRSS"), len(compiled)))
     advance(steps, done)
 
   with tempfile.TemporaryDirectory() as folder, mock.patch.object(progress.Steps, "advance", noted):

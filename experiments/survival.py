@@ -79,7 +79,7 @@ def trial(config, folder: pathlib.Path, step: int, seconds: float, number: int) 
     seconds: to wait.
     number: of the signal.
   """
-  process, status = start(config, folder, resume=False), None
+  process = start(config, folder, resume=False)
   begun = time.perf_counter()
   while newest(folder) < step and not (done := os.waitpid(process, os.WNOHANG))[0]:
     time.sleep(0.002)

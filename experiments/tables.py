@@ -1,4 +1,4 @@
-"""Writes the tables of README and RESULTS from the result files: `python -m experiments.tables`."""
+"""Writes the tables of README and experiments/results/README.md from the result files: `python -m experiments.tables`."""
 
 import csv
 import json
@@ -222,7 +222,7 @@ TABLES = {"conformance": ("conformance", conformance_table), "starting_points": 
           "pytorch": ("pytorch_check", pytorch_table)}
 
 
-DOCUMENTS = ("README.md", "RESULTS.md")
+DOCUMENTS = ("README.md", "experiments/results/README.md")
 
 
 def rendered(document: str) -> str:

@@ -130,3 +130,9 @@ def raise_for_status(what: str, status) -> None:
   worst = Status(int(np.max(np.asarray(status))))
   if worst is not Status.OK:
     raise NumericalError(f"{what} failed ({worst.name}): {_ADVICE[worst]}")
+
+
+def one_line(thing, length: int = 300) -> str:
+  """The text of a thing on one line of readable length, without what a terminal might obey."""
+  text = "".join(c if c.isprintable() else "?" for c in " ".join(str(thing).split()))
+  return text[:length] + "..." * (len(text) > length)

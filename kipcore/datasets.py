@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kipcore import image_folders, npz, tfds_data
+from kipcore import checks, image_folders, npz, tfds_data
 from kipcore.types import DatasetError
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -85,13 +85,13 @@ def load_dataset(name: str, data_dir: str | os.PathLike | None = None, validatio
   if isinstance(train_rows, bool) or not isinstance(train_rows, (int, np.integer)) or train_rows < 0:
     raise ValueError(f"train_rows: expected an integer >= 0, got {train_rows!r}")
   name = os.fspath(name)
-  choose = functools.partial(_part_of, count=int(train_rows), seed=int(seed)) if train_rows else None
+  pick = functools.partial(_picked, count=int(train_rows), seed=int(seed))
   if name.lower().endswith(".npz"):
-    raw = _read_npz(name, choose)
+    raw = _read_npz(name, pick)
   elif name == "digits":
-    raw = _read_digits(choose)
+    raw = _read_digits(pick)
   else:
-    raw = _read_folder(name, choose) if image_folders.is_named(name) else _read_tfds(name, data_dir, choose)
+    raw = _read_folder(name, pick) if image_folders.is_named(name) else _read_tfds(name, data_dir, pick)
   return _finish(name, validation_fraction, seed, **raw)
 
 
@@ -197,12 +197,18 @@ def _stratified(labels, fraction, seed) -> np.ndarray:
   return held
 
 
-def _part_of(labels, count: int, seed: int) -> np.ndarray:
-  """Rows of a part of each class in proportion, about `count` in all, ascending."""
-  if count >= len(labels):
-    return np.arange(len(labels))
+def _picked(labels, cut: bool, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Rows to read, of the labels of a training split, ascending: for training and for testing.
+
+  With `cut` every fifth row of a class is for testing. Of the others about `count`, a part of each class in proportion, are for
+  training; all of them where `count` is 0.
+  """
   _, classes = np.unique(labels, return_inverse=True)
-  return np.flatnonzero(~_stratified(classes, 1 - count / len(labels), [seed, 1]))
+  test = _rank_in_class(classes) % 5 == 4 if cut else np.zeros(len(labels), bool)
+  train = np.flatnonzero(~test)
+  if 0 < count < len(train):
+    train = train[~_stratified(classes[train], 1 - count / len(train), [seed, 1])]
+  return train, np.flatnonzero(test)
 
 
 def _rank_in_class(labels) -> np.ndarray:
@@ -212,32 +218,14 @@ def _rank_in_class(labels) -> np.ndarray:
   return rank
 
 
-def _every_fifth(labels) -> np.ndarray:
-  """Which rows are for testing where nothing else says so, bool `(n,)`: every fifth of each class."""
-  return _rank_in_class(np.unique(labels, return_inverse=True)[1]) % 5 == 4
-
-
-def _cut(x, y, choose) -> dict[str, np.ndarray]:
-  """Every fifth row of each class as the test split, and of the others those that are chosen."""
-  test = _every_fifth(y)
-  train = np.flatnonzero(~test)
-  if choose is not None:
-    train = train[choose(y[train])]
-  return {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test]}
-
-
-def _read_digits(choose) -> dict:
+def _read_digits(pick) -> dict:
   from sklearn.datasets import load_digits
 
   x, y = load_digits(return_X_y=True)
-  named = {"class_names": tuple("0123456789"), "note": "pixels are 0..16; test is every fifth row of each class"}
-  return {**_cut(x.reshape(-1, 8, 8, 1).astype(np.float32), y, choose), "pixel_max": 16.0, **named}
-
-
-def _line(error) -> str:
-  """The text of an error or object on one line of readable length."""
-  text = " ".join(str(error).split())
-  return text[:300] + "..." * (len(text) > 300)
+  x = x.reshape(-1, 8, 8, 1).astype(np.float32)
+  train, test = pick(y, cut=True)
+  return {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test], "pixel_max": 16.0,
+          "class_names": tuple("0123456789"), "note": "pixels are 0..16; test is every fifth row of each class"}
 
 
 @contextlib.contextmanager
@@ -248,27 +236,27 @@ def _one_fault(what):
   except DatasetError:
     raise
   except Exception as error:
-    raise DatasetError(f"{what}, got {type(error).__name__}: {_line(error)}") from error
+    raise DatasetError(f"{what}, got {type(error).__name__}: {checks.one_line(error)}") from error
 
 
-def _read_folder(name, choose) -> dict:
+def _read_folder(name, pick) -> dict:
   with _one_fault(f"{name}: expected a readable folder of images"):
-    return image_folders.read(os.path.expanduser(name), _every_fifth, choose)
+    return image_folders.read(os.path.expanduser(name), pick)
 
 
-def _read_npz(name, choose) -> dict:
+def _read_npz(name, pick) -> dict:
   path = os.path.expanduser(name)
   try:
     missing = [key for key in _ARRAYS if key not in (found := npz.names_in(path))]
     if missing:
       raise DatasetError(f"{name}: expected the arrays {', '.join(_ARRAYS)}; {', '.join(missing)} missing, "
-                         f"found {_line(', '.join(sorted(found)[:20])) or 'nothing'}")
-    if choose is None:
-      raw = npz.read_npz(path, (*_ARRAYS, *_NAMES))
+                         f"found {checks.one_line(', '.join(sorted(found)[:20])) or 'nothing'}")
+    raw = npz.read_npz(path, (*_ARRAYS[1:], *_NAMES))
+    rows, _ = pick(labels := raw["y_train"].ravel(), cut=False)
+    if len(rows) < len(labels):
+      raw |= {"x_train": npz.read_rows(path, "x_train", rows), "y_train": labels[rows]}
     else:
-      raw = npz.read_npz(path, (*_ARRAYS[1:], *_NAMES))
-      rows = choose(raw["y_train"].ravel())
-      raw = {**raw, "x_train": npz.read_rows(path, "x_train", rows), "y_train": raw["y_train"].ravel()[rows]}
+      raw |= npz.read_npz(path, ("x_train",))
   except npz.NpzError as error:
     raise DatasetError(str(error)) from error
   for names in [raw.pop(key) for key in _NAMES if key in raw]:
@@ -277,9 +265,9 @@ def _read_npz(name, choose) -> dict:
   return raw
 
 
-def _read_tfds(name, data_dir, choose) -> dict:
+def _read_tfds(name, data_dir, pick) -> dict:
   if data_dir is not None and not os.path.isdir(data_dir):
     raise DatasetError(f"{name}: expected data_dir to be an existing directory, got {os.fspath(data_dir)!r}")
   where = f"in {os.fspath(data_dir)}" if data_dir else "in TFDS's default directory"
   with _one_fault(f"{name}: expected a dataset that TFDS can load {where}"):
-    return tfds_data.read(name, data_dir, _every_fifth, choose)
+    return tfds_data.read(name, data_dir, pick)

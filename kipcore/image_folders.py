@@ -21,13 +21,13 @@ def is_named(name: str) -> bool:
   return name.startswith((".", "~", os.sep)) or name.endswith(os.sep)
 
 
-def read(path, cut: Callable, choose: Callable | None = None) -> dict:
+def read(path, pick: Callable) -> dict:
   """The images of `CLASS/*.png`, or of `train/CLASS/*.png` and `test/CLASS/*.png` (or val/, validation/), in the order of their names.
 
   Args:
     path: a folder. Files of other kinds, hidden ones, and folders within those of the classes are left out.
-    cut: which of these labels' rows are for testing, bool, where the folders do not say.
-    choose: which of these labels' rows are wanted for training, ascending; None for all. Of the others the headers alone are read.
+    pick: `(labels, cut) -> rows for training, rows for testing`, the latter where it is to `cut` them from the former. Of the others the
+      headers alone are read.
 
   Returns:
     x_train uint8 `(n, h, w, c)`, y_train `(n,)` the names of the class folders, x_test, y_test, and `note`. A channel where all images are
@@ -49,16 +49,14 @@ def read(path, cut: Callable, choose: Callable | None = None) -> dict:
   files = [np.array([file for each in of_class.values() for file in each], object) for of_class in found]
   labels = [np.repeat(list(of_class), [len(each) for each in of_class.values()]) for of_class in found]
   grey, notes = _checked([file for each in files for file in each])
+  train, test = pick(labels[0], cut=len(splits) == 1)
   if len(splits) == 1:
-    test = cut(labels[0])
-    if not test.any():
+    if not len(test):
       raise DatasetError(f"{path}: expected 5 images of a class or more, of which every fifth is for testing, or folders train and test; "
                          f"got {max(map(len, found[0].values()))} at most")
-    files, labels = [files[0][~test], files[0][test]], [labels[0][~test], labels[0][test]]
+    files, labels = [files[0], files[0][test]], [labels[0], labels[0][test]]
     notes = ["test is every fifth image of each class", *notes]
-  if choose is not None:
-    wanted = choose(labels[0])
-    files[0], labels[0] = files[0][wanted], labels[0][wanted]
+  files[0], labels[0] = files[0][train], labels[0][train]
   x_train, x_test = (np.stack([_pixels(file, "L" if grey else "RGB") for file in rows]) for rows in files)
   return {"x_train": x_train, "y_train": labels[0], "x_test": x_test, "y_test": labels[1], "note": "; ".join(notes)}
 

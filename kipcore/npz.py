@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from kipcore import files
+from kipcore import checks, files
 
 METADATA = "metadata"
 _DEFLATE_GAIN = 1032  # the most that deflate makes of a byte
@@ -51,7 +51,7 @@ def read_npz(path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
   with _opened(path) as (archive, members):
     wanted = {name: info for name, info in members.items() if names is None or name in names}
     _check_memory(path, sum(info.file_size for info in wanted.values()))
-    return {name: _read_member(f"{path}: {_line(name, 80)}", archive, info) for name, info in wanted.items()}
+    return {name: _read_member(f"{path}: {checks.one_line(name, 80)}", archive, info) for name, info in wanted.items()}
 
 
 def read_rows(path, name: str, rows: np.ndarray) -> np.ndarray:
@@ -69,12 +69,12 @@ def read_rows(path, name: str, rows: np.ndarray) -> np.ndarray:
     NpzError: as `read_npz`, of the chosen rows' bytes alone where memory is concerned; for an array in Fortran order, or with fewer rows.
   """
   with _opened(path) as (archive, members):
-    what, info = f"{path}: {_line(name, 80)}", members[name]
+    what, info = f"{path}: {checks.one_line(name, 80)}", members[name]
     _check_member(what, info)
     with _one_fault(f"{what}: expected a readable .npz file of .npy arrays"), archive.open(info) as member:
       shape, fortran_order, dtype = _checked_header(what, member, info)
       if fortran_order or not shape or len(rows) and rows[-1] >= shape[0]:
-        raise NpzError(f"{what}: expected an array in C order of {rows[-1] + 1 if len(rows) else 1} rows or more, got shape {_line(shape)}"
+        raise NpzError(f"{what}: expected an array in C order of {rows[-1] + 1 if len(rows) else 1} rows or more, got shape {checks.one_line(shape)}"
                        + " in Fortran order" * fortran_order)
       a_row = math.prod(shape[1:]) * dtype.itemsize
       _check_memory(path, len(rows) * a_row)
@@ -145,10 +145,10 @@ def load_checked(path, form: str, version: int, required: Sequence[str] = ()) ->
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise NpzError(f"{path}: expected metadata, the JSON text of a {form}, got something else ({type(error).__name__})") from error
   if not known:
-    raise NpzError(f"{path}: expected format {form} up to version {version}, got {_line(repr(found), 40)} version "
-                   f"{_line(repr(its_version), 40)}")
+    raise NpzError(f"{path}: expected format {form} up to version {version}, got {checks.one_line(repr(found), 40)} version "
+                   f"{checks.one_line(repr(its_version), 40)}")
   if set(arrays) != set(sums):
-    raise NpzError(f"{path}: expected the arrays {_line(sorted(sums))}, got {_line(sorted(arrays))}")
+    raise NpzError(f"{path}: expected the arrays {checks.one_line(sorted(sums))}, got {checks.one_line(sorted(arrays))}")
   for name, array in arrays.items():
     if checksum(array) != sums[name]:
       raise NpzError(f"{path}: expected array {name!r} to have its recorded checksum, got another; the file was altered")
@@ -175,18 +175,12 @@ def read_npy_header(what: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, n
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = reader(io.BytesIO(length + header))
     if dtype.kind not in "biufSU" or not dtype.itemsize:  # so no "O", and no "V", in which objects can hide
-      raise NpzError(f"{what}: expected a plain numeric or string array, got dtype {_line(dtype)} (Python objects are never unpickled)")
+      raise NpzError(f"{what}: expected a plain numeric or string array, got dtype {checks.one_line(dtype)} (Python objects are never unpickled)")
     if len(shape) > _MAX_DIMENSIONS or not all(type(size) is int and size < 2**63 for size in shape):
-      raise NpzError(f"{what}: expected at most {_MAX_DIMENSIONS} dimensions that are integers, got {_line(shape)}")
+      raise NpzError(f"{what}: expected at most {_MAX_DIMENSIONS} dimensions that are integers, got {checks.one_line(shape)}")
     if min(shape, default=0) < 0:
-      raise NpzError(f"{what}: expected {math.prod(shape) * dtype.itemsize} bytes for shape {_line(shape)} {dtype}, which no file has")
+      raise NpzError(f"{what}: expected {math.prod(shape) * dtype.itemsize} bytes for shape {checks.one_line(shape)} {dtype}, which no file has")
   return shape, fortran_order, dtype
-
-
-def _line(thing, length: int = 300) -> str:
-  """The text of a thing on one line of readable length, without what a terminal might obey."""
-  text = "".join(c if c.isprintable() else "?" for c in " ".join(str(thing).split()))
-  return text[:length] + "..." * (len(text) > length)
 
 
 @contextlib.contextmanager
@@ -197,7 +191,7 @@ def _one_fault(what: str):
   except NpzError:
     raise
   except Exception as error:
-    raise NpzError(f"{what}, got {type(error).__name__}: {_line(error)}") from error
+    raise NpzError(f"{what}, got {type(error).__name__}: {checks.one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -213,7 +207,7 @@ def _opened(path):
     for name, info in members.items():
       where = pathlib.PurePosixPath(info.filename.replace("\\", "/"))
       if where.is_absolute() or ".." in where.parts or not name:
-        raise NpzError(f"{path}: expected plain names of arrays, got {_line(repr(info.filename), 80)}")
+        raise NpzError(f"{path}: expected plain names of arrays, got {checks.one_line(repr(info.filename), 80)}")
     if sum(info.compress_size for info in infos) > size:
       raise NpzError(f"{path}: expected members that fit into {size} bytes, got ones that claim more")
     unpacked = sum(info.file_size for info in infos)
@@ -249,7 +243,7 @@ def _checked_header(what: str, member, info) -> tuple[tuple[int, ...], bool, np.
   shape, fortran_order, dtype = read_npy_header(what, member)
   claimed, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
   if claimed != held:
-    raise NpzError(f"{what}: expected {claimed} bytes for shape {_line(shape)} {dtype}, got {held}")
+    raise NpzError(f"{what}: expected {claimed} bytes for shape {checks.one_line(shape)} {dtype}, got {held}")
   return shape, fortran_order, dtype
 
 

@@ -11,6 +11,7 @@ from typing import Callable
 
 import numpy as np
 
+from kipcore import checks
 from kipcore.types import DatasetError
 
 _BATCH = 256  # images decoded at a time where only some of them are wanted
@@ -42,14 +43,13 @@ def quiet_tensorflow():
         os.close(copy)
 
 
-def read(name: str, data_dir, cut: Callable, choose: Callable | None) -> dict:
+def read(name: str, data_dir, pick: Callable) -> dict:
   """The splits of a TFDS dataset of images with class labels.
 
   Args:
     name: of the dataset.
     data_dir: where it is, or is put; None for TFDS's default.
-    cut: which of these labels' rows are for testing, bool, where the dataset does not say.
-    choose: which of these labels' rows are wanted of the training split, ascending; None for all.
+    pick: `(labels, cut) -> rows for training, rows for testing`, the latter where it is to `cut` them from the former.
 
   Returns:
     x_train uint8 `(n, h, w, c)`, y_train `(n,)`, x_test, y_test, `class_names`, `note`.
@@ -58,10 +58,10 @@ def read(name: str, data_dir, cut: Callable, choose: Callable | None) -> dict:
     DatasetError: for an unknown name, other features, or data that are not there and cannot be fetched; and whatever TFDS raises.
   """
   with quiet_tensorflow() as (_, tfds):
-    return _read(tfds, name, data_dir, cut, choose)
+    return _read(tfds, name, data_dir, pick)
 
 
-def _read(tfds, name, data_dir, cut, choose) -> dict:
+def _read(tfds, name, data_dir, pick) -> dict:
   try:
     builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
   except tfds.core.DatasetNotFoundError as error:
@@ -72,7 +72,7 @@ def _read(tfds, name, data_dir, cut, choose) -> dict:
   x_key, y_key = builder.info.supervised_keys or ("image", "label")
   if not (x_key in features and isinstance(features[x_key], tfds.features.Image) and
           y_key in features and isinstance(features[y_key], tfds.features.ClassLabel)):
-    raise DatasetError(f"{name}: expected a TFDS dataset of images with class labels, got features {' '.join(str(features).split()):.300}")
+    raise DatasetError(f"{name}: expected a TFDS dataset of images with class labels, got features {checks.one_line(features)}")
   if None in features[x_key].shape:
     raise DatasetError(f"{name}: expected images of one size, got image shape {features[x_key].shape}")
   if not builder.is_prepared():
@@ -83,11 +83,9 @@ def _read(tfds, name, data_dir, cut, choose) -> dict:
     decoders = tfds.decode.PartialDecoding({key: True for key in decoded})
     return builder.as_dataset(split=split, batch_size=batch_size, shuffle_files=False, decoders=decoders)
 
-  def whole(split):
-    rows = rows_of(split, (x_key, y_key))
-    return rows[x_key].numpy(), rows[y_key].numpy()
-
-  def some_of_train(wanted):
+  def images(wanted):
+    if wanted.all():
+      return rows_of("train", (x_key,))[x_key].numpy()
     out, first, done = np.empty((wanted.sum(), *features[x_key].shape), features[x_key].np_dtype), 0, 0
     for batch in tfds.as_numpy(rows_of("train", (x_key,), _BATCH)):
       here = batch[x_key][wanted[first:first + _BATCH]]
@@ -98,26 +96,23 @@ def _read(tfds, name, data_dir, cut, choose) -> dict:
   splits = builder.info.splits
   if "train" not in splits:
     raise DatasetError(f"{name}: expected a split called train, got {', '.join(splits)}")
-  tests, note = None, "no labelled test split: test is every fifth training row of each class"
+  raw = {"note": "no labelled test split: test is every fifth training row of each class"}
   for split in ("test", "validation"):
     if split in splits:
-      x_test, y_test = whole(split)
-      if (y_test >= 0).all():  # Some test splits come without labels, as -1.
-        tests, note = (x_test, y_test), "" if split == "test" else "the TFDS validation split is the test split"
+      rows = rows_of(split, (x_key, y_key))
+      if (rows[y_key].numpy() >= 0).all():  # Some test splits come without labels, as -1.
+        raw = {"x_test": rows[x_key].numpy(), "y_test": rows[y_key].numpy(),
+               "note": "" if split == "test" else "the TFDS validation split is the test split"}
         break
-  if choose is None:
-    x, y = whole("train")
-    for_tests = np.zeros(len(y), bool) if tests else cut(y)
-  else:
-    y = rows_of("train", (y_key,))[y_key].numpy()
-    for_tests = np.zeros(len(y), bool) if tests else cut(y)
-    wanted, others = for_tests.copy(), np.flatnonzero(~for_tests)
-    wanted[others[choose(y[others])]] = True
-    x, y, for_tests = some_of_train(wanted), y[wanted], for_tests[wanted]
-  if not tests:
-    tests, x, y = (x[for_tests], y[for_tests]), x[~for_tests], y[~for_tests]
-  return {"x_train": x, "y_train": y, "x_test": tests[0], "y_test": tests[1], "class_names": tuple(features[y_key].names or ()) or None,
-          "note": note}
+  y = rows_of("train", (y_key,))[y_key].numpy()
+  train, test = pick(y, cut="x_test" not in raw)
+  wanted = np.zeros(len(y), bool)
+  wanted[train] = wanted[test] = True
+  x, place = images(wanted), np.cumsum(wanted) - 1  # of each wanted row among the wanted ones
+  if len(test):
+    raw |= {"x_test": x[place[test]], "y_test": y[test]}
+    x = x[place[train]]
+  return {**raw, "x_train": x, "y_train": y[train], "class_names": tuple(features[y_key].names or ()) or None}
 
 
 def _require_host(name, builder):

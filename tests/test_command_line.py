@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 
+from binaries import run_binary
 from experiments import dry_run, estimate, progress, readme, run_folder
 from experiments.config import CompareConfig, DataConfig, DistillConfig, EvaluateConfig, SelectConfig
 
@@ -53,6 +54,16 @@ def calls(script: str, commands: list[list[str]], cwd) -> list[tuple[int, str, s
                         capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout)
+
+
+def test_tests_start_binaries_as_users_do():
+  """Output, errors and status of a process that was forked are those of `python -m`, in success and in failure."""
+  for arguments, status in ((["--help"], 0), (["--dataset=nosuch.npz"], 2)):
+    forked = run_binary("experiments.run_distill", *arguments)
+    done = subprocess.run([sys.executable, "-m", "experiments.run_distill", *arguments], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+                          capture_output=True, text=True)
+    assert forked.returncode == done.returncode == status
+    assert (forked.stdout, forked.stderr) == (done.stdout, done.stderr) and bool(done.stdout) != bool(done.stderr)
 
 
 def names(*kinds) -> set[str]:

@@ -13,6 +13,7 @@ from helpers import standard_promotion
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "experiments" / "results" / "README.md", ROOT / "tests" / "README.md"]
 
 
 def test_python_in_the_readme_runs(capsys):
@@ -35,7 +36,7 @@ def test_each_command_is_one_line(marker):
 
 
 def test_commands_name_flags_that_exist():
-  text = "".join(path.read_text() for path in ROOT.glob("*.md"))
+  text = "".join(path.read_text() for path in DOCUMENTS)
   for module in set(re.findall(r"-m (experiments\.\w+(?:\.\w+)?)", text)):
     done = run_binary(module, "--helpfull")
     shown = done.stdout + done.stderr
@@ -73,10 +74,10 @@ def test_notebooks_install_alike():
 
 def test_links_lead_somewhere():
   """Files that documents link to exist, and so do the headings."""
-  for path in ROOT.glob("*.md"):
+  for path in DOCUMENTS:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
       name, _, heading = target.partition("#")
-      there = ROOT / name if name else path
+      there = path.parent / name if name else path
       assert there.exists(), f"{path.name}: {target}"
       if heading:
         slugs = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in there.read_text().splitlines() if line.startswith("#")}
@@ -84,7 +85,7 @@ def test_links_lead_somewhere():
 
 
 def test_documents_speak_of_the_software_alone():
-  for path in [*ROOT.glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]:
+  for path in [*DOCUMENTS, *(ROOT / "notebooks").glob("*.ipynb")]:
     assert not re.search(r"(^|[^A-Za-z])/(work|root|tmp)/", path.read_text()), path.name
 
 
@@ -95,7 +96,7 @@ def test_results_carry_their_origin():
 
 
 def test_promises_are_held_by_tests_that_exist():
-  text = (ROOT / "PROMISES.md").read_text()
+  text = (ROOT / "tests" / "README.md").read_text()
   for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", text):
     assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), flags=re.M), f"{file} has no {name}"
   for name in re.findall(r"`(\w+\.json)`", text):
