@@ -130,8 +130,8 @@ def devices_of(config: DataConfig) -> list:
       raise UsageError(f"--num_devices: expected 0 beside --distributed, where all devices take part, got {config.num_devices}")
     return jax.devices()
   found = jax.local_devices()
-  if config.num_devices > len(found):
-    raise UsageError(f"--num_devices: expected at most the {len(found)} local devices, got {config.num_devices}")
+  if not 0 <= config.num_devices <= len(found):
+    raise UsageError(f"--num_devices: expected at most the {len(found)} local devices (0 for all), got {config.num_devices}")
   return found[:config.num_devices or len(found)]
 
 

@@ -369,6 +369,9 @@ def test_grids_seeds_and_widths_beyond_reason_are_named(tmp_path):
   for grid in (dict(num_seeds=2**70), dict(num_seeds=2**31, samplers=()), dict(inits=()), dict(num_seeds=-1)):
     with pytest.raises(UsageError, match="expected a grid of 1 to 10,000 cells"):
       comparison.plan(CompareConfig(**grid), {})
+  for number in (-1, 10**9):
+    with pytest.raises(UsageError, match="--num_devices: expected at most the .* local devices .0 for all., got"):
+      pipeline.plan(DistillConfig(num_devices=number))
   for call in (lambda: load_dataset("digits", seed=2**63), lambda: kipcore.select_coreset(2**64, X, Y, 1, "uniform"),
                lambda: kipcore.network(kipcore.fc(1), 2**40, 3)):
     with pytest.raises(ValueError, match="(seed|width): expected"):
