@@ -3,56 +3,127 @@
 The public functions, by the room they live in; the README has a quickstart.
 """
 
-from kipcore.absorb import absorb_weights
+from kipcore.selection.absorb import absorb_weights
 from kipcore.architectures import Architecture, architecture, conv_net, fc, myrtle
-from kipcore.artifact import Artifact, ArtifactError, load_artifact, save_artifact
-from kipcore.certificate import Certificate, measure_coreset
-from kipcore.checkpoint import CheckpointError, Checkpoints
-from kipcore.cholesky import rpcholesky
-from kipcore.clustering import kernel_kmeans_plusplus, kmeans, kmeans_plusplus, nearest_rows
-from kipcore.coreset import Coreset, auto_candidates, class_balanced_indices, measured_objective, select_coreset
-from kipcore.distill.augment import siamese
-from kipcore.distill.closed_form import ClosedForm, ClosedFormOptions, feature_kernel, krr_closed_form
-from kipcore.distill.distribution_matching import DMOptions, dm
-from kipcore.distill.experts import train_expert
-from kipcore.distill.frepo import FRePoOptions, frepo
-from kipcore.distill.gradient_matching import GradientMatchingOptions, dc, dsa
-from kipcore.distill.kip import KIPOptions, kip
-from kipcore.distill.loop import (DistillInfo, DistillResult, DistillState, Distiller, adam, distill, distill_init,
-                                  distill_step)
-from kipcore.distill.method import Batch, LossInfo, Method, Sampler
-from kipcore.distill.optimizers import optimizer
-from kipcore.distill.rcig import RCIGOptions, rcig
-from kipcore.distill.rfad import RFADOptions, random_feature_kernel, random_features, rfad
-from kipcore.distill.snapshot import Keeping, Snapshot, slowed
-from kipcore.distill.targets import Targets, arrange_targets
-from kipcore.distill.importance import importance, sampler
-from kipcore.distill.trajectory_matching import TrajectoryMatchingOptions, mtt
-from kipcore.evaluate import KRREvaluation, evaluate_krr, evaluate_network
-from kipcore.gram import gram, gram_diag, gram_matvec
-from kipcore.guarantees import guarantee_at, sample_size
+from kipcore.io.artifact import Artifact, ArtifactError, load_artifact, save_artifact
+from kipcore.selection.certificate import Certificate, measure_coreset
+from kipcore.io.checkpoint import CheckpointError, Checkpoints
+from kipcore.selection.cholesky import rpcholesky
+from kipcore.selection.clustering import (
+    kernel_kmeans_plusplus,
+    kmeans,
+    kmeans_plusplus,
+    nearest_rows,
+)
+from kipcore.selection.coreset import (
+    Coreset,
+    auto_candidates,
+    class_balanced_indices,
+    measured_objective,
+    select_coreset,
+)
+from kipcore.augment import siamese
+from kipcore.distillation.methods.closed_form import (
+    ClosedForm,
+    ClosedFormOptions,
+    feature_kernel,
+    krr_closed_form,
+)
+from kipcore.distillation.methods.distribution_matching import DMOptions, dm
+from kipcore.distillation.methods.experts import train_expert
+from kipcore.distillation.methods.frepo import FRePoOptions, frepo
+from kipcore.distillation.methods.gradient_matching import GradientMatchingOptions, dc, dsa
+from kipcore.distillation.methods.kip import KIPOptions, kip
+from kipcore.distillation.loop import (
+    DistillInfo,
+    DistillResult,
+    DistillState,
+    Distiller,
+    adam,
+    distill,
+    distill_init,
+    distill_step,
+)
+from kipcore.distillation.method import Batch, LossInfo, Method, Sampler
+from kipcore.distillation.optimizers import optimizer
+from kipcore.distillation.methods.rcig import RCIGOptions, rcig
+from kipcore.distillation.methods.rfad import (
+    RFADOptions,
+    random_feature_kernel,
+    random_features,
+    rfad,
+)
+from kipcore.distillation.snapshot import Keeping, Snapshot, slowed
+from kipcore.distillation.targets import Targets, arrange_targets
+from kipcore.distillation.importance import importance, sampler
+from kipcore.distillation.methods.trajectory_matching import TrajectoryMatchingOptions, mtt
+from kipcore.evaluation.krr import KRREvaluation, evaluate_krr
+from kipcore.evaluation.networks import evaluate_network
+from kipcore.kernels.gram import gram, gram_diag, gram_matvec
+from kipcore.selection.guarantees import guarantee_at, sample_size
 from kipcore.kernels import from_stax, linear_fn, nngp_fn, ntk_fn, rbf_fn
-from kipcore.krr import (KRRFit, KRRLoss, LabelSolution, krr_fit, krr_loss, krr_predict, label_solve,
-                         label_solve_rows, relative_ridge)
-from kipcore.leverage import (effective_dimension, feature_leverage_scores, landmark_leverage_scores,
-                              ridge_leverage_scores)
+from kipcore.krr import (
+    KRRFit,
+    KRRLoss,
+    LabelSolution,
+    krr_fit,
+    krr_loss,
+    krr_predict,
+    label_solve,
+    label_solve_rows,
+    relative_ridge,
+)
+from kipcore.selection.leverage import (
+    effective_dimension,
+    feature_leverage_scores,
+    landmark_leverage_scores,
+    ridge_leverage_scores,
+)
 from kipcore.networks import network
 from kipcore.preprocess import Preprocess, fit_preprocess, one_hot_centred
-from kipcore.published import PublishedError, PublishedSet, load_published
-from kipcore.pursuit import krr_pursuit
-from kipcore.ranking import (EvaluationEntry, KernelEvaluator, NetworkEvaluator, RankingScores, evaluation_table,
-                             ranking_scores)
-from kipcore.representatives import herding, k_center
-from kipcore.resnet import ResNet
-from kipcore.sampling import (gumbel_sample, importance_sample, merge_duplicates, sensitivity_sample,
-                              stratified_sample, systematic_sample)
-from kipcore.score_ridge import effective_dimension_bounds, landmark_score_ridge, score_ridge_for_dimension
-from kipcore.sensitivity import (SensitivityScores, approximate_krr_sensitivities, blocked_krr_sensitivities,
-                                 feature_krr_sensitivities, kmeans_sensitivities, krr_sensitivities,
-                                 krr_sensitivity_scores, lightweight_sensitivities)
-from kipcore.streaming import stream_krr_sensitivities
-from kipcore.torch_files import read_torch_file
-from kipcore.trajectories import Trajectories, TrajectoriesError, load_trajectories, save_trajectories
+from kipcore.io.published import PublishedError, PublishedSet, load_published
+from kipcore.selection.pursuit import krr_pursuit
+from kipcore.evaluation.ranking import (
+    EvaluationEntry,
+    KernelEvaluator,
+    NetworkEvaluator,
+    RankingScores,
+    evaluation_table,
+    ranking_scores,
+)
+from kipcore.selection.representatives import herding, k_center
+from kipcore.networks import ResNet
+from kipcore.selection.sampling import (
+    gumbel_sample,
+    importance_sample,
+    merge_duplicates,
+    sensitivity_sample,
+    stratified_sample,
+    systematic_sample,
+)
+from kipcore.selection.score_ridge import (
+    effective_dimension_bounds,
+    landmark_score_ridge,
+    score_ridge_for_dimension,
+)
+from kipcore.selection.sensitivity import (
+    SensitivityScores,
+    approximate_krr_sensitivities,
+    blocked_krr_sensitivities,
+    feature_krr_sensitivities,
+    kmeans_sensitivities,
+    krr_sensitivities,
+    krr_sensitivity_scores,
+    lightweight_sensitivities,
+)
+from kipcore.selection.streaming import stream_krr_sensitivities
+from kipcore.io.torch_files import read_torch_file
+from kipcore.io.trajectories import (
+    Trajectories,
+    TrajectoriesError,
+    load_trajectories,
+    save_trajectories,
+)
 from kipcore.types import NumericalError, Status, Support
 from kipcore.version import __version__
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kipcore.distill import augment
+from kipcore import augment
 from helpers import assert_close
 
 NAMES = augment.DSA.split("_")

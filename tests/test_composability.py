@@ -7,7 +7,16 @@ import pytest
 
 import kipcore
 from helpers import assert_close
-from kipcore import cholesky, clustering, leverage, pursuit, sampling, score_ridge, sensitivity, sensitivity_cores
+from kipcore.selection import (
+    cholesky,
+    clustering,
+    leverage,
+    pursuit,
+    sampling,
+    score_ridge,
+    sensitivity,
+    sensitivity_cores,
+)
 from kipcore.types import Status
 
 NTK = kipcore.ntk_fn(kipcore.fc(1))

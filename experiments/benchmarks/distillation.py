@@ -14,7 +14,7 @@ five minutes on two idle cores.
 
 import time
 
-from experiments import flags as common
+from kipcore.cli import flags as common
 from experiments.benchmarks import harness
 from experiments.benchmarks.harness import mnist, peak_gb, timed
 
@@ -33,7 +33,7 @@ def starting_rows(labels, per_class: int) -> np.ndarray:
 def seconds_a_step(x, y, support, sampler, batch_size: int, steps: int, learn_labels: bool = False) -> tuple[float, float]:
   """Seconds a step of `distill`, host and device together, and the seconds of compilation."""
   import kipcore
-  from kipcore.distill import kip
+  from kipcore.distillation.methods import kip
   method = kip.kip(kipcore.ntk_fn(kipcore.fc(1)), kip.KIPOptions(_RIDGE, learn_labels=learn_labels))
   distiller = kipcore.Distiller(method, sampler, kipcore.adam(0.04, steps), batch_size)
   result = kipcore.distill(0, distiller, support, x, y, steps, log_steps=[steps // 2])
@@ -127,8 +127,8 @@ def shares(data_dir) -> dict:
   import jax
   import jax.numpy as jnp
   import kipcore
-  from kipcore.distill import kip
-  from kipcore.distill.method import LossInfo
+  from kipcore.distillation.methods import kip
+  from kipcore.distillation.method import LossInfo
   x, y, labels, _, _ = mnist(data_dir)
   targets = jax.tree.map(lambda a: jnp.asarray(a[0]), kipcore.arrange_targets(x, y, 1, jax.random.key(0)))
   kernel_fn, rows = kipcore.ntk_fn(kipcore.fc(1)), []

@@ -83,7 +83,7 @@ def _child(name, jobs, argv, pipe):
 
 def run(jobs: dict) -> None:
   """Runs the jobs (functions of the data folder), each in a fresh process, and writes the result file after each."""
-  from experiments import run_folder
+  from kipcore.cli.folder import run_folder
   path = pathlib.Path(FLAGS.output)
   results = json.loads(path.read_text())["jobs"] if path.exists() else {}
   environment = run_folder.environment()

@@ -17,7 +17,7 @@ About 10 minutes on two idle cores, most of it neural-tangents.
 import functools
 import time
 
-from experiments import flags as common
+from kipcore.cli import flags as common
 from experiments.benchmarks import harness
 
 import numpy as np
@@ -183,7 +183,8 @@ def kip(data_dir, batch_size: int = 20) -> dict:
   import jax.numpy as jnp
   import kipcore
   from kipcore import architectures
-  from kipcore.distill import kip as kip_method, samplers
+  from kipcore.distillation import samplers
+  from kipcore.distillation.methods import kip as kip_method
   arch = architectures.architecture("conv3")
   result = {"support": 10, "batch": batch_size}
   for dataset in ("mnist", "cifar10"):

@@ -14,7 +14,7 @@ experiments/results/benchmark_methods.json:
 import dataclasses
 import functools
 
-from experiments import flags as common
+from kipcore.cli import flags as common
 from experiments.benchmarks import harness
 
 harness.define_flags("methods")
@@ -29,31 +29,32 @@ def job(method: str, data_dir) -> dict:
   import tempfile
   import jax
   import numpy as np
-  from kipcore.distill import experts
-  from kipcore import trajectories
-  from experiments import methods, pipeline
-  config = methods.resolve(method=method, dataset="mnist", data_dir=data_dir, init="uniform")
+  from kipcore.distillation.methods import experts
+  from kipcore.io import trajectories
+  from kipcore.cli import recipes
+  from kipcore.cli.runs import pipeline
+  config = recipes.resolve(method=method, dataset="mnist", data_dir=data_dir, init="uniform")
   data = pipeline.load(config)
   support = pipeline.start(config, data).support
   row = {}
   with tempfile.TemporaryDirectory() as folder:
     for preset in ("cpu", "published"):
-      config = methods.resolve(method=method, preset=preset, dataset="mnist", data_dir=data_dir, init="uniform")
+      config = recipes.resolve(method=method, preset=preset, dataset="mnist", data_dir=data_dir, init="uniform")
       if method == "mtt":
         # Made-up experts: their values change neither time nor memory.
         config = dataclasses.replace(config, experts=os.path.join(folder, f"{preset}.npy"))
-        module = methods.module_of(config, methods.Problem(data.kernel_fn, 10))
+        module = recipes.module_of(config, recipes.Problem(data.kernel_fn, 10))
         size, _ = experts.flat_parameters(module, support.x)
-        last = methods.options_of(config).max_start_epoch + methods.options_of(config).expert_epochs
+        last = recipes.options_of(config).max_start_epoch + recipes.options_of(config).expert_epochs
         rng = np.random.default_rng(0)
         made = (0.05 * rng.normal(size=(last + 1, size)).astype(np.float32) for _ in range(2))
         trajectories.save_trajectories(config.experts, made, {})
-      problem = methods.Problem(data.kernel_fn, 10, config.experts)
+      problem = recipes.Problem(data.kernel_fn, 10, config.experts)
       batch = pipeline.batch_size_of(config, data)
-      distiller = methods.distiller_of(config, problem, pipeline.sampler_of(config), batch)
+      distiller = recipes.distiller_of(config, problem, pipeline.sampler_of(config), batch)
       row[preset] = {"width": config.width, "targets": batch, **step_memory(distiller, support, data)}
       if preset == "cpu":
-        from kipcore.distill import loop
+        from kipcore.distillation import loop
         result = loop.distill(0, distiller, support, data.x_train, data.y_train, _STEPS, log_steps=[2], devices=[jax.devices()[0]])
         seconds = (result.history[-1]["seconds"] - result.history[1]["seconds"]) / (_STEPS - 2)
         row[preset].update(step_seconds=seconds, compile_seconds=result.compile_seconds, peak_gb=harness.peak_gb())
@@ -65,8 +66,8 @@ def step_memory(distiller, support, data) -> dict:
   import jax
   import numpy as np
   from kipcore import keys
-  from kipcore.distill import loop
-  from kipcore.distill.targets import Targets
+  from kipcore.distillation import loop
+  from kipcore.distillation.targets import Targets
   counts = np.bincount(np.argmax(data.y_train, axis=1), minlength=10).astype(np.int32)
   key = keys.canonical_key(0)
   shape = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype))

@@ -19,7 +19,7 @@ import time
 from absl import flags
 import numpy as np
 
-from experiments import flags as common
+from kipcore.cli import flags as common
 from experiments.benchmarks import harness
 from experiments.benchmarks.harness import mnist, peak_gb, private_peak, timed
 
@@ -33,7 +33,8 @@ flags.DEFINE_integer("stream_rows", 1_000_000, "Rows of the largest file of the 
 def scores(data_dir) -> dict:
   """Certified scores of 60,000 rows at several ridges, against bounds on d_eff from far more landmarks."""
   import jax
-  from kipcore import kernels, score_ridge, sensitivity
+  from kipcore import kernels
+  from kipcore.selection import score_ridge, sensitivity
   from kipcore.architectures import fc
   x, y, labels, _, _ = mnist(data_dir)
   kernel_fn = kernels.NetworkKernel(fc(1), "ntk")
@@ -80,8 +81,9 @@ def estimated_dimensions(kernel_fn, x, ridges, num_landmarks: int, num_probes: i
   """
   import jax
   import jax.numpy as jnp
-  from kipcore import linalg, scoring
-  from kipcore.gram import gram_matvec, map_row_blocks
+  from kipcore import linalg
+  from kipcore.selection import scoring
+  from kipcore.kernels.gram import gram_matvec, map_row_blocks
   n = x.shape[0]
   landmarks = jax.random.permutation(jax.random.key(2), n)[:num_landmarks]
   xs, ones = x[landmarks], jnp.ones((num_landmarks,), x.dtype)
@@ -116,7 +118,8 @@ def estimated_dimensions(kernel_fn, x, ridges, num_landmarks: int, num_probes: i
 
 def stream(data_dir) -> dict:
   """Time and private memory of streamed scores as the file grows."""
-  from kipcore import kernels, score_ridge, streaming
+  from kipcore import kernels
+  from kipcore.selection import score_ridge, streaming
   from kipcore.architectures import fc
   _, y, _, raw, fitted = mnist(data_dir)
   kernel_fn = kernels.NetworkKernel(fc(1), "ntk")
@@ -163,7 +166,8 @@ def kmeans(data_dir) -> dict:
   """k-means++ seeds, k = 500, with 1 and with 8 trials, beside scikit-learn in the same process."""
   import jax
   from sklearn.cluster import kmeans_plusplus as peer
-  from kipcore import clustering, linalg
+  from kipcore import linalg
+  from kipcore.selection import clustering
   x, _, _, _, _ = mnist(data_dir)
   host, k, rows = np.asarray(x), 500, []
   # scikit-learn converts float32 rows to float64 at every seed; it is faster on rows that are float64 already.
@@ -215,7 +219,8 @@ def cholesky(data_dir) -> dict:
     return {"left_out": f"coreax is not installed ({error})"}
   import jax
   import jax.numpy as jnp
-  from kipcore import cholesky as ours_room, kernels, linalg
+  from kipcore import kernels, linalg
+  from kipcore.selection import cholesky as ours_room
   x, _, _, _, _ = mnist(data_dir)
   scale, rank, rows = float(np.sqrt(x.shape[1])), 1000, []
   kernel_fn = kernels.rbf_fn(scale)

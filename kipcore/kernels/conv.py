@@ -21,7 +21,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kipcore import gram, linalg
+from kipcore import linalg
+from kipcore.kernels import gram
 from kipcore.architectures import AvgPool, Conv, Flatten, GlobalAvgPool
 from kipcore.kernels import covariance, dense
 from kipcore.types import Array

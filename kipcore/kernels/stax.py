@@ -13,7 +13,18 @@ from typing import Callable
 
 from kipcore import linalg
 from kipcore.architectures import (
-    Architecture, AvgPool, Conv, Dense, Erf, Flatten, Gelu, GlobalAvgPool, Identity, LeakyRelu, Relu)
+    Architecture,
+    AvgPool,
+    Conv,
+    Dense,
+    Erf,
+    Flatten,
+    Gelu,
+    GlobalAvgPool,
+    Identity,
+    LeakyRelu,
+    Relu,
+)
 from kipcore.types import KernelFn
 
 _MOVED_TO_EXTEND = ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var")

@@ -1,0 +1,52 @@
+"""The experts of MTT: trained once, kept beside the run, read from disk."""
+
+import pathlib
+
+import numpy as np
+
+from kipcore import keys
+from kipcore.io import trajectories
+from kipcore.distillation.methods import experts
+from kipcore.cli import recipes
+from kipcore.cli.config import DistillConfig
+from kipcore.cli.errors import UsageError, usage
+
+_BATCH = 256
+
+
+def prepare(config: DistillConfig, data, sampler, path) -> int:
+  """Trains the experts of a run into a file, or finds them there.
+
+  Args:
+    config: of the run: how many experts, epochs and rows.
+    data: its data; with fewer rows wanted, evenly spaced ones.
+    sampler: which targets the experts learn from.
+    path: `.npy` file.
+
+  Returns:
+    Target evaluations that training them takes (or took).
+
+  Raises:
+    UsageError: where the file holds experts of another run.
+  """
+  rows = np.linspace(0, len(data.x_train) - 1, config.expert_rows or len(data.x_train)).astype(int)
+  module = recipes.module_of(config, recipes.Problem(data.kernel_fn, data.y_train.shape[1]))
+  augmentation = recipes.options_of(config).augmentation
+  names = ("dataset", "seed", "preprocess", "train_rows", "validation_fraction", "width", "num_experts", "expert_epochs", "sampler", "uniform_mix",
+           "weight_exponent", "least_gain")
+  about = {**{name: getattr(config, name) for name in names}, "rows": len(rows), "augmentation": augmentation, "norm": module.norm,
+           "architecture": module.arch.to_json(), "train_hash": data.raw.hashes["train"]}
+  with usage():
+    if pathlib.Path(path).exists():
+      known = trajectories.load_trajectories(path, verify=False).metadata  # mtt does, when it opens them
+      different = [name for name in about if known.get(name) != about[name]]
+      if different:
+        raise UsageError(f"--experts: {path} holds the experts of another run: {different[0]} is {known.get(different[0])!r}, "
+                         f"expected {about[different[0]]!r}")
+    else:
+      x, y = data.x_train[rows], data.y_train[rows]
+      trained = (experts.train_expert(keys.stream(config.seed, f"expert {i}"), module, x, y, config.expert_epochs, batch_size=_BATCH,
+                                      sampler=sampler, augmentation=augmentation) for i in range(config.num_experts))
+      trajectories.save_trajectories(path, trained, about)
+  batch = min(_BATCH, len(rows))
+  return config.num_experts * config.expert_epochs * -(-len(rows) // batch) * batch

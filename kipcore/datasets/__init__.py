@@ -1,0 +1,275 @@
+"""Image-classification data from scikit-learn, a TFDS name, a folder of images or an `.npz` file, checked and hashed.
+
+Every fault of the data or of its file is one `DatasetError` of one line that says
+what was expected and what came. A number of training rows bounds memory, whatever the
+size of the data: only these are ever held.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from kipcore import checks
+from kipcore.datasets import image_folders, tfds_data
+from kipcore.io import npz
+from kipcore.types import DatasetError
+
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+_NAMES = ("label_names", "class_names")
+
+
+class Dataset(NamedTuple):
+  """Three disjoint splits, in stored pixel units.
+
+  Attributes:
+    x_train, x_validation, x_test: `(n, height, width, channels)`, or `(n, features)` for
+      tabular data. uint8 and floats stay as they are stored; other integers and bool become
+      float32 (float64 where they exceed 2^24). Not scaled: digits are float32 in 0..16.
+    y_train, y_validation, y_test: `(n,)` int32 in 0..c-1; each class occurs in y_train.
+    num_classes, class_names: c, and c names or None.
+    pixel_max: the stored value of full white: 255 for uint8, 16 for digits; for floats 1,
+      or the largest training value where that is over 1.
+    hashes: sha256 in hex of "train", "validation" and "test", over dtype, shape and bytes.
+    note: what a reader should know about the splits and conversions, "" if nothing.
+  """
+
+  name: str
+  x_train: np.ndarray
+  y_train: np.ndarray
+  x_validation: np.ndarray
+  y_validation: np.ndarray
+  x_test: np.ndarray
+  y_test: np.ndarray
+  num_classes: int
+  class_names: tuple[str, ...] | None
+  pixel_max: float
+  hashes: Mapping[str, str]
+  note: str
+
+
+def load_dataset(name: str, data_dir: str | os.PathLike | None = None, validation_fraction: float = 0.1,
+                 seed: int = 0, train_rows: int = 0) -> Dataset:
+  """Loads a dataset, or some of its training rows, and cuts a validation split from them.
+
+  The validation split is stratified: round(fraction * n) rows over all classes, shared by
+  largest remainder, drawn by the raw stream of NumPy's PCG64 (stable over versions), but
+  each class keeps a training row. The test split does not depend on the seed.
+
+  Args:
+    name: "digits": scikit-learn's 8 x 8 digits, no file needed; test is every fifth row of a class.
+      A path that ends in `.npz`: x_train, x_test `(n, h, w, c)`, `(n, h, w)` (a channel is
+      added) or `(n, d)`, y_train, y_test `(n,)` integers or strings, and at will
+      `class_names`. Nothing is unpickled; sizes are checked before memory is taken.
+      A folder of class folders of PNG or JPEG images of one size (`image_folders.read`): itself, where test is every
+      fifth image of a class in the order of file names, or as train/ and test/.
+      A TFDS image-classification name: prepared in data_dir, or else downloaded by TFDS.
+      Where it has no labelled test split its validation split stands in, or else every
+      fifth training row of a class; `note` says so.
+    data_dir: the TFDS directory, which must exist; None for TFDS's default.
+    validation_fraction: in [0, 1); 0 gives an empty validation split.
+    seed: of the validation split and of `train_rows`, an integer >= 0.
+    train_rows: of which the validation split is cut: a random part of each class in proportion, by largest remainder, but a row at
+      least; 0, or more than there are, for all. The others are never held in memory.
+
+  Raises:
+    DatasetError: where the data cannot be found, read or used.
+    ValueError: on a fraction, seed or number of rows out of range.
+  """
+  if not 0 <= validation_fraction < 1:
+    raise ValueError(f"validation_fraction: expected a number in [0, 1), got {validation_fraction!r}")
+  if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+    raise ValueError(f"seed: expected an integer >= 0 and below 2^63, got {seed!r}")
+  if isinstance(train_rows, bool) or not isinstance(train_rows, (int, np.integer)) or train_rows < 0:
+    raise ValueError(f"train_rows: expected an integer >= 0, got {train_rows!r}")
+  name = os.fspath(name)
+  pick = functools.partial(_picked, count=int(train_rows), seed=int(seed))
+  if name.lower().endswith(".npz"):
+    raw = _read_npz(name, pick)
+  elif name == "digits":
+    raw = _read_digits(pick)
+  else:
+    raw = _read_folder(name, pick) if image_folders.is_named(name) else _read_tfds(name, data_dir, pick)
+  return _finish(name, validation_fraction, seed, **raw)
+
+
+def _finish(name, fraction, seed, *, x_train, y_train, x_test, y_test, class_names=None, pixel_max=None, note=""):
+  """The checked `Dataset` of the arrays that a reader gives."""
+  if x_train.dtype.kind in "biu" and x_train.dtype != np.uint8:
+    note = "; ".join(filter(None, (note, f"{x_train.dtype} pixels were converted to floats")))
+  x_train, x_test = _pixels(f"{name}: x_train", x_train), _pixels(f"{name}: x_test", x_test)
+  if x_train.shape[1:] != x_test.shape[1:] or (x_train.dtype == np.uint8) != (x_test.dtype == np.uint8):
+    raise DatasetError(f"{name}: expected x_train and x_test with rows of one shape, both uint8 or neither; got "
+                       f"{x_train.shape} {x_train.dtype} and {x_test.shape} {x_test.dtype}")
+  x_train, x_test = (x.astype(np.result_type(x_train, x_test), copy=False) for x in (x_train, x_test))
+  for key, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+    if y.shape not in ((len(x),), (len(x), 1)):
+      raise DatasetError(f"{name}: expected y_{key} with one label for each of {len(x)} rows, got shape {y.shape}")
+  y_train, y_test, num_classes, class_names = _labels(name, y_train.ravel(), y_test.ravel(), class_names)
+  if num_classes < 2:
+    raise DatasetError(f"{name}: expected y_train of at least 2 classes, got {y_train[0]} alone")
+  pixel_max = 255.0 if x_train.dtype == np.uint8 else pixel_max or max(float(x_train.max()), 1.0)
+  held = _stratified(y_train, fraction, seed)
+  arrays = (x_train[~held], y_train[~held], x_train[held], y_train[held], x_test, y_test)
+  hashes = {key: _sha256(*arrays[2 * i:2 * i + 2]) for i, key in enumerate(("train", "validation", "test"))}
+  return Dataset(name, *arrays, num_classes, class_names, pixel_max, hashes, note)
+
+
+def _sha256(*arrays) -> str:
+  digest = hashlib.sha256()
+  for array in arrays:
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))  # one hash whatever the machine
+    digest.update(f"{array.dtype.str} {array.shape}\n".encode())
+    digest.update(array.reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def _pixels(what, x) -> np.ndarray:
+  """Rows as `(n, h, w, c)` or `(n, d)`, in a native dtype, finite."""
+  if x.ndim not in (2, 3, 4) or 0 in x.shape:
+    raise DatasetError(f"{what}: expected a non-empty (n, h, w, c), (n, h, w) or (n, d), got shape {x.shape}")
+  if x.dtype.kind not in "biuf":
+    raise DatasetError(f"{what}: expected uint8 or floating pixels, got {x.dtype}")
+  if x.dtype.kind == "f":
+    x = x.astype(np.dtype(f"f{min(x.itemsize, 8)}"), copy=False)
+    bad = ~np.isfinite(x)
+    if bad.any():
+      first = tuple(int(i) for i in np.unravel_index(bad.argmax(), x.shape))
+      raise DatasetError(
+          f"{what}: expected finite pixels, got {int(bad.sum())} NaN or infinite, the first at index {first}")
+  elif x.dtype != np.uint8:
+    exact = x.itemsize <= 2 or max(abs(int(x.min())), abs(int(x.max()))) <= 2**24
+    x = x.astype(np.float32 if exact else np.float64)
+  return x[..., None] if x.ndim == 3 else x
+
+
+def _labels(name, train, test, class_names):
+  """`(y_train, y_test, num_classes, class_names)`, labels as int32 in 0..c-1, all of them seen in training."""
+  if {train.dtype.kind, test.dtype.kind} <= set("SU"):
+    train, test = (np.char.decode(y, "utf-8", "replace") if y.dtype.kind == "S" else y for y in (train, test))
+    names, y_train = np.unique(train, return_inverse=True)
+    unseen = np.setdiff1d(test, names)
+    if unseen.size:
+      raise DatasetError(f"{name}: expected y_test labels that occur in y_train, got {unseen.size} others, "
+                         f"the first {str(unseen[0])!r}")
+    y_test = np.searchsorted(names, test)
+    return y_train.astype(np.int32), y_test.astype(np.int32), len(names), tuple(names.tolist())
+  y_train, y_test = (_integers(f"{name}: {key}", y) for key, y in (("y_train", train), ("y_test", test)))
+  num_classes = int(y_train.max()) + 1
+  if num_classes > len(y_train) or (np.bincount(y_train, minlength=num_classes) == 0).any():
+    seen = np.unique(y_train)
+    absent = int(np.flatnonzero(seen != np.arange(len(seen)))[0])
+    raise DatasetError(f"{name}: expected y_train to hold every class of 0..{num_classes - 1}, got {len(seen)} classes "
+                       f"from {seen[0]} to {seen[-1]}, without {absent}")
+  if y_test.max() >= num_classes:
+    raise DatasetError(f"{name}: expected y_test in 0..{num_classes - 1}, the classes of y_train, got {y_test.max()}")
+  return y_train, y_test, num_classes, class_names if len(class_names or ()) == num_classes else None
+
+
+def _integers(what, y) -> np.ndarray:
+  if y.dtype.kind not in "biuf":
+    raise DatasetError(f"{what}: expected integer labels (or strings in both splits), got {y.dtype}")
+  if y.dtype.kind == "f":
+    with np.errstate(over="ignore"):
+      y = y.astype(np.float64)  # 2^31 is beyond float16
+  whole = np.floor(y) == y if y.dtype.kind == "f" else True  # False at NaN
+  bad = ~(whole & (y >= 0) & (y < 2**31 - 1))
+  if bad.any():
+    first = int(bad.argmax())
+    raise DatasetError(f"{what}: expected integers 0..c-1, got {int(bad.sum())} other values, the first {y[first]} "
+                       f"at index {first}")
+  return y.astype(np.int32)
+
+
+def _stratified(labels, fraction, seed) -> np.ndarray:
+  """Which rows are held out, bool `(n,)`; every class keeps at least one."""
+  counts = np.bincount(labels)
+  share = fraction * counts
+  take = np.floor(share).astype(np.int64)
+  extra = round(fraction * len(labels)) - take.sum()
+  take[np.argsort(take - share, kind="stable")[:extra]] += 1
+  take = np.minimum(take, counts - 1)
+  order = np.lexsort((np.random.PCG64(seed).random_raw(len(labels)), labels))
+  held = np.zeros(len(labels), bool)
+  held[order] = _rank_in_class(labels[order]) < take[labels[order]]
+  return held
+
+
+def _picked(labels, cut: bool, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Rows to read, of the labels of a training split, ascending: for training and for testing.
+
+  With `cut` every fifth row of a class is for testing. Of the others about `count`, a part of each class in proportion, are for
+  training; all of them where `count` is 0.
+  """
+  _, classes = np.unique(labels, return_inverse=True)
+  test = _rank_in_class(classes) % 5 == 4 if cut else np.zeros(len(labels), bool)
+  train = np.flatnonzero(~test)
+  if 0 < count < len(train):
+    train = train[~_stratified(classes[train], 1 - count / len(train), [seed, 1])]
+  return train, np.flatnonzero(test)
+
+
+def _rank_in_class(labels) -> np.ndarray:
+  """How many earlier rows have the row's label."""
+  counts, rank = np.bincount(labels), np.empty(len(labels), np.int64)
+  rank[np.argsort(labels, kind="stable")] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+  return rank
+
+
+def _read_digits(pick) -> dict:
+  from sklearn.datasets import load_digits
+
+  x, y = load_digits(return_X_y=True)
+  x = x.reshape(-1, 8, 8, 1).astype(np.float32)
+  train, test = pick(y, cut=True)
+  return {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test], "pixel_max": 16.0,
+          "class_names": tuple("0123456789"), "note": "pixels are 0..16; test is every fifth row of each class"}
+
+
+@contextlib.contextmanager
+def _one_fault(what):
+  """Makes any failure one `DatasetError`; what readers call raises many kinds, over many lines."""
+  try:
+    yield
+  except DatasetError:
+    raise
+  except Exception as error:
+    raise DatasetError(f"{what}, got {type(error).__name__}: {checks.one_line(error)}") from error
+
+
+def _read_folder(name, pick) -> dict:
+  with _one_fault(f"{name}: expected a readable folder of images"):
+    return image_folders.read(os.path.expanduser(name), pick)
+
+
+def _read_npz(name, pick) -> dict:
+  path = os.path.expanduser(name)
+  try:
+    missing = [key for key in _ARRAYS if key not in (found := npz.names_in(path))]
+    if missing:
+      raise DatasetError(f"{name}: expected the arrays {', '.join(_ARRAYS)}; {', '.join(missing)} missing, "
+                         f"found {checks.one_line(', '.join(sorted(found)[:20])) or 'nothing'}")
+    raw = npz.read_npz(path, (*_ARRAYS[1:], *_NAMES))
+    rows, _ = pick(labels := raw["y_train"].ravel(), cut=False)
+    if len(rows) < len(labels):
+      raw |= {"x_train": npz.read_rows(path, "x_train", rows), "y_train": labels[rows]}
+    else:
+      raw |= npz.read_npz(path, ("x_train",))
+  except npz.NpzError as error:
+    raise DatasetError(str(error)) from error
+  for names in [raw.pop(key) for key in _NAMES if key in raw]:
+    if names.ndim == 1 and names.dtype.kind == "U":
+      raw["class_names"] = tuple(names.tolist())
+  return raw
+
+
+def _read_tfds(name, data_dir, pick) -> dict:
+  if data_dir is not None and not os.path.isdir(data_dir):
+    raise DatasetError(f"{name}: expected data_dir to be an existing directory, got {os.fspath(data_dir)!r}")
+  where = f"in {os.fspath(data_dir)}" if data_dir else "in TFDS's default directory"
+  with _one_fault(f"{name}: expected a dataset that TFDS can load {where}"):
+    return tfds_data.read(name, data_dir, pick)

@@ -1,0 +1,73 @@
+"""Test accuracy of kernel ridge regression on a support."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kipcore import checks, krr
+from kipcore.kernels.gram import gram_matvec
+from kipcore.types import Array, KernelFn, Support
+
+
+class KRREvaluation(NamedTuple):
+  """`accuracy` in [0, 1], `loss` (half mean squared error), `status`; all scalars."""
+
+  accuracy: Array
+  loss: Array
+  status: Array
+
+
+def evaluate_krr(kernel_fn: KernelFn, support: Support, x: Array, y: Array, ridge=None,
+                 relative_ridge: float | None = None, block_size: int = 2000) -> KRREvaluation:
+  """Fits ridge regression on the support and scores it on rows it has not seen.
+
+  Args:
+    kernel_fn: the kernel (hashable).
+    support: inputs `(m, ...)` and labels `(m, c)`.
+    x: `(n, ...)` test rows.
+    y: `(n, c)` test labels; the largest entry of a row is its class.
+    ridge: absolute, > 0, scalar or `(m,)`; or else
+    relative_ridge: fraction of tr(K_ss) / m. Exactly one of the two.
+    block_size: test rows at a time.
+
+  Returns:
+    `KRREvaluation`.
+
+  Raises:
+    ValueError, TypeError: for shapes that disagree, no rows, integers, test rows that are not finite, or not exactly one kind
+      of ridge.
+  """
+  if (ridge is None) == (relative_ridge is None):
+    raise ValueError(f"expected one of ridge and relative_ridge, got {ridge} and {relative_ridge}")
+  check_support(support, x, y)
+  value = relative_ridge if ridge is None else ridge
+  checks.positive("ridge", value)
+  value = jnp.asarray(value, support.x.dtype)
+  return _evaluate_krr(kernel_fn, ridge is None, block_size, support, jnp.asarray(x), jnp.asarray(y), value)
+
+
+def check_support(support, x, y) -> None:
+  """That support and test rows go together, and test rows are finite; what a support leads to, the status tells."""
+  for name, array in (("support.x", support.x), ("support.y", support.y), ("x", x), ("y", y)):
+    checks.floating(name, array)
+  checks.same_rows("support.x", support.x, "support.y", support.y)
+  checks.same_rows("x", x, "y", y)
+  checks.rank("support.y", support.y, 2)
+  checks.shape("x", x, (None, *support.x.shape[1:]))
+  checks.shape("y", y, (None, support.y.shape[1]))
+  for name, array in (("support.x", support.x), ("x", x)):
+    if not array.shape[0]:
+      raise ValueError(f"{name}: expected at least one row, got none")
+  checks.finite("x", x)
+  checks.finite("y", y)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _evaluate_krr(kernel_fn, relative, block_size, support, x, y, ridge):
+  k_ss = kernel_fn(support.x, None)
+  fit = krr.krr_fit(k_ss, support.y, krr.relative_ridge(k_ss, ridge) if relative else ridge)
+  predictions = gram_matvec(kernel_fn, x, support.x, fit.dual.astype(x.dtype), block_size)
+  loss = 0.5 * jnp.mean((predictions - y) ** 2)
+  return KRREvaluation(krr.accuracy(predictions, y), loss, krr.status_with(fit.status, loss))

@@ -1,0 +1,202 @@
+"""Snapshots of a run on disk, from which it goes on bit for bit: whole or not at all, the last few kept.
+
+Orbax writes them: each aside, under a name that a rename makes valid, so that a run that is killed while it writes goes on
+from the snapshot before. Each carries its format, the settings of its run, and checksums. Nothing in it is ever unpickled.
+"""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from kipcore.distillation.snapshot import Snapshot
+
+FORMAT = "kipcore-checkpoint"
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that cannot be written or read, or is of another run; the message is one line."""
+
+
+class Checkpoints:
+  """The last snapshots of one run, in one folder.
+
+  Where several processes run, all of them call the same methods; the first alone writes, all read: they share the folder.
+
+  Attributes:
+    folder: its absolute path.
+  """
+
+  def __init__(self, folder, settings: dict[str, Any], keep: int = 2):
+    """Opens the folder, which is made where it is absent.
+
+    Args:
+      folder: its name.
+      settings: JSON-able; what a run must share with a snapshot to go on from it.
+      keep: snapshots to keep, >= 1.
+
+    Raises:
+      ValueError: for keep < 1.
+      CheckpointError: where the folder cannot be made or read.
+    """
+    if not isinstance(keep, int) or keep < 1:
+      raise ValueError(f"keep: expected an integer >= 1, got {keep!r}")
+    self.folder, self._settings = pathlib.Path(folder).absolute(), settings
+    ocp = _orbax()
+    # A process waits for no other: the first writes what all of them have.
+    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()},
+                                               barrier_sync_key_prefix=f"process{jax.process_index()}")
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, enable_async_checkpointing=False,
+                                           multiprocessing_options=alone)
+    with self._one_fault("a folder for checkpoints"):
+      self.folder.mkdir(parents=True, exist_ok=True)
+      self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+  def steps(self) -> list[int]:
+    """The steps of which there are whole snapshots, ascending."""
+    with self._one_fault("readable checkpoints"):
+      self._manager.reload()
+      return sorted(self._manager.all_steps())
+
+  def save(self, snapshot: Snapshot) -> None:
+    """Writes a snapshot, unless there is one of that step, and drops the oldest beyond `keep`.
+
+    Raises:
+      CheckpointError: where it cannot be written; those before are as they were.
+    """
+    if jax.process_index() != 0:
+      return
+    about = {**snapshot._asdict(), "format": FORMAT, "format_version": FORMAT_VERSION, "settings": self._settings,
+             "arrays": [_facts(array) for array in snapshot.arrays]}
+    about["sha256"] = _checksum(about)
+    # One array of bytes: orbax takes neither arrays without numbers nor every dtype.
+    content = np.frombuffer(b"".join(array.tobytes() for array in snapshot.arrays) + b"\0", np.uint8)
+    ocp = _orbax()
+    with self._one_fault("a checkpoint to be written"):
+      if snapshot.step in self._manager.all_steps():
+        return  # Runs of the same settings agree to the bit.
+      self._manager.save(snapshot.step, force=True, args=ocp.args.Composite(
+          state=ocp.args.StandardSave({"content": content}), about=ocp.args.JsonSave(about)))
+
+  def restore(self, step: int | None = None) -> Snapshot:
+    """Reads a snapshot, and checks all of it.
+
+    Args:
+      step: which one; None for the last that is whole: later ones that are damaged are named in a warning, and deleted.
+
+    Returns:
+      `Snapshot`.
+
+    Raises:
+      CheckpointError: where there is none, or it is damaged, of a newer format, or of a run with other settings, whose
+        differences are named.
+    """
+    steps = self.steps()
+    if not steps or step is not None and step not in steps:
+      raise CheckpointError(f"{self.folder}: expected a checkpoint{'' if step is None else f' of step {step}'}, found "
+                            f"{'those of ' + ', '.join(map(str, steps)) if steps else 'none'}")
+    faults = {}
+    for candidate in reversed(steps) if step is None else [step]:
+      try:
+        about, leaves = self._read(candidate)
+        break
+      except CheckpointError as error:
+        faults[candidate] = error
+    else:
+      raise next(iter(faults.values()))
+    differing = differences(about["settings"], self._settings)
+    if differing:
+      raise CheckpointError(f"{self.folder}: expected the settings that its run began with; " + "; ".join(differing))
+    for damaged, error in faults.items():
+      warnings.warn(f"{error}; going on from step {candidate}", stacklevel=2)
+      with self._one_fault("a damaged checkpoint to be deleted"):
+        self._manager.delete(damaged)
+    return Snapshot(leaves, *(about[name] for name in ("step", "num_devices", "history", "seconds")))
+
+  def _read(self, step: int) -> tuple[dict, list[np.ndarray]]:
+    ocp = _orbax()
+    with self._one_fault(f"a whole checkpoint of step {step}"):
+      stored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()))
+      about, content = stored.about, np.asarray(stored.state["content"])
+      if about["format"] != FORMAT or about["format_version"] > FORMAT_VERSION:
+        raise ValueError(f"format {about['format']} version {about['format_version']}, which is newer than {FORMAT_VERSION}")
+      if _checksum(about) != about["sha256"]:
+        raise ValueError("its papers do not have their checksum")
+      return about, _read_leaves(about["arrays"], content)
+
+  def discard(self, after: int) -> None:
+    """Deletes the snapshots of later steps than `after`: of a course that the run does not take."""
+    if jax.process_index() == 0:
+      with self._one_fault("checkpoints to be deleted"):
+        for step in self.steps():
+          if step > after:
+            self._manager.delete(step)
+
+  def close(self) -> None:
+    """Lets go of the folder."""
+    self._manager.close()
+
+  @contextlib.contextmanager
+  def _one_fault(self, what: str):
+    """Whatever the block raises becomes a `CheckpointError` of one line."""
+    try:
+      yield
+    except CheckpointError:
+      raise
+    except Exception as error:  # of file systems, orbax and TensorStore, whose kinds know no bounds
+      text = " ".join(f"{type(error).__name__}: {error}".split())
+      text = text if len(text) <= 300 else f"{text[:140]} ... {text[-150:]}"  # the cause comes last
+      raise CheckpointError(f"{self.folder}: expected {what}, got {text}") from error
+
+
+def differences(before: dict, now: dict) -> list[str]:
+  """Where two settings differ, one text for each name."""
+  absent = "nothing"
+  return [f"{name}: {before.get(name, absent)!r} then, {now.get(name, absent)!r} now" for name in sorted({*before, *now})
+          if before.get(name, absent) != now.get(name, absent)]
+
+
+def _checksum(about: dict) -> str:
+  text = json.dumps({name: value for name, value in about.items() if name != "sha256"}, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _facts(leaf: np.ndarray) -> dict:
+  return {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "sha256": hashlib.sha256(leaf.tobytes()).hexdigest()}
+
+
+def _read_leaves(facts: list[dict], content: np.ndarray) -> list[np.ndarray]:
+  """The arrays in the bytes; ValueError where sizes or checksums do not agree."""
+  dtypes = [np.dtype(_dtype(fact["dtype"])) for fact in facts]
+  sizes = [dtype.itemsize * int(np.prod(fact["shape"], dtype=np.int64)) for dtype, fact in zip(dtypes, facts)]
+  if content.dtype != np.uint8 or content.ndim != 1 or content.size != sum(sizes) + 1:
+    raise ValueError(f"expected {sum(sizes) + 1} bytes, got {content.size}")
+  leaves, at = [], 0
+  for fact, dtype, size in zip(facts, dtypes, sizes):
+    part = content[at:at + size].tobytes()
+    if hashlib.sha256(part).hexdigest() != fact["sha256"]:
+      raise ValueError("an array does not have its checksum")
+    leaves.append(np.frombuffer(part, dtype).reshape(fact["shape"]))
+    at += size
+  return leaves
+
+
+def _dtype(name: str):
+  """Of NumPy, or of those that JAX adds."""
+  try:
+    return np.dtype(name)
+  except TypeError:
+    import ml_dtypes
+    return getattr(ml_dtypes, name)
+
+
+def _orbax():
+  """orbax.checkpoint, imported only where a run is kept."""
+  import orbax.checkpoint
+  return orbax.checkpoint

@@ -1,0 +1,348 @@
+"""The distilled set in the forms that other programs read: NumPy, PNG, safetensors, PyTorch, TFDS.
+
+Distilled images give chance accuracy in other hands where their file does not say what its numbers mean. So every
+export says it, in JSON: a file `NAME` has it inside, as the text `conventions`, and beside it as `NAME.json`; a folder
+has it as `conventions.json`. There are the units of the pixels, the layout, the convention of the labels, every step of the
+preprocessing with its arrays, kernel, ridge and the accuracy that was measured with them.
+"""
+
+import io
+import json
+import os
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kipcore import checks
+from kipcore.io.quiet_tensorflow import quiet_tensorflow
+from kipcore.io import atomic
+from kipcore.preprocess import Preprocess
+from kipcore.version import __version__
+
+FORMATS = ("numpy", "png", "safetensors", "torch", "tfds")
+SPACES = ("pixels", "inputs")
+# By convention: what a file of the format ends in; the other formats are folders.
+SUFFIXES = {"numpy": ".npz", "safetensors": ".safetensors", "torch": ".pt"}
+FORMAT = "kipcore-export"
+FORMAT_VERSION = 1
+CONVENTIONS = "conventions"
+_CHANNELS_FIRST = ("safetensors", "torch")
+_MOST_IN_JSON = 64  # numbers of an array
+
+# What another program has to do for each step of a `Preprocess`.
+_FORMULAS = {
+    "scale": "x / divisor",
+    "standardize": "(x - mean) / divisor, for each channel (the last axis)",
+    "unit_norm": "each row: subtract its own mean over all its numbers, then divide by its own L2 norm; a constant row becomes 0 "
+                 "(mean and divisor serve the inverse alone)",
+    "center": "x - mean, for each number of a row",
+    "zca": "x whitening, x being the row as one vector in C order",
+}
+
+
+class DistilledSet(NamedTuple):
+  """A set and what its numbers mean.
+
+  Attributes:
+    images: `(m, height, width, channels)` or `(m, features)`, floating, not clipped to the range of real images.
+    labels: `(m, c)`: one-hot minus 1/c, possibly learned since.
+    space: "pixels": images are in the stored units of the dataset; "inputs": they are behind the preprocessing.
+    preprocess: makes the inputs of a model from pixels.
+    pixel_max: the stored value of full white (255 for uint8 images), None where it is not known.
+    class_names: c names, or None.
+    about: JSON-able dict that is handed on as it is: dataset, kernel, ridge, accuracy.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+  space: str
+  preprocess: Preprocess
+  pixel_max: float | None
+  class_names: tuple[str, ...] | None
+  about: dict[str, Any]
+
+
+def as_numpy(images, labels) -> dict[str, np.ndarray]:
+  """The set as NumPy arrays of its own dtype.
+
+  Args:
+    images: `(m, ...)`, channels last.
+    labels: `(m, c)`: one-hot minus 1/c, possibly learned.
+
+  Returns:
+    Copies: `images` as given (NHWC), `labels` as given, `one_hot` `(m, c)`: labels + 1/c, and `classes` `(m,)` int64: where a
+    row of labels is largest.
+  """
+  images, labels = np.array(images), np.array(labels)
+  checks.same_rows("images", images, "labels", labels)
+  offset = labels.dtype.type(1.0 / labels.shape[1])
+  return {"images": images, "labels": labels, "one_hot": labels + offset, "classes": np.argmax(labels, axis=1).astype(np.int64)}
+
+
+def as_torch(images, labels) -> dict:
+  """The arrays of `as_numpy` as PyTorch tensors on the CPU: float32, classes int64, images NCHW.
+
+  Args:
+    images: `(m, height, width, channels)` or `(m, features)`.
+    labels: `(m, c)`.
+
+  Returns:
+    `images`, `labels`, `one_hot`, `classes`.
+
+  Raises:
+    ImportError: where PyTorch is not installed.
+  """
+  torch = _torch()
+  return {name: torch.from_numpy(array if name == "classes" else array.astype(np.float32))
+          for name, array in _channels_first(as_numpy(images, labels)).items()}
+
+
+def as_tfds(images, labels):
+  """The arrays of `as_numpy` as a `tf.data.Dataset` of dicts, an element for each image, in their order.
+
+  Args:
+    images: `(m, ...)`, channels last.
+    labels: `(m, c)`.
+
+  Returns:
+    `tf.data.Dataset` of `images` `(...)`, `labels` `(c,)`, `one_hot` `(c,)` and `classes` (scalar).
+  """
+  with quiet_tensorflow() as (tf, _):
+    return tf.data.Dataset.from_tensor_slices(as_numpy(images, labels))
+
+
+def check(path, format: str, content: DistilledSet, overwrite: bool = False) -> None:
+  """Raises what `write` would raise about its arguments, before anything is written.
+
+  Args:
+    path, format, content, overwrite: as in `write`.
+
+  Raises:
+    See `write`.
+  """
+  checks.one_of("format", format, FORMATS)
+  checks.one_of("space", content.space, SPACES)
+  for name, array in (("images", content.images), ("labels", content.labels)):
+    checks.floating(name, array)
+    checks.finite(name, array)
+  checks.rank("labels", content.labels, 2)
+  checks.same_rows("images", content.images, "labels", content.labels)
+  if content.pixel_max is not None:
+    checks.positive("pixel_max", content.pixel_max)
+  if format == "png":
+    if content.space != "pixels":
+      raise ValueError(f"format png: expected space pixels, got {content.space}; what is behind a preprocessing is no picture")
+    if content.images.ndim != 4 or content.images.shape[-1] not in (1, 3):
+      raise ValueError(f"format png: expected images (m, height, width, 1 or 3), got shape {content.images.shape}")
+    if content.pixel_max is None:
+      raise ValueError("format png: expected pixel_max, the stored value of full white (255 for uint8 images), which this set "
+                       "does not record; got none")
+  if format == "torch":
+    _torch()
+  path = pathlib.Path(path)
+  is_file = format in SUFFIXES
+  beside = _conventions_of(path, is_file)
+  if not is_file and path.is_dir() and not any(path.iterdir()):
+    return
+  taken = next((name for name in (path, beside) if os.path.lexists(name)), None)
+  if taken and not overwrite:
+    raise FileExistsError(f"{taken}: expected a name that is free, got one that exists; remove it, or overwrite")
+  # Nothing but an earlier export is ever replaced: a folder is deleted with all that is in it.
+  of_kind = not os.path.lexists(path) or (path.is_file() if is_file else path.is_dir())
+  if taken and not (of_kind and _is_export(beside, format)):
+    raise FileExistsError(f"{path}: expected an earlier export in format {format} to overwrite, got something else")
+  above = next(folder for folder in path.absolute().parents if folder.exists())
+  if not (above.is_dir() and os.access(above, os.W_OK)):
+    kind, got = (PermissionError, "one that is read-only") if above.is_dir() else (NotADirectoryError, "a file")
+    raise kind(f"{path}: expected a folder {above} to write to, got {got}")
+
+
+def write(path, format: str, content: DistilledSet, overwrite: bool = False) -> None:
+  """Writes a file, or a folder, whole or not at all, with its conventions.
+
+  Formats:
+    numpy: an `.npz` of the arrays of `as_numpy`, bit for bit.
+    safetensors: those arrays, bit for bit, images NCHW.
+    torch: a `.pt` of the tensors of `as_torch`; `torch.load(path, weights_only=True)`.
+    png: a folder for each class, in the order of the classes (empty for a class that no label is largest for), in it
+      `ROW.png`; full white is 255. `labels.csv` has the labels of every file. Exact where pixels are whole numbers from 0 to
+      pixel_max, else rounded and clipped; `png` in the conventions says so, with the largest error.
+    tfds: a folder for `tfds.builder_from_directory(path)`, and for `tfds.load(NAME, data_dir=DIR)` where path is
+      `DIR/NAME/1.0.0`: one split, `train`, of `image` (uint8 where that is exact, else a float32 tensor), `label` (the class)
+      and `soft_label` (float32, one-hot convention: labels + 1/c).
+
+  Args:
+    path: file or folder name; folders that it is in are made.
+    format: one of `FORMATS`.
+    content: what to write.
+    overwrite: replace an earlier export of that name and kind.
+
+  Raises:
+    ValueError, TypeError: for an unknown format or space, arrays that disagree or are not finite, and a set that PNG cannot hold.
+    ImportError: for "torch" where PyTorch is not installed.
+    OSError: where it cannot be written; FileExistsError where there is something of that name.
+  """
+  check(path, format, content, overwrite)
+  path = pathlib.Path(path)
+  described, large = _describe(format, content)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if format in SUFFIXES:
+    text = json.dumps(described, indent=2)
+    # Both are complete before either takes its name, and the conventions are inside as well.
+    with atomic.replacing(path) as file, atomic.replacing(_conventions_of(path, True)) as beside:
+      file.write(_encode(format, content, large, text))
+      file.flush()
+      beside.write((text + "\n").encode())
+    return
+  with atomic.replacing_folder(path) as folder:
+    described |= _write_png(folder, content) if format == "png" else _write_tfds(folder, path, content)
+    if large:
+      np.savez_compressed(folder / "preprocess.npz", **large)
+    _conventions_of(folder, False).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def _conventions_of(path: pathlib.Path, is_file: bool) -> pathlib.Path:
+  return path.with_name(path.name + ".json") if is_file else path / f"{CONVENTIONS}.json"
+
+
+def _is_export(conventions: pathlib.Path, format: str) -> bool:
+  try:
+    found = json.loads(conventions.read_text(encoding="utf-8"))
+    return found["format"] == FORMAT and found["file_format"] == format
+  except (OSError, ValueError, KeyError, TypeError):
+    return False
+
+
+def _torch():
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(f"format torch: expected PyTorch to be installed, got {error}; pip install 'kipcore[torch]'") from error
+  return torch
+
+
+def _channels_first(arrays: dict) -> dict:
+  images = arrays["images"]
+  return {**arrays, "images": np.ascontiguousarray(np.moveaxis(images, -1, 1)) if images.ndim == 4 else images}
+
+
+def _describe(format: str, content: DistilledSet) -> tuple[dict, dict[str, np.ndarray]]:
+  """The conventions as a JSON-able dict, and the arrays of the preprocessing that are too large for it."""
+  images, classes = content.images, content.labels.shape[1]
+  steps, large = [], {}
+  for i, step in enumerate(content.preprocess.steps):
+    arrays = {}
+    for name, array in step.arrays.items():
+      stored_as = f"preprocess/{i}_{step.name}_{name}"
+      if array.size <= _MOST_IN_JSON:
+        arrays[name] = array.tolist()
+      else:
+        large[stored_as], arrays[name] = array, {"stored_as": stored_as, "shape": array.shape}
+    steps.append({"name": step.name, "formula": _FORMULAS[step.name], "arrays": arrays, "settings": dict(step.settings)})
+  layout = "rows of features" if images.ndim != 4 else "NCHW" if format in _CHANNELS_FIRST else "NHWC"
+  pixels = content.space == "pixels"
+  return {
+      "format": FORMAT, "format_version": FORMAT_VERSION, "kipcore_version": __version__, "file_format": format,
+      "use": [
+          "A model sees inputs: preprocess applied to pixels, all steps in their order. "
+          + ("So apply it to these images and to the images to be tested." if pixels else
+             "These images are inputs already: apply it to the images to be tested alone."),
+          "labels are one-hot minus label_convention.offset, for a mean squared error; the largest output is the predicted class. "
+          "For a cross-entropy take one_hot (labels + offset) or classes; learned labels are not probabilities.",
+      ],
+      "images": {
+          "space": content.space, "layout": layout, "rows": len(images), "row_shape": content.preprocess.row_shape,
+          "units": "stored pixel units of the dataset, not clipped" if pixels else "behind the preprocessing",
+          "minimum": float(images.min()), "maximum": float(images.max()),
+      },
+      "pixel_range": {"black": 0.0, "white": content.pixel_max},
+      "label_convention": {
+          "kind": "one-hot minus offset, possibly learned since", "offset": 1.0 / classes,
+          "labels": "as the accuracy was measured with", "one_hot": "labels + offset",
+          "classes": "where labels are largest", "num_classes": classes, "class_names": content.class_names,
+      },
+      "preprocess": {
+          "kind": content.preprocess.kind,
+          "layout": "rows of row_shape, channels last" + " (images here are channels first)" * (layout == "NCHW"),
+          "arrays": "float64; large ones lie under the name stored_as in " + (
+              "the exported file" if format in SUFFIXES else "preprocess.npz"),
+          "steps": steps,
+      },
+      **content.about,
+  }, large
+
+
+def _encode(format: str, content: DistilledSet, large: dict, text: str) -> bytes:
+  """The bytes of a file."""
+  buffer = io.BytesIO()
+  arrays = as_numpy(content.images, content.labels)
+  if format == "numpy":
+    np.savez_compressed(buffer, **arrays, **large, **{CONVENTIONS: np.array(text)})
+  elif format == "safetensors":
+    import safetensors.numpy
+    stored = {name: np.ascontiguousarray(array) for name, array in {**_channels_first(arrays), **large}.items()}
+    return safetensors.numpy.save(stored, {CONVENTIONS: text})
+  else:
+    torch = _torch()
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in large.items()}
+    torch.save({**as_torch(content.images, content.labels), **tensors, CONVENTIONS: text}, buffer)
+  return buffer.getvalue()
+
+
+def _write_png(folder: pathlib.Path, content: DistilledSet) -> dict:
+  from PIL import Image
+  images, unit = np.asarray(content.images, np.float64), content.pixel_max / 255.0
+  levels = np.rint(images / unit)
+  stored = np.clip(levels, 0, 255).astype(np.uint8)
+  exact = np.array_equal(np.rint(stored * unit), images)
+  arrays = as_numpy(content.images, content.labels)
+  num_classes = content.labels.shape[1]
+  names = [_folder_name(k, num_classes, content.class_names) for k in range(num_classes)]
+  for name in names:
+    (folder / name).mkdir()
+  lines = ["file,class," + ",".join(f"label_{k}" for k in range(num_classes))]
+  for row, k in enumerate(arrays["classes"]):
+    file = f"{names[k]}/{row:05d}.png"
+    Image.fromarray(stored[row, ..., 0] if stored.shape[-1] == 1 else stored[row]).save(folder / file)
+    # str of a NumPy scalar is the shortest text that reads back as the same number.
+    lines.append(",".join([file, str(k), *map(str, content.labels[row])]))
+  (folder / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+  return {"png": {
+      "pixel": "value * unit" + ", rounded to a whole number" * (exact and unit != 1), "unit": unit, "exact": exact,
+      "largest_error": 0.0 if exact else float(np.max(np.abs(stored * unit - images))),
+      "clipped_share": float(np.mean((levels < 0) | (levels > 255))),
+      "labels": "labels.csv, in the order of the rows",
+  }}
+
+
+def _folder_name(k: int, num_classes: int, class_names) -> str:
+  """Sorts as the classes do, which is how readers of such folders number them."""
+  number = f"{k:0{len(str(num_classes - 1))}d}"
+  name = re.sub(r"[^A-Za-z0-9]+", "-", str(class_names[k])).strip("-") if class_names else ""
+  return number if name in ("", str(k)) else f"{number}_{name}"
+
+
+def _write_tfds(folder: pathlib.Path, path: pathlib.Path, content: DistilledSet) -> dict:
+  images, labels = content.images, content.labels
+  byte_pixels = (content.space == "pixels" and content.pixel_max == 255 and images.ndim == 4 and images.shape[-1] in (1, 3)
+                 and np.array_equal(images, np.clip(np.rint(images), 0, 255)))
+  dtype = np.uint8 if byte_pixels else np.float32
+  arrays = as_numpy(images.astype(dtype), labels)
+  owner = path.parent if re.fullmatch(r"\d+\.\d+\.\d+", path.name) else path
+  name = "_".join(re.findall(r"[a-z0-9]+", owner.name.lower())) or "distilled"
+  with quiet_tensorflow() as (tf, tfds):
+    kind = tfds.features.Image if byte_pixels else tfds.features.Tensor
+    classes = {"names": list(content.class_names)} if content.class_names else {"num_classes": labels.shape[1]}
+    features = tfds.features.FeaturesDict({
+        "image": kind(shape=images.shape[1:], dtype=dtype), "label": tfds.features.ClassLabel(**classes),
+        "soft_label": tfds.features.Tensor(shape=labels.shape[1:], dtype=np.float32)})
+    with tf.io.TFRecordWriter(str(folder / f"{name}-train.tfrecord-00000-of-00001")) as file:
+      for image, label, soft in zip(arrays["images"], arrays["classes"], arrays["one_hot"].astype(np.float32)):
+        example = features.encode_example({"image": image, "label": int(label), "soft_label": soft})
+        file.write(features.serialize_example(example))
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(folder), features=features, version="1.0.0", check_data=False, supervised_keys=("image", "label"),
+        disable_shuffling=True, description=f"A distilled set; {CONVENTIONS}.json says what its numbers mean.")
+  return {"tfds": {"split": "train", "image": np.dtype(dtype).name, "label": "classes", "soft_label": "one_hot, float32"}}

@@ -1,0 +1,138 @@
+"""Expert trajectories as files: `experts.npy`, read piece by piece from disk, with `experts.json` beside it.
+
+Such a file is some gigabytes. It is written an expert at a time and never read as a whole: what comes back is a
+memory map. Nothing in it is ever unpickled.
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+from typing import Iterable, NamedTuple
+
+import numpy as np
+
+from kipcore.io import atomic, npz
+
+FORMAT = "kipcore-trajectories"
+FORMAT_VERSION = 1
+
+
+class TrajectoriesError(ValueError):
+  """Files that are not whole trajectories with their metadata; the message is one line."""
+
+
+class Trajectories(NamedTuple):
+  """`array` `(experts, epochs + 1, p)`, memory-mapped and read-only, and the `metadata` it was saved with."""
+
+  array: np.memmap
+  metadata: dict
+
+
+def save_trajectories(path, trajectories: Iterable, metadata: dict) -> None:
+  """Writes trajectories one at a time; afterwards the pair of files is there whole, or does not load.
+
+  Args:
+    path: file name that ends in `.npy`; the metadata goes beside it and ends in `.json`.
+    trajectories: arrays `(epochs + 1, p)`, float32 or float64, all alike: an array `(experts, epochs + 1, p)`, or a generator
+      that trains one expert after the other, of which one alone is held in memory.
+    metadata: JSON-able dict: architecture, data, seeds, how the experts were trained.
+
+  Raises:
+    ValueError: for another file name, no trajectory, one of the wrong shape or dtype or that is not finite. Files of
+      that name are then left as they were.
+    TypeError: for metadata that JSON cannot hold, before the first trajectory is asked for.
+    OSError: where the files cannot be written.
+  """
+  path, beside = _pair(path)
+  json.dumps(metadata)
+  with atomic.replacing(path) as file:
+    sums, first = [], None
+    for trajectory in trajectories:
+      trajectory = np.ascontiguousarray(trajectory)
+      if first is None:
+        first = np.empty((0, *trajectory.shape), trajectory.dtype)
+        _write_header(file, first.shape, first.dtype)
+      _check(trajectory, len(sums), first)
+      file.write(trajectory.data)
+      sums.append(hashlib.sha256(trajectory.data).hexdigest())
+    if first is None:
+      raise ValueError("trajectories: expected at least one, got none")
+    shape = (len(sums), *first.shape[1:])
+    file.seek(0)
+    _write_header(file, shape, first.dtype)
+    # Last: a crash from here on may leave an array without metadata, but never one with the metadata of another.
+    beside.unlink(missing_ok=True)
+  record = {**metadata, "format": FORMAT, "format_version": FORMAT_VERSION, "shape": shape, "dtype": first.dtype.name, "sha256": sums}
+  atomic.write_atomically(beside, json.dumps(record, indent=2).encode())
+
+
+def load_trajectories(path, verify: bool = True) -> Trajectories:
+  """Opens what `save_trajectories` wrote; in memory are at most the parts in use.
+
+  Args:
+    path: file name that ends in `.npy`.
+    verify: read all of it once, an expert at a time, against the checksums; False to look at sizes alone.
+
+  Returns:
+    `Trajectories`; of its array only the parts that are looked at are read from disk.
+
+  Raises:
+    TrajectoriesError: for files that are missing, truncated, altered, of another kind or a newer format, or that do not belong
+      together.
+  """
+  path, beside = _pair(path)
+  for file in (path, beside):
+    if not file.is_file():
+      raise TrajectoriesError(f"{file}: expected trajectories with metadata beside them, found no such file")
+  try:
+    metadata = json.loads(beside.read_text(encoding="utf-8"))
+    kind, version, shape, dtype, sums = (metadata[name] for name in ("format", "format_version", "shape", "dtype", "sha256"))
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise TrajectoriesError(f"{beside}: expected the metadata of trajectories, got something else ({repr(error)[:200]})") from error
+  if kind != FORMAT or type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    raise TrajectoriesError(f"{beside}: expected format {FORMAT} up to version {FORMAT_VERSION}, got {kind!r:.40}, {version!r:.40}")
+  try:
+    with open(path, "rb") as file:
+      found, fortran_order, stored = npz.read_npy_header(str(path), file)
+      start = file.tell()
+    size = path.stat().st_size
+    if fortran_order or stored.name not in ("float32", "float64") or start + math.prod(found) * stored.itemsize != size or 0 in found:
+      raise npz.NpzError(f"{size} bytes for shape {found} {stored}")
+    if list(found) != shape or len(found) != 3 or stored.name != dtype or not isinstance(sums, list) or len(sums) != found[0]:
+      raise TrajectoriesError(f"{path}: expected an array of shape {shape!r:.60} in {dtype!r:.20}, as its metadata say, got another")
+    array = np.memmap(path, stored, "r", start, found)
+  except (OSError, npz.NpzError) as error:
+    raise TrajectoriesError(f"{path}: expected a whole .npy file, got one that does not open ({error})") from error
+  for i, expert in enumerate(array if verify else ()):
+    if hashlib.sha256(expert.data).hexdigest() != sums[i]:
+      raise TrajectoriesError(f"{path}: expected expert {i} to have its recorded checksum, got another; the file was altered")
+    if not np.isfinite(expert).all():
+      raise TrajectoriesError(f"{path}: expected finite values, got others in expert {i}")
+  return Trajectories(array, metadata)
+
+
+def _pair(path) -> tuple[pathlib.Path, pathlib.Path]:
+  path = pathlib.Path(path)
+  if path.suffix != ".npy":
+    raise TrajectoriesError(f"{path}: expected a file name that ends in .npy")
+  return path, path.with_suffix(".json")
+
+
+def _write_header(file, shape: tuple, dtype: np.dtype) -> None:
+  """Of an `.npy` file; NumPy leaves room in it for the first axis to grow, so its length does not depend on that."""
+  description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+  np.lib.format.write_array_header_1_0(file, description)
+
+
+def _check(trajectory: np.ndarray, index: int, first: np.ndarray) -> None:
+  name = f"trajectories[{index}]"
+  if trajectory.ndim != 2 or 0 in trajectory.shape:
+    raise ValueError(f"{name}: expected shape (epochs + 1, p), got {trajectory.shape}")
+  if trajectory.dtype not in (np.float32, np.float64):
+    raise ValueError(f"{name}: expected float32 or float64, got {trajectory.dtype}")
+  if trajectory.shape != first.shape[1:] or trajectory.dtype != first.dtype:
+    raise ValueError(f"{name}: expected shape {first.shape[1:]} in {first.dtype} like the first, got {trajectory.shape} "
+                     f"in {trajectory.dtype}")
+  if not np.isfinite(trajectory).all():
+    raise ValueError(f"{name}: expected finite values")

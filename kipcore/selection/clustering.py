@@ -1,0 +1,331 @@
+"""k-means: D^2 seeding in input or kernel space, Lloyd's iterations, and real rows for the centres.
+
+Everything here bounds the k-means cost sum_i w_i min_c ||x_i - c||^2 and nothing
+else: that a good clustering makes a good distilled set is an observation.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kipcore import checks, keys, linalg
+from kipcore.selection.draws import draw_few_rows
+from kipcore.kernels.gram import gram, gram_diag, map_row_blocks
+from kipcore.types import Array, KernelFn
+
+# While there are few seeds a new one changes the law much and most proposals would be rejected.
+_EARLY_SEEDS, _EARLY_STEPS, _STEPS = 16, 4, 32
+_BLOCK_ENTRIES = 2**21
+
+
+class Seeds(NamedTuple):
+  """Seeds of a clustering: `centers` `(k, ...)`, which are the rows `indices` `(k,)` int32."""
+  centers: Array
+  indices: Array
+
+
+class KMeansResult(NamedTuple):
+  """Centres `(k, d)`, nearest centre of each row `(n,)` int32, sum_i w_i ||x_i - its centre||^2, and how it ended.
+
+  `converged` is False if `max_iterations` came first, or a value is not finite.
+  """
+
+  centers: Array
+  assignment: Array
+  inertia: Array
+  iterations: Array
+  converged: Array
+
+
+def _check(x, num_clusters, weights, *ranks):
+  """Checks what all entries share; gives the rows, and the weights, by default ones."""
+  x = jnp.asarray(x)
+  checks.rank("x", x, *(ranks or range(1, 10)))
+  checks.floating("x", x)
+  checks.positive_int("num_clusters", num_clusters)
+  if num_clusters > x.shape[0]:
+    raise ValueError(f"num_clusters: expected at most the number of rows, {x.shape[0]}, got {num_clusters}")
+  checks.finite("x", x)
+  if weights is None:
+    return x, jnp.ones(x.shape[:1], x.dtype)
+  weights = jnp.asarray(weights, x.dtype)
+  checks.shape("weights", weights, x.shape[:1])
+  checks.finite("weights", weights)
+  checks.non_negative("weights", weights)
+  if not checks.is_traced(weights) and not np.any(np.asarray(weights) > 0):
+    raise ValueError("weights: expected at least one value > 0, got zeros")
+  return x, weights
+
+
+def kmeans_plusplus(key, x: Array, num_clusters: int, weights: Array | None = None, num_trials: int = 1) -> Seeds:
+  """k-means++ seeds: the first by weight, each next with P(i) proportional to w_i * (distance to the nearest seed)^2.
+
+  With `num_trials=1` the expected cost is at most 8 (ln k + 2) times the optimum
+  (Arthur and Vassilvitskii 2007, Theorem 3.1; 5 (ln k + 2) by Makarychev et al. 2020).
+  With more trials each step draws that many rows and keeps the one that lowers the cost
+  most: usually better, but its known guarantee is weaker, of order l^3 log^3 k (Grunau et
+  al. 2023). scikit-learn's default is 2 + floor(ln k) trials.
+
+  Rows are proposed in blocks and accepted with probability (squared distance now) / (when
+  proposed): exactly the sequential law, but distances become products of matrices (the
+  rejection idea of Cohen-Addad et al., NeurIPS 2020, with exact distances).
+
+  Args:
+    key: a random key or an int seed.
+    x: `(n, d)` rows.
+    num_clusters: k, at most n.
+    weights: `(n,)`, >= 0, or None for ones. A row of weight 0 counts as absent (padding).
+    num_trials: rows tried at each step.
+
+  Returns:
+    `Seeds(centers, indices)`, in the order of the draw. Where fewer than k distinct rows
+    have a positive weight, the seeds after the last distinct one are drawn by weight among
+    the rows not yet chosen (and again among all when those, too, are used up). Distances
+    within the rounding of ||x||^2 + ||c||^2 - 2 x.c on centred rows count as zero.
+
+  Raises:
+    ValueError, TypeError: wrong shape, dtype or range, NaN rows.
+
+  Example:
+    >>> seeds = kipcore.kmeans_plusplus(0, jnp.asarray([[0.0], [0.0], [0.0], [1.0]]), 2)
+    >>> sorted(seeds.centers.ravel().tolist())  # a row equal to a seed has probability 0
+    [0.0, 1.0]
+  """
+  x, weights = _check(x, num_clusters, weights, 2)
+  checks.positive_int("num_trials", num_trials)
+  indices = _euclidean_seeds(keys.canonical_key(key), x, weights, num_clusters, num_trials)
+  return Seeds(x[indices], indices)
+
+
+def kernel_kmeans_plusplus(
+    key, kernel_fn: KernelFn, x: Array, num_clusters: int, weights: Array | None = None, num_trials: int = 1,
+    block_size: int | None = None) -> Seeds:
+  """`kmeans_plusplus` in the feature space of a kernel: d^2(i, j) = k_ii + k_jj - 2 k_ij.
+
+  The guarantee holds in any Hilbert space. It evaluates kernel columns of proposed rows
+  only (somewhat more than `num_clusters * num_trials`), and holds at most `32 * num_trials` of
+  them. With the linear kernel and the same key the rows are those of `kmeans_plusplus`.
+
+  Args:
+    key: a random key or an int seed.
+    kernel_fn: see `types.KernelFn`; hashable, since the computation is compiled for it.
+    x: `(n, ...)` rows.
+    num_clusters, weights, num_trials: as for `kmeans_plusplus`.
+    block_size: rows of a kernel column evaluated at a time; None for all.
+
+  Returns:
+    `Seeds(centers, indices)`, centres in input space.
+
+  Raises:
+    ValueError, TypeError: wrong shape, dtype or range, NaN rows.
+  """
+  x, weights = _check(x, num_clusters, weights)
+  checks.positive_int("num_trials", num_trials)
+  indices = _kernel_seeds(keys.canonical_key(key), kernel_fn, x, weights, num_clusters, num_trials, block_size)
+  return Seeds(x[indices], indices)
+
+
+@functools.partial(jax.jit, static_argnames=("num_seeds", "num_trials"))
+def _euclidean_seeds(key, x, weights, num_seeds, num_trials):
+  x = x - jnp.mean(x, axis=0, keepdims=True)
+  squares = jnp.sum(x * x, axis=1)
+  columns = lambda rows: _distances(squares, squares[rows], linalg.matmul(x, x[rows].T), x.shape[1])
+  return _seeds(key, columns, weights, num_seeds, num_trials)
+
+
+@functools.partial(jax.jit, static_argnames=("kernel_fn", "num_seeds", "num_trials", "block_size"))
+def _kernel_seeds(key, kernel_fn, x, weights, num_seeds, num_trials, block_size):
+  squares = gram_diag(kernel_fn, x, block_size)
+  features = math.prod(x.shape[1:])
+  columns = lambda rows: _distances(squares, squares[rows], gram(kernel_fn, x, x[rows], block_size), features)
+  return _seeds(key, columns, weights.astype(squares.dtype), num_seeds, num_trials)
+
+
+def _distances(squares, center_squares, products, features):
+  """Squared distances `(n, b)` from products; those within the rounding error become zero."""
+  norms = squares[:, None] + center_squares[None]
+  distances = norms - 2 * products
+  # Random-walk growth of the rounding of a product of `features` terms, several standard deviations.
+  rounding = jnp.finfo(norms.dtype).eps * (4 + math.sqrt(features) / 4)
+  return jnp.where(distances <= rounding * norms, 0, distances)
+
+
+def _seeds(key, columns, weights, num_seeds, num_trials):
+  """D^2 seeding by blocks of proposals; `columns(rows)` gives squared distances `(n, b)`."""
+  n = weights.shape[0]
+  all_rows = jnp.arange(n, dtype=jnp.int32)
+  first = draw_few_rows(jax.random.uniform(jax.random.fold_in(key, 0), (1, 2), weights.dtype), weights)
+
+  def one_round(size, state):
+    count, step, nearest, taken, chosen = state
+    uniforms = jax.random.uniform(jax.random.fold_in(key, step), (size, 3), weights.dtype)
+    # With no distance left the law is: by weight among rows not taken (see `kmeans_plusplus`).
+    spent = ~jnp.any(weights * nearest > 0)
+    free = ~taken & (weights > 0)
+    start = jnp.where(spent, (free | ~free.any()).astype(nearest.dtype), nearest)
+    rows = draw_few_rows(uniforms[:, :2], weights * start)
+    distances = jnp.where(all_rows[:, None] == rows[None], 0, jnp.where(spent, jnp.inf, columns(rows)))
+    thresholds = uniforms[:, 2] * start[rows]  # accepted while below the distance now; weights cancel
+    count, current, _, chosen = _accept(weights, num_trials, start, rows, distances, thresholds, count, chosen)
+    added = jnp.where(jnp.arange(num_seeds, dtype=jnp.int32) < count, chosen, n)
+    return count, step + 1, jnp.where(spent, nearest, current), taken.at[added].set(True, mode="drop"), chosen
+
+  state = (
+      jnp.int32(1), jnp.int32(1), jnp.where(all_rows == first, 0, columns(first)[:, 0]), all_rows == first,
+      jnp.broadcast_to(first, (num_seeds,)))
+  phases = ((min(_EARLY_SEEDS, num_seeds), _EARLY_STEPS), (num_seeds, _STEPS))
+  for limit, steps in phases[:1 if num_seeds <= _EARLY_SEEDS else 2]:
+    body = functools.partial(one_round, min(steps, num_seeds) * num_trials)
+    state = jax.lax.while_loop(lambda s, limit=limit: s[0] < limit, body, state)
+  return state[-1]
+
+
+def _accept(weights, num_trials, start, rows, distances, thresholds, count, chosen):
+  """Of each `num_trials` accepted proposals takes the one of least cost as a seed, while the proposals last."""
+  positions = jnp.arange(rows.shape[0], dtype=jnp.int32)
+  usable = lambda nearest, pointer: (thresholds < nearest[rows]) & (positions >= pointer)
+  another = lambda carry: (carry[0] < chosen.shape[0]) & (jnp.sum(usable(carry[1], carry[2])) >= num_trials)
+
+  def step(carry):
+    count, nearest, pointer, chosen = carry
+    ok = usable(nearest, pointer)
+    trials = jnp.sort(jnp.where(ok, positions, rows.shape[0]))[:num_trials]
+    best = trials[0]
+    if num_trials > 1:
+      best = trials[jnp.argmin(linalg.matmul(weights, jnp.minimum(nearest[:, None], distances[:, trials])))]
+    nearest = jnp.minimum(nearest, distances[:, best])
+    return count + 1, nearest, trials[-1] + 1, chosen.at[count].set(rows[best])
+
+  return jax.lax.while_loop(another, step, (count, start, jnp.int32(0), chosen))
+
+
+def kmeans(
+    key, x: Array, num_clusters: int, weights: Array | None = None, *, num_trials: int = 1, num_inits: int = 1,
+    max_iterations: int = 100, tolerance: float = 1e-4, block_size: int | None = None) -> KMeansResult:
+  """Lloyd's iterations from k-means++ seeds: each centre moves to the weighted mean of its rows.
+
+  The cost never rises (up to rounding), so the bound of the seeding holds for the result;
+  more is not proved. An empty cluster moves to the row with the largest w_i d_i^2 (a further
+  one to the next), or stays where these are zero. It stops when sum_c ||move of c||^2 is at
+  most `tolerance` times the mean variance of a feature (scikit-learn's rule).
+
+  Args:
+    key: a random key or an int seed.
+    x: `(n, d)` rows.
+    num_clusters: k, at most n.
+    weights: `(n,)`, >= 0, or None for ones; rows of weight 0 have no influence.
+    num_trials: of the seeding.
+    num_inits: independent starts, of which the one of least cost is kept.
+    max_iterations, tolerance: see above.
+    block_size: rows whose distances to all centres are held at a time; None: about two million entries.
+
+  Returns:
+    `KMeansResult(centers, assignment, inertia, iterations, converged)`. Last bits may differ
+    between runs on accelerators whose scatter-add has no fixed order.
+
+  Raises:
+    ValueError, TypeError: wrong shape, dtype or range, NaN rows.
+
+  Example:
+    >>> result = kipcore.kmeans(0, jnp.asarray([[0.0], [1.0], [10.0], [11.0]]), 2)
+    >>> sorted(result.centers.ravel().tolist()), float(result.inertia)
+    ([0.5, 10.5], 1.0)
+  """
+  x, weights = _check(x, num_clusters, weights, 2)
+  for name, value in (("num_trials", num_trials), ("num_inits", num_inits), ("max_iterations", max_iterations)):
+    checks.positive_int(name, value)
+  checks.non_negative("tolerance", tolerance)
+  block_size = max(256, _BLOCK_ENTRIES // num_clusters) if block_size is None else block_size
+  checks.positive_int("block_size", block_size)
+  return _kmeans(
+      keys.canonical_key(key), x, weights, jnp.asarray(tolerance, x.dtype), jnp.int32(max_iterations), num_clusters,
+      num_trials, num_inits, block_size)
+
+
+@functools.partial(jax.jit, static_argnames=("num_clusters", "num_trials", "num_inits", "block_size"))
+def _kmeans(key, x, weights, tolerance, max_iterations, num_clusters, num_trials, num_inits, block_size):
+  total = jnp.sum(weights)
+  shift = linalg.matmul(weights[None], x) / total
+  x = x - shift
+  variance = jnp.sum(weights * jnp.sum(x * x, axis=1)) / (total * x.shape[1])
+
+  def update(carry):
+    centers, step, _ = carry
+    assignment, distances = _assign(x, centers, block_size)
+    sums = jax.ops.segment_sum(weights[:, None] * x, assignment, num_clusters)
+    masses = jax.ops.segment_sum(weights, assignment, num_clusters)
+    empty = masses <= 0
+    moved = jnp.where(empty[:, None], centers, sums / jnp.where(empty, 1, masses)[:, None])
+    values, rows = jax.lax.top_k(weights * distances, num_clusters)
+    order = jnp.maximum(jnp.cumsum(empty, dtype=jnp.int32) - 1, 0)
+    moved = jnp.where((empty & (values[order] > 0))[:, None], x[rows[order]], moved)
+    return moved, step + 1, jnp.sum((moved - centers) ** 2)
+
+  def run(key):
+    start = x[_euclidean_seeds(key, x, weights, num_clusters, num_trials)]
+    infinite = jnp.asarray(jnp.inf, x.dtype)
+    centers, step, move = jax.lax.while_loop(
+        lambda c: ~(c[2] <= tolerance * variance) & (c[1] < max_iterations), update, (start, jnp.int32(0), infinite))
+    assignment, _ = _assign(x, centers, block_size)
+    inertia = jnp.sum(weights * jnp.sum((x - centers[assignment]) ** 2, axis=1))
+    return KMeansResult(centers + shift, assignment, inertia, step, move <= tolerance * variance)
+
+  runs = jax.lax.map(run, jax.random.split(key, num_inits))
+  return jax.tree.map(lambda a: a[jnp.argmin(runs.inertia)], runs)
+
+
+def _assign(x, centers, block_size):
+  """Nearest centre of each row, and the squared distance to it."""
+  def block(rows):
+    distances = jnp.sum(rows * rows, axis=1)[:, None] + jnp.sum(centers * centers, axis=1)[None]
+    distances = jnp.maximum(distances - 2 * linalg.matmul(rows, centers.T), 0)
+    return jnp.argmin(distances, axis=1).astype(jnp.int32), jnp.min(distances, axis=1)
+
+  return map_row_blocks(block, x, block_size)
+
+
+def nearest_rows(x: Array, centers: Array, weights: Array | None = None) -> Array:
+  """Medoids: in order, each centre takes the nearest row still free (of equal ones the first).
+
+  Args:
+    x: `(n, d)` rows.
+    centers: `(k, d)`, k <= n.
+    weights: `(n,)` or None; rows of weight 0 (padding) are given only when no other is left.
+
+  Returns:
+    `(k,)` int32, distinct.
+
+  Raises:
+    ValueError, TypeError: wrong shape, dtype or range, NaN rows, too few rows of positive weight.
+  """
+  centers = jnp.asarray(centers)
+  checks.rank("centers", centers, 2)
+  x, weights = _check(x, centers.shape[0], weights, 2)
+  checks.shape("centers", centers, (None, x.shape[1]))
+  if not checks.is_traced(weights) and np.sum(np.asarray(weights) > 0) < centers.shape[0]:
+    raise ValueError(f"expected {centers.shape[0]} rows of positive weight, got {np.sum(np.asarray(weights) > 0)}")
+  return _nearest_rows(x, centers.astype(x.dtype), weights > 0)
+
+
+@jax.jit
+def _nearest_rows(x, centers, eligible):
+  k, size = centers.shape[0], min(_STEPS, centers.shape[0])
+  shift = jnp.mean(x, axis=0, keepdims=True)
+  x, centers = x - shift, jnp.pad(centers - shift, ((0, -k % size), (0, 0)))
+  squares = jnp.sum(x * x, axis=1)
+
+  def block(penalty, group):
+    distances = squares[:, None] - 2 * linalg.matmul(x, group.T)  # up to a constant of each centre
+
+    def take(penalty, j):
+      row = jnp.argmin(jnp.where(penalty == jnp.min(penalty), distances[:, j], jnp.inf)).astype(jnp.int32)
+      return penalty.at[row].set(2), row
+
+    return jax.lax.scan(take, penalty, jnp.arange(size))
+
+  penalty = jnp.where(eligible, jnp.int32(0), jnp.int32(1))
+  return jax.lax.scan(block, penalty, centers.reshape(-1, size, x.shape[1]))[1].reshape(-1)[:k]

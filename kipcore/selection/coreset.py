@@ -1,0 +1,339 @@
+"""Where to start: a strategy by name chooses rows (or makes points), with weights.
+
+Which strategies are backed by theorems, and for what, is said at `select_coreset`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kipcore import checks, keys
+from kipcore.evaluation import krr as krr_evaluation
+from kipcore.selection import clustering, pursuit, representatives, sampling, sensitivity
+from kipcore.kernels.gram import gram_diag
+from kipcore.selection.score_ridge import (
+    AUTO_KAPPA,
+    landmark_score_ridge,
+    score_ridge_for_dimension,
+)
+from kipcore.types import Array, KernelFn, Support
+
+STRATEGIES = ("uniform", "krr_sensitivity", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit", "noise", "auto", "leverage",
+              "herding", "k_center")
+# What "auto" compares; the rest either cannot win (noise) or need their weights.
+AUTO_CANDIDATES = ("uniform", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit")
+NEEDS_KERNEL = ("krr_sensitivity", "leverage", "krr_pursuit", "auto")
+# Ridge, as a fraction of the mean diagonal, of objectives over all n rows (pursuit, label solve):
+# the region where full-data ridge regression of natural images is at its best.
+OBJECTIVE_RIDGE = 0.1
+_OBJECTIVE_ROWS = 10_000
+_EXACT_ROWS = 3_000
+
+
+class Coreset(NamedTuple):
+  """Chosen or made points, grouped by class.
+
+  Attributes:
+    x: `(m, ...)` inputs.
+    y: `(m, c)` labels, as given (not yet absorbing the weights).
+    indices: `(m,)` int32 rows of the data; -1 for points that were made (centroids, noise).
+    weights: `(m,)`: a point stands for that many rows. 1 / (inclusion probability) for uniform,
+      krr_sensitivity and leverage, so that weighted sums are unbiased; cluster sizes for kmeans
+      and kmedoids; else equal shares of the class, which promise nothing.
+    strategy: the one used; for "auto", the candidate that won.
+    ridge: absolute score ridge of `krr_sensitivity` and `leverage`, else None.
+    scores: `sensitivity.SensitivityScores` of these two, else None.
+    objectives: measured objective of each candidate of "auto" that could be fitted, else empty.
+  """
+
+  x: Array
+  y: Array
+  indices: np.ndarray
+  weights: Array
+  strategy: str
+  ridge: float | None = None
+  scores: sensitivity.SensitivityScores | None = None
+  objectives: dict = {}
+
+
+def select_coreset(key, x: Array, y: Array, images_per_class: int, strategy: str = "auto",
+                   kernel_fn: KernelFn | None = None, relative_ridge: float = 1e-6, score_ridge="auto",
+                   num_candidates: int = 2000) -> Coreset:
+  """Chooses `images_per_class` points of each class.
+
+  Strategies:
+    uniform: distinct rows, uniformly.
+    krr_sensitivity: rows by certified sensitivities of kernel ridge regression at the score ridge, systematically
+      within each class, with weights 1 / (inclusion probability): weighted sums of any function are unbiased, and the
+      theorem of `guarantees.sample_size` holds for m large enough (at a few images a class it promises nothing).
+    leverage: the same by leverage scores, which know no labels.
+    kmeans: centroids of each class (made points); its seeding bounds the k-means cost, that it starts distillation
+      well is empirical.
+    kmedoids: the nearest distinct real rows.
+    kmeans_plusplus: the seeds.
+    herding, k_center: within each class, see `representatives`; they draw nothing.
+    krr_pursuit: greedy descent of the ridge regression objective over all rows (see `pursuit.krr_pursuit`).
+    noise: standard normal.
+    auto: the candidate of AUTO_CANDIDATES with the least `measured_objective`, the error rate of ridge regression on
+      (up to 10,000 of) the given rows, so by that measure never worse than uniform with the same key.
+
+  Args:
+    key: random key (or int seed).
+    x: `(n, ...)` floating rows, preprocessed.
+    y: `(n, c)` labels; the largest entry of a row is its class.
+    images_per_class: points of each class, >= 1.
+    strategy: see above.
+    kernel_fn: the kernel; needed by krr_sensitivity, leverage, krr_pursuit and auto.
+    relative_ridge: ridge, as a fraction of tr(K_ss) / m, at which "auto" compares.
+    score_ridge: absolute ridge of the sensitivities, or "auto": the one at which the
+      effective dimension is about `score_ridge.AUTO_KAPPA` m. The training ridge would make all
+      scores equal.
+    num_candidates: pool of krr_pursuit, at most n.
+
+  Returns:
+    `Coreset`.
+
+  Raises:
+    ValueError, TypeError: for an unknown strategy, a missing kernel, a class smaller than
+      `images_per_class`, shapes that disagree, integers, NaN or infinity.
+  """
+  checks.one_of("strategy", strategy, STRATEGIES)
+  checks.same_rows("x", x, "y", y)
+  checks.rank("y", y, 2)
+  for name, array in (("x", x), ("y", y)):
+    checks.floating(name, array)
+    checks.finite(name, array)
+  if kernel_fn is None and strategy in NEEDS_KERNEL:
+    raise ValueError(f"kernel_fn: expected a kernel for strategy {strategy!r}, got None")
+  x, y = jnp.asarray(x), jnp.asarray(y)
+  labels, num_classes = np.asarray(jnp.argmax(y, axis=1)), y.shape[1]
+  stream = keys.stream(key, "coreset")
+  uniform = class_balanced_indices(stream, labels, images_per_class, num_classes)
+  if strategy == "auto":
+    return _best(key, x, y, images_per_class, kernel_fn, relative_ridge, num_candidates)
+  share = jnp.repeat(jnp.asarray(np.bincount(labels, minlength=num_classes) / images_per_class, x.dtype),
+                     images_per_class)
+  if strategy == "uniform":
+    return _rows(x, y, uniform, share, strategy)
+  if strategy == "noise":
+    noise = jax.random.normal(keys.stream(stream, "noise"), (uniform.size, *x.shape[1:]), x.dtype)
+    return Coreset(noise, y[uniform], np.full(uniform.size, -1, np.int32), share, strategy)
+  if strategy == "krr_pursuit":
+    return _pursue(stream, x, y, images_per_class, kernel_fn, max(num_candidates, uniform.size), share)
+  if strategy in ("krr_sensitivity", "leverage"):
+    return _by_scores(stream, x, y, labels, uniform.size, kernel_fn, score_ridge, strategy)
+  if strategy in ("herding", "k_center"):
+    choose = getattr(representatives, strategy)
+    chosen = [rows[np.asarray(choose(padded, images_per_class, present))] for rows, padded, present in _by_class(x, labels)]
+    return _rows(x, y, np.concatenate(chosen), 1.0, strategy)._replace(weights=share)
+  return _cluster(stream, x, y, labels, images_per_class, strategy)[0]
+
+
+def class_balanced_indices(key, labels, per_class: int, num_classes: int) -> np.ndarray:
+  """`per_class` distinct rows of each class, drawn uniformly, grouped by class.
+
+  Args:
+    key: random key (or int seed).
+    labels: `(n,)` integers in [0, num_classes).
+    per_class: rows a class, >= 1.
+    num_classes: c.
+
+  Returns:
+    `(c * per_class,)` int indices.
+
+  Raises:
+    ValueError: where a class has fewer rows than `per_class`; it names the class.
+  """
+  checks.positive_int("per_class", per_class)
+  labels = np.asarray(labels)
+  checks.rank("labels", labels, 1)
+  counts = np.bincount(labels, minlength=num_classes)
+  short = np.flatnonzero(counts < per_class)
+  if short.size:
+    raise ValueError(f"images_per_class: expected at most the {counts[short].min()} rows of the smallest class, "
+                     f"got {per_class} ({short.size} of {num_classes} classes are smaller, the first is {short[0]})")
+  order = np.asarray(jax.random.permutation(keys.canonical_key(key), labels.shape[0]))
+  return np.concatenate([order[labels[order] == c][:per_class] for c in range(num_classes)])
+
+
+def _rows(x, y, rows, weights, strategy, **extra) -> Coreset:
+  """Real rows, grouped by class."""
+  rows = np.asarray(rows, np.int32)
+  order = np.argsort(np.asarray(jnp.argmax(y[rows], axis=1)), kind="stable")
+  weights = jnp.broadcast_to(jnp.asarray(weights, x.dtype), rows.shape)[order]
+  return Coreset(x[rows[order]], y[rows[order]], rows[order], weights, strategy, **extra)
+
+
+def _by_class(x, labels):
+  """Of each class: its rows, they themselves as vectors padded to the largest class (one compilation serves all), which are no padding."""
+  flat = x.reshape(x.shape[0], -1)
+  longest = int(np.bincount(labels).max())
+  for c in np.unique(labels):
+    rows = np.flatnonzero(labels == c)
+    yield rows, flat[np.resize(rows, longest)], jnp.asarray(np.arange(longest) < rows.size, x.dtype)
+
+
+def _cluster(key, x, y, labels, per_class, *strategies) -> list[Coreset]:
+  """Per class: k-means centroids, the rows nearest to them, or the seeds alone; one clustering serves several."""
+  parts = {strategy: [] for strategy in strategies}
+  for rows, padded, present in _by_class(x, labels):
+    class_key = keys.at_step(keys.stream(key, "cluster"), int(labels[rows[0]]))
+    made = np.full(per_class, -1, np.int32)
+    named = lambda chosen, rows=rows: rows[np.asarray(chosen)].astype(np.int32)
+    if "kmeans_plusplus" in parts:
+      seeds = clustering.kmeans_plusplus(class_key, padded, per_class, present, num_trials=_trials(per_class))
+      share = jnp.full((per_class,), rows.size / per_class, x.dtype)
+      parts["kmeans_plusplus"].append((seeds.centers, named(seeds.indices), share))
+    if "kmeans" in parts or "kmedoids" in parts:
+      result = clustering.kmeans(class_key, padded, per_class, present, num_trials=_trials(per_class), num_inits=2)
+      mass = jnp.zeros((per_class,), x.dtype).at[result.assignment].add(present)
+      if "kmeans" in parts:
+        parts["kmeans"].append((result.centers, made, mass))
+      if "kmedoids" in parts:
+        chosen = clustering.nearest_rows(padded, result.centers, present)
+        parts["kmedoids"].append((padded[chosen], named(chosen), mass))
+  targets = jnp.concatenate([jnp.broadcast_to(y[labels == c][0], (per_class, y.shape[1])) for c in np.unique(labels)])
+  coresets = []
+  for strategy in strategies:
+    points, indices, weights = zip(*parts[strategy])
+    # Cluster sizes; a made point for which none was nearest keeps a weight of one row.
+    coresets.append(Coreset(jnp.concatenate(points).reshape(-1, *x.shape[1:]), targets, np.concatenate(indices),
+                            jnp.maximum(jnp.concatenate(weights), 1.0), strategy))
+  return coresets
+
+
+def _trials(k: int) -> int:
+  """scikit-learn's number of trials of greedy k-means++."""
+  return 2 + int(np.log(k))
+
+
+def objective_ridge(kernel_fn: KernelFn, x: Array) -> float:
+  """Absolute ridge of objectives over all rows: OBJECTIVE_RIDGE of the mean diagonal of (up to 1,000) rows.
+
+  Args:
+    kernel_fn: the kernel.
+    x: `(n, ...)` rows.
+
+  Returns:
+    A number.
+  """
+  stride = max(1, x.shape[0] // 1000)
+  return float(OBJECTIVE_RIDGE * jnp.mean(gram_diag(kernel_fn, x[::stride])))
+
+
+def _pursue(key, x, y, per_class, kernel_fn, num_candidates, share) -> Coreset:
+  m = per_class * y.shape[1]
+  result = pursuit.krr_pursuit(keys.stream(key, "pursuit"), kernel_fn, x, y, min(num_candidates, x.shape[0]), m,
+                               objective_ridge(kernel_fn, x), quota=per_class)
+  checks.raise_for_status("krr_pursuit (are there enough distinct rows of each class?)", result.status)
+  return _rows(x, y, result.indices, 1.0, "krr_pursuit")._replace(weights=share)
+
+
+def num_score_columns(num_rows: int, num_samples: int) -> int:
+  """Columns of the kernel matrix that `score_rows` evaluates: its landmarks, or all rows of a small dataset."""
+  return num_rows if num_rows <= _EXACT_ROWS else min(num_rows, max(2 * num_samples, 1000))
+
+
+def score_rows(key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn,
+               score_ridge="auto") -> tuple[float, sensitivity.SensitivityScores]:
+  """Ridge regression sensitivities of all rows: exact up to 3,000 rows, else certified over-estimates.
+
+  Args:
+    key: random key (or int seed), for landmarks.
+    x, y, kernel_fn, score_ridge: as in `select_coreset`.
+    num_samples: m, for the automatic ridge.
+
+  Returns:
+    The absolute score ridge, and `SensitivityScores`.
+
+  Raises:
+    ValueError: for a score ridge <= 0. NumericalError: where a factorisation failed.
+  """
+  n = x.shape[0]
+  exact, num_landmarks = n <= _EXACT_ROWS, num_score_columns(n, num_samples)
+  k = kernel_fn(x, None) if exact else None
+  if score_ridge == "auto":
+    target = min(max(AUTO_KAPPA * num_samples, 2.0), 0.5 * n)
+    chosen = score_ridge_for_dimension(k, target) if exact else landmark_score_ridge(
+        keys.stream(key, "ridge"), kernel_fn, x, target, num_landmarks)
+    ridge = float(chosen.ridge)
+    checks.finite("ridge of the scores (x may hold numbers that are too large for the kernel)", ridge)
+  else:
+    checks.positive("score_ridge", score_ridge)
+    ridge = float(score_ridge)
+  if exact:
+    scores = sensitivity.krr_sensitivity_scores(k, y, ridge)
+  else:
+    scores = sensitivity.approximate_krr_sensitivities(keys.stream(key, "landmarks"), kernel_fn, x, y, ridge,
+                                                       num_landmarks)
+  checks.raise_for_status("krr_sensitivities", scores.status)
+  return ridge, scores
+
+
+def _by_scores(key, x, y, labels, m, kernel_fn, score_ridge, strategy) -> Coreset:
+  ridge, scores = score_rows(key, x, y, m, kernel_fn, score_ridge)
+  law = scores.leverage if strategy == "leverage" else scores.scores
+  sample = sampling.stratified_sample(keys.stream(key, "sample"), law, labels, m, uniform_mix=0.1, replace=False)
+  return _rows(x, y, sample.indices, sample.weights, strategy, ridge=ridge, scores=scores)
+
+
+def measured_objective(kernel_fn: KernelFn, coreset: Coreset, x: Array, y: Array,
+                       relative_ridge: float = 1e-6) -> float:
+  """What "auto" compares: the share of given rows that ridge regression on the coreset misclassifies.
+
+  Not the squared error: with few points their predictions are off in scale, and the candidate
+  with the least squared error may be one that hardly predicts at all.
+
+  Args:
+    kernel_fn: the kernel.
+    coreset: a candidate; its weights are not used.
+    x: `(n, ...)` rows; of more than 10,000 an evenly spaced part is taken.
+    y: `(n, c)` labels.
+    relative_ridge: as a fraction of tr(K_ss) / m.
+
+  Returns:
+    The error rate; infinite where the kernel matrix cannot be factorised.
+  """
+  stride = max(1, -(-x.shape[0] // _OBJECTIVE_ROWS))
+  result = krr_evaluation.evaluate_krr(kernel_fn, Support(coreset.x, coreset.y), x[::stride], y[::stride],
+                                 relative_ridge=relative_ridge)
+  return 1.0 - float(result.accuracy) if int(result.status) == 0 else float("inf")
+
+
+def auto_candidates(key, x: Array, y: Array, images_per_class: int, kernel_fn: KernelFn,
+                    num_candidates: int = 2000) -> dict[str, Coreset]:
+  """What "auto" chooses from: the coresets of AUTO_CANDIDATES as `select_coreset` gives them with the same key.
+
+  Args:
+    key, x, y, images_per_class, kernel_fn, num_candidates: as in `select_coreset`.
+
+  Returns:
+    Coresets by strategy; k-means and k-medoids share one clustering.
+
+  Raises:
+    ValueError: as `select_coreset`.
+  """
+  x, y = jnp.asarray(x), jnp.asarray(y)
+  select = lambda strategy: select_coreset(key, x, y, images_per_class, strategy, kernel_fn,
+                                           num_candidates=num_candidates)
+  found = {"uniform": select("uniform")}
+  labels = np.asarray(jnp.argmax(y, axis=1))
+  names = ("kmeans", "kmedoids", "kmeans_plusplus")
+  found.update(zip(names, _cluster(keys.stream(key, "coreset"), x, y, labels, images_per_class, *names)))
+  found["krr_pursuit"] = select("krr_pursuit")
+  return found
+
+
+def _best(key, x, y, per_class, kernel_fn, relative_ridge, num_candidates) -> Coreset:
+  best, objectives = None, {}
+  for strategy, candidate in auto_candidates(key, x, y, per_class, kernel_fn, num_candidates).items():
+    objective = measured_objective(kernel_fn, candidate, x, y, relative_ridge)
+    if objective < min(objectives.values(), default=float("inf")):
+      best = candidate
+    if np.isfinite(objective):
+      objectives[strategy] = objective
+  if best is None:
+    raise ValueError("auto: no candidate has a kernel matrix that can be factorised; raise relative_ridge")
+  return best._replace(objectives=objectives)

@@ -1,0 +1,217 @@
+"""Ridge leverage scores: exact, from features, from landmarks.
+
+For a kernel matrix K with input weights u (default 1) write K_u = U^{1/2} K U^{1/2}
+and phi_i for the features of row i of K_u. The ridge leverage score of row i is
+
+  tau_i = phi_i^T G^{-1} phi_i = (K_u (K_u + ridge I)^{-1})_ii,   G = sum_j phi_j phi_j^T + ridge I,
+
+in [0, 1], and their sum is the effective dimension d_eff(ridge). `ridge` is always
+absolute, as in K + ridge I (Alaoui and Mahoney, NeurIPS 2015, and the BLESS code of
+Rudi et al. 2018 agree; the paper of Rudi et al. multiplies by n).
+
+At a ridge far below tr K / n every score is nearly 1 and sampling by it is uniform
+sampling, so scores want a ridge of their own: `score_ridge.score_ridge_for_dimension`.
+"""
+
+import functools
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kipcore import checks, linalg
+from kipcore.selection import scoring
+from kipcore.types import Array, KernelFn, Status
+
+# Scores whose largest is below this multiple of their mean sample like the uniform law.
+FLAT_RATIO = 1.05
+
+
+class LeverageBounds(NamedTuple):
+  """lower <= tau <= upper, each `(n,)`."""
+
+  lower: Array
+  upper: Array
+
+
+def ridge_leverage_scores(k: Array, ridge, weights: Array | None = None) -> Array:
+  """Exact ridge leverage scores, tau_i = 1 - ridge ((K_u + ridge I)^{-1})_ii.
+
+  Args:
+    k: `(n, n)` kernel matrix, symmetric positive semi-definite.
+    ridge: absolute, scalar > 0.
+    weights: `(n,)` input weights >= 0, or None for 1.
+
+  Returns:
+    `(n,)` in [0, 1], in the dtype of `k`; NaN where the factorisation fails. In
+    float32 (64-bit switch off) they agree with float64 to 1e-3 for ridge >= 1e-2 tr K / n.
+
+  Raises:
+    ValueError: for shapes that do not fit, a ridge <= 0, or a ridge below
+      1e-4 tr K / n when only float32 is available (NaN on a traced path).
+
+  Example:
+    >>> k = jnp.diag(jnp.asarray([9.0, 1.0]))
+    >>> print(np.asarray(kipcore.ridge_leverage_scores(k, 1.0)).round(3))  # k_ii / (k_ii + ridge)
+    [0.9 0.5]
+  """
+  k, ridge, root = scoring.prepare_matrix(k, ridge, weights)
+  return _exact(k, ridge, root).astype(k.dtype)
+
+
+def effective_dimension(k: Array, ridge, weights: Array | None = None) -> Array:
+  """The effective dimension d_eff = tr K_u (K_u + ridge I)^{-1}, the sum of `ridge_leverage_scores`.
+
+  Args:
+    k, ridge, weights: as `ridge_leverage_scores`, which also says the errors.
+
+  Returns:
+    Scalar in [0, rank K].
+
+  Example:
+    >>> k = jnp.ones((2, 2))  # rank 1: twice the same row
+    >>> round(float(kipcore.effective_dimension(k, 1.0)), 3)  # 2 / (2 + ridge)
+    0.667
+  """
+  return jnp.sum(ridge_leverage_scores(k, ridge, weights))
+
+
+def feature_leverage_scores(z: Array, ridge, weights: Array | None = None, block_size: int | None = None) -> Array:
+  """Scores of the kernel Z Z^T, u_i z_i^T (Z^T U Z + ridge I)^{-1} z_i, from a D x D matrix.
+
+  Exact for this feature map. For a factor of a kernel matrix K with Z Z^T <= K they
+  are lower bounds of the scores of K.
+
+  Args:
+    z: `(n, D)` features.
+    ridge: absolute, scalar > 0.
+    weights: `(n,)` input weights >= 0, or None.
+    block_size: rows at a time.
+
+  Returns:
+    `(n,)` in [0, 1]; NaN where the factorisation fails.
+
+  Raises:
+    ValueError: as `ridge_leverage_scores`.
+  """
+  checks.rank("z", z, 2)
+  ridge, root = scoring.prepare_rows("z", z, ridge, weights)
+  scoring.check_precision(ridge, lambda: jnp.mean(root**2 * jnp.sum(z.astype(root.dtype) ** 2, axis=1)), z.dtype)
+  return _feature_leverage(z, ridge, root, block_size or z.shape[0]).astype(z.dtype)
+
+
+def landmark_leverage_scores(kernel_fn: KernelFn, x: Array, landmarks: Array, ridge, weights: Array | None = None,
+                             landmark_weights: Array | None = None, block_size: int | None = None) -> Array:
+  """Leverage scores against the landmarks S alone, in one pass over rows and no n x n matrix.
+
+  With M = K_SS + ridge diag(1/w) and t_i = (k_ii - k_iS M^{-1} k_Si) / ridge:
+
+    w = None:  tau_i <= t_i / (1 + t_i) outside S, tau_i <= 1 - ridge (M^{-1})_ii in S.
+               Proved, for every S: they are the exact scores within S and i, and
+               leaving rows out shrinks G. For uniform S their expected sum is at
+               most (n + 1) d_eff / (|S| + 1).
+    w given:   t_i in [tau_i / (1 + e), tau_i / (1 - e)] if the weighted landmarks
+               approximate G to (1 -+ e) in the Loewner order; nothing otherwise.
+
+  Args:
+    kernel_fn: see `types.KernelFn`; hashable.
+    x: `(n, ...)` rows.
+    landmarks: `(s,)` distinct indices into `x`.
+    ridge: absolute, scalar > 0.
+    weights: `(n,)` input weights >= 0, or None.
+    landmark_weights: `(s,)` weights > 0 (one over a selection probability), or None.
+    block_size: rows at a time.
+
+  Returns:
+    `(n,)`; NaN where the factorisation fails.
+
+  Raises:
+    ValueError: as `ridge_leverage_scores`, and for repeated landmarks.
+
+  Source: the one-pass form of Musco and Musco (NeurIPS 2017), section 3, and of Cohen
+  et al. (ITCS 2015), theorem 4 (uniform sampling); t / (1 + t) is Sherman-Morrison.
+  """
+  ridge, root = scoring.prepare_rows("x", x, ridge, weights)
+  landmarks = scoring.prepare_landmarks(landmarks, x.shape[0])
+  scoring.check_precision(ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, x, root)), x.dtype)
+  if landmark_weights is not None:
+    checks.shape("landmark_weights", landmark_weights, landmarks.shape)
+    checks.positive("landmark_weights", landmark_weights)
+    landmark_weights = jnp.asarray(landmark_weights, root.dtype)
+  return _landmark_leverage(kernel_fn, x, root, landmarks, landmark_weights, ridge, block_size).astype(x.dtype)
+
+
+def low_rank_leverage_bounds(factor: Array, k_diag: Array, ridge, residual_norm=None) -> LeverageBounds:
+  """Bounds on the leverage scores of K from a factor with F F^T <= K, e.g. a partial Cholesky factor.
+
+  With E = K - F F^T, ||E|| <= residual_norm, c = residual_norm / ridge, and tau^(l) the
+  scores of F F^T at ridge l:
+
+    tau^(ridge) <= tau_i <= (c + tau^_i((1 + c) ridge)) / (1 + c)
+    tau_i <= t / (1 + t),  t = h / (1 - a h) + E_ii / ((1 - q) ridge),
+    h = f_i^T (a F^T F + ridge I)^{-1} f_i,  a = q / (q + c),  any q in (0, 1).
+
+  Both upper bounds are proved and the smaller is returned. The first is operator
+  monotonicity of x / (x + ridge). The second: phi = (f, b) with <b_i, b_j> = E_ij, and
+  phi phi^T >= a f f^T - (q ridge / residual_norm) b b^T for every row but i; it adds the
+  row's own residual instead of the worst. q minimises the sum over a grid.
+
+  Args:
+    factor: `(n, k)` with F F^T <= K.
+    k_diag: `(n,)` diagonal of K.
+    ridge: absolute, scalar > 0.
+    residual_norm: upper bound on the spectral norm of E; None for its trace.
+
+  Returns:
+    `LeverageBounds`.
+
+  Raises:
+    ValueError: for shapes that do not fit or a ridge <= 0.
+  """
+  checks.rank("factor", factor, 2)
+  ridge, _ = scoring.prepare_rows("factor", factor, ridge, None)
+  checks.shape("k_diag", k_diag, (factor.shape[0],))
+  z = factor.astype(ridge.dtype)
+  residual = jnp.maximum(jnp.asarray(k_diag, ridge.dtype) - jnp.sum(z**2, axis=1), 0)
+  norm = jnp.sum(residual) if residual_norm is None else jnp.asarray(residual_norm, ridge.dtype)
+  return LeverageBounds(*(b.astype(factor.dtype) for b in _low_rank_bounds(z, residual, norm, ridge)))
+
+
+def warn_if_flat(max_over_mean) -> None:
+  """Warns on the host where the largest score is under 1.05 times the mean; tracers pass."""
+  if not checks.is_traced(max_over_mean) and float(max_over_mean) < FLAT_RATIO:
+    warnings.warn(
+        f"scores are flat (largest / mean = {float(max_over_mean):.3f}): sampling by them is uniform sampling; "
+        "score with a larger ridge, see score_ridge_for_dimension", stacklevel=4)
+
+
+_exact = jax.jit(lambda k, ridge, root: scoring.factor_leverage(
+    scoring.score_factor(root[:, None] * k.astype(root.dtype) * root[None, :], ridge), ridge))
+
+
+@functools.partial(jax.jit, static_argnames="block_size")
+def _feature_leverage(z, ridge, root, block_size):
+  return scoring.feature_fit(z, root, jnp.zeros((z.shape[0], 1), root.dtype), ridge, block_size)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size"))
+def _landmark_leverage(kernel_fn, x, root, landmarks, landmark_weights, ridge, block_size):
+  y = jnp.zeros((x.shape[0], 1), root.dtype)
+  tau, _, _, status = scoring.landmark_fit(kernel_fn, x, root, y, landmarks, landmark_weights, ridge, block_size)
+  return jnp.where(status == Status.OK, tau, jnp.nan)
+
+
+@jax.jit
+def _low_rank_bounds(z, residual, norm, ridge):
+  moment = linalg.matmul(z.T, z)
+
+  def scores(kept, level):
+    return jnp.sum(linalg.whiten(linalg.factor(kept * moment, level), z.T) ** 2, axis=0)
+
+  c = norm / ridge
+  share = scoring.best_share(jnp.maximum(jnp.linalg.eigvalsh(moment), 0), jnp.sum(residual), ridge, norm)
+  kept = scoring.kept_share(share, ridge, norm)
+  one = jnp.ones_like(ridge)
+  monotone = (c + scores(one, (1 + c) * ridge)) / (1 + c)
+  return scores(one, ridge), jnp.minimum(monotone, scoring.corrected(scores(kept, ridge), residual, kept, share, ridge))

@@ -1,0 +1,346 @@
+"""Draws of rows by score, with the weights that keep weighted sums unbiased.
+
+Each function checks its arguments, has `draws` pick the rows, and weighs them: with
+replacement, systematically without, or by Gumbel noise.
+
+Where a value is wrong the host raises ValueError. Inside a transformation nothing can
+be raised: there the weights come back NaN, so that the first loss shows it.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kipcore import checks, keys
+from kipcore.selection import draws
+from kipcore.types import Array, Status
+
+
+class Sample(NamedTuple):
+  """Drawn rows: `indices` `(m,)` int32 and `weights` `(m,)`; the convention is that of the function."""
+
+  indices: Array
+  weights: Array
+
+
+class SystematicSample(NamedTuple):
+  """Rows drawn without replacement.
+
+  Attributes:
+    indices: `(m,)` int32, distinct.
+    weights: `(m,)`, 1 / inclusion.
+    inclusion: `(m,)`, the exact probability that the row is in the sample.
+    status: int32 scalar, `Status`; NOT_FINITE where the scores are no law (then the weights are NaN).
+  """
+
+  indices: Array
+  weights: Array
+  inclusion: Array
+  status: Array
+
+
+class MergedSample(NamedTuple):
+  """Distinct rows, in increasing order, before the vacated slots.
+
+  Attributes:
+    indices: `(m,)` int32; vacated slots repeat the largest index.
+    weights: `(m,)` summed weights; 0 in vacated slots.
+    num_distinct: int32 scalar; on the host, `indices[:num_distinct]` is the shrunk set.
+  """
+
+  indices: Array
+  weights: Array
+  num_distinct: Array
+
+
+class SamplingGain(NamedTuple):
+  """How far a law p is from uniform.
+
+  Attributes:
+    second_moment: n sum p^2, from 1 (uniform) to n. Where the contributions are proportional
+      to p, the second moment of one uniform draw is this many times that of a draw by p.
+    effective_sample_size: 1 / sum p^2, from 1 to n.
+    max_over_mean: n max p.
+  """
+
+  second_moment: Array
+  effective_sample_size: Array
+  max_over_mean: Array
+
+
+def sensitivity_sample(
+    key, scores: Array, num_samples: int, *, input_weights: Array | None = None, uniform_mix=0.0,
+    replace: bool = True) -> Sample:
+  """Draws rows by sensitivity; E[sum_j w_j f(i_j)] = sum_i u_i f(i) for every f.
+
+  p_i = (1 - g) s_i / sum(s) + g u_i / sum(u), with g = `uniform_mix`. With replacement
+  w = u_i / (m p_i) (Feldman and Langberg 2011); one row drawn twice stands twice in the
+  result (`merge_duplicates`). Without replacement `systematic_sample` draws and
+  w = u_i / P(i is drawn).
+
+  Proved: unbiasedness, and with replacement the sizes of `guarantees.sample_size`, where
+  scores are at least the sensitivities u_i f_i / sum u f (the mix divides the total by
+  1 - g and caps weights at sum(u) / (g m)). The sizes are not proved for systematic draws.
+
+  Args:
+    key: a random key or an int seed.
+    scores: `(n,)`, >= 0, not all zero; sensitivities of the weighted terms u_i f_i.
+    num_samples: m; without replacement at most n.
+    input_weights: u `(n,)`, >= 0, or None for ones.
+    uniform_mix: g in [0, 1], traced. Rows with p_i = 0 are never drawn.
+    replace: with replacement or not.
+
+  Returns:
+    `Sample(indices, weights)`.
+
+  Raises:
+    ValueError, TypeError: a wrong shape, dtype or range, non-finite or all-zero scores, or
+      fewer rows with p_i > 0 than draws without replacement.
+
+  Example:
+    >>> scores = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+    >>> sample = kipcore.sensitivity_sample(0, scores, 100)
+    >>> round(float(jnp.sum(sample.weights * scores[sample.indices])), 3)  # exact for f = scores, for any draw
+    10.0
+  """
+  scores, input_weights = draws.check_scores(scores, num_samples, uniform_mix, input_weights)
+  if not replace:
+    draws.check_distinct(scores, num_samples, uniform_mix, input_weights)
+  return _sensitivity_core(
+      keys.canonical_key(key), scores, input_weights, jnp.asarray(uniform_mix, scores.dtype), num_samples, replace)
+
+
+def systematic_sample(key, scores: Array, num_samples: int, *, uniform_mix=0.0) -> SystematicSample:
+  """b distinct rows in one pass, with P(i is drawn) = pi_i = min(1, c p_i), sum_i pi_i = b.
+
+  The rows are put in a pseudo-random order, their pi are laid end to end from a uniform
+  start in [0, 1), and a row is drawn where its interval holds an integer (Madow 1949).
+  Rows with pi_i = 1 are always drawn. E[sum_j w_j f(i_j)] = sum_i f(i) with w = 1 / pi_i.
+
+  Exact in integers: the number of rows, that they are distinct, and `inclusion`, in
+  multiples of 2^-32 (a positive score has at least one). pi follows the scores to the
+  rounding of their dtype. The order is a keyed bijection (multiplications and shifts), not
+  a uniform permutation; first-order inclusion is exact in any order, joint inclusion is
+  near that of a random order, and no variance is proved.
+
+  Args:
+    key: a random key or an int seed.
+    scores: `(n,)`, >= 0.
+    num_samples: b, at most the number of rows with p_i > 0.
+    uniform_mix: g in [0, 1]: p_i = (1 - g) s_i / sum(s) + g / n.
+
+  Returns:
+    `SystematicSample`.
+
+  Raises:
+    ValueError, TypeError: as `sensitivity_sample`.
+  """
+  scores, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
+  draws.check_distinct(scores, num_samples, uniform_mix, ones)
+  return _systematic_core(
+      keys.canonical_key(key), scores, jnp.asarray(uniform_mix, scores.dtype), num_samples)
+
+
+def gumbel_sample(key, scores: Array, num_samples: int) -> Sample:
+  """Successive sampling without replacement (Gumbel top-b); E[sum_j w_j f(i_j)] = sum_i f(i).
+
+  The b largest log p_i + Gumbel noise are drawn, kappa is the next largest, and
+  w_i = 1 / (1 - exp(-exp(log p_i - kappa))) (Kool, van Hoof and Welling 2020, eq. 9: the
+  Horvitz-Thompson form given the threshold). 1 / (b p_i) would be biased, because inclusion is
+  not b p_i. The variance is infinite at b = 1. `systematic_sample` is cheaper; this one has a
+  simpler joint law.
+
+  Args:
+    key: a random key or an int seed.
+    scores: `(n,)`, >= 0, in any scale.
+    num_samples: b, at most the number of positive scores.
+
+  Returns:
+    `Sample(indices, weights)`.
+
+  Raises:
+    ValueError, TypeError: as `sensitivity_sample`.
+  """
+  scores, ones = draws.check_scores(scores, num_samples, 0.0, None)
+  draws.check_distinct(scores, num_samples, 0.0, ones)
+  return _gumbel_core(keys.canonical_key(key), scores, num_samples)
+
+
+def importance_sample(
+    key, losses: Array, num_samples: int, uniform_mix=0.1, weight_exponent=1.0, *, power=1.0) -> Sample:
+  """A batch of distinct rows by loss: p_i = (1 - g) l_i^power / sum(l^power) + g / n.
+
+  Drawn systematically. w_i = (b / (n pi_i))^e with e = `weight_exponent`, for a *mean* over
+  the batch: at e = 1, E[(1/b) sum_j w_j f(i_j)] = (1/n) sum_i f(i) for every f, however stale
+  the losses; at e = 0 all weights are 1 and the batch follows a different objective, which
+  stresses rows of high loss (no estimate of the mean). Values between trade bias for variance.
+  At e = 1 weights are at most 1 / g.
+
+  Proved: unbiasedness at e = 1. Smallest variance with independent draws needs gradient
+  norms in place of the losses (Alain et al. 2015), so pass residual norms where you have them.
+
+  Args:
+    key: a random key or an int seed.
+    losses: `(n,)`, >= 0. All zero: uniform.
+    num_samples: b <= n, and at most the number of positive losses where `uniform_mix` is 0.
+    uniform_mix: g in [0, 1], traced.
+    weight_exponent: e in [0, 1], traced.
+    power: of the losses, >= 0, traced; 0 is uniform, below 1 tempers.
+
+  Returns:
+    `Sample(indices, weights)`.
+
+  Raises:
+    ValueError, TypeError: a wrong shape, dtype or range, negative or non-finite losses.
+
+  Example:
+    >>> sample = kipcore.importance_sample(0, jnp.asarray([0.0, 0.0, 0.0, 8.0]), 2)
+    >>> int(sample.indices.max())  # the row that loses most for certain, one of the others by 1/3
+    3
+    >>> sorted(np.asarray(sample.weights, float).round(2).tolist())
+    [0.5, 1.5]
+  """
+  losses, ones = draws.check_scores(losses, num_samples, uniform_mix, None, name="losses", allow_zeros=True)
+  checks.in_range("weight_exponent", weight_exponent, 0, 1)
+  checks.non_negative("power", power)
+  draws.check_distinct(losses, num_samples, uniform_mix, ones, name="losses", allow_zeros=True)
+  mix, exponent, power = (jnp.asarray(v, losses.dtype) for v in (uniform_mix, weight_exponent, power))
+  return _importance_core(keys.canonical_key(key), losses, mix, exponent, power, num_samples)
+
+
+def stratified_sample(
+    key, scores: Array, labels, num_samples: int, *, allocation: str = "equal", uniform_mix=0.0,
+    replace: bool = True) -> Sample:
+  """`sensitivity_sample` within each class, with a fixed number of draws a class.
+
+  Class by class with quota m_c, so again E[sum_j w_j f(i_j)] = sum_i f(i). Quotas are equal, or
+  proportional to the class's total score (then the cost over an unstratified draw is nil up to
+  rounding; equal quotas cost the factor max_c t_c m / (t m_c) in total sensitivity).
+
+  Args:
+    key: a random key or an int seed.
+    scores: `(n,)`, >= 0, not all zero in any class. May be traced where the quotas are equal.
+    labels: `(n,)` integers, concrete: the classes set the shapes.
+    num_samples: m, a multiple of the number of classes where quotas are equal.
+    allocation: "equal" or "proportional" (at least one a class, at most the class without replacement).
+    uniform_mix: g in [0, 1], uniform within the class.
+    replace: with replacement, or systematic.
+
+  Returns:
+    `Sample(indices, weights)`, `(m,)`, ordered by class.
+
+  Raises:
+    ValueError, TypeError: as `sensitivity_sample`, and where a class has fewer rows (or positive
+      scores) than its equal quota without replacement.
+  """
+  scores, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
+  checks.one_of("allocation", allocation, ("equal", "proportional"))
+  if checks.is_traced(labels) or (allocation == "proportional" and checks.is_traced(scores)):
+    raise TypeError("expected concrete labels (and scores, for proportional quotas), got traced ones")
+  labels = np.asarray(labels)
+  checks.shape("labels", labels, scores.shape)
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise TypeError(f"labels: expected integers, got {labels.dtype}")
+  classes, labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+  rooms, totals = sizes, None
+  if not checks.is_traced(scores):
+    totals = np.bincount(labels, weights=np.asarray(scores, np.float64))
+    uniform = checks.is_traced(uniform_mix) or uniform_mix > 0
+    live = np.ones(labels.size) if uniform else np.asarray(scores) > 0
+    rooms = np.bincount(labels, weights=live).astype(np.int64)
+    if totals.min() <= 0:
+      raise ValueError(f"scores: expected a positive score in each class, got none in {classes[totals.argmin()]}")
+  quotas = draws.class_quotas(classes, rooms, totals if allocation == "proportional" else None, num_samples, replace)
+  members = np.zeros((classes.size, sizes.max()), np.int32)
+  valid = np.arange(sizes.max())[None] < sizes[:, None]
+  members[valid] = np.argsort(labels, kind="stable")
+  taken = np.arange(quotas.max())[None] < quotas[:, None]
+  mix = jnp.asarray(uniform_mix, scores.dtype)
+  sample = _stratified_core(
+      keys.canonical_key(key), scores, members, valid, quotas.astype(np.int32), mix, int(quotas.max()), replace)
+  slots = np.flatnonzero(taken)
+  return Sample(sample.indices.reshape(-1)[slots], sample.weights.reshape(-1)[slots])
+
+
+@jax.jit
+def merge_duplicates(indices: Array, weights: Array) -> MergedSample:
+  """Adds the weights of equal indices, with static shapes; weighted sums are unchanged."""
+  order = jnp.argsort(indices)
+  ordered = indices[order]
+  first = jnp.concatenate([jnp.ones((1,), bool), ordered[1:] != ordered[:-1]])
+  slot = jnp.cumsum(first.astype(jnp.int32)) - 1
+  merged = jnp.full_like(ordered, ordered[-1]).at[slot].set(ordered)
+  return MergedSample(merged, jnp.zeros_like(weights).at[slot].add(weights[order]), slot[-1] + 1)
+
+
+def sampling_gain(scores: Array) -> SamplingGain:
+  """Diagnostics of the law p = scores / sum(scores), `(n,)`; 1 everywhere in `second_moment` means flat scores."""
+  checks.rank("scores", scores, 1)
+  n = scores.shape[0]
+  p = scores / draws.total(scores)
+  squares = jnp.sum(p * p)
+  return SamplingGain(n * squares, 1 / squares, n * jnp.max(p))
+
+
+@functools.partial(jax.jit, static_argnames=("num_samples", "replace"))
+def _sensitivity_core(key, scores, input_weights, mix, num_samples, replace):
+  p, good = draws.law(scores, input_weights, mix)
+  if replace:
+    indices = draws.draw_rows(key, p, num_samples)
+    expected = num_samples * p[indices]
+  else:
+    indices, expected = draws.systematic(key, p, num_samples, jnp.int32(num_samples))
+    good &= draws.count(p > 0) >= num_samples
+  weights = (1 / expected).astype(scores.dtype) * input_weights[indices]
+  return Sample(indices, jnp.where(good, weights, jnp.nan))
+
+
+@functools.partial(jax.jit, static_argnames="num_samples")
+def _systematic_core(key, scores, mix, num_samples):
+  p, good = draws.law(scores, jnp.ones_like(scores), mix)
+  indices, inclusion = draws.systematic(key, p, num_samples, jnp.int32(num_samples))
+  good &= draws.count(p > 0) >= num_samples
+  inclusion = jnp.where(good, inclusion, jnp.nan).astype(scores.dtype)
+  status = jnp.where(good, Status.OK, Status.NOT_FINITE).astype(jnp.int32)
+  return SystematicSample(indices, 1 / inclusion, inclusion, status)
+
+
+@functools.partial(jax.jit, static_argnames="num_samples")
+def _importance_core(key, losses, mix, exponent, power, num_samples):
+  p, good = draws.law(losses, jnp.ones_like(losses), mix, power)
+  indices, inclusion = draws.systematic(key, p, num_samples, jnp.int32(num_samples))
+  good &= draws.count(p > 0) >= num_samples
+  weights = (num_samples / losses.shape[0] / inclusion) ** exponent.astype(p.dtype)
+  return Sample(indices, jnp.where(good, weights, jnp.nan).astype(losses.dtype))
+
+
+@functools.partial(jax.jit, static_argnames="num_samples")
+def _gumbel_core(key, scores, num_samples):
+  p, good = draws.law(scores, jnp.ones_like(scores), jnp.zeros((), scores.dtype))
+  log_p = jnp.log(p)
+  top, indices = jax.lax.top_k(log_p + jax.random.gumbel(key, p.shape, p.dtype), min(num_samples + 1, p.shape[0]))
+  threshold = top[num_samples] if num_samples < p.shape[0] else -jnp.inf
+  indices = indices[:num_samples].astype(jnp.int32)
+  good &= draws.count(p > 0) >= num_samples
+  weights = -1 / jnp.expm1(-jnp.exp(log_p[indices] - threshold))
+  return Sample(indices, jnp.where(good, weights, jnp.nan).astype(scores.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("size", "replace"))
+def _stratified_core(key, scores, members, valid, quotas, mix, size, replace):
+
+  def draw(key, rows, valid, quota):
+    valid = valid.astype(scores.dtype)
+    p, good = draws.law(scores[rows] * valid, valid, mix)
+    if replace:
+      places = draws.draw_rows(key, p, size)
+      expected = quota.astype(p.dtype) * p[places]
+    else:
+      places, expected = draws.systematic(key, p, size, quota)
+      good &= draws.count(p > 0) >= quota
+    return Sample(rows[places], jnp.where(good, 1 / expected, jnp.nan).astype(scores.dtype))
+
+  return jax.vmap(draw)(jax.random.split(key, members.shape[0]), members, valid, quotas)

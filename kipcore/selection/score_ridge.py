@@ -1,0 +1,190 @@
+"""The ridge of the scores by effective dimension, and the effective dimension without the n x n matrix.
+
+d_eff(ridge) = tr K_u (K_u + ridge I)^{-1}, the sum of the ridge leverage scores, falls
+strictly from the rank of K_u to 0; see `leverage`.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kipcore import checks, keys, linalg
+from kipcore.selection import scoring
+from kipcore.types import Array, KernelFn, Status
+
+# `auto` asks for d_eff = AUTO_KAPPA * (number of samples); 0.5 to 1 is sensible, the choice of 1 is heuristic.
+AUTO_KAPPA = 1.0
+
+
+class ScoreRidge(NamedTuple):
+  """A ridge for scoring, chosen by effective dimension.
+
+  Attributes:
+    ridge: absolute, scalar.
+    effective_dimension: d_eff at that ridge; an upper bound where landmarks were used.
+    effective_dimension_lower: lower bound on it; equal to the former for a full spectrum.
+    converged: bool, whether `effective_dimension` met the target to the tolerance.
+    status: int32, `Status`; `MAX_STEPS` where the target could not be met.
+  """
+
+  ridge: Array
+  effective_dimension: Array
+  effective_dimension_lower: Array
+  converged: Array
+  status: Array
+
+
+class DimensionBounds(NamedTuple):
+  """lower <= d_eff <= upper, in the shape of the ridge."""
+
+  lower: Array
+  upper: Array
+
+
+def score_ridge_for_dimension(k: Array, target, weights: Array | None = None) -> ScoreRidge:
+  """The ridge at which d_eff(ridge) = target, by bisection on its logarithm.
+
+  Unique, because d_eff falls strictly from rank K to 0. To score for m samples take
+  target = `AUTO_KAPPA` * m: the guarantees of leverage sampling want m above
+  d_eff log d_eff, and a far larger d_eff gives flat scores (heuristic).
+
+  Args:
+    k: `(n, n)` kernel matrix, or `(n,)` its eigenvalues.
+    target: d_eff wanted, 0 < target < n.
+    weights: `(n,)` input weights, with a matrix only.
+
+  Returns:
+    `ScoreRidge`; `converged` says whether d_eff is within 1e-6 of the target,
+    relatively (float64; 1e-4 in float32). It is not where the target is over the rank.
+
+  Raises:
+    ValueError: for a target outside (0, n) or shapes that do not fit.
+  """
+  checks.rank("k", k, 1, 2)
+  checks.floating("k", k)
+  _check_target(target, k.shape[0])
+  wide = linalg.widest_dtype(k.dtype)
+  values = k.astype(wide)
+  if k.ndim == 2:
+    checks.square("k", k)
+    values = _spectrum(values, scoring.prepare_weights(weights, k.shape[0], wide))
+  elif weights is not None:
+    raise ValueError("weights: expected None with eigenvalues, got an array; weight the matrix instead")
+  return _bisect_ridge(values, jnp.zeros((), wide), jnp.asarray(target, wide))
+
+
+def landmark_score_ridge(key, kernel_fn: KernelFn, x: Array, target, num_landmarks: int,
+                         weights: Array | None = None, block_size: int = 1024) -> ScoreRidge:
+  """A ridge at which d_eff is at most the target, from landmarks and no n x n matrix.
+
+  With sigma the eigenvalues of the Nystrom approximation from uniform landmarks and T the
+  trace it misses, sum sigma / (sigma + ridge) <= d_eff <= that + T / ridge (proved). The
+  upper bound is put on the target; the lower is returned beside it.
+
+  Args:
+    key: random key of the landmarks.
+    kernel_fn, x, weights: as `leverage.landmark_leverage_scores`.
+    target: bound on d_eff, 0 < target < n.
+    num_landmarks: s; capped at n.
+    block_size: rows at a time.
+
+  Returns:
+    `ScoreRidge`.
+
+  Raises:
+    ValueError: as `score_ridge_for_dimension`.
+  """
+  n = x.shape[0]
+  _check_target(target, n)
+  checks.positive_int("num_landmarks", num_landmarks)
+  values, tail = _landmark_spectrum(key, kernel_fn, x, num_landmarks, weights, block_size)
+  return _bisect_ridge(values, tail, jnp.asarray(target, values.dtype))
+
+
+def effective_dimension_bounds(key, kernel_fn: KernelFn, x: Array, ridge, num_landmarks: int,
+                               weights: Array | None = None, block_size: int = 1024) -> DimensionBounds:
+  """Bounds on the effective dimension at any number of ridges, from one pass over the rows.
+
+  sum sigma / (sigma + ridge) <= d_eff <= that + T / ridge, with sigma the eigenvalues of the Nystrom
+  approximation from uniform landmarks and T the trace that it misses (proved for every set of landmarks).
+
+  Args:
+    key: random key of the landmarks.
+    kernel_fn: see `types.KernelFn`; hashable.
+    x: `(n, ...)` rows.
+    ridge: absolute, > 0, scalar or `(r,)`.
+    num_landmarks: s; capped at n. Cost n s kernel entries and n s^2 products.
+    weights: `(n,)` input weights >= 0, or None for 1.
+    block_size: rows at a time.
+
+  Returns:
+    `DimensionBounds`.
+
+  Raises:
+    ValueError: for shapes that do not fit or a ridge <= 0.
+  """
+  checks.positive_int("num_landmarks", num_landmarks)
+  checks.rank("ridge", ridge, 0, 1)
+  checks.positive("ridge", ridge)
+  values, tail = _landmark_spectrum(key, kernel_fn, x, num_landmarks, weights, block_size)
+  ridge, values = jnp.asarray(ridge, values.dtype), jnp.maximum(values, 0)
+  lower = jnp.vectorize(lambda r: jnp.sum(values / (values + r)))(ridge)
+  return DimensionBounds(lower, lower + tail / ridge)
+
+
+def _landmark_spectrum(key, kernel_fn, x, num_landmarks, weights, block_size):
+  n = x.shape[0]
+  _, root = scoring.prepare_rows("x", x, 1.0, weights)
+  landmarks = jax.random.permutation(keys.canonical_key(key), n)[:num_landmarks].astype(jnp.int32)
+  return _nystrom_spectrum(kernel_fn, x, root, landmarks, min(block_size, n))
+
+
+@jax.jit
+def _spectrum(k, root):
+  return jnp.linalg.eigvalsh(root[:, None] * k * root[None, :])
+
+
+@functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size"))
+def _nystrom_spectrum(kernel_fn, x, root, landmarks, block_size):
+  xs, rs = x[landmarks], root[landmarks]
+  f = scoring.nystrom_factor(kernel_fn, xs, rs)
+
+  def add(total, block):
+    v = linalg.whiten(f, scoring.weighted_block(kernel_fn, *block, xs, rs).T)
+    missed = jnp.sum(scoring.weighted_diagonal(kernel_fn, *block)) - jnp.sum(v**2)
+    return (total[0] + linalg.matmul(v, v.T), total[1] + missed), None
+
+  zero = jnp.zeros_like(f.lower), jnp.zeros((), root.dtype)
+  (moment, tail), _ = jax.lax.scan(add, zero, scoring.split_blocks(block_size, x, root))
+  return jnp.linalg.eigvalsh(moment), jnp.maximum(tail, 0)
+
+
+@jax.jit
+def _bisect_ridge(values, tail, target):
+  values = jnp.maximum(values, 0)
+  lower_dimension = lambda ridge: jnp.sum(values / (values + ridge))
+  dimension = lambda ridge: lower_dimension(ridge) + tail / ridge
+  # d_eff <= tr K / ridge, so the upper end is at or below the target.
+  trace = jnp.sum(values) + tail
+  high = jnp.log(trace / target)
+  # Eigenvalues below n eps times the largest are rounding, and so is a ridge there.
+  low = jnp.log(jnp.max(values) * values.shape[0] * jnp.finfo(values.dtype).eps)
+
+  def halve(_, ends):
+    middle = 0.5 * (ends[0] + ends[1])
+    above = dimension(jnp.exp(middle)) > target
+    return jnp.where(above, middle, ends[0]), jnp.where(above, ends[1], middle)
+
+  ridge = jnp.exp(jax.lax.fori_loop(0, 80, halve, (low, high))[1])
+  reached = dimension(ridge)
+  converged = jnp.abs(reached - target) <= (1e-6 if values.dtype == jnp.float64 else 1e-4) * target
+  status = jnp.where(jnp.isfinite(reached), jnp.where(converged, Status.OK, Status.MAX_STEPS), Status.NOT_FINITE)
+  return ScoreRidge(ridge, reached, lower_dimension(ridge), converged, status.astype(jnp.int32))
+
+
+def _check_target(target, n: int) -> None:
+  checks.rank("target", target, 0)
+  if not checks.is_traced(target) and not 0 < float(target) < n:
+    raise ValueError(f"target: expected an effective dimension in (0, {n}), got {target}")

@@ -1,0 +1,152 @@
+"""README, WORKSPACE and notebooks say what is true: their code is executed, their commands exist."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+import kipcore
+from binaries import run_binary
+from helpers import standard_promotion
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "experiments" / "results" / "README.md", ROOT / "tests" / "README.md"]
+
+
+def test_python_in_the_readme_runs(capsys):
+  quickstart, selection, sampler = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+  exec(compile(selection, "README.md", "exec"), {})
+  total, streamed, dimension = (float(n) for n in re.findall(r"\d+", capsys.readouterr().out))
+  assert dimension < total < 4 * dimension and abs(streamed - total) < 0.2 * total
+  exec(compile(sampler, "README.md", "exec"), {})
+  accuracy, gain = map(float, re.findall(r"[\d.]+", capsys.readouterr().out))
+  assert accuracy > 85 and gain > 1.5
+  exec(compile(quickstart, "README.md", "exec"), {})
+  real, distilled = (float(p) for p in re.findall(r"images: ([\d.]+) %", capsys.readouterr().out))
+  assert distilled > real + 10
+
+
+@pytest.mark.parametrize("marker", ["distil", "test"])
+def test_each_command_is_one_line(marker):
+  block, = re.findall(rf"<!-- {marker} -->\n```bash\n(.*?)\n```", README, flags=re.S)
+  assert "\n" not in block and block.startswith("python3 -m venv")
+
+
+def test_commands_name_flags_that_exist():
+  text = "".join(path.read_text() for path in DOCUMENTS)
+  for module in set(re.findall(r"-m (experiments(?:\.\w+)+)", text)):
+    done = run_binary(module, "--helpfull")
+    shown = done.stdout + done.stderr
+    for line in re.findall(rf"-m {re.escape(module)}([^`\n&]*)", text):
+      for flag in re.findall(r"--(\w+)", line):
+        assert re.search(rf"--(\[no\])?{flag}\b", shown), f"{module} has no flag --{flag}"
+
+
+def test_workspace_names_every_room():
+  text = (ROOT / "WORKSPACE.md").read_text()
+  for path in (ROOT / "kipcore").rglob("*.py"):
+    if path.stem not in ("__init__", "version"):
+      assert f"`{path.stem}`" in text, f"WORKSPACE.md does not name {path.stem}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebooks_run_and_hold_no_outputs(path):
+  notebook = json.loads(path.read_text())
+  scope = {}
+  for cell in notebook["cells"]:
+    if cell["cell_type"] != "code":
+      continue
+    assert not cell["outputs"] and cell["execution_count"] is None
+    source = "".join(cell["source"])
+    code = "\n".join(line for line in source.splitlines() if not line.startswith(("%", "!")))
+    with standard_promotion():  # as a user's JAX has it
+      exec(compile(code, path.name, "exec"), scope)
+
+
+def test_notebooks_install_alike():
+  cells = {"".join(cell["source"]) for path in (ROOT / "notebooks").glob("*.ipynb") for cell in json.loads(path.read_text())["cells"]
+           if "KIPCORE_SOURCE" in "".join(cell["source"])}
+  assert len(cells) == 1
+
+
+def test_links_lead_somewhere():
+  """Files that documents link to exist, and so do the headings."""
+  for path in DOCUMENTS:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
+      name, _, heading = target.partition("#")
+      there = path.parent / name if name else path
+      assert there.exists(), f"{path.name}: {target}"
+      if heading:
+        slugs = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in there.read_text().splitlines() if line.startswith("#")}
+        assert heading in slugs, f"{path.name}: {target}"
+
+
+def test_documents_speak_of_the_software_alone():
+  for path in [*DOCUMENTS, *(ROOT / "notebooks").glob("*.ipynb")]:
+    assert not re.search(r"(^|[^A-Za-z])/(work|root|tmp)/", path.read_text()), path.name
+
+
+def test_results_carry_their_origin():
+  for path in (ROOT / "experiments" / "results").rglob("*.json"):
+    origin = json.loads(path.read_text())["environment"]
+    assert origin["commit"] and origin["hardware"]["backend"] and origin["versions"]["jax"], path.name
+
+
+def test_promises_are_held_by_tests_that_exist():
+  text = (ROOT / "tests" / "README.md").read_text()
+  for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
+    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), flags=re.M), f"{file} has no {name}"
+  for name in re.findall(r"`(\w+\.json)`", text):
+    assert (ROOT / "experiments" / "results" / name).exists(), name
+  rows = [line for line in text.splitlines() if line.startswith("|") and not line.startswith(("| promise", "| ---"))]
+  assert len(rows) > 20 and all("`" in row.split("|")[2] for row in rows)
+
+
+def test_version_is_the_installed_one():
+  assert re.fullmatch(r"\d+\.\d+\.\d+", kipcore.__version__)
+
+
+def test_tables_come_from_the_result_files():
+  from experiments.docs import tables
+  for name in tables.DOCUMENTS:
+    text = (ROOT / name).read_text()
+    assert tables.rendered(text) == text, "run python -m experiments.docs.tables"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """Where the commands of the README find what they name: a run, an .npz, a folder of images."""
+  from PIL import Image
+  path = tmp_path_factory.mktemp("readme")
+  data = kipcore.datasets.load_dataset("digits")
+  arrays = {name: getattr(data, name)[:300] for name in ("x_train", "y_train", "x_test", "y_test")}
+  np.savez(path / "data.npz", **arrays)
+  for name, images, labels in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
+    for i in range(100):
+      folder = path / "folder" / name / str(labels[i])
+      folder.mkdir(parents=True, exist_ok=True)
+      Image.fromarray((15 * images[i, ..., 0]).astype(np.uint8)).save(folder / f"{i}.png")
+  assert run_binary("experiments.run_distill", f"--output_dir={path}/RUN", "--steps=2").returncode == 0
+  return path
+
+
+SMALL_NETWORKS = " --architecture=conv1 --width=4 --network_seeds=0 --test_rows=50"
+SMALL = {"run_distill": " --steps=2", "run_compare": " --num_seeds=1 --inits=uniform --samplers=uniform --evaluations=250 --network_seeds=0 --architecture=conv1 --set=width=4",
+         "run_evaluate": " --baselines=uniform --num_seeds=2 --network_steps=2 --width=4 --test_rows=50"}
+COMMANDS = re.findall(r"^python -m (.+)$", "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S)), flags=re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_readme_run(place, command):
+  """Each as written, but on digits for named datasets, and with few steps; none needs a network."""
+  module = command.split()[0].removeprefix("experiments.")
+  command = re.sub(r"--dataset=(mnist|cifar10)|--data_dir=DIR", "", command.replace("path/to", str(place)).replace("runs/", f"{place}/"))
+  if module in ("run_distill", "run_select", "run_export") and "--output_dir" not in command:
+    command += f" --output_dir={place}/{len(list(place.iterdir()))}"
+  small = SMALL.get(module, "") + (SMALL_NETWORKS if "--method=" in command else "")
+  done = run_binary(*(command + ("" if "--resume" in command else small)).split())
+  finished = "--resume" in command and "has its result" in done.stderr
+  assert done.returncode == 0 or finished, f"{command}\n{done.stdout}\n{done.stderr}"

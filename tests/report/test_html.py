@@ -1,0 +1,410 @@
+"""The report of a run: one file, escaped, complete, readable on a phone; where its hardest images come from; event files."""
+
+import dataclasses
+import html
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kipcore
+from kipcore.report import charts, html
+from kipcore.report import pictures as kipcore_report
+from kipcore.distillation import importance, loop, samplers, targets
+from kipcore.distillation.methods import kip
+from kipcore.cli import report
+from kipcore.cli.folder import event_log, outputs, reporting, run_folder
+from kipcore.cli.runs import comparison, pipeline
+from kipcore.cli.config import CompareConfig, DistillConfig
+from kipcore.cli.errors import UsageError
+from helpers import assert_close
+
+CONFIG = DistillConfig(steps=30, num_devices=1)  # as in test_pipeline.py, so that what it compiled is found
+HOSTILE = "<script>alert(1)</script>" + "&\"'" + 60 * "m"
+SECTIONS = ["Accuracy", "Learning curve", "Images", "Which targets were drawn", "Cost", "Use it elsewhere", "Configuration", "Environment"]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Page(html.parser.HTMLParser):
+  """The elements of a page; raises where one is closed that was not open last."""
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.open, self.tags, self.attributes, self.text = [], [], [], []
+    self.feed(text)
+    self.close()
+    if self.open:
+      raise ValueError(f"left open: {self.open}")
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += attrs
+    if tag not in ("meta", "img"):
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    if self.open.pop() != tag:
+      raise ValueError(f"closed before its time: {tag}")
+
+  def handle_data(self, data):
+    self.text.append(data)
+
+  @property
+  def sections(self):
+    return [self.text[i] for i in range(len(self.text)) if self.text[i] in SECTIONS][:len(self.navigation)]
+
+  @property
+  def navigation(self):
+    return [value for name, value in self.attributes if name == "href"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  return pipeline.run_distill(CONFIG, str(tmp_path_factory.mktemp("run") / "run"), verbose=False)
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+  return shutil.copytree(run[0], tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def hostile(run, tmp_path_factory):
+  """The report of that run, had its classes had such names, and its dataset such a path."""
+  folder = shutil.copytree(run[0], tmp_path_factory.mktemp("hostile") / "run")
+  stored = kipcore.load_artifact(folder / "distilled.npz")
+  about = {**stored.metadata["dataset"], "class_names": [f"{i}{HOSTILE}" for i in range(10)]}
+  kipcore.save_artifact(folder / "distilled.npz", dataclasses.replace(stored, metadata={**stored.metadata, "dataset": about}))
+  config = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps({**config, "dataset": "no<b>path.npz", "note": HOSTILE}))
+  reporting.write_report(folder)
+  return folder
+
+
+def report(folder) -> str:
+  return (folder / "report.html").read_text()
+
+
+def test_the_report_is_one_file_that_loads_and_runs_nothing(run):
+  text = report(run[0])
+  page = Page(text)
+  assert not re.search(r"https?:|//[a-z]|url\(|@import|javascript:", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+  assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+  assert all(value.startswith("data:image/png;base64,") for name, value in page.attributes if name == "src")
+  assert not any(name.startswith("on") for name, _ in page.attributes)
+  policy = dict(page.attributes)["http-equiv"], next(v for k, v in page.attributes if k == "content" and "src" in v)
+  assert policy == ("Content-Security-Policy", "default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+
+
+def test_the_report_has_every_section_and_the_figures_of_the_run(run):
+  folder, result = run
+  page = Page(report(folder))
+  assert page.sections == SECTIONS and page.tags.count("details") == 2
+  text = " ".join(page.text)
+  for name in ("test_accuracy", "init_test_accuracy", "random_baseline_test_accuracy"):
+    assert f"{100 * result[name]:.2f} %" in page.text
+  for figure in (f"{result['importance_gain']:.1f}", f"{result['target_evaluations']:,}", f"{result['wall_seconds']:.1f} s",
+                 f"{result['compile_seconds']:.1f} s", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB", "cross_entropy", jax.__version__):
+    assert figure in text, figure
+  assert page.tags.count("polyline") == 3 + 2 + 10, "two accuracies and the loss, gain and share, a line a class"
+  assert page.tags.count("img") == 2 * 10 + outputs.HARDEST
+
+
+def test_what_a_run_lacks_is_left_out(copied):
+  stored = kipcore.load_artifact(copied / "distilled.npz")
+  flat = dataclasses.replace(stored, images=stored.images.reshape(10, 64), support=stored.support.reshape(10, 64),
+                             preprocess=kipcore.fit_preprocess(stored.images.reshape(10, 64), "none"))
+  kipcore.save_artifact(copied / "distilled.npz", flat)
+  with np.load(copied / "importance.npz") as file:
+    arrays = {name: file[name] for name in file if name != "metadata"}
+  outputs.save_arrays(copied / "importance.npz", **{**arrays, "images": arrays["images"].reshape(-1, 64)})
+  reporting.write_report(copied)
+  page = Page(report(copied))
+  assert page.sections == [s for s in SECTIONS if s != "Images"] and "img" not in page.tags, "rows that are no images"
+  (copied / "importance.npz").unlink()
+  (copied / "metrics.jsonl").unlink()
+  reporting.write_report(copied)
+  assert Page(report(copied)).sections == ["Accuracy", *SECTIONS[-4:]]
+  for scores in (None, np.full(3, np.nan)):
+    outputs.write_importance(copied, CONFIG, None, None, scores)
+  assert not (copied / "importance.npz").exists(), "a sampler without scores, or no row seen"
+
+
+def test_text_from_data_is_escaped(hostile):
+  text = report(hostile)
+  page = Page(text)
+  assert "<script" not in text and "<b>path" not in text and html.escape(HOSTILE) in text
+  assert f"3{HOSTILE}" in page.text, "as text it is what it was"
+  element = html.element("p", "<i>", html.element("b", "&"), title='"><i>')
+  assert element == '<p title="&quot;&gt;&lt;i&gt;">&lt;i&gt;<b>&amp;</b></p>'
+  assert "<i>" not in html.page("<i>", [html.Section("<i>", ["<i>"])], "<i>", "<i>")
+  assert "<i>" not in charts.line_chart("<i>", {"<i>": [(0, 1), (1, 2)]}, "<i>", references={"<i>": 1.5}, unit="<i>")
+  assert "<i>" not in charts.interval_chart("<i>", {"<i>": {"<i>": (1.0, 0.1)}}, "<i>")
+  assert "<i>" not in html.properties({"<i>": {"<i>": ["<i>"]}}) + html.code("<i>") + html.cards([("<i>",) * 3])
+
+
+def test_the_code_of_the_report_runs(run, monkeypatch):
+  folder, result = run
+  monkeypatch.chdir(folder)
+  raw = kipcore.datasets.load_dataset("digits")
+  scope = {"x": raw.x_test, "y": raw.y_test}
+  snippets = [html.unescape(code) for code in re.findall(r"<pre><code>(.*?)</code></pre>", report(folder), flags=re.S)]
+  assert len(snippets) == 2
+  for snippet in snippets:
+    exec(compile(snippet, "report.html", "exec"), scope)
+  assert float(scope["accuracy"]) == result["test_accuracy"] and scope["inputs"].shape == raw.x_test.shape
+  assert_close(scope["one_hot"], kipcore.load_artifact("distilled.npz").labels + 0.1, 1e-6)
+  assert (scope["classes"] == np.arange(10)).all()
+
+
+def test_importance_is_recorded_over_time_and_its_hardest_rows_are_kept(run):
+  folder, result = run
+  lines = run_folder.read_metrics(folder)
+  assert lines[0]["importance_gain"] == 1 and lines[-1]["importance_gain"] == result["importance_gain"] > 1
+  for line in lines:
+    assert len(line["class_shares"]) == 10 and abs(sum(line["class_shares"]) - 1) < 1e-5 and 0 < line["effective_share"] <= 1 + 1e-6
+  data = pipeline.load(CONFIG)
+  with np.load(folder / "importance.npz", allow_pickle=False) as file:
+    scores, labels, hardest, images, predicted = (file[name] for name in ("scores", "labels", "hardest", "images", "predicted"))
+  np.testing.assert_array_equal(labels, data.raw.y_train)
+  np.testing.assert_array_equal(images, data.raw.x_train[hardest])
+  known = np.isfinite(scores)
+  assert 1000 < known.sum() <= len(scores) == len(data.raw.y_train) and len(set(hardest)) == outputs.HARDEST
+  assert (np.diff(scores[hardest]) <= 0).all() and scores[hardest[-1]] >= np.sort(scores[known])[-outputs.HARDEST]
+  stored = kipcore.load_artifact(folder / "distilled.npz")
+  assert float(stored.evaluate(images, predicted).accuracy) == 1, "what the distilled set takes them for"
+  wrong = predicted != labels[hardest]
+  assert report(folder).count("taken for ") == wrong.sum() > 0 and report(folder).count("right by now") == (~wrong).sum()
+  with np.load(folder / "start.npz", allow_pickle=False) as file:
+    start = pipeline.start(CONFIG, data).support
+    assert_close(data.preprocess.apply(file["images"]), start.x, 1e-5)
+    assert file["classes"].tolist() == list(range(10)), "whatever solved labels say"
+
+
+def problem(n=203):
+  """Rows of unequal classes in no order, and a support."""
+  rng = np.random.default_rng(0)
+  labels = rng.choice(3, n, p=[0.2, 0.3, 0.5])
+  x = (1.5 * np.eye(3, 6)[labels] + 0.5 * rng.normal(size=(n, 6))).astype(np.float32)
+  y = (np.eye(3)[labels] - 1 / 3).astype(np.float32)
+  rows = np.concatenate([np.flatnonzero(labels == k)[:2] for k in range(3)])
+  return kipcore.Support(jnp.asarray(x[rows]), jnp.asarray(y[rows])), x, y
+
+
+def test_scores_come_back_in_the_order_of_the_rows():
+  """After one step on all rows they are the squared errors of the start, whatever device had a row."""
+  support, x, y = problem()
+  method = kip.kip(kipcore.linear_fn(), kip.KIPOptions(1e-2))
+  distiller = loop.Distiller(method, importance.importance("squared_error"), optax.sgd(0.1), len(x) + 1)
+  result = loop.distill(0, distiller, support, x, y, 1, devices=jax.devices()[:3])
+  k = np.asarray(support.x, np.float64) @ np.asarray(support.x, np.float64).T / 6
+  dual = np.linalg.solve(k + 1e-2 * np.trace(k) / 6 * np.eye(6), np.asarray(support.y, np.float64))
+  assert_close(result.scores, np.sum((x @ np.asarray(support.x).T / 6 @ dual - y) ** 2, axis=1), 1e-4)
+  assert_close(result.history[-1]["class_shares"], np.bincount(y.argmax(1)) / len(x), 1e-2)
+
+
+def test_rows_of_the_deal_and_the_scores_that_are_not_known():
+  _, x, y = problem()
+  key = jax.random.key(3)
+  for num_devices in (1, 3):
+    shards = targets.deal_rows(y.argmax(1), num_devices, key)
+    dealt = targets.arrange_targets(x, y, num_devices, key)
+    assert sorted(np.concatenate(shards)) == list(range(len(x)))
+    np.testing.assert_array_equal(targets.gather_rows(shards, dealt.x[..., 0]), x[:, 0])
+  sampler = importance.importance("squared_error")
+  state = sampler.init(jnp.asarray([2, 1], jnp.int32), 4)
+  state = state._replace(scores=state.scores.at[1].set(7), known=state.known.at[1].set(True))
+  np.testing.assert_array_equal(sampler.scores(state), [np.nan, 7, np.nan, np.nan])
+  assert samplers.uniform().scores is None and samplers.class_balanced().metrics(0) == {}
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_what_is_logged_of_a_sampler_is_its_law(balanced):
+  """Shares by class and effective share against NumPy, for a law in use, before there is one, and where it does not pay."""
+  counts, capacity, mix = np.array([30, 50, 20]), 104, 0.25
+  sampler = importance.importance("squared_error", mix, least_gain=1.5, balanced=balanced)
+  state = sampler.init(jnp.asarray(counts, jnp.int32), capacity)
+  labels = np.repeat(np.arange(3), counts)
+  base = (100 / (3 * counts))[labels] if balanced else np.ones(100)
+  metrics, with_law = jax.jit(sampler.metrics), jax.jit(lambda state: importance.with_law(state, mix, 5))
+  plain = metrics(state)
+  expected = np.bincount(labels, base) / base.sum()
+  assert_close(plain["class_shares"], expected, 1e-5)
+  assert_close(plain["effective_share"], 1 / (100 * np.sum((base / base.sum()) ** 2)), 1e-5)
+  scores = np.random.default_rng(0).exponential(size=100) ** 2 * (1 + labels)
+  filled = state._replace(scores=jnp.asarray(np.pad(scores, (0, 4)), jnp.float32), known=jnp.arange(capacity) < 100)
+  found = metrics(with_law(filled))
+  p = (1 - mix) * scores * base / np.sum(scores * base) + mix * base / base.sum()
+  assert_close(found["class_shares"], np.bincount(labels, p), 1e-4)
+  assert_close(found["effective_share"], 1 / (100 * np.sum(p * p)), 1e-4)
+  assert found["importance_gain"] > 1.5
+  mild = np.pad(1.0 + labels, (0, 4)).astype(np.float32)
+  mild = metrics(with_law(filled._replace(scores=jnp.asarray(mild))))
+  assert 1.02 < mild["importance_gain"] < 1.5
+  assert_close(mild["class_shares"], expected, 1e-5)
+
+
+def write_comparison(folder):
+  """A grid of two methods, one cell of which failed."""
+  folder.mkdir()
+  cells = [dataclasses.asdict(DistillConfig(dataset="mnist", method=method, init=init, seed=seed, steps=steps))
+           for method, steps in (("kip", 7), ("dm", 9)) for init in ("uniform", "kmeans") for seed in range(2)]
+  row = dict.fromkeys(comparison.FIELDS, "")
+  rows = [{**row, **{name: cell[name] for name in ("dataset", "method", "init", "sampler", "seed")}, "target_evaluations": "80",
+           "test_accuracy": str(0.5 + 0.01 * i)} for i, cell in enumerate(cells)]
+  rows[-1].update(error=HOSTILE, test_accuracy="")
+  config = {"grid": dataclasses.asdict(CompareConfig(methods=("kip", "dm"), num_seeds=2)), "cells": cells,
+            "environment": run_folder.environment()}
+  (folder / "config.json").write_text(json.dumps(config))
+  comparison._write(folder, rows)
+  return folder
+
+
+def test_a_comparison_is_a_table_with_intervals_and_settings(tmp_path):
+  folder = write_comparison(tmp_path / "grid")
+  text = report(folder)
+  page = Page(text)
+  assert page.text.count("50.5 ± 0.7") == 1 and "+2.0 ± 0.0" in page.text and "dm, kmeans, cross_entropy, 1" in page.text
+  assert page.tags.count("circle") == 4 and HOSTILE in page.text and "<script" not in text
+  assert "Failed cells" in page.text and "8 runs" in " ".join(page.text)
+  differing = text[text.index("<details"):]
+  assert re.search(r"<td>steps</td><td[^>]*>7</td><td[^>]*>9</td>", differing) and "<th>relative_ridge</th><td>1e-06</td>" in differing
+  run_report.write(folder, tmp_path / "again.html")
+  assert (tmp_path / "again.html").read_text() == text
+
+
+def test_a_report_is_written_anew_from_its_folder(run, tmp_path):
+  run_report.write(run[0], tmp_path / "again.html")
+  assert (tmp_path / "again.html").read_text() == report(run[0])
+  with pytest.raises(UsageError, match="--run: expected the folder of a finished run, got"):
+    run_report.write(tmp_path, tmp_path / "none.html")
+  assert not (tmp_path / "none.html").exists()
+  with pytest.raises(UsageError, match="--output: expected a file in a folder that exists, got"):
+    run_report.write(run[0], tmp_path / "none" / "none.html")
+
+
+def test_charts_take_what_can_be_drawn():
+  assert charts.line_chart("none", {"a": [(1, float("nan")), (0, -1)]}, "x", y_scale="log") == ""
+  assert charts.interval_chart("none", {}) == ""
+  for scale in ("linear", "log", "symlog"):
+    chart = Page(charts.line_chart("a", {"a": [(1, 1e-9), (300, 1e9), (5, float("inf"))], "one": [(2, 3.0)]}, "x", x_scale=scale, y_scale=scale))
+    places = [float(value) for name, value in chart.attributes if name in ("cx", "cy", "x", "y")]
+    assert len(places) > 10 and min(places) >= 0 and max(places) <= 420 and chart.tags.count("circle") == 3
+  axis = charts._Axis("symlog", 0, 4000, 0, 360)
+  assert axis.ticks(40) == [0, 10, 100, 1000] or {0, 10, 100, 1000} <= set(axis.ticks(40))
+  assert charts._Axis("linear", 17, 23, 0, 200).ticks(30) == [17, 18, 19, 20, 21, 22, 23]
+  assert len(charts._Axis("log", 0.0204, 0.0231, 0, 200).ticks(30)) >= 3, "less than a power of ten"
+  with pytest.raises(ValueError, match="y_scale: expected one of linear, log, symlog"):
+    charts.line_chart("a", {}, "x", y_scale="square")
+
+
+def test_images_are_inlined_as_they_are():
+  from PIL import Image
+  import base64
+  import io
+  x = np.random.default_rng(0).uniform(-1, 2, (5, 7, 3))
+  for pixels in (x, x[..., :1]):
+    content = base64.b64decode(re.search(r'base64,([^"]+)"', html.image(pixels, (0.0, 1.0), "an image"))[1])
+    shown = np.asarray(Image.open(io.BytesIO(content)))
+    np.testing.assert_array_equal(shown.reshape(pixels.shape), np.rint(255 * np.clip(pixels, 0, 1)))
+  assert len(html.image(np.random.default_rng(0).uniform(size=(600, 300, 3)), (0, 1))) < 2e5, "large images are made smaller"
+  with pytest.raises(ValueError, match="1 or 3 channels"):
+    html.image(np.zeros((2, 2, 4)), (0, 1))
+
+
+def test_rows_of_images_are_wrapped_and_have_their_captions(tmp_path):
+  from matplotlib.image import imread
+  low, wrapped, longer = (tmp_path / f"{i}.png" for i in range(3))
+  x = np.random.default_rng(0).uniform(size=(4, 6, 6, 1))
+  save = lambda path, number, captions: kipcore_report.save_image_rows(path, [("a row", x[:number], captions)], (0, 1), columns=2)
+  save(low, 2, ["a", "b"])
+  save(wrapped, 4, list("abcd"))
+  save(longer, 2, ["a\nb", "b"])
+  heights = [imread(path).shape[0] for path in (low, wrapped, longer)]
+  assert heights[0] < heights[2] < heights[1]
+  with pytest.raises(ValueError, match="a caption an image, got shape"):
+    save(low, 2, ["a"])
+
+
+def browse(folder, *arguments):
+  flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+           "--disable-component-update", "--disable-sync", f"--user-data-dir={folder}/profile"]
+  done = subprocess.run([CHROMIUM, *flags, *arguments], capture_output=True, text=True, timeout=120)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the browser chromium, which is absent")
+def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(hostile, tmp_path):
+  """No page is wider than its window, with names of 90 letters in it and tables that are wider; and it is not blank."""
+  from matplotlib.image import imread
+  pages = [report(hostile), report(write_comparison(tmp_path / "grid"))]
+  # A copy of its own, opened up and without the policy that forbids the measuring script.
+  opened = [re.sub(r'<meta http-equiv[^>]*>', "", page).replace("<details", "<details open") for page in pages]
+  frames = [(width, page) for width in (390, 1100) for page in opened]
+  body = "".join(f'<iframe width="{width}" height="800" srcdoc="{html.escape(page)}"></iframe>' for width, page in frames)
+  measure = ("onload = () => { document.title = JSON.stringify([...document.querySelectorAll('iframe')].map(f => { const d = f.contentDocument; "
+             "return [d.documentElement.clientWidth, d.documentElement.scrollWidth, Math.max(...[...d.querySelectorAll('.scroll')].map("
+             "e => e.scrollWidth - e.clientWidth))] })) }")
+  (tmp_path / "host.html").write_text(f"<!DOCTYPE html><title></title><script>{measure}</script>{body}")
+  shown = browse(tmp_path, "--dump-dom", f"file://{tmp_path}/host.html")
+  measured = json.loads(re.search(r"<title>(.*?)</title>", shown)[1])
+  assert len(measured) == 4
+  for (width, _), (window, wide, _) in zip(frames, measured):
+    assert width - 30 < window <= width and wide <= window, measured
+  assert measured[1][2] > 0, "the table of the comparison scrolls in its own box on a phone"
+  picture = tmp_path / "page.png"
+  browse(tmp_path, f"--screenshot={picture}", "--window-size=1100,1600", f"file://{hostile}/report.html")
+  pixels = imread(picture)[..., :3]
+  assert pixels.shape[1] == 1100 and pixels.std() > 0.05 and len(np.unique(np.rint(255 * pixels).reshape(-1, 3), axis=0)) > 30
+  assert (np.abs(pixels[600:] - pixels[-1, 0]).max(axis=(1, 2)) > 0.1).mean() > 0.5, "something on most lines"
+
+
+def test_a_run_logs_to_a_writer(tmp_path, monkeypatch):
+  """With any writer of that interface, whether tensorboardX is there or not."""
+  written = []
+
+  class SummaryWriter:
+    def __init__(self, folder, flush_secs):
+      written.append(("open", os.path.relpath(folder, tmp_path)))
+
+    def add_scalar(self, name, value, step):
+      written.append((name, float(value), step))
+
+    def add_image(self, name, image, step, dataformats):
+      written.append((name, image.shape[2], step, dataformats))
+
+    def close(self):
+      written.append("close")
+
+  monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+  log = event_log.EventLog(tmp_path)
+  log.scalars({"step": 3, "loss": 0.5, "class_shares": [0.25, 0.75]})
+  from matplotlib.image import imsave
+  imsave(tmp_path / "images.png", np.zeros((4, 4, 3)))
+  log.close(6, [tmp_path / "images.png", tmp_path / "absent.png"])
+  assert written == [("open", "tensorboard"), ("loss", 0.5, 3), ("class_shares/0", 0.25, 3), ("class_shares/1", 0.75, 3),
+                     ("images", 3, 6, "HWC"), "close"]
+  (tmp_path / event_log.FOLDER).mkdir()
+  (tmp_path / event_log.FOLDER / "events.out.tfevents.1").write_bytes(b"")
+  run_folder.create(str(tmp_path), "", overwrite=True)
+  assert not list((tmp_path / event_log.FOLDER).iterdir()), "--overwrite"
+  event_log.EventLog(None).scalars({"step": 0, "loss": 1.0})
+  event_log.EventLog(None).close(0, [])
+
+
+def test_event_files_without_their_writer_are_named_before_any_work(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with pytest.raises(UsageError, match="--tensorboard: expected tensorboardX to be installed, got .*; pip install") as error:
+    pipeline.run_distill(CONFIG, str(tmp_path / "run"), tensorboard=True)
+  assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
