@@ -3,152 +3,265 @@
 The public functions, by the room they live in; the README has a quickstart.
 """
 
-from kipcore.selection.absorb import absorb_weights
 from kipcore.architectures import Architecture, architecture, conv_net, fc, myrtle
-from kipcore.io.artifact import Artifact, ArtifactError, load_artifact, save_artifact
-from kipcore.selection.certificate import Certificate, measure_coreset
-from kipcore.io.checkpoint import CheckpointError, Checkpoints
-from kipcore.selection.cholesky import rpcholesky
-from kipcore.selection.clustering import (
-    kernel_kmeans_plusplus,
-    kmeans,
-    kmeans_plusplus,
-    nearest_rows,
+from kipcore.augment import random_augmentation
+from kipcore.distillation.importance import importance, sampler
+from kipcore.distillation.loop import (
+  Distiller,
+  DistillInfo,
+  DistillResult,
+  DistillState,
+  adam,
+  distill,
+  distill_init,
+  distill_step,
 )
-from kipcore.selection.coreset import (
-    Coreset,
-    auto_candidates,
-    class_balanced_indices,
-    measured_objective,
-    select_coreset,
-)
-from kipcore.augment import siamese
+from kipcore.distillation.method import Batch, LossInfo, Method, Sampler
 from kipcore.distillation.methods.closed_form import (
-    ClosedForm,
-    ClosedFormOptions,
-    feature_kernel,
-    krr_closed_form,
+  ClosedForm,
+  ClosedFormOptions,
+  feature_kernel,
+  krr_closed_form,
 )
 from kipcore.distillation.methods.distribution_matching import DMOptions, dm
 from kipcore.distillation.methods.experts import train_expert
 from kipcore.distillation.methods.frepo import FRePoOptions, frepo
 from kipcore.distillation.methods.gradient_matching import GradientMatchingOptions, dc, dsa
 from kipcore.distillation.methods.kip import KIPOptions, kip
-from kipcore.distillation.loop import (
-    DistillInfo,
-    DistillResult,
-    DistillState,
-    Distiller,
-    adam,
-    distill,
-    distill_init,
-    distill_step,
-)
-from kipcore.distillation.method import Batch, LossInfo, Method, Sampler
-from kipcore.distillation.optimizers import optimizer
 from kipcore.distillation.methods.rcig import RCIGOptions, rcig
 from kipcore.distillation.methods.rfad import (
-    RFADOptions,
-    random_feature_kernel,
-    random_features,
-    rfad,
+  RFADOptions,
+  random_feature_kernel,
+  random_features,
+  rfad,
 )
-from kipcore.distillation.snapshot import Keeping, Snapshot, slowed
-from kipcore.distillation.targets import Targets, arrange_targets
-from kipcore.distillation.importance import importance, sampler
 from kipcore.distillation.methods.trajectory_matching import TrajectoryMatchingOptions, mtt
+from kipcore.distillation.optimizers import optimizer
+from kipcore.distillation.snapshot import CheckpointPolicy, Snapshot, scale_learning_rate
+from kipcore.distillation.targets import Targets, arrange_targets
 from kipcore.evaluation.krr import KRREvaluation, evaluate_krr
 from kipcore.evaluation.networks import evaluate_network
-from kipcore.kernels.gram import gram, gram_diag, gram_matvec
-from kipcore.selection.guarantees import guarantee_at, sample_size
-from kipcore.kernels import from_stax, linear_fn, nngp_fn, ntk_fn, rbf_fn
-from kipcore.krr import (
-    KRRFit,
-    KRRLoss,
-    LabelSolution,
-    krr_fit,
-    krr_loss,
-    krr_predict,
-    label_solve,
-    label_solve_rows,
-    relative_ridge,
-)
-from kipcore.selection.leverage import (
-    effective_dimension,
-    feature_leverage_scores,
-    landmark_leverage_scores,
-    ridge_leverage_scores,
-)
-from kipcore.networks import network
-from kipcore.preprocess import Preprocess, fit_preprocess, one_hot_centred
-from kipcore.io.published import PublishedError, PublishedSet, load_published
-from kipcore.selection.pursuit import krr_pursuit
 from kipcore.evaluation.ranking import (
-    EvaluationEntry,
-    KernelEvaluator,
-    NetworkEvaluator,
-    RankingScores,
-    evaluation_table,
-    ranking_scores,
+  EvaluationEntry,
+  KernelEvaluator,
+  NetworkEvaluator,
+  RankingScores,
+  evaluation_table,
+  ranking_scores,
 )
-from kipcore.selection.representatives import herding, k_center
-from kipcore.networks import ResNet
-from kipcore.selection.sampling import (
-    gumbel_sample,
-    importance_sample,
-    merge_duplicates,
-    sensitivity_sample,
-    stratified_sample,
-    systematic_sample,
-)
-from kipcore.selection.score_ridge import (
-    effective_dimension_bounds,
-    landmark_score_ridge,
-    score_ridge_for_dimension,
-)
-from kipcore.selection.sensitivity import (
-    SensitivityScores,
-    approximate_krr_sensitivities,
-    blocked_krr_sensitivities,
-    feature_krr_sensitivities,
-    kmeans_sensitivities,
-    krr_sensitivities,
-    krr_sensitivity_scores,
-    lightweight_sensitivities,
-)
-from kipcore.selection.streaming import stream_krr_sensitivities
+from kipcore.io.artifact import Artifact, ArtifactError, load_artifact, save_artifact
+from kipcore.io.checkpoint import CheckpointError, Checkpoints
+from kipcore.io.published import PublishedError, PublishedSet, load_published
 from kipcore.io.torch_files import read_torch_file
 from kipcore.io.trajectories import (
-    Trajectories,
-    TrajectoriesError,
-    load_trajectories,
-    save_trajectories,
+  Trajectories,
+  TrajectoriesError,
+  load_trajectories,
+  save_trajectories,
 )
+from kipcore.kernels import from_stax, linear_fn, nngp_fn, ntk_fn, rbf_fn
+from kipcore.kernels.gram import gram, gram_diag, gram_matvec
+from kipcore.krr import (
+  KRRFit,
+  KRRLoss,
+  LabelSolution,
+  krr_fit,
+  krr_loss,
+  krr_predict,
+  label_solve,
+  label_solve_rows,
+  relative_ridge,
+)
+from kipcore.networks import ResNet, network
+from kipcore.preprocess import Preprocess, fit_preprocess, one_hot_centered
+from kipcore.selection.absorb import absorb_weights
+from kipcore.selection.certificate import Certificate, measure_coreset
+from kipcore.selection.cholesky import rpcholesky
+from kipcore.selection.clustering import (
+  kernel_kmeans_plusplus,
+  kmeans,
+  kmeans_plusplus,
+  nearest_rows,
+)
+from kipcore.selection.coreset import (
+  Coreset,
+  auto_candidates,
+  class_balanced_indices,
+  measured_objective,
+  select_coreset,
+)
+from kipcore.selection.guarantees import guarantee_at, sample_size
+from kipcore.selection.leverage import (
+  effective_dimension,
+  feature_leverage_scores,
+  landmark_leverage_scores,
+  ridge_leverage_scores,
+)
+from kipcore.selection.pursuit import krr_pursuit
+from kipcore.selection.representatives import herding, k_center
+from kipcore.selection.sampling import (
+  gumbel_sample,
+  importance_sample,
+  merge_duplicates,
+  sensitivity_sample,
+  stratified_sample,
+  systematic_sample,
+)
+from kipcore.selection.score_ridge import (
+  effective_dimension_bounds,
+  landmark_score_ridge,
+  score_ridge_for_dimension,
+)
+from kipcore.selection.sensitivity import (
+  SensitivityScores,
+  approximate_krr_sensitivities,
+  blocked_krr_sensitivities,
+  feature_krr_sensitivities,
+  kmeans_sensitivities,
+  krr_sensitivities,
+  krr_sensitivity_scores,
+  lightweight_sensitivities,
+)
+from kipcore.selection.streaming import stream_krr_sensitivities
 from kipcore.types import NumericalError, Status, Support
 from kipcore.version import __version__
 
 __all__ = [
-    "Architecture", "Artifact", "ArtifactError", "Batch", "Certificate", "CheckpointError", "Checkpoints",
-    "ClosedForm", "ClosedFormOptions", "Coreset", "DMOptions", "DistillInfo", "DistillResult", "DistillState",
-    "Distiller", "EvaluationEntry", "FRePoOptions", "GradientMatchingOptions", "KIPOptions", "KRREvaluation",
-    "KRRFit", "KRRLoss", "Keeping", "KernelEvaluator", "LabelSolution", "LossInfo", "Method",
-    "NetworkEvaluator", "NumericalError", "Preprocess", "PublishedError", "PublishedSet", "RCIGOptions",
-    "RFADOptions", "RankingScores", "ResNet", "Sampler", "SensitivityScores", "Snapshot", "Status", "Support",
-    "Targets", "Trajectories", "TrajectoriesError", "TrajectoryMatchingOptions", "absorb_weights", "adam",
-    "approximate_krr_sensitivities", "architecture", "arrange_targets", "auto_candidates",
-    "blocked_krr_sensitivities", "class_balanced_indices", "conv_net", "dc", "distill", "distill_init",
-    "distill_step", "dm", "dsa", "effective_dimension", "effective_dimension_bounds", "evaluate_krr",
-    "evaluate_network", "evaluation_table", "fc", "feature_kernel", "feature_krr_sensitivities",
-    "feature_leverage_scores", "fit_preprocess", "frepo", "from_stax", "gram", "gram_diag", "gram_matvec",
-    "guarantee_at", "gumbel_sample", "herding", "importance", "importance_sample", "k_center",
-    "kernel_kmeans_plusplus", "kip", "kmeans", "kmeans_plusplus", "kmeans_sensitivities", "krr_closed_form",
-    "krr_fit", "krr_loss", "krr_predict", "krr_pursuit", "krr_sensitivities", "krr_sensitivity_scores",
-    "label_solve", "label_solve_rows", "landmark_leverage_scores", "landmark_score_ridge",
-    "lightweight_sensitivities", "linear_fn", "load_artifact", "load_published", "load_trajectories",
-    "measure_coreset", "measured_objective", "merge_duplicates", "mtt", "myrtle", "nearest_rows", "network",
-    "nngp_fn", "ntk_fn", "one_hot_centred", "optimizer", "random_feature_kernel", "random_features",
-    "ranking_scores", "rbf_fn", "rcig", "read_torch_file", "relative_ridge", "rfad", "ridge_leverage_scores",
-    "rpcholesky", "sample_size", "sampler", "save_artifact", "save_trajectories", "score_ridge_for_dimension",
-    "select_coreset", "sensitivity_sample", "siamese", "slowed", "stratified_sample", "stream_krr_sensitivities",
-    "systematic_sample", "train_expert", "__version__",
+  "Architecture",
+  "Artifact",
+  "ArtifactError",
+  "Batch",
+  "Certificate",
+  "CheckpointError",
+  "Checkpoints",
+  "ClosedForm",
+  "ClosedFormOptions",
+  "Coreset",
+  "DMOptions",
+  "DistillInfo",
+  "DistillResult",
+  "DistillState",
+  "Distiller",
+  "EvaluationEntry",
+  "FRePoOptions",
+  "GradientMatchingOptions",
+  "KIPOptions",
+  "KRREvaluation",
+  "KRRFit",
+  "KRRLoss",
+  "CheckpointPolicy",
+  "KernelEvaluator",
+  "LabelSolution",
+  "LossInfo",
+  "Method",
+  "NetworkEvaluator",
+  "NumericalError",
+  "Preprocess",
+  "PublishedError",
+  "PublishedSet",
+  "RCIGOptions",
+  "RFADOptions",
+  "RankingScores",
+  "ResNet",
+  "Sampler",
+  "SensitivityScores",
+  "Snapshot",
+  "Status",
+  "Support",
+  "Targets",
+  "Trajectories",
+  "TrajectoriesError",
+  "TrajectoryMatchingOptions",
+  "absorb_weights",
+  "adam",
+  "approximate_krr_sensitivities",
+  "architecture",
+  "arrange_targets",
+  "auto_candidates",
+  "blocked_krr_sensitivities",
+  "class_balanced_indices",
+  "conv_net",
+  "dc",
+  "distill",
+  "distill_init",
+  "distill_step",
+  "dm",
+  "dsa",
+  "effective_dimension",
+  "effective_dimension_bounds",
+  "evaluate_krr",
+  "evaluate_network",
+  "evaluation_table",
+  "fc",
+  "feature_kernel",
+  "feature_krr_sensitivities",
+  "feature_leverage_scores",
+  "fit_preprocess",
+  "frepo",
+  "from_stax",
+  "gram",
+  "gram_diag",
+  "gram_matvec",
+  "guarantee_at",
+  "gumbel_sample",
+  "herding",
+  "importance",
+  "importance_sample",
+  "k_center",
+  "kernel_kmeans_plusplus",
+  "kip",
+  "kmeans",
+  "kmeans_plusplus",
+  "kmeans_sensitivities",
+  "krr_closed_form",
+  "krr_fit",
+  "krr_loss",
+  "krr_predict",
+  "krr_pursuit",
+  "krr_sensitivities",
+  "krr_sensitivity_scores",
+  "label_solve",
+  "label_solve_rows",
+  "landmark_leverage_scores",
+  "landmark_score_ridge",
+  "lightweight_sensitivities",
+  "linear_fn",
+  "load_artifact",
+  "load_published",
+  "load_trajectories",
+  "measure_coreset",
+  "measured_objective",
+  "merge_duplicates",
+  "mtt",
+  "myrtle",
+  "nearest_rows",
+  "network",
+  "nngp_fn",
+  "ntk_fn",
+  "one_hot_centered",
+  "optimizer",
+  "random_feature_kernel",
+  "random_features",
+  "ranking_scores",
+  "rbf_fn",
+  "rcig",
+  "read_torch_file",
+  "relative_ridge",
+  "rfad",
+  "ridge_leverage_scores",
+  "rpcholesky",
+  "sample_size",
+  "sampler",
+  "save_artifact",
+  "save_trajectories",
+  "score_ridge_for_dimension",
+  "select_coreset",
+  "sensitivity_sample",
+  "random_augmentation",
+  "scale_learning_rate",
+  "stratified_sample",
+  "stream_krr_sensitivities",
+  "systematic_sample",
+  "train_expert",
+  "__version__",
 ]

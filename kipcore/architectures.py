@@ -1,12 +1,12 @@
-"""One description of a network, which the kernel, stax and Flax rooms each realise.
+"""One description of a network, which the kernel, stax and Flax rooms each realize.
 
 A description is a tuple of layer records: hashable, comparable, printable. Widths
 are not part of it, because a kernel is the limit of infinite width; a finite
-realisation chooses one (`networks.py`).
+realization chooses one (`networks.py`).
 
 Every weight is drawn as N(0, w_std^2 / fan_in) and every bias as N(0, b_std^2) (the
-"NTK" parameterisation keeps unit normals and multiplies, which changes the NTK and
-not the function at initialisation). Published KIP uses w_std = sqrt(2), b_std = 0.1
+"NTK" parameterization keeps unit normals and multiplies, which changes the NTK and
+not the function at initialization). Published KIP uses w_std = sqrt(2), b_std = 0.1
 in every layer, the readout included.
 """
 
@@ -87,8 +87,17 @@ class Flatten:
 
 
 # By their names in `architecture`.
-ACTIVATIONS = {"relu": Relu(), "leaky_relu": LeakyRelu(), "erf": Erf(), "gelu": Gelu(), "identity": Identity()}
-LAYERS = {layer.__name__: layer for layer in (Dense, Conv, *map(type, ACTIVATIONS.values()), AvgPool, GlobalAvgPool, Flatten)}
+ACTIVATIONS = {
+  "relu": Relu(),
+  "leaky_relu": LeakyRelu(),
+  "erf": Erf(),
+  "gelu": Gelu(),
+  "identity": Identity(),
+}
+LAYERS = {
+  layer.__name__: layer
+  for layer in (Dense, Conv, *map(type, ACTIVATIONS.values()), AvgPool, GlobalAvgPool, Flatten)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +125,7 @@ class Architecture:
     return not isinstance(self.layers[0], Flatten)
 
   def to_json(self) -> str:
-    """The description as JSON text, for artefacts; `Architecture.from_json` inverts it."""
+    """The description as JSON text, for artifacts; `Architecture.from_json` inverts it."""
     layers = [{"layer": type(layer).__name__, **dataclasses.asdict(layer)} for layer in self.layers]
     return json.dumps({"name": self.name, "layers": layers})
 
@@ -135,7 +144,9 @@ class Architecture:
         layers.append(LAYERS[record.pop("layer")](**record))
       return cls(str(raw["name"]), tuple(layers))
     except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
-      raise ValueError(f"expected the JSON of an architecture, got {text[:80]!r} ({error!r})") from error
+      raise ValueError(
+        f"expected the JSON of an architecture, got {text[:80]!r} ({error!r})"
+      ) from error
 
 
 def _check_layers(layers: tuple) -> None:
@@ -150,20 +161,41 @@ def _check_layers(layers: tuple) -> None:
   gaussian = False
   for i, layer in enumerate(layers):
     if type(layer) in map(type, ACTIVATIONS.values()) and not gaussian:
-      raise ValueError(f"layers: expected a Dense or Conv in front of {layer!r} at position {i}, whose inputs are not Gaussian")
-    gaussian = isinstance(layer, (Dense, Conv)) or gaussian and isinstance(layer, (AvgPool, GlobalAvgPool, Flatten))
+      raise ValueError(
+        f"layers: expected a Dense or Conv in front of {layer!r} at position {i}, whose inputs are not Gaussian"
+      )
+    gaussian = (
+      isinstance(layer, (Dense, Conv))
+      or gaussian
+      and isinstance(layer, (AvgPool, GlobalAvgPool, Flatten))
+    )
     spatial = isinstance(layer, (Conv, AvgPool))
     if spatial and i > reducers[0] or isinstance(layer, Dense) and i < reducers[0]:
-      raise ValueError(f"layers: {layer!r} at position {i} is on the wrong side of {layers[reducers[0]]!r}")
-    if spatial and (type(layer.size) is not int or layer.size < 1 or isinstance(layer, Conv) and layer.size % 2 == 0):
-      raise ValueError(f"layers: expected an odd Conv size and a positive AvgPool size, got {layer!r}")
+      raise ValueError(
+        f"layers: {layer!r} at position {i} is on the wrong side of {layers[reducers[0]]!r}"
+      )
+    if spatial and (
+      type(layer.size) is not int
+      or layer.size < 1
+      or isinstance(layer, Conv)
+      and layer.size % 2 == 0
+    ):
+      raise ValueError(
+        f"layers: expected an odd Conv size and a positive AvgPool size, got {layer!r}"
+      )
     if isinstance(layer, LeakyRelu) and not 0 <= layer.slope <= 1:
       raise ValueError(f"layers: expected a slope in [0, 1], got {layer!r}")
-    if isinstance(layer, (Dense, Conv)) and not (0 < layer.w_std < _MOST_STD and 0 <= layer.b_std < _MOST_STD):
-      raise ValueError(f"layers: expected w_std > 0 and b_std >= 0, both below {_MOST_STD:g}, got {layer!r}")
+    if isinstance(layer, (Dense, Conv)) and not (
+      0 < layer.w_std < _MOST_STD and 0 <= layer.b_std < _MOST_STD
+    ):
+      raise ValueError(
+        f"layers: expected w_std > 0 and b_std >= 0, both below {_MOST_STD:g}, got {layer!r}"
+      )
 
 
-def fc(depth: int, w_std: float = SQRT2, b_std: float = 0.1, activation: str = "relu") -> Architecture:
+def fc(
+  depth: int, w_std: float = SQRT2, b_std: float = 0.1, activation: str = "relu"
+) -> Architecture:
   """Flatten, then `depth` x (Dense, activation), then the Dense readout: the FC networks of KIP.
 
   Args:
@@ -194,8 +226,14 @@ def _named(name: str, activation: str, layers: tuple) -> Architecture:
   return Architecture(name if activation == "relu" else f"{name}_{activation}", layers)
 
 
-def conv_net(depth: int, w_std: float = SQRT2, b_std: float = 0.1, pooling: bool = True,
-             global_pooling: bool = False, activation: str = "relu") -> Architecture:
+def conv_net(
+  depth: int,
+  w_std: float = SQRT2,
+  b_std: float = 0.1,
+  pooling: bool = True,
+  global_pooling: bool = False,
+  activation: str = "relu",
+) -> Architecture:
   """`depth` x (Conv 3x3, activation[, 2x2 average pool]), then Flatten or global pooling, then Dense.
 
   `conv_net(3)` is the "ConvNet3" of KIP and the ConvNet of most of the field (there
@@ -228,7 +266,9 @@ def conv_net(depth: int, w_std: float = SQRT2, b_std: float = 0.1, pooling: bool
 _MYRTLE_REPEATS = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}
 
 
-def myrtle(depth: int, w_std: float = SQRT2, b_std: float = 0.1, activation: str = "relu") -> Architecture:
+def myrtle(
+  depth: int, w_std: float = SQRT2, b_std: float = 0.1, activation: str = "relu"
+) -> Architecture:
   """The Myrtle networks of KIP: a stem, three blocks of convolutions, global average pooling.
 
   Conv-activation is repeated [1, 1, 1], [1, 2, 2] or [2, 3, 3] times in the blocks of depth
@@ -269,9 +309,17 @@ def architecture(name: str) -> Architecture:
     >>> kipcore.Architecture.from_json(arch.to_json()) == arch
     True
   """
-  match = re.fullmatch(rf"(fc|conv|myrtle)([1-9]\d?)(_vec)?(_gap)?(?:_({'|'.join(ACTIVATIONS)}))?", name)
+  match = re.fullmatch(
+    rf"(fc|conv|myrtle)([1-9]\d?)(_vec)?(_gap)?(?:_({'|'.join(ACTIVATIONS)}))?", name
+  )
   if match:
-    kind, depth, vec, gap, activation = match[1], int(match[2]), match[3], match[4], match[5] or "relu"
+    kind, depth, vec, gap, activation = (
+      match[1],
+      int(match[2]),
+      match[3],
+      match[4],
+      match[5] or "relu",
+    )
     if kind == "conv":
       return conv_net(depth, pooling=not vec, global_pooling=bool(gap), activation=activation)
     if kind == "fc" and not vec and not gap:
@@ -279,6 +327,7 @@ def architecture(name: str) -> Architecture:
     if kind == "myrtle" and depth in _MYRTLE_REPEATS and not vec and not gap:
       return myrtle(depth, activation=activation)
   raise ValueError(
-      f"architecture: expected fc1, fc2, ..., conv1, conv2, ... (with _vec: no pooling, _gap: global average "
-      f"pooling at the end), myrtle5, myrtle7 or myrtle10, all with an activation at the end if not ReLU "
-      f"(_leaky_relu, _erf, _gelu, _identity); got {name!r}")
+    f"architecture: expected fc1, fc2, ..., conv1, conv2, ... (with _vec: no pooling, _gap: global average "
+    f"pooling at the end), myrtle5, myrtle7 or myrtle10, all with an activation at the end if not ReLU "
+    f"(_leaky_relu, _erf, _gelu, _identity); got {name!r}"
+  )

@@ -1,6 +1,6 @@
 """Random transforms of images that a method applies alike to targets and support (DSA).
 
-`siamese("flip_crop")(key)` is a function of a batch of images; equal keys give equal transforms, and
+`random_augmentation("flip_crop")(key)` is a function of a batch of images; equal keys give equal transforms, and
 gradients flow through them.
 """
 
@@ -18,19 +18,19 @@ _BRIGHTNESS, _SATURATION, _CONTRAST = 1.0, 2.0, 0.5
 _CROP_PAD, _CUTOUT, _FLIP, _SCALE, _DEGREES = 0.125, 0.5, 0.5, 1.2, 15.0
 
 
-def siamese(names: str):
-  """Differentiable siamese augmentation: one of the named operations, with the same parameters for every image.
+def random_augmentation(names: str):
+  """Differentiable random_augmentation augmentation: one of the named operations, with the same parameters for every image.
 
       color    x + (u1 - 1/2);  2 u2 (x - mean over channels) + that mean;  (u3 + 1/2) (x - mean of the image) + that mean
       crop     shifted by whole pixels, up to 1/8 of each side, zeros coming in
-      cutout   a rectangle of half of each side set to zero; its centre is anywhere, so part of it may lie outside
+      cutout   a rectangle of half of each side set to zero; its center is anywhere, so part of it may lie outside
       flip     left to right, with probability 1/2
-      scale    each side divided by its own factor of [1/1.2, 1.2] about the centre, bilinear, zeros outside
-      rotate   by an angle of [-15, 15] degrees about the centre, bilinear, zeros outside
+      scale    each side divided by its own factor of [1/1.2, 1.2] about the center, bilinear, zeros outside
+      rotate   by an angle of [-15, 15] degrees about the center, bilinear, zeros outside
 
   u are uniform on [0, 1]. A key draws one operation (mode "S" as published) and its parameters; what it does depends
   on key and image size, not on the number of rows or their dtype, so targets and support need equal keys.
-  The brightness is in units of the pixels, which are meant to be standardised. Of one channel the second colour
+  The brightness is in units of the pixels, which are meant to be standardized. Of one channel the second color
   operation is the identity. Ours differs from the published code in that images that are not square turn without a
   shear (it turns coordinates in which both sides have length 2), and seeds repeat.
 
@@ -49,7 +49,9 @@ def siamese(names: str):
   operations = []
   for name in names.split("_") if names else []:
     if name not in _OPERATIONS:
-      raise ValueError(f"augmentation: expected names of {', '.join(_OPERATIONS)} joined with '_', or ''; got {names!r}")
+      raise ValueError(
+        f"augmentation: expected names of {', '.join(_OPERATIONS)} joined with '_', or ''; got {names!r}"
+      )
     operations.append(_OPERATIONS[name])
 
   def draw(key: Array):
@@ -61,7 +63,9 @@ def siamese(names: str):
 
     def transform(images: Array) -> Array:
       if images.ndim != 4:
-        raise ValueError(f"augmentation: expected images (n, height, width, channels), got shape {images.shape}")
+        raise ValueError(
+          f"augmentation: expected images (n, height, width, channels), got shape {images.shape}"
+        )
       return jax.lax.switch(choice, operations, u.astype(images.dtype), images)
 
     return transform
@@ -117,7 +121,7 @@ def _rotate(u: Array, images: Array) -> Array:
 
 
 def _resample(images: Array, matrix) -> Array:
-  """Pixel p of the result is the image at centre + matrix (p - centre), bilinear between pixels, zero outside."""
+  """Pixel p of the result is the image at center + matrix (p - center), bilinear between pixels, zero outside."""
   _, height, width, _ = images.shape
   middle = (height - 1) / 2, (width - 1) / 2
   rows = (jnp.arange(height).astype(images.dtype) - middle[0])[:, None]
@@ -128,4 +132,11 @@ def _resample(images: Array, matrix) -> Array:
     return jax.vmap(jax.vmap(plane, -1, -1))(images)
 
 
-_OPERATIONS = {"color": _color, "crop": _crop, "cutout": _cutout, "flip": _flip, "scale": _scale, "rotate": _rotate}
+_OPERATIONS = {
+  "color": _color,
+  "crop": _crop,
+  "cutout": _cutout,
+  "flip": _flip,
+  "scale": _scale,
+  "rotate": _rotate,
+}

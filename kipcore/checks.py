@@ -13,12 +13,12 @@ import numpy as np
 from kipcore.types import NumericalError, Status
 
 _ADVICE = {
-    Status.MAX_STEPS: "it reached the step limit before it converged; allow more steps or a looser tolerance",
-    Status.NOT_POSITIVE_DEFINITE: (
-        "the matrix is not positive definite at this precision; use a larger ridge "
-        "(relative 1e-4 or more in float32), or float64 (--x64), and remove duplicate rows"
-    ),
-    Status.NOT_FINITE: "it contains NaN or infinity; check the inputs, or lower the learning rate",
+  Status.MAX_STEPS: "it reached the step limit before it converged; allow more steps or a looser tolerance",
+  Status.NOT_POSITIVE_DEFINITE: (
+    "the matrix is not positive definite at this precision; use a larger ridge "
+    "(relative 1e-4 or more in float32), or float64 (--x64), and remove duplicate rows"
+  ),
+  Status.NOT_FINITE: "it contains NaN or infinity; check the inputs, or lower the learning rate",
 }
 
 
@@ -31,7 +31,8 @@ def rank(name: str, x, *expected: int) -> None:
   """Raises ValueError unless `x.ndim` is one of `expected`."""
   if np.ndim(x) not in expected:
     raise ValueError(
-        f"{name}: expected an array with {' or '.join(map(str, expected))} dimensions, got shape {np.shape(x)}")
+      f"{name}: expected an array with {' or '.join(map(str, expected))} dimensions, got shape {np.shape(x)}"
+    )
 
 
 def square(name: str, x) -> None:
@@ -61,7 +62,8 @@ def same_rows(name1: str, x1, name2: str, x2) -> None:
   array(name2, x2)
   if x1.shape[:1] != x2.shape[:1] or not x1.shape:
     raise ValueError(
-        f"expected {name1} and {name2} to have the same number of rows, got shapes {x1.shape} and {x2.shape}")
+      f"expected {name1} and {name2} to have the same number of rows, got shapes {x1.shape} and {x2.shape}"
+    )
 
 
 def floating(name: str, x) -> None:
@@ -105,13 +107,17 @@ def finite(name: str, x) -> None:
   if not good.all():
     bad = ~good
     first = tuple(int(i) for i in np.argwhere(bad)[0])
-    raise ValueError(f"{name}: expected finite values, got {int(bad.sum())} NaN or infinite, the first at index {first}")
+    raise ValueError(
+      f"{name}: expected finite values, got {int(bad.sum())} NaN or infinite, the first at index {first}"
+    )
 
 
 def one_of(name: str, value, choices) -> None:
   """Raises ValueError unless `value` is among `choices`."""
   if value not in choices:
-    raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}{did_you_mean(value, choices)}")
+    raise ValueError(
+      f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}{did_you_mean(value, choices)}"
+    )
 
 
 def did_you_mean(value, choices) -> str:

@@ -32,7 +32,9 @@ def device_axis(devices) -> Axis:
     devices = (jax.local_devices()[0],) if devices is None else tuple(devices)
     return Axis(len(devices), len(devices), 0, devices)
   if devices is not None:
-    raise ValueError("devices: expected None where several processes run, all of whose devices take part; got a list")
+    raise ValueError(
+      "devices: expected None where several processes run, all of whose devices take part; got a list"
+    )
   local = jax.local_device_count()
   first = jax.devices().index(jax.local_devices()[0])
   return Axis(jax.device_count(), local, first, None)

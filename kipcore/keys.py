@@ -14,7 +14,7 @@ from kipcore.types import Array
 def canonical_key(key_or_seed) -> Array:
   """A typed key from an int seed, a raw `uint32` key or a typed key; ValueError for a seed beyond 64 bits."""
   if isinstance(key_or_seed, int):
-    if not -2**63 <= key_or_seed < 2**63:
+    if not -(2**63) <= key_or_seed < 2**63:
       raise ValueError(f"seed: expected an integer of 64 bits, got {key_or_seed}")
     return jax.random.key(key_or_seed)
   if jax.numpy.issubdtype(key_or_seed.dtype, jax.dtypes.prng_key):

@@ -2,7 +2,7 @@
 
 `ridge` is absolute everywhere: the solve is (K_ss + ridge I)^{-1} y. Use
 `relative_ridge` for the fraction of the mean diagonal that KIP, FRePo and
-neural-tangents mean by their regularisation.
+neural-tangents mean by their regularization.
 """
 
 from typing import NamedTuple
@@ -35,7 +35,7 @@ class KRRLoss(NamedTuple):
 
 
 class LabelSolution(NamedTuple):
-  """Labels solved for, `(m, c)`, and the `status` of the factorisations."""
+  """Labels solved for, `(m, c)`, and the `status` of the factorizations."""
 
   labels: Array
   status: Array
@@ -68,10 +68,10 @@ def relative_ridge(k: Array, scale) -> Array:
 def krr_fit(k_ss: Array, y_support: Array, ridge) -> KRRFit:
   """Dual coefficients alpha = (K_ss + diag(ridge))^{-1} y.
 
-  They minimise sum_j (f(x_j) - y_j)^2 / ridge_j + ||f||^2 over functions f of the kernel's space.
+  They minimize sum_j (f(x_j) - y_j)^2 / ridge_j + ||f||^2 over functions f of the kernel's space.
   A ridge vector is how weights survive: ridge / w_j gives point j the weight w_j.
 
-  The factorisation runs in float64 when JAX's 64-bit switch is on. In float32 the
+  The factorization runs in float64 when JAX's 64-bit switch is on. In float32 the
   condition number n / scale of a relative ridge `scale` should stay below about 1e7;
   beyond, the status may report a matrix that is not positive definite.
 
@@ -89,7 +89,11 @@ def krr_fit(k_ss: Array, y_support: Array, ridge) -> KRRFit:
   Example:
     A row with half the ridge counts as much as the row twice:
 
-    >>> kernel_fn, x, y = kipcore.rbf_fn(1.0), jnp.asarray([[0.0], [1.0]]), jnp.asarray([[1.0], [-1.0]])
+    >>> kernel_fn, x, y = (
+    ...   kipcore.rbf_fn(1.0),
+    ...   jnp.asarray([[0.0], [1.0]]),
+    ...   jnp.asarray([[1.0], [-1.0]]),
+    ... )
     >>> fit = kipcore.krr_fit(kernel_fn(x), y, jnp.asarray([0.5, 0.25]))
     >>> rows = np.array([0, 1, 1])
     >>> twice = kipcore.krr_fit(kernel_fn(x[rows]), y[rows], 0.5)
@@ -113,7 +117,9 @@ def krr_fit(k_ss: Array, y_support: Array, ridge) -> KRRFit:
 
 def status_with(status: Array, values: Array) -> Array:
   """The status, or NOT_FINITE where it is OK and the values are not finite."""
-  return jnp.where((status == Status.OK) & ~jnp.isfinite(values).all(), jnp.int32(Status.NOT_FINITE), status)
+  return jnp.where(
+    (status == Status.OK) & ~jnp.isfinite(values).all(), jnp.int32(Status.NOT_FINITE), status
+  )
 
 
 def krr_predict(fit: KRRFit, k_ts: Array) -> Array:
@@ -130,9 +136,14 @@ def krr_predict(fit: KRRFit, k_ts: Array) -> Array:
     ValueError: where `k_ts` does not have m columns.
 
   Example:
-    >>> k, y = jnp.asarray([[2.0, 1.0], [1.0, 2.0]]), jnp.asarray([[1.0], [-1.0]])  # y: eigenvector of eigenvalue 1
+    >>> k, y = (
+    ...   jnp.asarray([[2.0, 1.0], [1.0, 2.0]]),
+    ...   jnp.asarray([[1.0], [-1.0]]),
+    ... )  # y: eigenvector of eigenvalue 1
     >>> fit = kipcore.krr_fit(k, y, 1.0)
-    >>> print(np.asarray(kipcore.krr_predict(fit, k)).round(3))  # y times eigenvalue / (eigenvalue + ridge)
+    >>> print(
+    ...   np.asarray(kipcore.krr_predict(fit, k)).round(3)
+    ... )  # y times eigenvalue / (eigenvalue + ridge)
     [[ 0.5]
      [-0.5]]
   """
@@ -163,7 +174,10 @@ def krr_loss(fit: KRRFit, k_ts: Array, y_target: Array, weights: Array | None = 
   Example:
     >>> k, y = jnp.asarray([[2.0, 1.0], [1.0, 2.0]]), jnp.asarray([[0.5, -0.5], [-0.5, 0.5]])
     >>> result = kipcore.krr_loss(kipcore.krr_fit(k, y, 1.0), k, y)
-    >>> round(float(result.loss), 5), float(result.accuracy)  # all predictions are off by 1/4; 1/2 (1/4)^2
+    >>> (
+    ...   round(float(result.loss), 5),
+    ...   float(result.accuracy),
+    ... )  # all predictions are off by 1/4; 1/2 (1/4)^2
     (0.03125, 1.0)
   """
   checks.shape("y_target", y_target, (k_ts.shape[0], fit.dual.shape[1]))
@@ -179,7 +193,9 @@ def accuracy(predictions: Array, y_target: Array) -> Array:
   return jnp.mean(hits.astype(predictions.dtype))
 
 
-def label_solve(k_ss: Array, k_ts: Array, y_target: Array, ridge, fit_ridge=None, penalty: str = "rkhs") -> Array:
+def label_solve(
+  k_ss: Array, k_ts: Array, y_target: Array, ridge, fit_ridge=None, penalty: str = "rkhs"
+) -> Array:
   """The labels of the support with which ridge regression fits the targets best.
 
       c = argmin ||K_ts c - y_t||^2 + fit_ridge * c^T P c,    y_s = (K_ss + ridge I) c
@@ -198,7 +214,7 @@ def label_solve(k_ss: Array, k_ts: Array, y_target: Array, ridge, fit_ridge=None
     penalty: "rkhs" or "coefficients".
 
   Returns:
-    `(m, c)` labels; NaN where a factorisation failed.
+    `(m, c)` labels; NaN where a factorization failed.
 
   Raises:
     ValueError: for shapes that do not match, a ridge <= 0, an unknown penalty.
@@ -211,7 +227,9 @@ def label_solve(k_ss: Array, k_ts: Array, y_target: Array, ridge, fit_ridge=None
     >>> k_ss, k_ts = kernel_fn(x_support), kernel_fn(x, x_support)
     >>> solved = jax.jit(kipcore.label_solve)(k_ss, k_ts, y, ridge)
     >>> for labels in (y[::4], solved):  # the rows' own labels, and the best ones
-    ...   print(round(float(kipcore.krr_loss(kipcore.krr_fit(k_ss, labels, ridge), k_ts, y).loss), 1))
+    ...   print(
+    ...     round(float(kipcore.krr_loss(kipcore.krr_fit(k_ss, labels, ridge), k_ts, y).loss), 1)
+    ...   )
     0.5
     0.2
   """
@@ -222,11 +240,21 @@ def label_solve(k_ss: Array, k_ts: Array, y_target: Array, ridge, fit_ridge=None
   factor = linalg.factor(k_ss, linalg.rounding_ridge(k_ss))
   b = linalg.whiten(factor, k_ts.T)
   y = y_target.astype(b.dtype)
-  return _label_solution(k_ss, factor, linalg.matmul(b, b.T), linalg.matmul(b, y), *ridges, penalty, y_target.dtype).labels
+  return _label_solution(
+    k_ss, factor, linalg.matmul(b, b.T), linalg.matmul(b, y), *ridges, penalty, y_target.dtype
+  ).labels
 
 
-def label_solve_rows(kernel_fn: KernelFn, x_support: Array, x: Array, y: Array, ridge, fit_ridge=None,
-                     penalty: str = "rkhs", block_size: int = 2048) -> LabelSolution:
+def label_solve_rows(
+  kernel_fn: KernelFn,
+  x_support: Array,
+  x: Array,
+  y: Array,
+  ridge,
+  fit_ridge=None,
+  penalty: str = "rkhs",
+  block_size: int = 2048,
+) -> LabelSolution:
   """`label_solve` over many targets, in row blocks: memory for `(block_size, m)` and `(m, m)`.
 
   Args:
@@ -272,14 +300,18 @@ def label_solve_rows(kernel_fn: KernelFn, x_support: Array, x: Array, y: Array, 
 def _label_ridges(ridge, fit_ridge, penalty: str):
   checks.one_of("penalty", penalty, ("rkhs", "coefficients"))
   if fit_ridge is None and jnp.ndim(ridge):
-    raise ValueError(f"fit_ridge: expected a number beside a ridge of shape {jnp.shape(ridge)}, got None")
+    raise ValueError(
+      f"fit_ridge: expected a number beside a ridge of shape {jnp.shape(ridge)}, got None"
+    )
   fit_ridge = ridge if fit_ridge is None else fit_ridge
   checks.positive("ridge", ridge)
   checks.positive("fit_ridge", fit_ridge)
   return ridge, fit_ridge
 
 
-def _label_solution(k_ss, factor, gram_whitened, rhs_whitened, ridge, fit_ridge, penalty, dtype) -> LabelSolution:
+def _label_solution(
+  k_ss, factor, gram_whitened, rhs_whitened, ridge, fit_ridge, penalty, dtype
+) -> LabelSolution:
   """Solves in the basis z = L^T c, L L^T = K_ss: the normal equations keep the condition of K, not its square."""
   k = k_ss.astype(factor.lower.dtype)
   p = k if penalty == "rkhs" else jnp.eye(k.shape[0], dtype=k.dtype)

@@ -1,7 +1,7 @@
 """Dense symmetric solves that report a status, at an explicit precision.
 
 Matrix products ask for the highest precision, because the default is bfloat16 on
-TPU and TF32 on recent GPUs. Factorisations run in the widest float that JAX's
+TPU and TF32 on recent GPUs. Factorizations run in the widest float that JAX's
 64-bit switch allows: float64 when it is on, else the dtype of the input.
 """
 
@@ -43,7 +43,9 @@ def product(a: Array, b: Array, precision: str) -> Array:
   """`a @ b.T`, summed in the dtype of the inputs, for factors that are `rounded` to that precision already."""
   narrow = a.dtype == jnp.float32
   if narrow and precision == "bfloat16":
-    return jnp.matmul(a.astype(jnp.bfloat16), b.T.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    return jnp.matmul(
+      a.astype(jnp.bfloat16), b.T.astype(jnp.bfloat16), preferred_element_type=jnp.float32
+    )
   how = jax.lax.Precision.HIGH if narrow and precision == "tensorfloat32" else HIGHEST
   return jnp.matmul(a, b.T, precision=how)
 
@@ -74,7 +76,7 @@ def add_ridge(k: Array, ridge) -> Array:
 
 
 def factor(k: Array, ridge=0.0) -> Factor:
-  """Cholesky factor of K + diag(ridge), symmetrised, in the widest float available.
+  """Cholesky factor of K + diag(ridge), symmetrized, in the widest float available.
 
   Args:
     k: `(m, m)` symmetric positive semi-definite.
@@ -108,8 +110,11 @@ def factor_semidefinite(k: Array) -> tuple[Factor, Array]:
   def more(state):
     return factor(k, 30 * state[1]), 30 * state[1]
 
-  return jax.lax.while_loop(lambda s: (s[0].status == Status.NOT_POSITIVE_DEFINITE) & (s[1] < 20_000 * unit), more,
-                            (factor(k, unit), unit))
+  return jax.lax.while_loop(
+    lambda s: (s[0].status == Status.NOT_POSITIVE_DEFINITE) & (s[1] < 20_000 * unit),
+    more,
+    (factor(k, unit), unit),
+  )
 
 
 def whiten(f: Factor, b: Array) -> Array:

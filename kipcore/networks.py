@@ -1,6 +1,6 @@
 """An architecture realized as a `flax.linen` module of finite width, and a residual network to evaluate with."""
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +8,16 @@ from flax import linen as nn
 
 from kipcore import checks, linalg
 from kipcore.architectures import (
-    Architecture,
-    AvgPool,
-    Conv,
-    Dense,
-    Erf,
-    Flatten,
-    Gelu,
-    GlobalAvgPool,
-    LeakyRelu,
-    Relu,
+  Architecture,
+  AvgPool,
+  Conv,
+  Dense,
+  Erf,
+  Flatten,
+  Gelu,
+  GlobalAvgPool,
+  LeakyRelu,
+  Relu,
 )
 from kipcore.types import Array
 
@@ -27,7 +27,7 @@ _MOST_WIDTH = 2**20
 class Network(nn.Module):
   """The network of an architecture: `(n, ...) -> (n, num_outputs)`.
 
-  At initialisation both parameterisations draw the same function. "ntk" keeps unit
+  At initialization both parameterizations draw the same function. "ntk" keeps unit
   normal parameters and multiplies them by w_std / sqrt(fan_in) and b_std, so that
   its empirical NTK converges to `ntk_fn(arch)` as the width grows; "standard" draws
   them at that scale, which is what is usually trained.
@@ -81,7 +81,9 @@ class Network(nn.Module):
     return x
 
   def _normalized(self, i: int, x: Array, train: bool) -> Array:
-    options = dict(epsilon=1e-5, param_dtype=x.dtype, force_float32_reductions=False, name=f"norm_{i}")
+    options = dict(
+      epsilon=1e-5, param_dtype=x.dtype, force_float32_reductions=False, name=f"norm_{i}"
+    )
     with linalg.permissive_promotion():
       match self.norm:
         case "instance":
@@ -92,14 +94,20 @@ class Network(nn.Module):
 
   def _linear(self, i: int, layer, features: int, x: Array) -> Array:
     size = layer.size if isinstance(layer, Conv) else 1
-    weight_scale, bias_scale = layer.w_std / (x.shape[-1] * size**2)**0.5, layer.b_std
+    weight_scale, bias_scale = layer.w_std / (x.shape[-1] * size**2) ** 0.5, layer.b_std
     ntk = self.parameterization == "ntk"
-    options = dict(features=features, kernel_init=nn.initializers.normal(1.0 if ntk else weight_scale), name=f"layer_{i}")
+    options = dict(
+      features=features,
+      kernel_init=nn.initializers.normal(1.0 if ntk else weight_scale),
+      name=f"layer_{i}",
+    )
     if isinstance(layer, Conv):
       y = Convolution(size=size, **options)(x)
     else:
       y = nn.Dense(use_bias=False, param_dtype=x.dtype, **options)(x)
-    bias = self.param(f"bias_{i}", nn.initializers.normal(1.0 if ntk else bias_scale), (features,), x.dtype)
+    bias = self.param(
+      f"bias_{i}", nn.initializers.normal(1.0 if ntk else bias_scale), (features,), x.dtype
+    )
     bias = jnp.expand_dims(bias, range(x.ndim - 1))
     return (y * weight_scale + bias * bias_scale) if ntk else y + bias
 
@@ -123,22 +131,33 @@ def convolve(x: Array, kernel: Array) -> Array:
   On CPUs as one product of patches: inside a loop XLA's own convolution is up to 30 times slower there, above all its gradient.
   """
   if jax.default_backend() != "cpu":
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
   (n, h, w, c), size = x.shape, kernel.shape[0]
   padded = jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
-  patches = jnp.concatenate([padded[:, i:i + h, j:j + w] for i in range(size) for j in range(size)], axis=-1)
+  patches = jnp.concatenate(
+    [padded[:, i : i + h, j : j + w] for i in range(size) for j in range(size)], axis=-1
+  )
   return (patches.reshape(-1, size**2 * c) @ kernel.reshape(size**2 * c, -1)).reshape(n, h, w, -1)
 
 
 def average_pool(x: Array, size: int) -> Array:
   """Mean over disjoint windows of `(n, h, w, c)`; rows and columns left over are dropped."""
   n, h, w, c = x.shape
-  x = x[:, :h // size * size, :w // size * size]
+  x = x[:, : h // size * size, : w // size * size]
   return jnp.mean(x.reshape(n, h // size, size, w // size, size, c), axis=(2, 4))
 
 
-def network(arch: Architecture, width: int = 128, num_outputs: int = 10, parameterization: str = "standard",
-            norm: str = "none", width_growth: int = 1, softplus: float = 0.0) -> Network:
+def network(
+  arch: Architecture,
+  width: int = 128,
+  num_outputs: int = 10,
+  parameterization: str = "standard",
+  norm: str = "none",
+  width_growth: int = 1,
+  softplus: float = 0.0,
+) -> Network:
   """The Flax module of an architecture.
 
   Args:
@@ -156,7 +175,7 @@ def network(arch: Architecture, width: int = 128, num_outputs: int = 10, paramet
 
   Raises:
     ValueError, TypeError: for a width, growth or number of outputs below 1, a negative softplus, or another
-      parameterisation or norm.
+      parameterization or norm.
   """
   checks.positive_int("width", width)
   checks.in_range("width", width, 1, _MOST_WIDTH)
@@ -201,7 +220,9 @@ class ResNet(nn.Module):
           x = average_pool(x, 2)
         for block in range(count):
           x = self._block(f"stage_{stage}_block_{block}", features, x)
-      return nn.Dense(self.num_outputs, param_dtype=x.dtype, name="readout")(jnp.mean(x, axis=(1, 2)))
+      return nn.Dense(self.num_outputs, param_dtype=x.dtype, name="readout")(
+        jnp.mean(x, axis=(1, 2))
+      )
 
   def _block(self, name: str, features: int, x: Array) -> Array:
     y = nn.relu(self._norm(f"{name}_norm_0", self._convolution(f"{name}_0", features, 3, x)))
@@ -214,4 +235,6 @@ class ResNet(nn.Module):
     return Convolution(features, size, nn.initializers.he_normal(), name=name)(x)
 
   def _norm(self, name: str, x: Array) -> Array:
-    return nn.InstanceNorm(epsilon=1e-5, param_dtype=x.dtype, force_float32_reductions=False, name=name)(x)
+    return nn.InstanceNorm(
+      epsilon=1e-5, param_dtype=x.dtype, force_float32_reductions=False, name=name
+    )(x)

@@ -25,30 +25,34 @@ _BLOCK_NUMBERS = 2**23  # in a row block: 64 MiB in float64
 _MAX_ZCA_FEATURES = 2**14  # a d x d float64 matrix of 2 GiB
 
 _DEFAULTS = {
-    "scale": {"divisor": 255.0},
-    "standardize": {},
-    "unit_norm": {},
-    "center": {},
-    "zca": {"regularization": "trace_relative", "value": 0.1, "ddof": 0, "rank_control": False},
+  "scale": {"divisor": 255.0},
+  "standardize": {},
+  "unit_norm": {},
+  "center": {},
+  "zca": {"regularization": "trace_relative", "value": 0.1, "ddof": 0, "rank_control": False},
 }
-_CHOICES = {"regularization": ("trace_relative", "absolute"), "ddof": (0, 1), "rank_control": (True, False)}
+_CHOICES = {
+  "regularization": ("trace_relative", "absolute"),
+  "ddof": (0, 1),
+  "rank_control": (True, False),
+}
 # The fitted arrays of a step and their shapes, from the shape of a row.
 _ARRAYS = {
-    "scale": lambda row: {"divisor": ()},
-    "standardize": lambda row: {"mean": row[-1:], "divisor": row[-1:]},
-    "unit_norm": lambda row: {"mean": (), "divisor": ()},
-    "center": lambda row: {"mean": row},
-    "zca": lambda row: {"whitening": 2 * (math.prod(row),)},
+  "scale": lambda row: {"divisor": ()},
+  "standardize": lambda row: {"mean": row[-1:], "divisor": row[-1:]},
+  "unit_norm": lambda row: {"mean": (), "divisor": ()},
+  "center": lambda row: {"mean": row},
+  "zca": lambda row: {"whitening": 2 * (math.prod(row),)},
 }
 _RANKED_ZCA = ("zca", {"rank_control": True})
 _RECIPES = {
-    "none": (),
-    "standardize": ("standardize",),
-    "zca": ("standardize", "center", _RANKED_ZCA),
-    "zca_kip": ("standardize", "unit_norm", _RANKED_ZCA),
-    "zca_rfad": ("standardize", "zca"),
-    "zca_dcbench": ("scale", "unit_norm", _RANKED_ZCA),
-    "zca_absolute": ("scale", "center", ("zca", {"regularization": "absolute", "ddof": 1})),
+  "none": (),
+  "standardize": ("standardize",),
+  "zca": ("standardize", "center", _RANKED_ZCA),
+  "zca_kip": ("standardize", "unit_norm", _RANKED_ZCA),
+  "zca_rfad": ("standardize", "zca"),
+  "zca_dcbench": ("scale", "unit_norm", _RANKED_ZCA),
+  "zca_absolute": ("scale", "center", ("zca", {"regularization": "absolute", "ddof": 1})),
 }
 KINDS = tuple(_RECIPES)
 
@@ -91,7 +95,7 @@ class Preprocess:
     Every step but `unit_norm` is a bijection: without it `invert` undoes `apply` up to rounding.
     `unit_norm` forgets an image's mean and norm and `invert` puts their training averages there. So it is
     a right inverse on the range of `apply` (apply(invert(z)) = z), and invert(apply(x)) is x up to each image's
-    brightness and contrast. Off it, as distilled images may be, apply(invert(z)) is z centred and rescaled there.
+    brightness and contrast. Off it, as distilled images may be, apply(invert(z)) is z centered and rescaled there.
     """
     return self._run(x, dtype, self.steps[::-1], inverse=True)
 
@@ -100,7 +104,9 @@ class Preprocess:
     checks.shape("x", x, (None, *self.row_shape))
     if isinstance(x, jax.Array):
       dtype = jax.dtypes.canonicalize_dtype(dtype)
-      return functools.reduce(lambda rows, step: _transform(step, rows, jnp, dtype, inverse), steps, x.astype(dtype))
+      return functools.reduce(
+        lambda rows, step: _transform(step, rows, jnp, dtype, inverse), steps, x.astype(dtype)
+      )
     out = np.empty(x.shape, dtype)
     for rows, block in _blocks(x, steps, out.dtype, inverse):
       out[rows] = block
@@ -110,9 +116,18 @@ class Preprocess:
     """`(spec, arrays)` for `from_arrays`: JSON values and float64 arrays (a whitening matrix as its upper triangle)."""
     steps = [{"name": step.name, "settings": dict(step.settings)} for step in self.steps]
     arrays = {
-        f"{i}_{step.name}_{name}": value[np.triu_indices(len(value))] if name == "whitening" else value.copy()
-        for i, step in enumerate(self.steps) for name, value in step.arrays.items()}
-    return {"format": _FORMAT, "kind": self.kind, "row_shape": list(self.row_shape), "steps": steps}, arrays
+      f"{i}_{step.name}_{name}": value[np.triu_indices(len(value))]
+      if name == "whitening"
+      else value.copy()
+      for i, step in enumerate(self.steps)
+      for name, value in step.arrays.items()
+    }
+    return {
+      "format": _FORMAT,
+      "kind": self.kind,
+      "row_shape": list(self.row_shape),
+      "steps": steps,
+    }, arrays
 
   @classmethod
   def from_arrays(cls, spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "Preprocess":
@@ -122,10 +137,16 @@ class Preprocess:
       ValueError: another format, an unknown step or setting, an array missing or of wrong dtype, shape or range.
     """
     try:
-      version, kind, row_shape = spec["format"], str(spec["kind"]), tuple(int(size) for size in spec["row_shape"])
+      version, kind, row_shape = (
+        spec["format"],
+        str(spec["kind"]),
+        tuple(int(size) for size in spec["row_shape"]),
+      )
       listed = [(str(step["name"]), step["settings"]) for step in spec["steps"]]
     except (KeyError, TypeError, ValueError) as error:
-      raise ValueError(f"preprocess spec: expected format, kind, row_shape and steps, got {error!r}") from error
+      raise ValueError(
+        f"preprocess spec: expected format, kind, row_shape and steps, got {error!r}"
+      ) from error
     if version != _FORMAT:
       raise ValueError(f"preprocess spec: expected format {_FORMAT}, got {version!r}")
     steps = []
@@ -138,7 +159,9 @@ class Preprocess:
         value = np.asarray(arrays[key])
         if value.dtype != np.float64:
           raise ValueError(f"{key}: expected float64, got {value.dtype}")
-        checks.shape(key, value, (shape[0] * (shape[0] + 1) // 2,) if array == "whitening" else shape)
+        checks.shape(
+          key, value, (shape[0] * (shape[0] + 1) // 2,) if array == "whitening" else shape
+        )
         checks.finite(key, value)
         if array == "divisor":
           checks.positive(key, value)
@@ -186,7 +209,9 @@ def fit_preprocess(x_train, kind: str | Sequence = "zca", pixel_max: float = 255
   """
   x = np.asarray(x_train)
   if x.ndim < 2 or 0 in x.shape:
-    raise ValueError(f"x_train: expected (n, ...) with at least one row and one feature, got shape {x.shape}")
+    raise ValueError(
+      f"x_train: expected (n, ...) with at least one row and one feature, got shape {x.shape}"
+    )
   if x.dtype.kind not in "uif":
     raise TypeError(f"x_train: expected integers or floats, got {x.dtype}")
   checks.finite("x_train", x)
@@ -196,7 +221,9 @@ def fit_preprocess(x_train, kind: str | Sequence = "zca", pixel_max: float = 255
   steps = []
   for entry in _RECIPES[kind] if isinstance(kind, str) else kind:
     name, settings = (entry, {}) if isinstance(entry, str) else entry
-    settings = _settings(name, {"divisor": float(pixel_max), **settings} if name == "scale" else settings)
+    settings = _settings(
+      name, {"divisor": float(pixel_max), **settings} if name == "scale" else settings
+    )
     with np.errstate(over="ignore", invalid="ignore"):
       arrays = _fit(name, settings, lambda: (b for _, b in _blocks(x, steps, np.float64)), x.shape)
     for array, value in arrays.items():
@@ -211,9 +238,12 @@ def _fit(name, settings, blocks, shape) -> dict[str, np.ndarray]:
   if name == "standardize":
     axes, count = tuple(range(len(shape) - 1)), n * d // shape[-1]
     mean = sum(b.sum(axes) for b in blocks()) / count
-    std = np.sqrt(sum(((b - mean)**2).sum(axes) for b in blocks()) / count)
+    std = np.sqrt(sum(((b - mean) ** 2).sum(axes) for b in blocks()) / count)
     # The computed mean of equal numbers is off by rounding, so "constant" is not "exactly 0".
-    return {"mean": mean, "divisor": np.where(std > 64 * np.finfo(std.dtype).eps * np.abs(mean), std, 1.0)}
+    return {
+      "mean": mean,
+      "divisor": np.where(std > 64 * np.finfo(std.dtype).eps * np.abs(mean), std, 1.0),
+    }
   if name == "center":
     return {"mean": sum(b.sum(0) for b in blocks()) / n}
   if name == "unit_norm":
@@ -222,7 +252,9 @@ def _fit(name, settings, blocks, shape) -> dict[str, np.ndarray]:
     return {"mean": means.mean(), "divisor": norms[varies].mean() if varies.any() else 1.0}
   if name == "zca":
     if d > _MAX_ZCA_FEATURES:
-      raise ValueError(f"zca: expected at most {_MAX_ZCA_FEATURES} numbers a row (it takes a d x d matrix), got {d}")
+      raise ValueError(
+        f"zca: expected at most {_MAX_ZCA_FEATURES} numbers a row (it takes a d x d matrix), got {d}"
+      )
     moment = np.zeros((d, d))
     for b in blocks():
       flat = b.reshape(len(b), d)
@@ -234,14 +266,16 @@ def _fit(name, settings, blocks, shape) -> dict[str, np.ndarray]:
 
 
 def _whitening(moment, n, settings) -> np.ndarray:
-  ridge = settings["value"] * (moment.trace() / len(moment) if settings["regularization"] == "trace_relative" else 1.0)
+  ridge = settings["value"] * (
+    moment.trace() / len(moment) if settings["regularization"] == "trace_relative" else 1.0
+  )
   values, vectors = scipy.linalg.eigh(moment, overwrite_a=True, check_finite=False)
   values = np.maximum(values, 0.0)
   zero = values.size * np.finfo(np.float64).eps * values[-1]
   whitened = values + ridge > zero
   if settings["rank_control"] and n < values.size:
     whitened &= values > zero
-  vectors *= np.where(whitened, values + ridge, 1.0)**-0.25
+  vectors *= np.where(whitened, values + ridge, 1.0) ** -0.25
   whitening = vectors @ vectors.T
   return 0.5 * (whitening + whitening.T)
 
@@ -263,12 +297,16 @@ def _transform(step: Step, x, xp, dtype, inverse):
   if step.name == "zca":
     matrix = step.unwhitening if inverse else step.arrays["whitening"]
     flat = x.reshape(x.shape[0], matrix.shape[0]).astype(dtype)
-    return (np.matmul if xp is np else linalg.matmul)(flat, xp.asarray(matrix, dtype)).reshape(x.shape)
+    return (np.matmul if xp is np else linalg.matmul)(flat, xp.asarray(matrix, dtype)).reshape(
+      x.shape
+    )
   if step.name == "unit_norm" and not inverse:
     x, _, norm, _ = _mean_and_norm(x, xp)
     return x / norm
   mean, divisor = step.arrays.get("mean", np.zeros(())), step.arrays.get("divisor", np.ones(()))
-  mean, divisor = (xp.asarray(a.reshape((1,) * (x.ndim - a.ndim) + a.shape), x.dtype) for a in (mean, divisor))
+  mean, divisor = (
+    xp.asarray(a.reshape((1,) * (x.ndim - a.ndim) + a.shape), x.dtype) for a in (mean, divisor)
+  )
   return x * divisor + mean if inverse else (x - mean) / divisor
 
 
@@ -287,13 +325,21 @@ def _settings(name, given, complete=False) -> dict:
   """The settings of a step, checked; gaps are filled with the defaults unless they must be `complete`."""
   checks.one_of("preprocess step", name, _DEFAULTS)
   expected, what = _DEFAULTS[name], f"settings of step {name}"
-  if not isinstance(given, Mapping) or not set(given) <= set(expected) or (complete and set(given) != set(expected)):
+  if (
+    not isinstance(given, Mapping)
+    or not set(given) <= set(expected)
+    or (complete and set(given) != set(expected))
+  ):
     raise ValueError(f"{what}: expected {sorted(expected)}, got {given!r}")
   settings = {**expected, **given}
   for key, value in settings.items():
     if key in _CHOICES:
       checks.one_of(f"{what}: {key}", value, _CHOICES[key])
-    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not np.finfo(float).tiny <= value < np.inf:
+    elif (
+      isinstance(value, bool)
+      or not isinstance(value, (int, float))
+      or not np.finfo(float).tiny <= value < np.inf
+    ):
       raise ValueError(f"{what}: expected a positive finite {key}, got {value!r}")
   return settings
 
@@ -311,8 +357,8 @@ def _symmetric(triangle, d) -> np.ndarray:
   return matrix + np.triu(matrix, 1).T
 
 
-def one_hot_centred(labels, num_classes: int, dtype=jnp.float32) -> Array:
-  """One-hot labels minus 1/c, the targets of KIP (Nguyen et al. 2021), RFAD and FRePo; `uncentre` undoes it.
+def one_hot_centered(labels, num_classes: int, dtype=jnp.float32) -> Array:
+  """One-hot labels minus 1/c, the targets of KIP (Nguyen et al. 2021), RFAD and FRePo; `uncenter` undoes it.
 
   Args:
     labels: `(n,)` integers in [0, c), checked where they are concrete.
@@ -326,7 +372,7 @@ def one_hot_centred(labels, num_classes: int, dtype=jnp.float32) -> Array:
     ValueError, TypeError: on another rank, a label outside [0, c), or labels that are not integers.
 
   Example:
-    >>> kipcore.one_hot_centred(np.array([1]), 4).tolist()
+    >>> kipcore.one_hot_centered(np.array([1]), 4).tolist()
     [[-0.25, 0.75, -0.25, -0.25]]
   """
   checks.positive_int("num_classes", num_classes)
@@ -334,17 +380,23 @@ def one_hot_centred(labels, num_classes: int, dtype=jnp.float32) -> Array:
   checks.rank("labels", labels, 1)
   if not jnp.issubdtype(labels.dtype, jnp.integer):
     raise TypeError(f"labels: expected integers, got {labels.dtype}")
-  if not checks.is_traced(labels) and labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
-    raise ValueError(f"labels: expected integers in [0, {num_classes}), got {labels.min()} to {labels.max()}")
+  if (
+    not checks.is_traced(labels)
+    and labels.size
+    and not 0 <= labels.min() <= labels.max() < num_classes
+  ):
+    raise ValueError(
+      f"labels: expected integers in [0, {num_classes}), got {labels.min()} to {labels.max()}"
+    )
   return jax.nn.one_hot(labels.astype(jnp.int32), num_classes, dtype=dtype) - 1.0 / num_classes
 
 
-def uncentre(y: Array) -> Array:
-  """y + 1/c for centred labels `(n, c)`: one-hot again."""
+def uncenter(y: Array) -> Array:
+  """Y + 1/c for centered labels `(n, c)`: one-hot again."""
   return y + 1.0 / y.shape[1]
 
 
 def class_labels(y: Array) -> Array:
-  """The class of each row of `(n, c)` labels, centred or not: int32 `(n,)`, ties to the first."""
+  """The class of each row of `(n, c)` labels, centered or not: int32 `(n,)`, ties to the first."""
   checks.rank("y", y, 2)
   return jnp.argmax(jnp.asarray(y), axis=1).astype(jnp.int32)

@@ -38,8 +38,7 @@ class KernelFn(Protocol):
   may offer `diag(x) -> (n,)`, which `gram_diag` then uses.
   """
 
-  def __call__(self, x1: Array, x2: Array | None = None) -> Array:
-    ...
+  def __call__(self, x1: Array, x2: Array | None = None) -> Array: ...
 
 
 class Support(NamedTuple):
@@ -47,7 +46,7 @@ class Support(NamedTuple):
 
   Attributes:
     x: `(m, ...)` inputs.
-    y: `(m, c)` labels, in the convention of the targets (`preprocess.one_hot_centred`).
+    y: `(m, c)` labels, in the convention of the targets (`preprocess.one_hot_centered`).
   """
 
   x: Array

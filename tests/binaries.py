@@ -25,13 +25,21 @@ def run_binary(*arguments) -> subprocess.CompletedProcess:
     process.stdin.write(json.dumps([list(map(str, arguments)), paths]) + "\n")
     process.stdin.flush()
     status = int(process.stdout.readline())
-    return subprocess.CompletedProcess(arguments, status, *(pathlib.Path(path).read_text() for path in paths))
+    return subprocess.CompletedProcess(
+      arguments, status, *(pathlib.Path(path).read_text() for path in paths)
+    )
 
 
 @functools.cache
 def _forking() -> subprocess.Popen:
-  process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, text=True, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE)
+  process = subprocess.Popen(
+    [sys.executable, __file__],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    text=True,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+  )
   atexit.register(process.kill)
   return process
 
@@ -58,7 +66,8 @@ def _run(arguments, paths) -> None:
 
 def _serve() -> None:
   # Libraries alone: the modules of this repository are imported by each command, as by a process of its own.
-  import flax.linen, jax, matplotlib.pyplot, optax, orbax.checkpoint, scipy.stats, sklearn.cluster, sklearn.datasets, tqdm  # noqa: E401, F401
+  import flax.linen  # noqa: F401
+
   sys.path[0] = str(ROOT)
   for line in sys.stdin:
     process = os.fork()

@@ -6,8 +6,10 @@ import pathlib
 import shutil
 import tempfile
 
-# The suite compiles far more than it computes: no LLVM optimisation makes it half as long.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+# The suite compiles far more than it computes: no LLVM optimization makes it half as long.
+os.environ.setdefault(
+  "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
@@ -26,7 +28,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-from helpers import enable_x64
+from helpers import enable_x64  # noqa: E402  (after the settings above)
 
 
 def pytest_addoption(parser):

@@ -16,7 +16,10 @@ import kipcore
 RTOL = {"float32": 1e-5, "float64": 1e-10}
 
 SHARED_DATA = pathlib.Path(
-    os.environ.get("KIPCORE_TEST_DATA", pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"))
+  os.environ.get(
+    "KIPCORE_TEST_DATA", pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+  )
+)
 
 
 def enable_x64(on: bool):
@@ -24,12 +27,14 @@ def enable_x64(on: bool):
   if hasattr(jax, "enable_x64"):
     return jax.enable_x64(on)
   from jax.experimental import enable_x64 as experimental_enable_x64
+
   return experimental_enable_x64(on)
 
 
 def standard_promotion():
   """A context for foreign libraries that rely on dtype and rank promotion."""
   import contextlib
+
   stack = contextlib.ExitStack()
   stack.enter_context(jax.numpy_dtype_promotion("standard"))
   stack.enter_context(jax.numpy_rank_promotion("allow"))
@@ -65,15 +70,22 @@ def check_gradient(f, params: dict, names=None, h: float = 1e-5, rtol: float = 1
   for name in names or params:
     v = jnp.asarray(np.random.default_rng(2).normal(size=params[name].shape))
     ahead, behind = (f({**params, name: params[name] + s * h * v}) for s in (1, -1))
-    np.testing.assert_allclose(jnp.vdot(gradient[name], v), (ahead - behind) / (2 * h), rtol=rtol, atol=1e-10, err_msg=name)
+    np.testing.assert_allclose(
+      jnp.vdot(gradient[name], v), (ahead - behind) / (2 * h), rtol=rtol, atol=1e-10, err_msg=name
+    )
 
 
 def check_image_gradient(method, support, x, y, num_keys: int) -> None:
   """The gradient of a method's loss by the images against central differences, for several keys (float64)."""
   params = method.init_params(support)
   aux = method.init_aux(jax.random.key(0), params)
-  batch, weights = kipcore.Batch(jnp.asarray(x), jnp.asarray(y)), jnp.asarray(np.random.default_rng(4).uniform(0, 2, len(x)))
-  f = jax.jit(jax.value_and_grad(lambda x, key: method.loss({**params, "x": x}, aux, batch, weights, key)[0]))
+  batch, weights = (
+    kipcore.Batch(jnp.asarray(x), jnp.asarray(y)),
+    jnp.asarray(np.random.default_rng(4).uniform(0, 2, len(x))),
+  )
+  f = jax.jit(
+    jax.value_and_grad(lambda x, key: method.loss({**params, "x": x}, aux, batch, weights, key)[0])
+  )
   for seed in range(num_keys):
     key, h = jax.random.key(seed), 1e-5
     v = jnp.asarray(np.random.default_rng(seed).normal(size=support.x.shape))
@@ -89,29 +101,58 @@ def everything() -> kipcore.Sampler:
     i = jnp.arange(size, dtype=jnp.int32)
     return jnp.minimum(i, n - 1), jnp.where(i < n, size / n.astype(jnp.float64), 0.0)
 
-  return kipcore.Sampler("everything", lambda counts, capacity: jnp.sum(counts, dtype=jnp.int32), draw)
+  return kipcore.Sampler(
+    "everything", lambda counts, capacity: jnp.sum(counts, dtype=jnp.int32), draw
+  )
 
 
-def same_on_devices(method, support, x, y, rtol: float = 1e-10, num_steps: int = 1, counts=(1, 8)) -> None:
+def same_on_devices(
+  method, support, x, y, rtol: float = 1e-10, num_steps: int = 1, counts=(1, 8)
+) -> None:
   """Plain SGD steps on all rows give the same loss and images on so many devices, uneven shards included (float64); and resume."""
   distiller = kipcore.Distiller(method, everything(), optax.sgd(0.1), len(x))
-  runs = [kipcore.distill(0, distiller, support, x, y, num_steps, devices=jax.devices()[:d]) for d in counts]
+  runs = [
+    kipcore.distill(0, distiller, support, x, y, num_steps, devices=jax.devices()[:d])
+    for d in counts
+  ]
   assert not np.array_equal(runs[0].support.x, support.x)
   for other in runs[1:]:
     np.testing.assert_allclose(other.history[-1]["loss"], runs[0].history[-1]["loss"], rtol=rtol)
     assert_close(other.support.x, runs[0].support.x, rtol=rtol)
-  resumes_exactly(distiller, support, x, y, jax.devices()[:counts[-1]])
+  resumes_exactly(distiller, support, x, y, jax.devices()[: counts[-1]])
 
 
 def resumes_exactly(distiller, support, x, y, devices, num_steps: int = 3) -> None:
   """A run that goes on from any of its snapshots ends with the same bits, as if nothing had been."""
   snapshots = []
-  keeping = kipcore.Keeping(snapshots.append, seconds=0.0)
-  whole = kipcore.distill(0, distiller, support, x, y, num_steps, devices=devices, log_steps=range(num_steps), keeping=keeping)
+  checkpoint_policy = kipcore.CheckpointPolicy(snapshots.append, seconds=0.0)
+  whole = kipcore.distill(
+    0,
+    distiller,
+    support,
+    x,
+    y,
+    num_steps,
+    devices=devices,
+    log_steps=range(num_steps),
+    checkpoint_policy=checkpoint_policy,
+  )
   assert [s.step for s in snapshots] == list(range(1, num_steps + 1))
   for snapshot in snapshots[::2]:
-    resumed = kipcore.distill(0, distiller, support, x, y, num_steps, devices=devices, log_steps=range(num_steps), resume=snapshot)
-    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), resumed.state, whole.state))
+    resumed = kipcore.distill(
+      0,
+      distiller,
+      support,
+      x,
+      y,
+      num_steps,
+      devices=devices,
+      log_steps=range(num_steps),
+      resume=snapshot,
+    )
+    assert jax.tree.all(
+      jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), resumed.state, whole.state)
+    )
     assert untimed(resumed.history) == untimed(whole.history)
 
 
@@ -121,7 +162,7 @@ def untimed(history) -> list:
 
 
 def image_rows(labels, dtype=np.float64, seed=0, num_classes=3):
-  """Images of 8 x 8 whose class shows in its mean, `labels` the class of each, and their centred labels."""
+  """Images of 8 x 8 whose class shows in its mean, `labels` the class of each, and their centered labels."""
   rng = np.random.default_rng(seed)
   means = np.random.default_rng(9).normal(size=(num_classes, 8, 8, 1))
   x = 0.5 * means[labels] + rng.normal(size=(len(labels), 8, 8, 1))

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 
 from kipcore import augment
-from helpers import assert_close
 
 NAMES = augment.DSA.split("_")
 
@@ -18,14 +18,18 @@ def images(dtype=np.float64, shape=(3, 8, 9, 3), seed=0):
 @pytest.fixture(scope="module")
 def apply():
   """Jitted once a name and shape; the key is an argument."""
-  jitted = {name: jax.jit(lambda seed, x, name=name: augment.siamese(name)(jax.random.key(seed))(x))
-            for name in [*NAMES, augment.DSA]}
+  jitted = {
+    name: jax.jit(
+      lambda seed, x, name=name: augment.random_augmentation(name)(jax.random.key(seed))(x)
+    )
+    for name in [*NAMES, augment.DSA]
+  }
   return lambda name, seed, x: jitted[name](seed, x)
 
 
 def test_no_names_is_the_identity_of_any_rows():
   rows = jnp.arange(6.0).reshape(2, 3)
-  assert augment.siamese("")(jax.random.key(0))(rows) is rows
+  assert augment.random_augmentation("")(jax.random.key(0))(rows) is rows
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,16 +50,25 @@ def test_keeps_shape_dtype_and_draws_one_transform_a_key(name, apply, dtype):
 def test_single_and_double_precision_draw_alike(x64, apply):
   x = images()
   for seed in range(6):
-    assert_close(apply(augment.DSA, seed, x.astype(jnp.float32)), apply(augment.DSA, seed, x), rtol=1e-5)
+    assert_close(
+      apply(augment.DSA, seed, x.astype(jnp.float32)), apply(augment.DSA, seed, x), rtol=1e-5
+    )
 
 
 def test_all_operations_are_drawn(x64, apply):
   x = images()
-  choices = [int(jax.random.randint(augment.keys.stream(jax.random.key(s), "operation"), (), 0, 6, jnp.int32)) for s in range(40)]
+  choices = [
+    int(
+      jax.random.randint(augment.keys.stream(jax.random.key(s), "operation"), (), 0, 6, jnp.int32)
+    )
+    for s in range(40)
+  ]
   assert set(choices) == set(range(6))
   for seed in range(8):
     single = augment._OPERATIONS[NAMES[choices[seed]]]
-    u = jax.random.uniform(augment.keys.stream(jax.random.key(seed), "parameters"), (3,), jnp.float32)
+    u = jax.random.uniform(
+      augment.keys.stream(jax.random.key(seed), "parameters"), (3,), jnp.float32
+    )
     assert_close(apply(augment.DSA, seed, x), single(u.astype(x.dtype), x), rtol=1e-12)
 
 
@@ -84,7 +97,7 @@ def test_crop_shifts_whole_pixels_and_fills_with_zeros(x64):
     for rows in range(-2, 3):
       for columns in range(-3, 4):
         padded = np.pad(x, [(0, 0), (2, 2), (3, 3), (0, 0)])
-        if np.array_equal(y, padded[:, 2 + rows:18 + rows, 3 + columns:23 + columns]):
+        if np.array_equal(y, padded[:, 2 + rows : 18 + rows, 3 + columns : 23 + columns]):
           shifts.add((rows, columns))
           break
       else:
@@ -114,9 +127,15 @@ def test_color_by_its_formula_and_gray_images_keep_their_saturation(x64):
   gray = bright.mean(3, keepdims=True)
   saturated = 0.6 * (bright - gray) + gray
   mean = saturated.mean((1, 2, 3), keepdims=True)
-  assert_close(augment._color(jnp.asarray(u), jnp.asarray(x)), 0.6 * (saturated - mean) + mean, rtol=1e-12)
+  assert_close(
+    augment._color(jnp.asarray(u), jnp.asarray(x)), 0.6 * (saturated - mean) + mean, rtol=1e-12
+  )
   one = images(shape=(2, 5, 5, 1))
-  assert_close(augment._color(jnp.asarray([0.9, 0.3, 0.1]), one), augment._color(jnp.asarray([0.9, 0.8, 0.1]), one), rtol=1e-13)
+  assert_close(
+    augment._color(jnp.asarray([0.9, 0.3, 0.1]), one),
+    augment._color(jnp.asarray([0.9, 0.8, 0.1]), one),
+    rtol=1e-13,
+  )
 
 
 def test_resampling_is_exact_for_linear_images_and_quarter_turns(x64):
@@ -131,7 +150,11 @@ def test_resampling_is_exact_for_linear_images_and_quarter_turns(x64):
   assert 40 < within.sum() < 81
   assert_close(y[within], expected[within], rtol=1e-12)
   z = images(shape=(2, 7, 7, 2))
-  assert_close(augment._resample(z, ((0.0, -1.0), (1.0, 0.0))), np.rot90(np.asarray(z), 1, axes=(2, 1)), rtol=1e-12)
+  assert_close(
+    augment._resample(z, ((0.0, -1.0), (1.0, 0.0))),
+    np.rot90(np.asarray(z), 1, axes=(2, 1)),
+    rtol=1e-12,
+  )
   # Enlarged: all of the result comes from inside; made smaller: zeros come in.
   big, small = (augment._scale(jnp.full(3, u), jnp.ones((1, 12, 12, 1))) for u in (0.0, 1.0))
   assert_close(big, np.ones((1, 12, 12, 1)), rtol=1e-12)
@@ -148,7 +171,9 @@ def test_gradient_equals_finite_differences(x64, apply):
 
 
 def test_wrong_input_is_named():
-  with pytest.raises(ValueError, match="augmentation: expected names of color, crop.*got 'flip_blur'"):
-    augment.siamese("flip_blur")
+  with pytest.raises(
+    ValueError, match="augmentation: expected names of color, crop.*got 'flip_blur'"
+  ):
+    augment.random_augmentation("flip_blur")
   with pytest.raises(ValueError, match=r"augmentation: expected images .*got shape \(4, 5\)"):
-    augment.siamese("flip")(jax.random.key(0))(jnp.zeros((4, 5)))
+    augment.random_augmentation("flip")(jax.random.key(0))(jnp.zeros((4, 5)))

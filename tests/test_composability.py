@@ -4,18 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 
 import kipcore
-from helpers import assert_close
 from kipcore.selection import (
-    cholesky,
-    clustering,
-    leverage,
-    pursuit,
-    sampling,
-    score_ridge,
-    sensitivity,
-    sensitivity_cores,
+  cholesky,
+  clustering,
+  leverage,
+  pursuit,
+  sampling,
+  score_ridge,
+  sensitivity,
+  sensitivity_cores,
 )
 from kipcore.types import Status
 
@@ -32,35 +32,71 @@ def data(dtype=np.float64, n=N, seed=0):
 
 # name -> (function of (x, y), whether it is smooth in x). Keys are fixed, so all are functions.
 FUNCTIONS = {
-    "leverage": (lambda x, y: leverage.ridge_leverage_scores(NTK(x, None), 0.5), True),
-    "effective_dimension": (lambda x, y: leverage.effective_dimension(NTK(x, None), 0.5), True),
-    "feature_leverage": (lambda x, y: leverage.feature_leverage_scores(x, 0.5), True),
-    "landmark_leverage": (lambda x, y: leverage.landmark_leverage_scores(NTK, x, jnp.arange(6), 0.5), True),
-    "score_ridge": (lambda x, y: score_ridge.score_ridge_for_dimension(NTK(x, None), 5.0).ridge, False),
-    "sensitivities": (lambda x, y: sensitivity.krr_sensitivities(NTK(x, None), y, 0.5), True),
-    "feature_sensitivities": (lambda x, y: sensitivity.feature_krr_sensitivities(x, y, 0.5).scores, True),
-    "approximate_sensitivities": (
-        lambda x, y: sensitivity.approximate_krr_sensitivities(jax.random.key(0), NTK, x, y, 0.5, 8).scores, False),
-    "kmeans_sensitivities": (lambda x, y: sensitivity.kmeans_sensitivities(x, x[:3]), False),
-    "lightweight": (lambda x, y: sensitivity.lightweight_sensitivities(x), True),
-    "kmeans_plusplus": (lambda x, y: clustering.kmeans_plusplus(jax.random.key(0), x, 4).centers, False),
-    "kernel_kmeans_plusplus": (
-        lambda x, y: clustering.kernel_kmeans_plusplus(jax.random.key(0), NTK, x, 4).centers, False),
-    "kmeans": (lambda x, y: clustering.kmeans(jax.random.key(0), x, 3).centers, False),
-    "rpcholesky": (lambda x, y: cholesky.rpcholesky(jax.random.key(0), NTK, x, 5).residual_trace, False),
-    "pursuit": (lambda x, y: pursuit.krr_pursuit(jax.random.key(0), NTK, x, y, 16, 5, 0.5).objectives, False),
-    "sensitivity_sample": (
-        lambda x, y: sampling.sensitivity_sample(jax.random.key(0), jnp.sum(x**2, axis=1), 6).weights, False),
-    "systematic_sample": (
-        lambda x, y: sampling.systematic_sample(jax.random.key(0), jnp.sum(x**2, axis=1), 6).weights, False),
-    "importance_sample": (
-        lambda x, y: sampling.importance_sample(jax.random.key(0), jnp.sum(x**2, axis=1), 6).weights, False),
-    "krr_fit": (lambda x, y: kipcore.krr_fit(NTK(x, None), y, 0.5).dual, True),
-    "krr_loss": (
-        lambda x, y: kipcore.krr_loss(kipcore.krr_fit(NTK(x[:6], None), y[:6], 0.5), NTK(x, x[:6]), y).loss, True),
-    "label_solve": (lambda x, y: kipcore.label_solve(NTK(x[:6], None), NTK(x, x[:6]), y, 0.5), True),
-    "label_solve_rows": (
-        lambda x, y: kipcore.label_solve_rows(NTK, x[:6], x, y, 0.5, block_size=7).labels, True),
+  "leverage": (lambda x, y: leverage.ridge_leverage_scores(NTK(x, None), 0.5), True),
+  "effective_dimension": (lambda x, y: leverage.effective_dimension(NTK(x, None), 0.5), True),
+  "feature_leverage": (lambda x, y: leverage.feature_leverage_scores(x, 0.5), True),
+  "landmark_leverage": (
+    lambda x, y: leverage.landmark_leverage_scores(NTK, x, jnp.arange(6), 0.5),
+    True,
+  ),
+  "score_ridge": (
+    lambda x, y: score_ridge.score_ridge_for_dimension(NTK(x, None), 5.0).ridge,
+    False,
+  ),
+  "sensitivities": (lambda x, y: sensitivity.krr_sensitivities(NTK(x, None), y, 0.5), True),
+  "feature_sensitivities": (
+    lambda x, y: sensitivity.feature_krr_sensitivities(x, y, 0.5).scores,
+    True,
+  ),
+  "approximate_sensitivities": (
+    lambda x, y: (
+      sensitivity.approximate_krr_sensitivities(jax.random.key(0), NTK, x, y, 0.5, 8).scores
+    ),
+    False,
+  ),
+  "kmeans_sensitivities": (lambda x, y: sensitivity.kmeans_sensitivities(x, x[:3]), False),
+  "lightweight": (lambda x, y: sensitivity.lightweight_sensitivities(x), True),
+  "kmeans_plusplus": (
+    lambda x, y: clustering.kmeans_plusplus(jax.random.key(0), x, 4).centers,
+    False,
+  ),
+  "kernel_kmeans_plusplus": (
+    lambda x, y: clustering.kernel_kmeans_plusplus(jax.random.key(0), NTK, x, 4).centers,
+    False,
+  ),
+  "kmeans": (lambda x, y: clustering.kmeans(jax.random.key(0), x, 3).centers, False),
+  "rpcholesky": (
+    lambda x, y: cholesky.rpcholesky(jax.random.key(0), NTK, x, 5).residual_trace,
+    False,
+  ),
+  "pursuit": (
+    lambda x, y: pursuit.krr_pursuit(jax.random.key(0), NTK, x, y, 16, 5, 0.5).objectives,
+    False,
+  ),
+  "sensitivity_sample": (
+    lambda x, y: sampling.sensitivity_sample(jax.random.key(0), jnp.sum(x**2, axis=1), 6).weights,
+    False,
+  ),
+  "systematic_sample": (
+    lambda x, y: sampling.systematic_sample(jax.random.key(0), jnp.sum(x**2, axis=1), 6).weights,
+    False,
+  ),
+  "importance_sample": (
+    lambda x, y: sampling.importance_sample(jax.random.key(0), jnp.sum(x**2, axis=1), 6).weights,
+    False,
+  ),
+  "krr_fit": (lambda x, y: kipcore.krr_fit(NTK(x, None), y, 0.5).dual, True),
+  "krr_loss": (
+    lambda x, y: (
+      kipcore.krr_loss(kipcore.krr_fit(NTK(x[:6], None), y[:6], 0.5), NTK(x, x[:6]), y).loss
+    ),
+    True,
+  ),
+  "label_solve": (lambda x, y: kipcore.label_solve(NTK(x[:6], None), NTK(x, x[:6]), y, 0.5), True),
+  "label_solve_rows": (
+    lambda x, y: kipcore.label_solve_rows(NTK, x[:6], x, y, 0.5, block_size=7).labels,
+    True,
+  ),
 }
 SMOOTH = [name for name, (_, smooth) in FUNCTIONS.items() if smooth]
 
@@ -114,9 +150,12 @@ def test_as_many_points_as_rows(x64):
   assert sorted(pursuit.krr_pursuit(0, NTK, x, y, N, N, 0.5).indices.tolist()) == list(range(N))
   sample = sampling.systematic_sample(0, scores_of(x, y).scores, N)
   assert sorted(sample.indices.tolist()) == list(range(N)) and (sample.weights == 1).all()
-  for call in (lambda: clustering.kmeans_plusplus(0, x, N + 1), lambda: cholesky.rpcholesky(0, NTK, x, N + 1),
-               lambda: pursuit.krr_pursuit(0, NTK, x, y, N, N + 1, 0.5),
-               lambda: sampling.systematic_sample(0, jnp.ones(N), N + 1)):
+  for call in (
+    lambda: clustering.kmeans_plusplus(0, x, N + 1),
+    lambda: cholesky.rpcholesky(0, NTK, x, N + 1),
+    lambda: pursuit.krr_pursuit(0, NTK, x, y, N, N + 1, 0.5),
+    lambda: sampling.systematic_sample(0, jnp.ones(N), N + 1),
+  ):
     with pytest.raises(ValueError, match="expected at most"):
       call()
   # Landmarks are capped at all rows, and then the scores are exact.
@@ -126,7 +165,7 @@ def test_as_many_points_as_rows(x64):
 
 def test_constant_labels(x64):
   x, _ = data()
-  # Of one class, centred labels are all alike: a fit like any other.
+  # Of one class, centered labels are all alike: a fit like any other.
   same = jnp.broadcast_to(jnp.asarray([2 / 3, -1 / 3, -1 / 3]), (N, C))
   assert int(scores_of(x, same).status) == Status.OK
   # Without labels to fit only leverage is left.
@@ -152,10 +191,15 @@ def test_duplicate_rows(dtype):
 def test_rows_that_are_no_numbers():
   x, y = data(np.float32)
   bad = x.at[3, 1].set(jnp.nan)
-  for call in (lambda: clustering.kmeans_plusplus(0, bad, 3), lambda: clustering.kmeans(0, bad, 3),
-               lambda: cholesky.rpcholesky(0, NTK, bad, 3), lambda: pursuit.krr_pursuit(0, NTK, bad, y, 9, 3, 0.5),
-               lambda: sensitivity.approximate_krr_sensitivities(0, NTK, bad, y, 0.5, 6),
-               lambda: scores_of(bad, y), lambda: sensitivity.lightweight_sensitivities(bad)):
+  for call in (
+    lambda: clustering.kmeans_plusplus(0, bad, 3),
+    lambda: clustering.kmeans(0, bad, 3),
+    lambda: cholesky.rpcholesky(0, NTK, bad, 3),
+    lambda: pursuit.krr_pursuit(0, NTK, bad, y, 9, 3, 0.5),
+    lambda: sensitivity.approximate_krr_sensitivities(0, NTK, bad, y, 0.5, 6),
+    lambda: scores_of(bad, y),
+    lambda: sensitivity.lightweight_sensitivities(bad),
+  ):
     with pytest.raises(ValueError, match="expected finite values"):
       call()
   # Inside a transformation nothing can be raised: a status says it.
@@ -165,8 +209,11 @@ def test_rows_that_are_no_numbers():
 
 def test_no_recompilation_across_keys_and_ridges(x64):
   x, y = data()
-  calls = [lambda s: cholesky.rpcholesky(s, NTK, x, 5), lambda s: pursuit.krr_pursuit(s, NTK, x, y, 9, 3, 0.5 + s),
-           lambda s: sensitivity.approximate_krr_sensitivities(s, NTK, x, y, 0.5 + s, 6)]
+  calls = [
+    lambda s: cholesky.rpcholesky(s, NTK, x, 5),
+    lambda s: pursuit.krr_pursuit(s, NTK, x, y, 9, 3, 0.5 + s),
+    lambda s: sensitivity.approximate_krr_sensitivities(s, NTK, x, y, 0.5 + s, 6),
+  ]
   caches = [cholesky._rpcholesky, pursuit._krr_pursuit, sensitivity_cores.landmark_scores]
   for call, cache in zip(calls, caches):
     call(0)

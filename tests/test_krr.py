@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import RTOL, assert_close
 from sklearn.kernel_ridge import KernelRidge
 
 import kipcore
 from kipcore import linalg
 from kipcore.types import Status
-from helpers import RTOL, assert_close
 
 
 def problem(dtype=np.float64, m=12, t=40, c=3, seed=0):
@@ -23,22 +23,30 @@ def problem(dtype=np.float64, m=12, t=40, c=3, seed=0):
 def test_equals_scikit_learn(dtype):
   (k_ss, k_ts, y_s, y_t), *_ = problem(dtype)
   fit = kipcore.krr_fit(k_ss, y_s, 0.1)
-  sklearn_fit = KernelRidge(alpha=0.1, kernel="precomputed").fit(np.asarray(k_ss, np.float64), np.asarray(y_s))
+  sklearn_fit = KernelRidge(alpha=0.1, kernel="precomputed").fit(
+    np.asarray(k_ss, np.float64), np.asarray(y_s)
+  )
   assert fit.status == Status.OK
   assert_close(fit.dual, sklearn_fit.dual_coef_, rtol=10 * RTOL[dtype.name])
   predictions = sklearn_fit.predict(np.asarray(k_ts))
   assert_close(kipcore.krr_predict(fit, k_ts), predictions, rtol=10 * RTOL[dtype.name])
   loss = kipcore.krr_loss(fit, k_ts, y_t)
-  np.testing.assert_allclose(loss.loss, 0.5 * np.mean((predictions - np.asarray(y_t)) ** 2), rtol=1e-4)
-  np.testing.assert_allclose(loss.accuracy, np.mean(predictions.argmax(1) == np.asarray(y_t).argmax(1)), rtol=1e-6)
+  np.testing.assert_allclose(
+    loss.loss, 0.5 * np.mean((predictions - np.asarray(y_t)) ** 2), rtol=1e-4
+  )
+  np.testing.assert_allclose(
+    loss.accuracy, np.mean(predictions.argmax(1) == np.asarray(y_t).argmax(1)), rtol=1e-6
+  )
 
 
 def test_a_ridge_vector_is_a_weighting(x64):
-  """ridge / w_j equals the weighted primal problem, here solved as ridge on sqrt(w)-scaled features."""
+  """Ridge / w_j equals the weighted primal problem, here solved as ridge on sqrt(w)-scaled features."""
   (k_ss, k_ts, y_s, _), *_ = problem()
   w = jnp.linspace(0.5, 3.0, 12)
   fit = kipcore.krr_fit(k_ss, y_s, 0.2 / w)
-  sklearn_fit = KernelRidge(alpha=0.2, kernel="precomputed").fit(np.asarray(k_ss), np.asarray(y_s), sample_weight=w)
+  sklearn_fit = KernelRidge(alpha=0.2, kernel="precomputed").fit(
+    np.asarray(k_ss), np.asarray(y_s), sample_weight=w
+  )
   assert_close(kipcore.krr_predict(fit, k_ts), sklearn_fit.predict(np.asarray(k_ts)), rtol=1e-10)
 
 
@@ -47,7 +55,9 @@ def test_integer_weights_equal_repeated_rows(x64):
   rows = np.repeat(np.arange(12), [1, 2, 3] * 4)
   repeated = kipcore.krr_fit(k_ss[np.ix_(rows, rows)], y_s[rows], 0.3)
   weighted = kipcore.krr_fit(k_ss, y_s, 0.3 / jnp.asarray([1.0, 2.0, 3.0] * 4))
-  assert_close(kipcore.krr_predict(weighted, k_ts), kipcore.krr_predict(repeated, k_ts[:, rows]), rtol=1e-10)
+  assert_close(
+    kipcore.krr_predict(weighted, k_ts), kipcore.krr_predict(repeated, k_ts[:, rows]), rtol=1e-10
+  )
 
 
 def test_relative_ridge_is_a_fraction_of_the_mean_diagonal(dtype):
@@ -65,7 +75,9 @@ def test_loss_weights_and_gradient(x64):
   def loss(y_s, ridge):
     return kipcore.krr_loss(kipcore.krr_fit(k_ss, y_s, ridge), k_ts, y_t, w).loss
 
-  residual = np.asarray(k_ts) @ np.linalg.solve(np.asarray(k_ss) + 0.1 * np.eye(12), np.asarray(y_s)) - np.asarray(y_t)
+  residual = np.asarray(k_ts) @ np.linalg.solve(
+    np.asarray(k_ss) + 0.1 * np.eye(12), np.asarray(y_s)
+  ) - np.asarray(y_t)
   np.testing.assert_allclose(loss(y_s, 0.1), np.mean(w * 0.5 * (residual**2).mean(1)), rtol=1e-12)
   v, h = jnp.ones_like(y_s), 1e-5
   slope = (loss(y_s + h * v, 0.1) - loss(y_s - h * v, 0.1)) / (2 * h)
@@ -75,7 +87,7 @@ def test_loss_weights_and_gradient(x64):
 
 
 @pytest.mark.parametrize("penalty", ["rkhs", "coefficients"])
-def test_label_solve_is_the_minimiser(penalty, x64):
+def test_label_solve_is_the_minimizer(penalty, x64):
   """The gradient of the objective vanishes, and the labels reproduce the coefficients."""
   (k_ss, k_ts, _, y_t), *_ = problem()
   ridge, fit_ridge = 1e-3, 0.05
@@ -102,7 +114,9 @@ def test_label_solve_over_rows_equals_the_matrix_form(dtype):
   kernel = kipcore.rbf_fn(2.0)
   expected = kipcore.label_solve(kernel(x_s), kernel(x, x_s), y, 1e-2)
   for block_size in (8, 53, 100):
-    solution = jax.jit(lambda x_s: kipcore.label_solve_rows(kernel, x_s, x, y, 1e-2, block_size=block_size))(x_s)
+    solution = jax.jit(
+      lambda x_s: kipcore.label_solve_rows(kernel, x_s, x, y, 1e-2, block_size=block_size)
+    )(x_s)
     assert solution.status == Status.OK
     assert_close(solution.labels, expected, rtol=1e3 * RTOL[dtype.name])
 
@@ -143,25 +157,35 @@ def test_jit_vmap_and_no_recompilation_across_ridges(dtype):
     return kipcore.krr_fit(k_ss, y_s, ridge).dual
 
   for ridge in (0.1, 0.2, 0.3):
-    assert_close(dual(jnp.asarray(ridge, dtype)), kipcore.krr_fit(k_ss, y_s, ridge).dual, rtol=100 * RTOL[dtype.name])
+    assert_close(
+      dual(jnp.asarray(ridge, dtype)),
+      kipcore.krr_fit(k_ss, y_s, ridge).dual,
+      rtol=100 * RTOL[dtype.name],
+    )
   assert count == 1
   ridges = jnp.asarray([0.1, 0.2], dtype)
   assert_close(jax.vmap(dual)(ridges)[1], dual(ridges[1]), rtol=100 * RTOL[dtype.name])
 
 
-@pytest.mark.parametrize("call, message", [
+@pytest.mark.parametrize(
+  "call, message",
+  [
     (lambda k, y: kipcore.krr_fit(k[:2], y, 0.1), "square"),
     (lambda k, y: kipcore.krr_fit(k, y[:2], 0.1), "same number of rows"),
     (lambda k, y: kipcore.krr_fit(k, y[:, 0], 0.1), "2 dimensions"),
     (lambda k, y: kipcore.krr_fit(k, y, 0.0), "ridge: expected values > 0"),
     (lambda k, y: kipcore.krr_fit(k, y, -1.0), "ridge: expected values > 0"),
     (lambda k, y: kipcore.krr_fit(k, y, jnp.ones(2)), "ridge: expected shape"),
-    (lambda k, y: kipcore.krr_predict(kipcore.krr_fit(k, y, 0.1), k[:, :2]), "k_ts: expected shape"),
+    (
+      lambda k, y: kipcore.krr_predict(kipcore.krr_fit(k, y, 0.1), k[:, :2]),
+      "k_ts: expected shape",
+    ),
     (lambda k, y: kipcore.krr_loss(kipcore.krr_fit(k, y, 0.1), k, y[:, :1]), "y_target"),
     (lambda k, y: kipcore.relative_ridge(k, 0.0), "scale"),
     (lambda k, y: kipcore.label_solve(k, k, y, 0.1, penalty="l1"), "penalty"),
     (lambda k, y: kipcore.label_solve(k, k, y, jnp.ones(3)), "fit_ridge"),
-])
+  ],
+)
 def test_wrong_input_is_named(call, message):
   with pytest.raises(ValueError, match=message):
     call(jnp.eye(3), jnp.ones((3, 2)))

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import RTOL, SHARED_DATA, assert_close, needs
 from sklearn.preprocessing import StandardScaler
 
-from helpers import RTOL, SHARED_DATA, assert_close, needs
 from kipcore import preprocess
 from kipcore.preprocess import KINDS, Preprocess, fit_preprocess
 
@@ -17,11 +17,15 @@ BIJECTIVE = ("none", "standardize", "zca", "zca_rfad", "zca_absolute")
 WITH_UNIT_NORM = ("zca_kip", "zca_dcbench")
 
 
-def colour_images(n=200, side=5, seed=0):
+def color_images(n=200, side=5, seed=0):
   """uint8 images with smooth structure, so that their covariance has a wide spectrum."""
   rng = np.random.default_rng(seed)
   basis = rng.normal(size=(6, side, side, 3)).cumsum(1).cumsum(2)
-  pixels = np.tensordot(rng.normal(size=(n, 6)), basis, 1) * 12 + 120 + rng.normal(size=(n, side, side, 3)) * 6
+  pixels = (
+    np.tensordot(rng.normal(size=(n, 6)), basis, 1) * 12
+    + 120
+    + rng.normal(size=(n, side, side, 3)) * 6
+  )
   return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
@@ -58,7 +62,7 @@ def reference(kind, x_train, x):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_equals_its_recipe_written_out(kind):
-  train, test = colour_images(), colour_images(30, seed=1)
+  train, test = color_images(), color_images(30, seed=1)
   fitted = fit_preprocess(train, kind)
   expected = reference(kind, train, test)
   assert_close(fitted.apply(test, np.float64), expected, 1e-11)
@@ -68,17 +72,19 @@ def test_every_kind_equals_its_recipe_written_out(kind):
 
 @pytest.mark.parametrize("kind", BIJECTIVE)
 def test_invert_undoes_apply_and_apply_undoes_invert(kind):
-  train, test = colour_images(), colour_images(30, seed=1)
+  train, test = color_images(), color_images(30, seed=1)
   fitted = fit_preprocess(train, kind)
   assert_close(fitted.invert(fitted.apply(test, np.float64), np.float64), test, 1e-12)
-  assert np.array_equal(np.rint(fitted.invert(fitted.apply(test))), test)  # float32 gives the very pixels back
+  assert np.array_equal(
+    np.rint(fitted.invert(fitted.apply(test))), test
+  )  # float32 gives the very pixels back
   z = np.random.default_rng(2).normal(size=test.shape)
   assert_close(fitted.apply(fitted.invert(z, np.float64), np.float64), z, 1e-12)
 
 
 @pytest.mark.parametrize("kind", WITH_UNIT_NORM)
 def test_unit_norm_inverse_is_exact_up_to_brightness_and_contrast(kind):
-  train, test = colour_images(), colour_images(30, seed=1)
+  train, test = color_images(), color_images(30, seed=1)
   fitted = fit_preprocess(train, kind)
   z = fitted.apply(test, np.float64)
   back = fitted.invert(z, np.float64)
@@ -100,12 +106,16 @@ def test_unit_norm_inverse_is_exact_up_to_brightness_and_contrast(kind):
 
 @pytest.mark.parametrize("n", [200, 20])
 def test_whitened_covariance_and_the_symmetry_of_both_matrices(n):
-  train = colour_images(n)
+  train = color_images(n)
   fitted = fit_preprocess(train, "zca")
   whitening, unwhitening = fitted.steps[-1].arrays["whitening"], fitted.steps[-1].unwhitening
   assert np.array_equal(whitening, whitening.T) and np.array_equal(unwhitening, unwhitening.T)
   assert_close(whitening @ unwhitening, np.eye(len(whitening)), 1e-12)
-  before = Preprocess("custom", fitted.row_shape, fitted.steps[:-1]).apply(train, np.float64).reshape(n, -1)
+  before = (
+    Preprocess("custom", fitted.row_shape, fitted.steps[:-1])
+    .apply(train, np.float64)
+    .reshape(n, -1)
+  )
   after = fitted.apply(train, np.float64).reshape(n, -1)
   values, vectors = np.linalg.eigh(before.T @ before / n)
   ridge = 0.1 * values.sum() / len(values)
@@ -114,12 +124,13 @@ def test_whitened_covariance_and_the_symmetry_of_both_matrices(n):
 
 
 def test_rank_control_leaves_unseen_directions_alone_and_only_them():
-  train = colour_images(20)
+  train = color_images(20)
   d = train[0].size
   steps = ["standardize", "center"]
   free, controlled = (
-      fit_preprocess(train, [*steps, ("zca", {"rank_control": on})]).steps[-1].arrays["whitening"]
-      for on in (False, True))
+    fit_preprocess(train, [*steps, ("zca", {"rank_control": on})]).steps[-1].arrays["whitening"]
+    for on in (False, True)
+  )
   before = fit_preprocess(train, steps).apply(train, np.float64).reshape(20, d)
   _, s, vt = np.linalg.svd(before)
   seen, unseen = vt[:19], vt[19:]
@@ -141,9 +152,11 @@ def test_tabular_features_equal_scikit_learn_and_constant_ones_keep_std_one():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", ["constant", "one constant image", "zero channel", "one row", "all zero", "tiny"])
+@pytest.mark.parametrize(
+  "case", ["constant", "one constant image", "zero channel", "one row", "all zero", "tiny"]
+)
 def test_degenerate_images_give_finite_numbers_and_invert(kind, case):
-  train = colour_images(12).astype(np.float64)
+  train = color_images(12).astype(np.float64)
   if case == "constant":
     train[:] = 200.3
   elif case == "one constant image":
@@ -157,7 +170,7 @@ def test_degenerate_images_give_finite_numbers_and_invert(kind, case):
   elif case == "tiny":
     train *= 1e-12
   fitted = fit_preprocess(train, kind)
-  for x in (train, colour_images(5, seed=9)):
+  for x in (train, color_images(5, seed=9)):
     out = fitted.apply(x, np.float64)
     back = fitted.invert(out, np.float64)
     assert np.isfinite(out).all() and np.isfinite(back).all()
@@ -169,13 +182,15 @@ def test_the_rounding_of_a_constant_image_is_not_blown_up_to_an_image():
   levels = np.linspace(0.1, 254.9, 50)
   constant = np.broadcast_to(levels[:, None, None, None], (50, 5, 5, 3))
   assert (constant.mean((1, 2, 3)) != levels).any()
-  fitted = fit_preprocess(colour_images(), ["unit_norm"])
+  fitted = fit_preprocess(color_images(), ["unit_norm"])
   assert np.abs(fitted.apply(constant, np.float64)).max() < 1e-9
-  assert np.abs(fitted.apply(jnp.asarray(constant, jnp.float32))).max() < 1e-2  # 1 / sqrt(75) if it were
+  assert (
+    np.abs(fitted.apply(jnp.asarray(constant, jnp.float32))).max() < 1e-2
+  )  # 1 / sqrt(75) if it were
 
 
 def test_the_scale_of_the_pixels_matters_for_the_absolute_kind_only():
-  train = colour_images()
+  train = color_images()
   for kind in KINDS[1:]:
     as_bytes = fit_preprocess(train, kind).apply(train, np.float64)
     as_floats = fit_preprocess(train / 255.0, kind, pixel_max=1.0).apply(train / 255.0, np.float64)
@@ -185,7 +200,7 @@ def test_the_scale_of_the_pixels_matters_for_the_absolute_kind_only():
 
 
 def test_jax_arrays_and_traces_agree_with_numpy(dtype):
-  train, test = colour_images(), colour_images(8, seed=1)
+  train, test = color_images(), color_images(8, seed=1)
   for kind in KINDS:
     fitted = fit_preprocess(train, kind)
     expected = fitted.apply(test, np.float64)
@@ -194,21 +209,24 @@ def test_jax_arrays_and_traces_agree_with_numpy(dtype):
     assert isinstance(eager, jax.Array) and eager.dtype == dtype
     assert_close(eager, expected, 10 * RTOL[dtype.name])
     assert_close(jitted, eager, RTOL[dtype.name])
-    assert_close(jax.jit(lambda v, f=fitted: f.invert(v, dtype))(eager), fitted.invert(expected, np.float64),
-                 10 * RTOL[dtype.name])
+    assert_close(
+      jax.jit(lambda v, f=fitted: f.invert(v, dtype))(eager),
+      fitted.invert(expected, np.float64),
+      10 * RTOL[dtype.name],
+    )
     one_by_one = jax.vmap(lambda v, f=fitted: f.apply(v[None], dtype)[0])(x)
     assert_close(one_by_one, eager, RTOL[dtype.name])
 
 
 def test_gradients_are_finite_even_at_a_constant_image(dtype):
-  fitted = fit_preprocess(colour_images(), "zca_kip")
-  x = jnp.full((2, 5, 5, 3), 9, dtype).at[1].set(jnp.asarray(colour_images(1)[0], dtype))
-  grad = jax.grad(lambda v: jnp.sum(fitted.apply(v, dtype)**2))(x)
+  fitted = fit_preprocess(color_images(), "zca_kip")
+  x = jnp.full((2, 5, 5, 3), 9, dtype).at[1].set(jnp.asarray(color_images(1)[0], dtype))
+  grad = jax.grad(lambda v: jnp.sum(fitted.apply(v, dtype) ** 2))(x)
   assert bool(jnp.isfinite(grad).all()) and bool(jnp.any(grad[1] != 0))
 
 
 def test_row_blocks_do_not_change_the_result_and_bound_the_memory(monkeypatch):
-  train = colour_images(301)
+  train = color_images(301)
   whole = {kind: fit_preprocess(train, kind) for kind in KINDS}
   monkeypatch.setattr(preprocess, "_BLOCK_NUMBERS", 75 * 20 + 3)
   for kind, fitted in whole.items():
@@ -224,12 +242,14 @@ def test_row_blocks_do_not_change_the_result_and_bound_the_memory(monkeypatch):
   fitted.apply(wide[:10])
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  assert peak < 16 * 192**2 * 8 + 2**20  # a few d x d matrices; one float64 copy of the rows would be 31 MB
+  assert (
+    peak < 16 * 192**2 * 8 + 2**20
+  )  # a few d x d matrices; one float64 copy of the rows would be 31 MB
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "custom"])
 def test_storage_gives_the_same_object_bit_for_bit(kind, tmp_path):
-  train, test = colour_images(), colour_images(9, seed=1)
+  train, test = color_images(), color_images(9, seed=1)
   steps = [("scale", {"divisor": 16.0}), "unit_norm", "center", ("zca", {"value": 0.02, "ddof": 1})]
   fitted = fit_preprocess(train, steps if kind == "custom" else kind)
   spec, arrays = fitted.to_arrays()
@@ -239,9 +259,13 @@ def test_storage_gives_the_same_object_bit_for_bit(kind, tmp_path):
   assert (again.kind, again.row_shape) == (fitted.kind, fitted.row_shape) == (kind, (5, 5, 3))
   assert len(again.steps) == len(fitted.steps)
   for a, b in zip(again.steps, fitted.steps):
-    assert a.name == b.name and dict(a.settings) == dict(b.settings) and set(a.arrays) == set(b.arrays)
+    assert (
+      a.name == b.name and dict(a.settings) == dict(b.settings) and set(a.arrays) == set(b.arrays)
+    )
     for name in a.arrays:
-      assert a.arrays[name].dtype == np.float64 and a.arrays[name].tobytes() == b.arrays[name].tobytes()
+      assert (
+        a.arrays[name].dtype == np.float64 and a.arrays[name].tobytes() == b.arrays[name].tobytes()
+      )
   assert again.apply(test).tobytes() == fitted.apply(test).tobytes()
   assert again.invert(fitted.apply(test)).tobytes() == fitted.invert(fitted.apply(test)).tobytes()
   spec2, arrays2 = again.to_arrays()
@@ -249,7 +273,7 @@ def test_storage_gives_the_same_object_bit_for_bit(kind, tmp_path):
 
 
 def test_stored_objects_are_checked():
-  spec, arrays = fit_preprocess(colour_images(), "zca").to_arrays()
+  spec, arrays = fit_preprocess(color_images(), "zca").to_arrays()
 
   def broken(pattern, new_spec=None, **changes):
     changed = {k: v for k, v in {**arrays, **changes}.items() if v is not None}
@@ -267,18 +291,26 @@ def test_stored_objects_are_checked():
   broken("2_zca_whitening: expected shape", **{"2_zca_whitening": arrays["2_zca_whitening"][:-1]})
   broken("0_standardize_divisor: expected values > 0", **{"0_standardize_divisor": np.zeros(3)})
   broken("0_standardize_mean: expected finite", **{"0_standardize_mean": np.full(3, np.nan)})
-  broken("1_center_mean: expected float64, got float32", **{"1_center_mean": np.zeros((5, 5, 3), np.float32)})
+  broken(
+    "1_center_mean: expected float64, got float32",
+    **{"1_center_mean": np.zeros((5, 5, 3), np.float32)},
+  )
   broken("expected format 1, got 2", {**spec, "format": 2})
   broken("expected format, kind, row_shape and steps", {"format": 1})
   broken("settings of step zca", with_step(2, settings={}))
-  broken("regularization: expected one of", with_step(
-      2, settings={**spec["steps"][2]["settings"], "regularization": "relative"}))
-  broken("positive finite value", with_step(2, settings={**spec["steps"][2]["settings"], "value": float("nan")}))
+  broken(
+    "regularization: expected one of",
+    with_step(2, settings={**spec["steps"][2]["settings"], "regularization": "relative"}),
+  )
+  broken(
+    "positive finite value",
+    with_step(2, settings={**spec["steps"][2]["settings"], "value": float("nan")}),
+  )
   broken("0_standardize_mean: expected shape", {**spec, "row_shape": [5, 5, 4]})
 
 
 def test_fitted_objects_are_read_only():
-  fitted = fit_preprocess(colour_images(), "standardize")
+  fitted = fit_preprocess(color_images(), "standardize")
   with pytest.raises(ValueError, match="read-only"):
     fitted.steps[0].arrays["mean"][0] = 1
   with pytest.raises(TypeError):
@@ -287,7 +319,9 @@ def test_fitted_objects_are_read_only():
     fitted.kind = "none"
 
 
-@pytest.mark.parametrize("x, kind, error, pattern", [
+@pytest.mark.parametrize(
+  "x, kind, error, pattern",
+  [
     (np.ones((3, 2)), "pca", ValueError, "expected one of none, .*got 'pca'"),
     (np.ones((3, 2)), ["whiten"], ValueError, "expected one of scale"),
     (np.ones((3, 2)), [("zca", {"eps": 1})], ValueError, "settings of step zca"),
@@ -300,44 +334,63 @@ def test_fitted_objects_are_read_only():
     (np.array([[1e308, -1e308], [-1e308, 1e308]]), "standardize", ValueError, "expected finite"),
     (np.array([[1e200, -1e200], [-1e200, 1e200]]), ["zca"], ValueError, "expected finite"),
     (np.zeros((1, 129, 128)), "zca", ValueError, "at most 16384 numbers a row"),
-])
+  ],
+)
 def test_bad_input_is_refused(x, kind, error, pattern):
   with pytest.raises(error, match=pattern):
     fit_preprocess(x, kind)
 
 
 def test_rows_of_another_shape_are_refused_and_no_rows_are_fine():
-  fitted = fit_preprocess(colour_images(), "zca")
+  fitted = fit_preprocess(color_images(), "zca")
   for x in (np.ones((2, 5, 5, 1)), np.ones((5, 5, 3)), jnp.ones((2, 75))):
     with pytest.raises(ValueError, match="expected shape"):
       fitted.apply(x)
-  assert fitted.apply(np.zeros((0, 5, 5, 3))).shape == fitted.invert(np.zeros((0, 5, 5, 3))).shape == (0, 5, 5, 3)
+  assert (
+    fitted.apply(np.zeros((0, 5, 5, 3))).shape
+    == fitted.invert(np.zeros((0, 5, 5, 3))).shape
+    == (0, 5, 5, 3)
+  )
 
 
-def test_centred_labels_for_any_number_of_classes(dtype):
+def test_centered_labels_for_any_number_of_classes(dtype):
   rng = np.random.default_rng(4)
   for c in (1, 2, 10, 43, 100):
     labels = rng.integers(0, c, 30)
     for given in (labels, labels.astype(np.uint8), jnp.asarray(labels, jnp.int32)):
-      y = preprocess.one_hot_centred(given, c, dtype)
+      y = preprocess.one_hot_centered(given, c, dtype)
       assert y.dtype == dtype
       assert_close(y, np.eye(c)[labels] - 1 / c, RTOL[dtype.name], atol=1e-7)
     assert_close(np.asarray(y, np.float64).sum(1), np.zeros(30), 0, atol=1e-5)
-    assert_close(preprocess.uncentre(y), np.eye(c)[labels], RTOL[dtype.name])
+    assert_close(preprocess.uncenter(y), np.eye(c)[labels], RTOL[dtype.name])
     assert np.array_equal(preprocess.class_labels(y), labels)
-    assert_close(jax.jit(lambda v, k=c: preprocess.one_hot_centred(v, k, dtype))(jnp.asarray(labels, jnp.int32)), y, 0)
-  assert preprocess.one_hot_centred(np.zeros(0, np.int32), 3).shape == (0, 3)
+    assert_close(
+      jax.jit(lambda v, k=c: preprocess.one_hot_centered(v, k, dtype))(
+        jnp.asarray(labels, jnp.int32)
+      ),
+      y,
+      0,
+    )
+  assert preprocess.one_hot_centered(np.zeros(0, np.int32), 3).shape == (0, 3)
 
 
-@pytest.mark.parametrize("labels, c, error", [
-    ([0, 3], 3, ValueError), ([-1, 0], 3, ValueError), ([0.0, 1.0], 3, TypeError),
-    ([[0, 1]], 3, ValueError), ([0, 1], 0, ValueError), ([0, 1], 2.0, TypeError)])
+@pytest.mark.parametrize(
+  "labels, c, error",
+  [
+    ([0, 3], 3, ValueError),
+    ([-1, 0], 3, ValueError),
+    ([0.0, 1.0], 3, TypeError),
+    ([[0, 1]], 3, ValueError),
+    ([0, 1], 0, ValueError),
+    ([0, 1], 2.0, TypeError),
+  ],
+)
 def test_bad_labels_are_refused(labels, c, error):
   with pytest.raises(error, match="expected"):
-    preprocess.one_hot_centred(np.array(labels), c)
+    preprocess.one_hot_centered(np.array(labels), c)
 
 
-def test_real_colour_images_survive_the_round_trip():
+def test_real_color_images_survive_the_round_trip():
   path = needs(SHARED_DATA / "cifar10" / "cifar10_lossless_subset.npz")
   with np.load(path, allow_pickle=False) as data:
     train, test = data["x_train"][:1000, ::4, ::4], data["x_test"][:200, ::4, ::4]

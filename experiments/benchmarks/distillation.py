@@ -14,11 +14,11 @@ five minutes on two idle cores.
 
 import time
 
-from kipcore.cli import flags as common
+import numpy as np
+
 from experiments.benchmarks import harness
 from experiments.benchmarks.harness import mnist, peak_gb, timed
-
-import numpy as np
+from kipcore.cli import flags as common
 
 harness.define_flags("distillation")
 
@@ -30,14 +30,19 @@ def starting_rows(labels, per_class: int) -> np.ndarray:
   return np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(10)])
 
 
-def seconds_a_step(x, y, support, sampler, batch_size: int, steps: int, learn_labels: bool = False) -> tuple[float, float]:
+def seconds_a_step(
+  x, y, support, sampler, batch_size: int, steps: int, learn_labels: bool = False
+) -> tuple[float, float]:
   """Seconds a step of `distill`, host and device together, and the seconds of compilation."""
   import kipcore
   from kipcore.distillation.methods import kip
+
   method = kip.kip(kipcore.ntk_fn(kipcore.fc(1)), kip.KIPOptions(_RIDGE, learn_labels=learn_labels))
   distiller = kipcore.Distiller(method, sampler, kipcore.adam(0.04, steps), batch_size)
   result = kipcore.distill(0, distiller, support, x, y, steps, log_steps=[steps // 2])
-  return (result.history[-1]["seconds"] - result.history[1]["seconds"]) / (steps - steps // 2), result.compile_seconds
+  return (result.history[-1]["seconds"] - result.history[1]["seconds"]) / (
+    steps - steps // 2
+  ), result.compile_seconds
 
 
 def published_seconds_a_step(x, y, labels, support, batch_size: int, steps: int) -> float:
@@ -45,8 +50,10 @@ def published_seconds_a_step(x, y, labels, support, batch_size: int, steps: int)
   import jax
   import jax.numpy as jnp
   import optax
+
   import kipcore
   from kipcore.kernels import stax
+
   kernel_fn = stax.from_stax(stax.to_stax(kipcore.fc(1))[2])
   optimizer = optax.adam(0.04)
   flat = support.x.reshape(support.x.shape[0], -1)
@@ -54,7 +61,9 @@ def published_seconds_a_step(x, y, labels, support, batch_size: int, steps: int)
   def loss_fn(params, x_target, y_target):
     k_ss, k_ts = kernel_fn(params, None), kernel_fn(x_target, params)
     ridge = _RIDGE * jnp.trace(k_ss) / k_ss.shape[0]
-    alpha = jax.scipy.linalg.solve(k_ss + ridge * jnp.eye(k_ss.shape[0], dtype=k_ss.dtype), support.y, assume_a="pos")
+    alpha = jax.scipy.linalg.solve(
+      k_ss + ridge * jnp.eye(k_ss.shape[0], dtype=k_ss.dtype), support.y, assume_a="pos"
+    )
     return 0.5 * jnp.mean((k_ts @ alpha - y_target) ** 2)
 
   @jax.jit
@@ -83,7 +92,9 @@ def throughput(data_dir) -> dict:
   """The published recipe and ours, one after the other, at the published batch and three sizes of support."""
   import jax
   import jax.numpy as jnp
+
   import kipcore
+
   x, y, labels, _, _ = mnist(data_dir)
   x, y, batch, rows = np.asarray(x), np.asarray(y), 5000, []
   for dtype in ("float32", "float64"):
@@ -92,30 +103,55 @@ def throughput(data_dir) -> dict:
     for per_class in (1, 10, 50):
       start = starting_rows(labels, per_class)
       support = kipcore.Support(jnp.asarray(xd[start]), jnp.asarray(yd[start]))
-      runs = {"published": lambda s=support: (published_seconds_a_step(xd, yd, labels, s, batch, 30),),
-              **{name: lambda s=support, name=name: seconds_a_step(xd, yd, s, kipcore.sampler(name), batch, 60)
-                 for name in ("class_balanced", "cross_entropy")}}
+      runs = {
+        "published": lambda s=support: (published_seconds_a_step(xd, yd, labels, s, batch, 30),),
+        **{
+          name: lambda s=support, name=name: seconds_a_step(
+            xd, yd, s, kipcore.sampler(name), batch, 60
+          )
+          for name in ("class_balanced", "cross_entropy")
+        },
+      }
       # In turn, three times, so that all see the same machine.
       seconds = [{name: run()[0] for name, run in runs.items()} for _ in range(3)]
       median = {name: float(np.median([s[name] for s in seconds])) for name in runs}
-      rows.append({"dtype": dtype, "support": len(start), "batch": batch,
-                   **{f"{name}_targets_per_second": batch / s for name, s in median.items()},
-                   **{f"{name}_ratio": median["published"] / s for name, s in median.items() if name != "published"},
-                   "seconds_a_step": {name: [s[name] for s in seconds] for name in runs}})
+      rows.append(
+        {
+          "dtype": dtype,
+          "support": len(start),
+          "batch": batch,
+          **{f"{name}_targets_per_second": batch / s for name, s in median.items()},
+          **{
+            f"{name}_ratio": median["published"] / s
+            for name, s in median.items()
+            if name != "published"
+          },
+          "seconds_a_step": {name: [s[name] for s in seconds] for name in runs},
+        }
+      )
       print(rows[-1], flush=True)
   # What a user of either gets: the recipe in the precision it was published in, and our default sampler in ours.
-  double = {row["support"]: row["published_targets_per_second"] for row in rows if row["dtype"] == "float64"}
-  as_used = {row["support"]: row["cross_entropy_targets_per_second"] / double[row["support"]]
-             for row in rows if row["dtype"] == "float32"}
+  double = {
+    row["support"]: row["published_targets_per_second"] for row in rows if row["dtype"] == "float64"
+  }
+  as_used = {
+    row["support"]: row["cross_entropy_targets_per_second"] / double[row["support"]]
+    for row in rows
+    if row["dtype"] == "float32"
+  }
   print(as_used, flush=True)
-  return {"default_over_published": as_used,
-          "recipe": "KIP notebook: FC1 NTK by neural-tangents, class-balanced host batches, Adam 0.04, images learned",
-          "rows": rows, "peak_gb": peak_gb()}
+  return {
+    "default_over_published": as_used,
+    "recipe": "KIP notebook: FC1 NTK by neural-tangents, class-balanced host batches, Adam 0.04, images learned",
+    "rows": rows,
+    "peak_gb": peak_gb(),
+  }
 
 
 def _looped(fn, carry) -> float:
   """Seconds a call of `carry = fn(i, carry)` inside one compiled loop: the median of five loops of a quarter of a second."""
   import jax
+
   run = jax.jit(lambda carry, times: jax.lax.fori_loop(0, times, fn, carry))
   timed(lambda: run(carry, 2))
   times = max(2, int(0.25 * 10 / timed(lambda: run(carry, 10))[0]))
@@ -126,11 +162,15 @@ def shares(data_dir) -> dict:
   """Parts of a step, each timed alone in a compiled loop; the rest is what the whole step takes beside them."""
   import jax
   import jax.numpy as jnp
+
   import kipcore
-  from kipcore.distillation.methods import kip
   from kipcore.distillation.method import LossInfo
+  from kipcore.distillation.methods import kip
+
   x, y, labels, _, _ = mnist(data_dir)
-  targets = jax.tree.map(lambda a: jnp.asarray(a[0]), kipcore.arrange_targets(x, y, 1, jax.random.key(0)))
+  targets = jax.tree.map(
+    lambda a: jnp.asarray(a[0]), kipcore.arrange_targets(x, y, 1, jax.random.key(0))
+  )
   kernel_fn, rows = kipcore.ntk_fn(kipcore.fc(1)), []
   method = kip.kip(kernel_fn, kip.KIPOptions(_RIDGE, learn_labels=True))
   for per_class, batch in ((1, 1000), (10, 1000), (10, 2000), (50, 2000)):
@@ -144,7 +184,9 @@ def shares(data_dir) -> dict:
       # Some steps first, so that the scores are those of a run.
       state = jax.block_until_ready(jax.jit(lambda s: jax.lax.fori_loop(0, 60, advance, s))(state))
       params = state.params
-      draw = lambda i, s=state.sampler, b=batch: sampler.draw(jax.random.fold_in(jax.random.key(1), i), s, b)
+      draw = lambda i, s=state.sampler, b=batch: sampler.draw(
+        jax.random.fold_in(jax.random.key(1), i), s, b
+      )
       indices, weights = draw(0)
       picked, picked_y = targets.x[indices], targets.y[indices]
       k_ss, k_ts = kernel_fn(params["x"], None), kernel_fn(picked, params["x"])
@@ -159,19 +201,40 @@ def shares(data_dir) -> dict:
 
       tiny = lambda a, g: a - 1e-9 * g
       parts = {
-          "draw": _looped(lambda i, c: c + draw(i)[0], jnp.zeros_like(indices)),
-          "gather": _looped(lambda i, c: targets.x[(indices + i) % x.shape[0]], picked),
-          "kernel": _looped(lambda i, c: tiny(c, jax.grad(of_kernels)(c, i.astype(c.dtype))), params["x"]),
-          "solve": _looped(lambda i, c: jax.tree.map(tiny, c, jax.grad(of_solve)(c)), (k_ss, k_ts)),
+        "draw": _looped(lambda i, c: c + draw(i)[0], jnp.zeros_like(indices)),
+        "gather": _looped(lambda i, c: targets.x[(indices + i) % x.shape[0]], picked),
+        "kernel": _looped(
+          lambda i, c: tiny(c, jax.grad(of_kernels)(c, i.astype(c.dtype))), params["x"]
+        ),
+        "solve": _looped(lambda i, c: jax.tree.map(tiny, c, jax.grad(of_solve)(c)), (k_ss, k_ts)),
       }
       if name != "uniform":
-        info = LossInfo(jnp.zeros(batch), kipcore.krr_predict(kipcore.krr_fit(
-            k_ss, params["y"], kipcore.relative_ridge(k_ss, _RIDGE)), k_ts), jnp.zeros(()), jnp.int32(0))
-        parts["scores"] = _looped(lambda i, s: sampler.update(s, (indices + i) % x.shape[0], picked_y, info), state.sampler)
+        info = LossInfo(
+          jnp.zeros(batch),
+          kipcore.krr_predict(
+            kipcore.krr_fit(k_ss, params["y"], kipcore.relative_ridge(k_ss, _RIDGE)), k_ts
+          ),
+          jnp.zeros(()),
+          jnp.int32(0),
+        )
+        parts["scores"] = _looped(
+          lambda i, s: sampler.update(s, (indices + i) % x.shape[0], picked_y, info), state.sampler
+        )
       step = _looped(advance, state)
-      rows.append({"support": len(start), "batch": batch, "sampler": name, "step_ms": 1e3 * step,
-                   "ms": {part: 1e3 * s for part, s in {**parts, "rest": step - sum(parts.values())}.items()},
-                   "share": {part: s / step for part, s in {**parts, "rest": step - sum(parts.values())}.items()}})
+      rows.append(
+        {
+          "support": len(start),
+          "batch": batch,
+          "sampler": name,
+          "step_ms": 1e3 * step,
+          "ms": {
+            part: 1e3 * s for part, s in {**parts, "rest": step - sum(parts.values())}.items()
+          },
+          "share": {
+            part: s / step for part, s in {**parts, "rest": step - sum(parts.values())}.items()
+          },
+        }
+      )
       print(rows[-1], flush=True)
   return {"n": x.shape[0], "rows": rows}
 
@@ -179,21 +242,38 @@ def shares(data_dir) -> dict:
 def growth(data_dir) -> dict:
   """Milliseconds a step as one size grows and the others stay: support 100, batch 2,000, 60,000 rows."""
   import jax.numpy as jnp
+
   import kipcore
+
   x, y, labels, _, _ = mnist(data_dir)
   x, y, rows = np.asarray(x), np.asarray(y), []
   base = dict(per_class=10, batch=2000, copies=1.0)
-  for name, values in (("per_class", (1, 5, 10, 20, 50)), ("batch", (250, 500, 1000, 2000, 4000, 8000)),
-                       ("copies", (0.25, 0.5, 1, 2, 4))):
+  for name, values in (
+    ("per_class", (1, 5, 10, 20, 50)),
+    ("batch", (250, 500, 1000, 2000, 4000, 8000)),
+    ("copies", (0.25, 0.5, 1, 2, 4)),
+  ):
     for value in values:
       size = {**base, name: value}
       n = int(size["copies"] * len(x))
       take = np.arange(n) % len(x)
       start = starting_rows(labels, size["per_class"])
       support = kipcore.Support(jnp.asarray(x[start]), jnp.asarray(y[start]))
-      times = {sampler: 1e3 * seconds_a_step(x[take], y[take], support, kipcore.sampler(sampler), size["batch"], 40, True)[0]
-               for sampler in ("uniform", "cross_entropy")}
-      rows.append({"support": len(start), "batch": size["batch"], "n": n, **{f"{k}_ms": v for k, v in times.items()}})
+      times = {
+        sampler: 1e3
+        * seconds_a_step(
+          x[take], y[take], support, kipcore.sampler(sampler), size["batch"], 40, True
+        )[0]
+        for sampler in ("uniform", "cross_entropy")
+      }
+      rows.append(
+        {
+          "support": len(start),
+          "batch": size["batch"],
+          "n": n,
+          **{f"{k}_ms": v for k, v in times.items()},
+        }
+      )
       print(rows[-1], flush=True)
   return {"rows": rows, "peak_gb": peak_gb()}
 

@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 
-from absl import flags
 import numpy as np
+from absl import flags
 
 FLAGS = flags.FLAGS
 
@@ -19,33 +19,40 @@ FLAGS = flags.FLAGS
 def define_flags(name: str) -> None:
   """The flags of a benchmark, whose result file is named after it."""
   flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
-  flags.DEFINE_string("only", "", "Run the jobs whose names contain this; the others stay in the file.")
+  flags.DEFINE_string(
+    "only", "", "Run the jobs whose names contain this; the others stay in the file."
+  )
   flags.DEFINE_string("output", f"experiments/results/benchmark_{name}.json", "Result file.")
 
 
 def mnist(data_dir):
-  """All training rows of MNIST, standardised and flat, centred one-hot labels, classes, and the pixels as bytes."""
+  """All training rows of MNIST, standardized and flat, centered one-hot labels, classes, and the pixels as bytes."""
   import jax.numpy as jnp
+
   from kipcore import datasets, preprocess
+
   raw = datasets.load_dataset("mnist", data_dir, validation_fraction=0.0)
   fitted = preprocess.fit_preprocess(raw.x_train, "standardize", raw.pixel_max)
   x = jnp.asarray(fitted.apply(raw.x_train).reshape(len(raw.x_train), -1))
-  y = preprocess.one_hot_centred(raw.y_train, raw.num_classes)
+  y = preprocess.one_hot_centered(raw.y_train, raw.num_classes)
   return x, jnp.asarray(y), np.asarray(raw.y_train), raw, fitted
 
 
 def x64():
   """A context of 64-bit floats; its home moved between versions of JAX."""
   import jax
+
   if hasattr(jax, "enable_x64"):
     return jax.enable_x64(True)
   from jax.experimental import enable_x64
+
   return enable_x64(True)
 
 
 def timed(fn) -> tuple[float, object]:
   """Seconds until the result is there, and the result."""
   import jax
+
   started = time.perf_counter()
   out = jax.block_until_ready(fn())
   return time.perf_counter() - started, out
@@ -84,6 +91,7 @@ def _child(name, jobs, argv, pipe):
 def run(jobs: dict) -> None:
   """Runs the jobs (functions of the data folder), each in a fresh process, and writes the result file after each."""
   from kipcore.cli.folder import run_folder
+
   path = pathlib.Path(FLAGS.output)
   results = json.loads(path.read_text())["jobs"] if path.exists() else {}
   environment = run_folder.environment()

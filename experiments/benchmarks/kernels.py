@@ -17,33 +17,43 @@ About 10 minutes on two idle cores, most of it neural-tangents.
 import functools
 import time
 
-from kipcore.cli import flags as common
-from experiments.benchmarks import harness
-
 import numpy as np
+
+from experiments.benchmarks import harness
+from kipcore.cli import flags as common
 
 harness.define_flags("kernels")
 
 # (architecture, dataset, rows, other rows)
-_CONVOLUTIONAL = (("conv3", "cifar10", 10, 20), ("conv3", "mnist", 10, 20), ("conv3_vec", "cifar10", 20, 100),
-                  ("myrtle5", "cifar10", 4, 4), ("myrtle5", "mnist", 4, 4))
-_DENSE = tuple((f"fc{depth}", dataset, 500, 5000) for dataset in ("mnist", "cifar10") for depth in (1, 2, 3))
+_CONVOLUTIONAL = (
+  ("conv3", "cifar10", 10, 20),
+  ("conv3", "mnist", 10, 20),
+  ("conv3_vec", "cifar10", 20, 100),
+  ("myrtle5", "cifar10", 4, 4),
+  ("myrtle5", "mnist", 4, 4),
+)
+_DENSE = tuple(
+  (f"fc{depth}", dataset, 500, 5000) for dataset in ("mnist", "cifar10") for depth in (1, 2, 3)
+)
 _CHECKED_ROWS = 4
 
 
 def images(dataset: str, data_dir, rows: int, other_rows: int):
-  """Standardised training rows `(rows, h, w, c)` and other ones, float32."""
+  """Standardized training rows `(rows, h, w, c)` and other ones, float32."""
   import jax.numpy as jnp
+
   from kipcore import datasets, preprocess
+
   raw = datasets.load_dataset(dataset, data_dir, validation_fraction=0.0)
   fitted = preprocess.fit_preprocess(raw.x_train, "standardize", raw.pixel_max)
-  x = fitted.apply(raw.x_train[:rows + other_rows])
+  x = fitted.apply(raw.x_train[: rows + other_rows])
   return jnp.asarray(x[:rows]), jnp.asarray(x[rows:])
 
 
 def theirs(arch):
   """The NTK of an architecture by neural-tangents."""
   from kipcore.kernels import stax
+
   return stax.from_stax(stax.to_stax(arch)[2], "ntk")
 
 
@@ -63,14 +73,23 @@ def with_gradient(kernel):
 def measure(fn, *args, seconds: float = 2.0) -> dict:
   """Compilation, best run out of as many as fit into some seconds (three at least, or one that takes them all), and scratch memory."""
   import jax
+
   started = time.perf_counter()
   compiled = jax.jit(fn).lower(*args).compile()
   compile_seconds = time.perf_counter() - started
   runs = [harness.timed(lambda: compiled(*args))[0]]
   if runs[0] < seconds:
-    runs = [harness.timed(lambda: compiled(*args))[0] for _ in range(max(3, min(50, int(seconds / runs[0]))))]
-  return {"seconds": min(runs), "median_seconds": float(np.median(runs)), "runs": len(runs), "compile_seconds": compile_seconds,
-          "scratch_bytes": compiled.memory_analysis().temp_size_in_bytes}
+    runs = [
+      harness.timed(lambda: compiled(*args))[0]
+      for _ in range(max(3, min(50, int(seconds / runs[0]))))
+    ]
+  return {
+    "seconds": min(runs),
+    "median_seconds": float(np.median(runs)),
+    "runs": len(runs),
+    "compile_seconds": compile_seconds,
+    "scratch_bytes": compiled.memory_analysis().temp_size_in_bytes,
+  }
 
 
 def differences(arch, x1, x2) -> dict:
@@ -79,40 +98,70 @@ def differences(arch, x1, x2) -> dict:
   That ours in float64 equals neural-tangents to ten digits is a test; on images of this size neural-tangents in float64 crashes XLA on CPU.
   """
   import jax
+
   sides = {"ours": kernel_of(arch), "neural_tangents": theirs(arch)}
-  found = {side: [np.asarray(a, np.float64) for a in jax.jit(with_gradient(kernel))(x1, x2)] for side, kernel in sides.items()}
+  found = {
+    side: [np.asarray(a, np.float64) for a in jax.jit(with_gradient(kernel))(x1, x2)]
+    for side, kernel in sides.items()
+  }
   with harness.x64():
-    exact = [np.asarray(a) for a in jax.jit(with_gradient(kernel_of(arch)))(x1.astype("float64"), x2.astype("float64"))]
-  return {side: {name: float(np.abs(a - b).max() / np.abs(b).max()) for name, a, b in zip(("value", "gradient"), pair, exact)}
-          for side, pair in found.items()}
+    exact = [
+      np.asarray(a)
+      for a in jax.jit(with_gradient(kernel_of(arch)))(x1.astype("float64"), x2.astype("float64"))
+    ]
+  return {
+    side: {
+      name: float(np.abs(a - b).max() / np.abs(b).max())
+      for name, a, b in zip(("value", "gradient"), pair, exact)
+    }
+    for side, pair in found.items()
+  }
 
 
 def kernel_of(arch, precision: str = "float32"):
   """Our NTK."""
   import kipcore
+
   return kipcore.ntk_fn(arch, precision)
 
 
 def compare(case, data_dir) -> dict:
   """One row of the table: both sides, forward and with the gradient."""
   import jax
+
   from kipcore import architectures
+
   name, dataset, rows, other_rows = case
   arch = architectures.architecture(name)
   x1, x2 = images(dataset, data_dir, rows, other_rows)
-  row = {"architecture": name, "shape": list(x1.shape[1:]), "rows": rows, "other_rows": other_rows,
-         "floor_seconds": measure(floor(arch), x1, x2)["seconds"]}
+  row = {
+    "architecture": name,
+    "shape": list(x1.shape[1:]),
+    "rows": rows,
+    "other_rows": other_rows,
+    "floor_seconds": measure(floor(arch), x1, x2)["seconds"],
+  }
   for part, wrap in (("forward", lambda kernel: kernel), ("gradient", with_gradient)):
     ours, other = (measure(wrap(kernel), x1, x2) for kernel in (kernel_of(arch), theirs(arch)))
-    row[part] = {"ours": ours, "neural_tangents": other, "ratio": other["seconds"] / ours["seconds"]}
+    row[part] = {
+      "ours": ours,
+      "neural_tangents": other,
+      "ratio": other["seconds"] / ours["seconds"],
+    }
   # neural-tangents is several times faster inside a loop of XLA (nothing else changes), as it would run in `distill`.
   in_loop = measure(lambda x1, x2: jax.lax.map(lambda x: theirs(arch)(x, x2), x1[None]), x1, x2)
-  row["forward"].update(neural_tangents_in_loop=in_loop, ratio_in_loop=in_loop["seconds"] / row["forward"]["ours"]["seconds"])
+  row["forward"].update(
+    neural_tangents_in_loop=in_loop,
+    ratio_in_loop=in_loop["seconds"] / row["forward"]["ours"]["seconds"],
+  )
   row["forward_over_floor"] = row["forward"]["ours"]["seconds"] / row["floor_seconds"]
   few = _CHECKED_ROWS if arch.convolutional else 100
   row["difference"] = differences(arch, x1[:few], x2[:few])
-  print(f"{name} {x1.shape[1:]} {rows} x {other_rows}: forward {row['forward']['ratio']:.2f} x ({row['forward']['ratio_in_loop']:.2f} x), gradient "
-        f"{row['gradient']['ratio']:.2f} x, {row['forward_over_floor']:.2f} x the floor, {row['difference']}", flush=True)
+  print(
+    f"{name} {x1.shape[1:]} {rows} x {other_rows}: forward {row['forward']['ratio']:.2f} x ({row['forward']['ratio_in_loop']:.2f} x), gradient "
+    f"{row['gradient']['ratio']:.2f} x, {row['forward_over_floor']:.2f} x the floor, {row['difference']}",
+    flush=True,
+  )
   return row
 
 
@@ -120,6 +169,7 @@ def floor(arch):
   """The first matrix products alone: of the rows, or of all patches pair by pair."""
   import jax
   import jax.numpy as jnp
+
   from kipcore import linalg
   from kipcore.kernels import covariance
 
@@ -142,19 +192,41 @@ def floor(arch):
 def growth(data_dir) -> dict:
   """Milliseconds a pair, forward and with the gradient, as one quantity grows."""
   import jax.numpy as jnp
+
   from kipcore import architectures
+
   kernel = kernel_of(architectures.architecture("conv3"))
   rows = []
-  sweeps = {"side": [(side, 3, 4, 4) for side in (8, 16, 32, 64)], "channels": [(32, c, 4, 4) for c in (1, 3, 16, 64)],
-            "pairs": [(16, 3, 10, n) for n in (10, 50, 250, 1000)]}
+  sweeps = {
+    "side": [(side, 3, 4, 4) for side in (8, 16, 32, 64)],
+    "channels": [(32, c, 4, 4) for c in (1, 3, 16, 64)],
+    "pairs": [(16, 3, 10, n) for n in (10, 50, 250, 1000)],
+  }
   for quantity, cases in sweeps.items():
     for side, channels, n1, n2 in cases:
       rng = np.random.default_rng(0)
-      x1, x2 = (jnp.asarray(rng.normal(size=(n, side, side, channels)), jnp.float32) for n in (n1, n2))
-      parts = {part: measure(fn, x1, x2) for part, fn in (("forward", kernel), ("gradient", with_gradient(kernel)))}
-      rows.append({"grows": quantity, "side": side, "channels": channels, "pairs": n1 * n2, **{
-          part: {"milliseconds_a_pair": 1e3 * m["seconds"] / (n1 * n2), "scratch_bytes": m["scratch_bytes"]}
-          for part, m in parts.items()}})
+      x1, x2 = (
+        jnp.asarray(rng.normal(size=(n, side, side, channels)), jnp.float32) for n in (n1, n2)
+      )
+      parts = {
+        part: measure(fn, x1, x2)
+        for part, fn in (("forward", kernel), ("gradient", with_gradient(kernel)))
+      }
+      rows.append(
+        {
+          "grows": quantity,
+          "side": side,
+          "channels": channels,
+          "pairs": n1 * n2,
+          **{
+            part: {
+              "milliseconds_a_pair": 1e3 * m["seconds"] / (n1 * n2),
+              "scratch_bytes": m["scratch_bytes"],
+            }
+            for part, m in parts.items()
+          },
+        }
+      )
       print(rows[-1], flush=True)
   return {"architecture": "conv3", "rows": rows}
 
@@ -162,7 +234,9 @@ def growth(data_dir) -> dict:
 def precision(data_dir) -> dict:
   """Time, and error against float64 over the largest entry, of products in narrower types, on real images."""
   import jax
+
   from kipcore import architectures, linalg
+
   rows = []
   for name, dataset, n1, n2 in (("fc1", "cifar10", 500, 5000), ("conv3", "cifar10", 8, 8)):
     arch = architectures.architecture(name)
@@ -172,8 +246,15 @@ def precision(data_dir) -> dict:
     for kind in linalg.PRECISIONS:
       kernel = kernel_of(arch, kind)
       error = np.abs(np.asarray(jax.jit(kernel)(x1, x2)) - exact) / np.abs(exact).max()
-      rows.append({"architecture": name, "precision": kind, "seconds": measure(kernel, x1, x2)["seconds"],
-                   "largest_error": float(error.max()), "mean_error": float(error.mean())})
+      rows.append(
+        {
+          "architecture": name,
+          "precision": kind,
+          "seconds": measure(kernel, x1, x2)["seconds"],
+          "largest_error": float(error.max()),
+          "mean_error": float(error.mean()),
+        }
+      )
       print(rows[-1], flush=True)
   return {"rows": rows}
 
@@ -181,10 +262,12 @@ def precision(data_dir) -> dict:
 def kip(data_dir, batch_size: int = 20) -> dict:
   """Seconds of a KIP step on 10 images with the kernel of conv3, and with that of neural-tangents in the same loop."""
   import jax.numpy as jnp
+
   import kipcore
   from kipcore import architectures
   from kipcore.distillation import samplers
   from kipcore.distillation.methods import kip as kip_method
+
   arch = architectures.architecture("conv3")
   result = {"support": 10, "batch": batch_size}
   for dataset in ("mnist", "cifar10"):
@@ -192,16 +275,29 @@ def kip(data_dir, batch_size: int = 20) -> dict:
     y = jnp.eye(10, dtype=x.dtype) - 0.1
     y_others = y[jnp.arange(500) % 10]
     for side, kernel, steps in (("ours", kernel_of(arch), 6), ("neural_tangents", theirs(arch), 3)):
-      if side == "neural_tangents" and dataset == "cifar10":  # its gradient in a loop crashes XLA there
+      if (
+        side == "neural_tangents" and dataset == "cifar10"
+      ):  # its gradient in a loop crashes XLA there
         continue
-      distiller = kipcore.Distiller(kip_method.kip(kernel, kip_method.KIPOptions(1e-6)), samplers.uniform(),
-                                    kipcore.adam(0.01, steps), batch_size)
-      run = kipcore.distill(0, distiller, kipcore.Support(x, y), others, y_others, steps, log_steps=list(range(steps)))
+      distiller = kipcore.Distiller(
+        kip_method.kip(kernel, kip_method.KIPOptions(1e-6)),
+        samplers.uniform(),
+        kipcore.adam(0.01, steps),
+        batch_size,
+      )
+      run = kipcore.distill(
+        0, distiller, kipcore.Support(x, y), others, y_others, steps, log_steps=list(range(steps))
+      )
       seconds = np.diff([record["seconds"] for record in run.history if record["step"] > 0])
-      result[f"{dataset}_{side}"] = {"seconds_a_step": float(np.min(seconds)), "compile_seconds": run.compile_seconds,
-                                     "peak_gb": harness.peak_gb()}
+      result[f"{dataset}_{side}"] = {
+        "seconds_a_step": float(np.min(seconds)),
+        "compile_seconds": run.compile_seconds,
+        "peak_gb": harness.peak_gb(),
+      }
       print(dataset, side, result[f"{dataset}_{side}"], flush=True)
-  result["mnist_ratio"] = result["mnist_neural_tangents"]["seconds_a_step"] / result["mnist_ours"]["seconds_a_step"]
+  result["mnist_ratio"] = (
+    result["mnist_neural_tangents"]["seconds_a_step"] / result["mnist_ours"]["seconds_a_step"]
+  )
   return result
 
 
@@ -209,8 +305,13 @@ def _table(cases, data_dir) -> dict:
   return {"rows": [compare(case, data_dir) for case in cases]}
 
 
-JOBS = {"convolutional": functools.partial(_table, _CONVOLUTIONAL), "dense": functools.partial(_table, _DENSE),
-        "growth": growth, "precision": precision, "kip": kip}
+JOBS = {
+  "convolutional": functools.partial(_table, _CONVOLUTIONAL),
+  "dense": functools.partial(_table, _DENSE),
+  "growth": growth,
+  "precision": precision,
+  "kip": kip,
+}
 
 if __name__ == "__main__":
   common.launch(lambda: harness.run(JOBS))

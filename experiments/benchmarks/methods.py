@@ -7,15 +7,15 @@ experiments/results/benchmark_methods.json:
   step_seconds       after compilation, over 20 steps of the loop, host and device together
   compile_seconds    of the mapped step
   scratch_bytes      temporary memory of one compiled step, as XLA plans it for this backend
-  state_bytes        what the step keeps: images, optimiser, networks, sampler
+  state_bytes        what the step keeps: images, optimizer, networks, sampler
   peak_gb            most memory of the process, the dataset and XLA's compilation included
 """
 
 import dataclasses
 import functools
 
-from kipcore.cli import flags as common
 from experiments.benchmarks import harness
+from kipcore.cli import flags as common
 
 harness.define_flags("methods")
 
@@ -27,19 +27,24 @@ def job(method: str, data_dir) -> dict:
   """One method: measured at CPU size, compiled at the published one."""
   import os
   import tempfile
+
   import jax
   import numpy as np
-  from kipcore.distillation.methods import experts
-  from kipcore.io import trajectories
+
   from kipcore.cli import recipes
   from kipcore.cli.runs import pipeline
+  from kipcore.distillation.methods import experts
+  from kipcore.io import trajectories
+
   config = recipes.resolve(method=method, dataset="mnist", data_dir=data_dir, init="uniform")
   data = pipeline.load(config)
   support = pipeline.start(config, data).support
   row = {}
   with tempfile.TemporaryDirectory() as folder:
     for preset in ("cpu", "published"):
-      config = recipes.resolve(method=method, preset=preset, dataset="mnist", data_dir=data_dir, init="uniform")
+      config = recipes.resolve(
+        method=method, preset=preset, dataset="mnist", data_dir=data_dir, init="uniform"
+      )
       if method == "mtt":
         # Made-up experts: their values change neither time nor memory.
         config = dataclasses.replace(config, experts=os.path.join(folder, f"{preset}.npy"))
@@ -52,12 +57,28 @@ def job(method: str, data_dir) -> dict:
       problem = recipes.Problem(data.kernel_fn, 10, config.experts)
       batch = pipeline.batch_size_of(config, data)
       distiller = recipes.distiller_of(config, problem, pipeline.sampler_of(config), batch)
-      row[preset] = {"width": config.width, "targets": batch, **step_memory(distiller, support, data)}
+      row[preset] = {
+        "width": config.width,
+        "targets": batch,
+        **step_memory(distiller, support, data),
+      }
       if preset == "cpu":
         from kipcore.distillation import loop
-        result = loop.distill(0, distiller, support, data.x_train, data.y_train, _STEPS, log_steps=[2], devices=[jax.devices()[0]])
+
+        result = loop.distill(
+          0,
+          distiller,
+          support,
+          data.x_train,
+          data.y_train,
+          _STEPS,
+          log_steps=[2],
+          devices=[jax.devices()[0]],
+        )
         seconds = (result.history[-1]["seconds"] - result.history[1]["seconds"]) / (_STEPS - 2)
-        row[preset].update(step_seconds=seconds, compile_seconds=result.compile_seconds, peak_gb=harness.peak_gb())
+        row[preset].update(
+          step_seconds=seconds, compile_seconds=result.compile_seconds, peak_gb=harness.peak_gb()
+        )
   return row
 
 
@@ -65,14 +86,18 @@ def step_memory(distiller, support, data) -> dict:
   """What one step needs and keeps, in bytes, without running it."""
   import jax
   import numpy as np
+
   from kipcore import keys
   from kipcore.distillation import loop
   from kipcore.distillation.targets import Targets
+
   counts = np.bincount(np.argmax(data.y_train, axis=1), minlength=10).astype(np.int32)
   key = keys.canonical_key(0)
   shape = functools.partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype))
   targets = shape(Targets(data.x_train, data.y_train, counts, np.float32(1)))
-  state = jax.eval_shape(lambda: loop.distill_init(key, distiller, support, counts, len(data.x_train)))
+  state = jax.eval_shape(
+    lambda: loop.distill_init(key, distiller, support, counts, len(data.x_train))
+  )
   step = jax.jit(lambda state, targets: loop.distill_step(key, distiller, state, targets))
   compiled = step.lower(state, targets).compile()
   kept = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))

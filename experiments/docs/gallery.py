@@ -12,11 +12,11 @@ import pathlib
 import time
 from typing import NamedTuple
 
-from absl import flags
 import numpy as np
+from absl import flags
 
-from kipcore.cli import flags as common
 from experiments.docs import tables
+from kipcore.cli import flags as common
 from kipcore.cli.config import DistillConfig
 from kipcore.cli.errors import UsageError
 
@@ -24,17 +24,25 @@ FLAGS = flags.FLAGS
 
 flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
 flags.DEFINE_list("only", [], "Names of the pictures to make; none for all.")
-flags.DEFINE_integer("steps", 2000, "Optimiser steps of each run.", lower_bound=0)
-flags.DEFINE_string("output_dir", "experiments/results/gallery", "Folder of the pictures and their JSON files.")
+flags.DEFINE_integer("steps", 2000, "Optimizer steps of each run.", lower_bound=0)
+flags.DEFINE_string(
+  "output_dir", "experiments/results/gallery", "Folder of the pictures and their JSON files."
+)
 
 HARDEST = 20  # images
 # Picture -> what it shows, dataset, images a class; those of a dataset, and of a run, together, so that each is made once.
 PICTURES = {
-    "mnist_10": ("images", "mnist", 10), "mnist_1": ("images", "mnist", 1),
-    "mnist_hardest": ("hardest", "mnist", 1), "mnist_starts": ("starts", "mnist", 1),
-    "fashion_mnist_1": ("images", "fashion_mnist", 1), "fashion_mnist_hardest": ("hardest", "fashion_mnist", 1),
-    "cifar10_10": ("images", "cifar10", 10), "cifar10_1": ("images", "cifar10", 1),
-    "cifar10_hardest": ("hardest", "cifar10", 1), "cifar10_starts": ("starts", "cifar10", 1)}
+  "mnist_10": ("images", "mnist", 10),
+  "mnist_1": ("images", "mnist", 1),
+  "mnist_hardest": ("hardest", "mnist", 1),
+  "mnist_starts": ("starts", "mnist", 1),
+  "fashion_mnist_1": ("images", "fashion_mnist", 1),
+  "fashion_mnist_hardest": ("hardest", "fashion_mnist", 1),
+  "cifar10_10": ("images", "cifar10", 10),
+  "cifar10_1": ("images", "cifar10", 1),
+  "cifar10_hardest": ("hardest", "cifar10", 1),
+  "cifar10_starts": ("starts", "cifar10", 1),
+}
 
 
 class Run(NamedTuple):
@@ -50,36 +58,66 @@ class Run(NamedTuple):
 
   def images(self) -> tuple[np.ndarray, np.ndarray]:
     """Start and distilled images in pixel space."""
-    return tuple(self.data.preprocess.invert(np.asarray(s.x)) for s in (self.start.support, self.outcome.support))
+    return tuple(
+      self.data.preprocess.invert(np.asarray(s.x))
+      for s in (self.start.support, self.outcome.support)
+    )
 
 
 @functools.lru_cache(maxsize=1)
 def _data(dataset: str, data_dir: str | None):
   from kipcore.cli.runs import pipeline
+
   return pipeline.load(DistillConfig(dataset=dataset, data_dir=data_dir))
 
 
 @functools.lru_cache(maxsize=2)
 def run(config: DistillConfig) -> Run:
-  """Distils and scores; equal configs once."""
-  from kipcore.cli.runs import pipeline
+  """Distills and scores; equal configs once."""
   from kipcore import keys
+  from kipcore.cli.runs import pipeline
+
   started = time.perf_counter()
   pipeline.check(config)
   data = _data(config.dataset, config.data_dir)
   percent = lambda support: 100 * pipeline.score(config, data, support)
-  random = [percent(pipeline.random_support(keys.stream(config.seed, f"baseline {draw}"), data, config.images_per_class))
-            for draw in range(3)]
+  random = [
+    percent(
+      pipeline.random_support(
+        keys.stream(config.seed, f"baseline {draw}"), data, config.images_per_class
+      )
+    )
+    for draw in range(3)
+  ]
   start = pipeline.start(config, data)
-  outcome = pipeline.distil(config, data, start.support)
-  scores = {"random_real_percent": float(np.mean(random)), "random_real_percent_std": float(np.std(random, ddof=1)),
-            "start_percent": percent(start.support), "distilled_percent": percent(outcome.support)}
-  record = {"config": {**dataclasses.asdict(config), "data_dir": None}, "note": data.raw.note,
-            "support_size": start.support.x.shape[0], "training_rows": data.x_train.shape[0],
-            "test_rows": data.x_test.shape[0], "target_evaluations": start.target_evaluations + outcome.target_evaluations,
-            **scores, "step_seconds": outcome.seconds, "compile_seconds": outcome.compile_seconds,
-            "wall_seconds": time.perf_counter() - started}
-  return Run(data, start, outcome, scores["start_percent"], scores["distilled_percent"], scores["random_real_percent"], record)
+  outcome = pipeline.distill(config, data, start.support)
+  scores = {
+    "random_real_percent": float(np.mean(random)),
+    "random_real_percent_std": float(np.std(random, ddof=1)),
+    "start_percent": percent(start.support),
+    "distilled_percent": percent(outcome.support),
+  }
+  record = {
+    "config": {**dataclasses.asdict(config), "data_dir": None},
+    "note": data.raw.note,
+    "support_size": start.support.x.shape[0],
+    "training_rows": data.x_train.shape[0],
+    "test_rows": data.x_test.shape[0],
+    "target_evaluations": start.target_evaluations + outcome.target_evaluations,
+    **scores,
+    "step_seconds": outcome.seconds,
+    "compile_seconds": outcome.compile_seconds,
+    "wall_seconds": time.perf_counter() - started,
+  }
+  return Run(
+    data,
+    start,
+    outcome,
+    scores["start_percent"],
+    scores["distilled_percent"],
+    scores["random_real_percent"],
+    record,
+  )
 
 
 def title_of(config: DistillConfig) -> str:
@@ -100,14 +138,26 @@ def images(config: DistillConfig, path: pathlib.Path) -> dict:
   """
   from kipcore.cli.folder import outputs
   from kipcore.report import pictures
+
   made = run(config)
-  name = "class means" if config.images_per_class == 1 else "k-means centres"
-  titles = (f"start, {name}: {made.start_percent:.1f} %", f"distilled, {config.steps:,} steps: {made.distilled_percent:.1f} %")
-  pictures.save_image_grid(path, *made.images(), np.argmax(np.asarray(made.start.coreset.y), axis=1), outputs.pixel_range(made.data),
-                         made.data.raw.class_names, titles)
-  caption = (f"{title_of(config)}: test accuracy of kernel ridge regression (NTK of FC1) on as many random real images "
-             f"{made.random_percent:.1f} %, on the start with its best labels {made.start_percent:.1f} %, on the distilled images "
-             f"{made.distilled_percent:.1f} %, after {config.steps:,} steps in {made.outcome.seconds:.0f} s.")
+  name = "class means" if config.images_per_class == 1 else "k-means centers"
+  titles = (
+    f"start, {name}: {made.start_percent:.1f} %",
+    f"distilled, {config.steps:,} steps: {made.distilled_percent:.1f} %",
+  )
+  pictures.save_image_grid(
+    path,
+    *made.images(),
+    np.argmax(np.asarray(made.start.coreset.y), axis=1),
+    outputs.pixel_range(made.data),
+    made.data.raw.class_names,
+    titles,
+  )
+  caption = (
+    f"{title_of(config)}: test accuracy of kernel ridge regression (NTK of FC1) on as many random real images "
+    f"{made.random_percent:.1f} %, on the start with its best labels {made.start_percent:.1f} %, on the distilled images "
+    f"{made.distilled_percent:.1f} %, after {config.steps:,} steps in {made.outcome.seconds:.0f} s."
+  )
   return {"caption": caption, **made.record}
 
 
@@ -115,67 +165,114 @@ def starts(config: DistillConfig, path: pathlib.Path) -> dict:
   """Random rows and what is learned from them, above the means of the classes and what is learned from those; as `images`."""
   from kipcore.cli.folder import outputs
   from kipcore.report import pictures
+
   panels, records, parts = [], {}, []
   for init, name in (("uniform", "random images"), ("kmeans", "class means")):
     made = run(dataclasses.replace(config, init=init))
     labels = np.argmax(np.asarray(made.start.coreset.y), axis=1)
-    order, names = np.argsort(labels, kind="stable"), made.data.raw.class_names or range(made.data.raw.num_classes)
-    for title, x in zip((f"start, {name}: {made.start_percent:.1f} %", f"distilled from them: {made.distilled_percent:.1f} %"), made.images()):
+    order, names = (
+      np.argsort(labels, kind="stable"),
+      made.data.raw.class_names or range(made.data.raw.num_classes),
+    )
+    for title, x in zip(
+      (
+        f"start, {name}: {made.start_percent:.1f} %",
+        f"distilled from them: {made.distilled_percent:.1f} %",
+      ),
+      made.images(),
+    ):
       panels.append((title, x[order], [str(names[labels[i]]) for i in order]))
     records[init] = made.record
-    parts.append(f"{name} {made.start_percent:.1f} %, distilled from them {made.distilled_percent:.1f} %")
+    parts.append(
+      f"{name} {made.start_percent:.1f} %, distilled from them {made.distilled_percent:.1f} %"
+    )
   pictures.save_image_rows(path, panels, outputs.pixel_range(made.data))
-  return {"caption": f"{title_of(config)}, test accuracy of kernel ridge regression: {'; '.join(parts)}.", "runs": records}
+  return {
+    "caption": f"{title_of(config)}, test accuracy of kernel ridge regression: {'; '.join(parts)}.",
+    "runs": records,
+  }
 
 
 def hardest(config: DistillConfig, path: pathlib.Path) -> dict:
   """The training images with the highest latest score of the sampler, with their class and what they are taken for; as `images`."""
   from kipcore.cli.folder import outputs
   from kipcore.report import pictures
+
   made = run(config)
-  rows, predicted = outputs.hardest_rows(config, made.data, made.outcome.support, made.outcome.scores, HARDEST)
+  rows, predicted = outputs.hardest_rows(
+    config, made.data, made.outcome.support, made.outcome.scores, HARDEST
+  )
   names = made.data.raw.class_names or range(made.data.raw.num_classes)
   labels = made.data.raw.y_train[rows]
-  captions = [f"{names[a]}\n→ {names[b]}" if a != b else f"{names[a]}" for a, b in zip(labels, predicted)]
-  pictures.save_image_rows(path, [("", made.data.raw.x_train[rows], captions)], outputs.pixel_range(made.data))
-  caption = (f"{tables.TITLES.get(config.dataset, config.dataset)}: the training images with the largest {config.sampler} of their latest draw, "
-             f"under {made.record['support_size']} distilled images: their label → what these take them for.")
-  return {"caption": caption, "hardest": [
-      {"row": int(i), "score": float(made.outcome.scores[i]), "class": str(names[a]), "taken_for": str(names[b])}
-      for i, a, b in zip(rows, labels, predicted)], **made.record}
+  captions = [
+    f"{names[a]}\n→ {names[b]}" if a != b else f"{names[a]}" for a, b in zip(labels, predicted)
+  ]
+  pictures.save_image_rows(
+    path, [("", made.data.raw.x_train[rows], captions)], outputs.pixel_range(made.data)
+  )
+  caption = (
+    f"{tables.TITLES.get(config.dataset, config.dataset)}: the training images with the largest {config.sampler} of their latest draw, "
+    f"under {made.record['support_size']} distilled images: their label → what these take them for."
+  )
+  return {
+    "caption": caption,
+    "hardest": [
+      {
+        "row": int(i),
+        "score": float(made.outcome.scores[i]),
+        "class": str(names[a]),
+        "taken_for": str(names[b]),
+      }
+      for i, a, b in zip(rows, labels, predicted)
+    ],
+    **made.record,
+  }
 
 
 def shrink(path: pathlib.Path) -> None:
-  """Rewrites a PNG without transparency, and in grey where nothing has a colour: half as long, the same pixels."""
+  """Rewrites a PNG without transparency, and in gray where nothing has a color: half as long, the same pixels."""
   from PIL import Image  # matplotlib, which wrote the picture, needs it as well
+
   from kipcore.io import atomic
+
   content = io.BytesIO()
   with Image.open(path) as image:
     pixels = np.asarray(image.convert("RGB"))
-  grey = (pixels == pixels[..., :1]).all()
-  Image.fromarray(pixels[..., 0] if grey else pixels).save(content, "PNG", optimize=True)
+  gray = (pixels == pixels[..., :1]).all()
+  Image.fromarray(pixels[..., 0] if gray else pixels).save(content, "PNG", optimize=True)
   atomic.write_atomically(path, content.getvalue())
 
 
 def main() -> None:
   """Makes the pictures, each with its JSON file."""
   from kipcore.cli.folder import run_folder
-  environment = run_folder.environment()  # of the code that runs, whatever happens to the tree meanwhile
+
+  environment = (
+    run_folder.environment()
+  )  # of the code that runs, whatever happens to the tree meanwhile
   if unknown := sorted(set(FLAGS.only) - set(PICTURES)):
-    raise UsageError(f"--only: expected names among {', '.join(PICTURES)}; got {', '.join(unknown)}")
+    raise UsageError(
+      f"--only: expected names among {', '.join(PICTURES)}; got {', '.join(unknown)}"
+    )
   folder = pathlib.Path(FLAGS.output_dir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise UsageError(f"--output_dir: cannot write to {folder} ({error.strerror or error})") from error
+    raise UsageError(
+      f"--output_dir: cannot write to {folder} ({error.strerror or error})"
+    ) from error
   for name, (kind, dataset, per_class) in PICTURES.items():
     if FLAGS.only and name not in FLAGS.only:
       continue
-    config = DistillConfig(dataset=dataset, data_dir=FLAGS.data_dir, images_per_class=per_class, steps=FLAGS.steps)
+    config = DistillConfig(
+      dataset=dataset, data_dir=FLAGS.data_dir, images_per_class=per_class, steps=FLAGS.steps
+    )
     path = folder / f"{name}.png"
     made = {"images": images, "starts": starts, "hardest": hardest}[kind](config, path)
     shrink(path)
-    run_folder.write_json(path.with_suffix(".json"), {"environment": environment, "picture": path.name, **made})
+    run_folder.write_json(
+      path.with_suffix(".json"), {"environment": environment, "picture": path.name, **made}
+    )
     print(made["caption"], flush=True)
 
 

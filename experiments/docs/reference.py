@@ -24,31 +24,84 @@ flags.DEFINE_string("output_dir", "site", "Folder of the pages; the first one is
 
 # Not at the top level of kipcore, and yet for users.
 MORE = {
-    "architectures": ("Dense", "Conv", "Relu", "LeakyRelu", "Erf", "Gelu", "Identity", "AvgPool", "GlobalAvgPool",
-                      "Flatten"),
-    "kernels.stax": ("import_neural_tangents", "to_stax"),
-    "preprocess": ("uncentre", "class_labels"),
-    "sensitivity": ("Guarantee",),
-    "distill.importance": ("ImportanceState",),
-    "datasets": ("load_dataset", "Dataset", "DatasetError"),
-    "npz": ("read_npz", "names_in", "save_checked", "load_checked", "NpzError"),
-    "export": ("DistilledSet", "as_numpy", "as_torch", "as_tfds", "check", "write"),
-    "html_report": ("Html", "Section", "write_html", "page", "element", "joined", "cards", "table", "properties", "noted", "bar", "code", "image",
-                    "image_cells", "image_rows", "side_by_side"),
-    "charts": ("line_chart", "interval_chart"),
-    "report": ("save_image_grid", "save_image_rows", "save_learning_curve", "save_scores", "save_comparison", "save_bars"),
+  "architectures": (
+    "Dense",
+    "Conv",
+    "Relu",
+    "LeakyRelu",
+    "Erf",
+    "Gelu",
+    "Identity",
+    "AvgPool",
+    "GlobalAvgPool",
+    "Flatten",
+  ),
+  "kernels.stax": ("import_neural_tangents", "to_stax"),
+  "preprocess": ("uncenter", "class_labels"),
+  "sensitivity": ("Guarantee",),
+  "distill.importance": ("ImportanceState",),
+  "datasets": ("load_dataset", "Dataset", "DatasetError"),
+  "npz": ("read_npz", "names_in", "save_checked", "load_checked", "NpzError"),
+  "export": ("DistilledSet", "as_numpy", "as_torch", "as_tfds", "check", "write"),
+  "html_report": (
+    "Html",
+    "Section",
+    "write_html",
+    "page",
+    "element",
+    "joined",
+    "cards",
+    "table",
+    "properties",
+    "noted",
+    "bar",
+    "code",
+    "image",
+    "image_cells",
+    "image_rows",
+    "side_by_side",
+  ),
+  "charts": ("line_chart", "interval_chart"),
+  "report": (
+    "save_image_grid",
+    "save_image_rows",
+    "save_learning_curve",
+    "save_scores",
+    "save_comparison",
+    "save_bars",
+  ),
 }
 # Rooms in the order of the front page; what is not named here comes last.
 TOPICS = {
-    "Networks and kernels": ("architectures", "kernels", "gram", "networks", "resnet"),
-    "Data": ("datasets", "preprocess"),
-    "Kernel ridge regression": ("krr", "absorb", "evaluate", "ranking"),
-    "Which points matter": ("coreset", "leverage", "score_ridge", "sensitivity", "streaming", "clustering",
-                            "representatives", "cholesky", "pursuit"),
-    "Draws and guarantees": ("draws", "sampling", "guarantees", "certificate"),
-    "Distillation": ("distill",),
-    "Files and pictures": ("artifact", "checkpoint", "npz", "export", "published", "torch_files", "trajectories", "report", "html_report", "charts"),
-    "Types": ("types",),
+  "Networks and kernels": ("architectures", "kernels", "gram", "networks", "resnet"),
+  "Data": ("datasets", "preprocess"),
+  "Kernel ridge regression": ("krr", "absorb", "evaluate", "ranking"),
+  "Which points matter": (
+    "coreset",
+    "leverage",
+    "score_ridge",
+    "sensitivity",
+    "streaming",
+    "clustering",
+    "representatives",
+    "cholesky",
+    "pursuit",
+  ),
+  "Draws and guarantees": ("draws", "sampling", "guarantees", "certificate"),
+  "Distillation": ("distill",),
+  "Files and pictures": (
+    "artifact",
+    "checkpoint",
+    "npz",
+    "export",
+    "published",
+    "torch_files",
+    "trajectories",
+    "report",
+    "html_report",
+    "charts",
+  ),
+  "Types": ("types",),
 }
 FRONT = """
 The public names of kipcore {version}, by the room that defines them. The README has a quickstart.
@@ -101,14 +154,18 @@ TEMPLATE = """{% extends "default/module.html.jinja2" %}
 """
 # Public things that signatures call by their private modules, with the tags of highlighting between.
 _DOT = r'(?:</span><span class=\\?"o\\?">)?\.(?:</span><span class=\\?"n\\?">)?'
-PRIVATE = {rf"(?:jax{_DOT})?jaxlib{_DOT}_jax{_DOT}(Array|Device)": r"jax.\1",
-           rf"optax{_DOT}_src{_DOT}base{_DOT}": "optax.", r"<p>@public</p>": "",
-           r"&lt;class &#(?:x27|39);([\w.]+)&#(?:x27|39);&gt;": r"\1"}
+PRIVATE = {
+  rf"(?:jax{_DOT})?jaxlib{_DOT}_jax{_DOT}(Array|Device)": r"jax.\1",
+  rf"optax{_DOT}_src{_DOT}base{_DOT}": "optax.",
+  r"<p>@public</p>": "",
+  r"&lt;class &#(?:x27|39);([\w.]+)&#(?:x27|39);&gt;": r"\1",
+}
 
 
 def public_names() -> dict[str, list[str]]:
   """The public names by the room that defines them: `kipcore.__all__`, the classes in their signatures, and `MORE`."""
   import kipcore
+
   rooms = {}
 
   def add(thing):
@@ -127,7 +184,10 @@ def public_names() -> dict[str, list[str]]:
       add(getattr(importlib.import_module(f"kipcore.{room}"), name))
   for room, names in rooms.items():
     source = inspect.getsource(importlib.import_module(f"kipcore.{room}"))
-    places = {name: re.search(rf"^(def {name}\(|class {name}\b|{name} =)", source, flags=re.M).start() for name in names}
+    places = {
+      name: re.search(rf"^(def {name}\(|class {name}\b|{name} =)", source, flags=re.M).start()
+      for name in names
+    }
     names.sort(key=places.get)
   return rooms
 
@@ -143,7 +203,9 @@ def topics(rooms) -> dict[str, list[str]]:
   """The rooms by topic, each once."""
   left, found = list(rooms), {}
   for topic, prefixes in TOPICS.items():
-    found[topic] = [room for prefix in prefixes for room in sorted(left) if f"{room}.".startswith(f"{prefix}.")]
+    found[topic] = [
+      room for prefix in prefixes for room in sorted(left) if f"{room}.".startswith(f"{prefix}.")
+    ]
   named = {room for listed in found.values() for room in listed}
   return {**found, "More": sorted(set(left) - named)}
 
@@ -162,7 +224,11 @@ def to_markdown(docstring: str, link=lambda code: f"`{code}`") -> str:
   while lines:
     if not lines[0].strip():
       lines.pop(0)
-    elif (match := re.fullmatch(r"([A-Z][a-z]+):", lines[0])) and len(lines) > 1 and lines[1].startswith(" "):
+    elif (
+      (match := re.fullmatch(r"([A-Z][a-z]+):", lines[0]))
+      and len(lines) > 1
+      and lines[1].startswith(" ")
+    ):
       lines.pop(0)
       body = textwrap.dedent("\n".join(_take(lines, lambda line: not line or line.startswith(" "))))
       convert = _items if match[1] in LIST_SECTIONS else to_markdown
@@ -170,14 +236,19 @@ def to_markdown(docstring: str, link=lambda code: f"`{code}`") -> str:
     elif lines[0].startswith(">>>"):
       out.append("```pycon\n" + "\n".join(_take(lines, bool)) + "\n```")
     elif lines[0].startswith(" "):
-      block = textwrap.dedent("\n".join(_take(lines, lambda line: not line or line.startswith(" ")))).strip("\n")
+      block = textwrap.dedent(
+        "\n".join(_take(lines, lambda line: not line or line.startswith(" ")))
+      ).strip("\n")
       out.append(f"```text\n{block}\n```")
     elif match := re.match(r"(\d+\.|-) ", lines[0]):
       first = lines.pop(0)
-      item = [first[len(match[0]):], *_take(lines, lambda line: line.startswith(" "))]
+      item = [first[len(match[0]) :], *_take(lines, lambda line: line.startswith(" "))]
       out.append(f"{match[0]}{_prose(item, link)}")
     else:
-      paragraph = [lines.pop(0), *_take(lines, lambda line: line and not line.startswith((" ", ">>>")))]
+      paragraph = [
+        lines.pop(0),
+        *_take(lines, lambda line: line and not line.startswith((" ", ">>>"))),
+      ]
       out.append(_prose(paragraph, link))
   return "\n\n".join(out)
 
@@ -196,7 +267,9 @@ def _items(body: str, link) -> str:
   items = []
   for line in body.split("\n"):
     items.append([line]) if not line.startswith(" ") else items[-1].append(line)
-  return "\n".join("- " + re.sub(r"^([^:`]+):", r"**\1**:", _prose(item, link)) for item in items if item[0])
+  return "\n".join(
+    "- " + re.sub(r"^([^:`]+):", r"**\1**:", _prose(item, link)) for item in items if item[0]
+  )
 
 
 def _prose(lines: list[str], link) -> str:
@@ -227,25 +300,45 @@ def build(folder: pathlib.Path) -> list[pathlib.Path]:
     import pdoc
     import pdoc.render
   except ImportError as error:
-    raise UsageError("the reference is built with pdoc, which is not installed: pip install -e '.[docs]'") from error
+    raise UsageError(
+      "the reference is built with pdoc, which is not installed: pip install -e '.[docs]'"
+    ) from error
   import jinja2
+
   import kipcore
   from kipcore.io import atomic
+
   rooms = public_names()
   homes = {name: room for room, names in rooms.items() for name in names}
   pages = {"kipcore": pdoc.doc.Module(_only(kipcore, []))}
   for listed in topics(rooms).values():
     for room in listed:
-      pages[f"kipcore.{room}"] = pdoc.doc.Module(_only(importlib.import_module(f"kipcore.{room}"), rooms[room]))
+      pages[f"kipcore.{room}"] = pdoc.doc.Module(
+        _only(importlib.import_module(f"kipcore.{room}"), rooms[room])
+      )
   for name, page in pages.items():
-    _document(page, lambda code, own, name=name: _linked(code, own, name.removeprefix("kipcore."), homes))
+    _document(
+      page, lambda code, own, name=name: _linked(code, own, name.removeprefix("kipcore."), homes)
+    )
   pages["kipcore"].docstring = _front(rooms, kipcore)
   pages["kipcore"].submodules = list(pages.values())[1:]
-  pdoc.render.configure(docformat="markdown", show_source=False, footer_text=f"kipcore {kipcore.__version__}")
-  pdoc.render.env.loader = jinja2.ChoiceLoader([
-      jinja2.DictLoader({"module.html.jinja2": TEMPLATE, "custom.css": STYLE}), pdoc.render.env.loader])
-  texts = {f"{name.replace('.', '/')}.html": pdoc.render.html_module(page, pages) for name, page in pages.items()}
-  texts |= {"index.html": pdoc.render.html_index(pages), "search.js": pdoc.render.search_index(pages)}
+  pdoc.render.configure(
+    docformat="markdown", show_source=False, footer_text=f"kipcore {kipcore.__version__}"
+  )
+  pdoc.render.env.loader = jinja2.ChoiceLoader(
+    [
+      jinja2.DictLoader({"module.html.jinja2": TEMPLATE, "custom.css": STYLE}),
+      pdoc.render.env.loader,
+    ]
+  )
+  texts = {
+    f"{name.replace('.', '/')}.html": pdoc.render.html_module(page, pages)
+    for name, page in pages.items()
+  }
+  texts |= {
+    "index.html": pdoc.render.html_index(pages),
+    "search.js": pdoc.render.search_index(pages),
+  }
   for name, text in texts.items():
     for private, public in PRIVATE.items():
       text = re.sub(private, public, text)
@@ -266,15 +359,23 @@ def _document(doc, link) -> None:
   own = {doc.name, *getattr(doc, "members", ())}
   if doc.kind == "function":
     own |= set(doc.signature.parameters)
-  doc.docstring = to_markdown(doc.docstring, lambda code: link(code, own if doc.kind != "module" else ()))
+  doc.docstring = to_markdown(
+    doc.docstring, lambda code: link(code, own if doc.kind != "module" else ())
+  )
   for member in getattr(doc, "members", {}).values():
     if member.name == "__init__":
-      member.docstring = "@private" if getattr(doc.obj, "_is_protocol", False) else ""  # the signature alone
+      member.docstring = (
+        "@private" if getattr(doc.obj, "_is_protocol", False) else ""
+      )  # the signature alone
     elif member.name == "__call__":
       member.docstring = "@public"
     elif isinstance(doc.obj, enum.EnumType):
-      member.docstring = "" if isinstance(getattr(member, "default_value", None), doc.obj) else "@private"
-    elif member.kind == "variable" and (not member.docstring or member.docstring.startswith("Alias for field")):
+      member.docstring = (
+        "" if isinstance(getattr(member, "default_value", None), doc.obj) else "@private"
+      )
+    elif member.kind == "variable" and (
+      not member.docstring or member.docstring.startswith("Alias for field")
+    ):
       member.docstring = "@private"
     else:
       _document(member, link)
@@ -297,9 +398,14 @@ def _front(rooms: dict, kipcore: ModuleType) -> str:
   for topic, listed in topics(rooms).items():
     lines += [f"## {topic}\n"] if listed else []
     for room in listed:
-      module, path = importlib.import_module(f"kipcore.{room}"), f"kipcore/{room.replace('.', '/')}.html"
+      module, path = (
+        importlib.import_module(f"kipcore.{room}"),
+        f"kipcore/{room.replace('.', '/')}.html",
+      )
       lines += [f"### [`{room}`]({path}) {_first_line(module)}\n"]
-      lines += [f"- [`{name}`]({path}#{name}): {_first_line(getattr(module, name))}" for name in rooms[room]] + [""]
+      lines += [
+        f"- [`{name}`]({path}#{name}): {_first_line(getattr(module, name))}" for name in rooms[room]
+      ] + [""]
   return "\n".join(lines)
 
 
@@ -312,7 +418,9 @@ def main() -> None:
   try:
     written = build(pathlib.Path(FLAGS.output_dir))
   except OSError as error:
-    raise UsageError(f"--output_dir: cannot write to {FLAGS.output_dir} ({error.strerror or error})") from error
+    raise UsageError(
+      f"--output_dir: cannot write to {FLAGS.output_dir} ({error.strerror or error})"
+    ) from error
   print(f"{len(written)} files; start at {pathlib.Path(FLAGS.output_dir) / 'index.html'}")
 
 

@@ -11,16 +11,26 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def conformance_table(results: dict) -> str:
   """Markdown of `conformance.json`: a row a job."""
-  lines = ["| run | test accuracy, % | seeds | seconds | reference |", "| --- | --- | --- | --- | --- |"]
+  lines = [
+    "| run | test accuracy, % | seeds | seconds | reference |",
+    "| --- | --- | --- | --- | --- |",
+  ]
   for name, job in results["jobs"].items():
-    scores = f"{job['mean_percent']:.2f}" + (f" ± {job['std_percent']:.2f}" if job["std_percent"] is not None else "")
+    scores = f"{job['mean_percent']:.2f}" + (
+      f" ± {job['std_percent']:.2f}" if job["std_percent"] is not None else ""
+    )
     seconds = statistics.median(run["wall_seconds"] for run in job["runs"])
-    lines.append(f"| `{name}` | {scores} | {len(job['runs'])} | {seconds:.0f} | {job['reference_percent']} |")
+    lines.append(
+      f"| `{name}` | {scores} | {len(job['runs'])} | {seconds:.0f} | {job['reference_percent']} |"
+    )
   hardware = results["environment"]["hardware"]
-  lines += ["", f"Mean and deviation over seeds, median seconds, {hardware['cpu_cores']} CPU cores, JAX "
-            f"{results['environment']['versions']['jax']}, from `experiments/results/conformance.json` "
-            "(`python -m experiments.studies.conformance`). The CIFAR-10 used here was decoded from JPEG files of quality 75, "
-            "so its figures are not strictly comparable with published ones."]
+  lines += [
+    "",
+    f"Mean and deviation over seeds, median seconds, {hardware['cpu_cores']} CPU cores, JAX "
+    f"{results['environment']['versions']['jax']}, from `experiments/results/conformance.json` "
+    "(`python -m experiments.studies.conformance`). The CIFAR-10 used here was decoded from JPEG files of quality 75, "
+    "so its figures are not strictly comparable with published ones.",
+  ]
   return "\n".join(lines)
 
 
@@ -33,24 +43,35 @@ def starting_points_table(results: dict) -> str:
   """Markdown of `starting_points.json`: a row a dataset, network and size; one-hot / solved labels by strategy."""
   first = next(iter(results["cells"].values()))
   strategies = list(first["summary"])
-  lines = ["| points | " + " | ".join(f"`{name}`" for name in strategies) + " |",
-           "| --- |" + " --- |" * len(strategies)]
+  lines = [
+    "| points | " + " | ".join(f"`{name}`" for name in strategies) + " |",
+    "| --- |" + " --- |" * len(strategies),
+  ]
   for name, cell in results["cells"].items():
     dataset, network, points = name.rsplit("-", 2)
     row = []
     for strategy in strategies:
       numbers = (cell["summary"][strategy][kind] for kind in ("one_hot", "solved"))
       row.append(" / ".join(f"{number['mean']:.1f} ± {number['std']:.1f}" for number in numbers))
-    lines.append(f"| {TITLES.get(dataset, dataset)} {network}, {points} | " + " | ".join(row) + " |")
+    lines.append(
+      f"| {TITLES.get(dataset, dataset)} {network}, {points} | " + " | ".join(row) + " |"
+    )
   seeds = {len(cell["runs"]) for cell in results["cells"].values()}
-  lines += ["", "Test accuracy of ridge regression on the points alone, %, with one-hot labels / with labels solved on all "
-            f"training rows; mean and deviation over {'/'.join(map(str, sorted(seeds)))} seeds, from "
-            "`experiments/results/starting_points.json` (`python -m experiments.studies.starting_points`). `kmeans` has no "
-            "deviation at one image a class: the mean of a class is no draw." + "".join(
-                f" {network} chooses from {rows:,} training rows and is tested on {tested:,}."
-                for network, rows, tested in dict.fromkeys(
-                    (name.rsplit("-", 2)[1], cell["training_rows"], cell["test_rows"])
-                    for name, cell in results["cells"].items() if cell["config"]["test_rows"]))]
+  lines += [
+    "",
+    "Test accuracy of ridge regression on the points alone, %, with one-hot labels / with labels solved on all "
+    f"training rows; mean and deviation over {'/'.join(map(str, sorted(seeds)))} seeds, from "
+    "`experiments/results/starting_points.json` (`python -m experiments.studies.starting_points`). `kmeans` has no "
+    "deviation at one image a class: the mean of a class is no draw."
+    + "".join(
+      f" {network} chooses from {rows:,} training rows and is tested on {tested:,}."
+      for network, rows, tested in dict.fromkeys(
+        (name.rsplit("-", 2)[1], cell["training_rows"], cell["test_rows"])
+        for name, cell in results["cells"].items()
+        if cell["config"]["test_rows"]
+      )
+    ),
+  ]
   return "\n".join(lines)
 
 
@@ -61,23 +82,38 @@ def _setting_title(name: str) -> str:
 
 def default_gain_table(results: dict) -> str:
   """Markdown of what `ablation.json` says of the default recipe: a row a dataset and number of images a class."""
-  lines = ["| images a class | uniform start and targets | default recipe | gained | area under the curve gained | "
-           "target evaluations to the accuracy of uniform, share |", "| --- | --- | --- | --- | --- | --- |"]
+  lines = [
+    "| images a class | uniform start and targets | default recipe | gained | area under the curve gained | "
+    "target evaluations to the accuracy of uniform, share |",
+    "| --- | --- | --- | --- | --- | --- |",
+  ]
   for name, setting in results["settings"].items():
     plain, ours = (setting["arms"][arm] for arm in (REFERENCE, DEFAULT))
-    gains = {key: [b[key] - a[key] for a, b in zip(plain, ours, strict=True)] for key in ("final", "area")}
-    gain, area = (f"{statistics.mean(g):+.2f} ± {statistics.stdev(g) / len(g) ** 0.5:.2f}" for g in gains.values())
-    final = [f"{row['mean']:.2f} ± {row['std']:.2f}" for row in
-             (setting["summary"][arm]["final"] for arm in (REFERENCE, DEFAULT))]
+    gains = {
+      key: [b[key] - a[key] for a, b in zip(plain, ours, strict=True)] for key in ("final", "area")
+    }
+    gain, area = (
+      f"{statistics.mean(g):+.2f} ± {statistics.stdev(g) / len(g) ** 0.5:.2f}"
+      for g in gains.values()
+    )
+    final = [
+      f"{row['mean']:.2f} ± {row['std']:.2f}"
+      for row in (setting["summary"][arm]["final"] for arm in (REFERENCE, DEFAULT))
+    ]
     reached = setting["summary"][DEFAULT]["reaches"]
     share = "not reached" if reached is None else f"{reached / setting['evaluations']:.2f}"
-    lines.append(f"| {_setting_title(name)} | {final[0]} | {final[1]} | {gain} | {area} | {share} |")
+    lines.append(
+      f"| {_setting_title(name)} | {final[0]} | {final[1]} | {gain} | {area} | {share} |"
+    )
   seeds = {len(arm) for setting in results["settings"].values() for arm in setting["arms"].values()}
   evaluations = {setting["evaluations"] for setting in results["settings"].values()}
-  lines += ["", f"KIP with the NTK of FC1 and learned labels, {'/'.join(f'{e:,}' for e in sorted(evaluations))} target evaluations in "
-            f"batches of 1,000; test accuracy, %, mean and deviation over {'/'.join(map(str, sorted(seeds)))} seeds, gains with "
-            "their standard error (same seeds), from `experiments/results/ablation.json` (`python -m experiments.studies.ablation`). "
-            "CIFAR-10 was decoded from JPEG files of quality 75."]
+  lines += [
+    "",
+    f"KIP with the NTK of FC1 and learned labels, {'/'.join(f'{e:,}' for e in sorted(evaluations))} target evaluations in "
+    f"batches of 1,000; test accuracy, %, mean and deviation over {'/'.join(map(str, sorted(seeds)))} seeds, gains with "
+    "their standard error (same seeds), from `experiments/results/ablation.json` (`python -m experiments.studies.ablation`). "
+    "CIFAR-10 was decoded from JPEG files of quality 75.",
+  ]
   return "\n".join(lines)
 
 
@@ -85,72 +121,141 @@ def ablation_table(results: dict) -> str:
   """Markdown of `ablation.json`: final test accuracy, a row an arm, a column a setting."""
   settings = results["settings"]
   arms = list(dict.fromkeys(arm for setting in settings.values() for arm in setting["arms"]))
-  lines = ["| start/targets | " + " | ".join(map(_setting_title, settings)) + " |", "| --- |" + " --- |" * len(settings)]
+  lines = [
+    "| start/targets | " + " | ".join(map(_setting_title, settings)) + " |",
+    "| --- |" + " --- |" * len(settings),
+  ]
   for arm in arms:
-    cells = [f"{row['final']['mean']:.2f} ± {row['final']['std']:.2f}" if (row := setting["summary"].get(arm)) else ""
-             for setting in settings.values()]
+    cells = [
+      f"{row['final']['mean']:.2f} ± {row['final']['std']:.2f}"
+      if (row := setting["summary"].get(arm))
+      else ""
+      for setting in settings.values()
+    ]
     lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
-  lines += ["", "*solved* starts from solved labels, e is the weight exponent (default 0.25), g the uniform share (0.5), b the "
-            "batch (1,000); *always* never switches importance off, *refreshed* scores all rows every 500 steps. Passes over all "
-            "rows are paid for with fewer steps. The choice was made by validation accuracy (in the file) on MNIST and CIFAR-10."]
+  lines += [
+    "",
+    "*solved* starts from solved labels, e is the weight exponent (default 0.25), g the uniform share (0.5), b the "
+    "batch (1,000); *always* never switches importance off, *refreshed* scores all rows every 500 steps. Passes over all "
+    "rows are paid for with fewer steps. The choice was made by validation accuracy (in the file) on MNIST and CIFAR-10.",
+  ]
   return "\n".join(lines)
 
 
 def kernels_table(results: dict) -> str:
   """Markdown of `benchmark_kernels.json`: a row a network and image size, beside neural-tangents."""
-  lines = ["| network | images | pairs | forward, ms | times faster (in a loop) | with gradient, ms | times faster | over the floor | "
-           "scratch memory, MB | error |", "| --- |" + " --- |" * 9]
+  lines = [
+    "| network | images | pairs | forward, ms | times faster (in a loop) | with gradient, ms | times faster | over the floor | "
+    "scratch memory, MB | error |",
+    "| --- |" + " --- |" * 9,
+  ]
   for row in (row for job in ("convolutional", "dense") for row in results["jobs"][job]["rows"]):
     times = []
     for part in ("forward", "gradient"):
       ours, theirs = (1e3 * row[part][side]["seconds"] for side in ("ours", "neural_tangents"))
       ratio = f"**{theirs / ours:.{1 if theirs < 10 * ours else 0}f}**"
-      times += [f"{ours:,.0f} / {theirs:,.0f}", f"{ratio} ({row[part]['ratio_in_loop']:.1f})" if part == "forward" else ratio]
-    memory = " / ".join(f"{row['gradient'][side]['scratch_bytes'] / 1e6:,.0f}" for side in ("ours", "neural_tangents"))
-    lines.append(f"| {row['architecture']} | {'x'.join(map(str, row['shape']))} | {row['rows']} x {row['other_rows']} | "
-                 + " | ".join(times) + f" | {row['forward_over_floor']:.1f} | {memory} | {row['difference']['ours']['value']:.0e} / "
-                 f"{row['difference']['neural_tangents']['value']:.0e} |")
+      times += [
+        f"{ours:,.0f} / {theirs:,.0f}",
+        f"{ratio} ({row[part]['ratio_in_loop']:.1f})" if part == "forward" else ratio,
+      ]
+    memory = " / ".join(
+      f"{row['gradient'][side]['scratch_bytes'] / 1e6:,.0f}" for side in ("ours", "neural_tangents")
+    )
+    lines.append(
+      f"| {row['architecture']} | {'x'.join(map(str, row['shape']))} | {row['rows']} x {row['other_rows']} | "
+      + " | ".join(times)
+      + f" | {row['forward_over_floor']:.1f} | {memory} | {row['difference']['ours']['value']:.0e} / "
+      f"{row['difference']['neural_tangents']['value']:.0e} |"
+    )
   hardware = results["environment"]["hardware"]
-  return "\n".join([*lines, "", f"NTK, float32, ours / neural-tangents in one run after compilation, {hardware['cpu_cores']} CPU cores, real images; the gradient "
-                    "is by the first rows, with its values. *In a loop*: neural-tangents inside `jax.lax.map`, where XLA makes its pooled kernels several "
-                    "times faster. The floor is the first matrix product alone. Error: largest difference "
-                    "of values from float64, over the largest of them. From `experiments/results/benchmark_kernels.json` "
-                    "(`python -m experiments.benchmarks.kernels`), which also has growth, narrower products and a step of KIP."])
+  return "\n".join(
+    [
+      *lines,
+      "",
+      f"NTK, float32, ours / neural-tangents in one run after compilation, {hardware['cpu_cores']} CPU cores, real images; the gradient "
+      "is by the first rows, with its values. *In a loop*: neural-tangents inside `jax.lax.map`, where XLA makes its pooled kernels several "
+      "times faster. The floor is the first matrix product alone. Error: largest difference "
+      "of values from float64, over the largest of them. From `experiments/results/benchmark_kernels.json` "
+      "(`python -m experiments.benchmarks.kernels`), which also has growth, narrower products and a step of KIP.",
+    ]
+  )
 
 
 def cost_table(results: dict) -> str:
   """Markdown of `benchmark_methods.json`: a row a method, time and memory of a step."""
-  lines = ["| method | targets a step | step, ms | compilation, s | scratch memory, MB | state, MB | scratch memory as published, MB |", "| --- |" + " --- |" * 6]
+  lines = [
+    "| method | targets a step | step, ms | compilation, s | scratch memory, MB | state, MB | scratch memory as published, MB |",
+    "| --- |" + " --- |" * 6,
+  ]
   for method, job in results["jobs"].items():
     small, published = job["cpu"], job["published"]
-    lines.append(f"| `{method}` | {small['targets']:,} | {1e3 * small['step_seconds']:.0f} | {small['compile_seconds']:.1f} | {small['scratch_bytes'] / 1e6:,.0f} | "
-                 f"{small['state_bytes'] / 1e6:,.1f} | {published['scratch_bytes'] / 1e6:,.0f} |")
-  return "\n".join([*lines, "", f"MNIST, one image a class, `--preset=cpu`, {results['environment']['hardware']['cpu_cores']} CPU cores; the last column is what XLA plans on CPU, "
-                    "where convolutions are products of patches, for a step of the published settings, which was not run. From `experiments/results/benchmark_methods.json` "
-                    "(`python -m experiments.benchmarks.methods`)."])
+    lines.append(
+      f"| `{method}` | {small['targets']:,} | {1e3 * small['step_seconds']:.0f} | {small['compile_seconds']:.1f} | {small['scratch_bytes'] / 1e6:,.0f} | "
+      f"{small['state_bytes'] / 1e6:,.1f} | {published['scratch_bytes'] / 1e6:,.0f} |"
+    )
+  return "\n".join(
+    [
+      *lines,
+      "",
+      f"MNIST, one image a class, `--preset=cpu`, {results['environment']['hardware']['cpu_cores']} CPU cores; the last column is what XLA plans on CPU, "
+      "where convolutions are products of patches, for a step of the published settings, which was not run. From `experiments/results/benchmark_methods.json` "
+      "(`python -m experiments.benchmarks.methods`).",
+    ]
+  )
 
 
 def cross_architecture_table(results: dict) -> str:
   """Markdown of `cross_architecture.json`: a row a dataset and set, a column an evaluator."""
   from kipcore.evaluation import ranking
-  evaluators = list(dict.fromkeys(entry["evaluator"] for dataset in results["datasets"].values() for entry in dataset["table"]))
-  lines = ["| dataset | set | " + " | ".join(f"`{name}`" for name in evaluators) + " |", "| --- | --- |" + " --- |" * len(evaluators)]
+
+  evaluators = list(
+    dict.fromkeys(
+      entry["evaluator"] for dataset in results["datasets"].values() for entry in dataset["table"]
+    )
+  )
+  lines = [
+    "| dataset | set | " + " | ".join(f"`{name}`" for name in evaluators) + " |",
+    "| --- | --- |" + " --- |" * len(evaluators),
+  ]
   for dataset, content in results["datasets"].items():
-    cells = {(entry["set"], entry["evaluator"]): ranking.shown(entry["mean"], entry["half_width"]) for entry in content["table"]}
+    cells = {
+      (entry["set"], entry["evaluator"]): ranking.shown(entry["mean"], entry["half_width"])
+      for entry in content["table"]
+    }
     for name in dict.fromkeys(entry["set"] for entry in content["table"]):
-      lines.append(f"| {TITLES[dataset]} | {name} | " + " | ".join(cells.get((name, how), "") for how in evaluators) + " |")
-  scores = [f"{TITLES[dataset]} {content['scores']['krr']['label_robust']:.3f} (`krr`), "
-            f"{content['scores']['network:convnet']['label_robust']:.3f} (`network:convnet`)" for dataset, content in results["datasets"].items()]
-  dependence = [f"{TITLES[dataset]} {100 * content['scores']['network:convnet:dsa']['augmentation_dependence']:+.1f}"
-                for dataset, content in results["datasets"].items()]
+      lines.append(
+        f"| {TITLES[dataset]} | {name} | "
+        + " | ".join(cells.get((name, how), "") for how in evaluators)
+        + " |"
+      )
+  scores = [
+    f"{TITLES[dataset]} {content['scores']['krr']['label_robust']:.3f} (`krr`), "
+    f"{content['scores']['network:convnet']['label_robust']:.3f} (`network:convnet`)"
+    for dataset, content in results["datasets"].items()
+  ]
+  dependence = [
+    f"{TITLES[dataset]} {100 * content['scores']['network:convnet:dsa']['augmentation_dependence']:+.1f}"
+    for dataset, content in results["datasets"].items()
+  ]
   parts = results["parts"].values()
-  return "\n".join([*lines, "", "Test accuracy, %, with half of the 95 % interval of the mean over " f"{next(iter(parts))['num_seeds']} seeds (networks, and draws of random "
-                    f"sets), on the first {next(iter(parts))['test_rows']:,} test rows. *distilled*: what `run_distill --dataset=...` makes, ten images with learned labels for the "
-                    "NTK of FC1 (`krr`); baselines are as many real images (k-means: centres) with their classes, *uniform_solved* with the best labels under `krr`; *full*: 5,000 rows "
-                    "under kernels and `network:mlp`, all for `network:convnet`. Networks: MLP of three layers (width 512, 1,000 steps), ConvNet-3 with instance norm (32, 500; dsa: "
-                    "with augmentation), a residual network (16, 300). DD-Ranking's label-robust score, 0.27 for a set that gains and lacks nothing: " + "; ".join(scores) + ". What "
-                    "the gain over random images owes to augmentation, points: " + "; ".join(dependence) + ". From `experiments/results/cross_architecture.json` "
-                    "(`python -m experiments.studies.cross_architecture`)."])
+  return "\n".join(
+    [
+      *lines,
+      "",
+      "Test accuracy, %, with half of the 95 % interval of the mean over "
+      f"{next(iter(parts))['num_seeds']} seeds (networks, and draws of random "
+      f"sets), on the first {next(iter(parts))['test_rows']:,} test rows. *distilled*: what `run_distill --dataset=...` makes, ten images with learned labels for the "
+      "NTK of FC1 (`krr`); baselines are as many real images (k-means: centers) with their classes, *uniform_solved* with the best labels under `krr`; *full*: 5,000 rows "
+      "under kernels and `network:mlp`, all for `network:convnet`. Networks: MLP of three layers (width 512, 1,000 steps), ConvNet-3 with instance norm (32, 500; dsa: "
+      "with augmentation), a residual network (16, 300). DD-Ranking's label-robust score, 0.27 for a set that gains and lacks nothing: "
+      + "; ".join(scores)
+      + ". What "
+      "the gain over random images owes to augmentation, points: "
+      + "; ".join(dependence)
+      + ". From `experiments/results/cross_architecture.json` "
+      "(`python -m experiments.studies.cross_architecture`).",
+    ]
+  )
 
 
 def published_table(results: dict) -> str:
@@ -158,23 +263,46 @@ def published_table(results: dict) -> str:
   lines = ["| set and judge | accuracy, % | known, % |", "| --- | --- | --- |"]
   for name, part in results["parts"].items():
     deviation = "" if part.get("std_percent") is None else f" ± {part['std_percent']:.1f}"
-    lines.append(f"| `{name}` | {part['accuracy_percent']:.1f}{deviation} | {part['reference_percent']} |")
+    lines.append(
+      f"| `{name}` | {part['accuracy_percent']:.1f}{deviation} | {part['reference_percent']} |"
+    )
   part = next(iter(results["parts"].values()))
-  return "\n".join([*lines, "", f"On the first {part['test_rows']:,} test rows of CIFAR-10, original pixels, behind whitening fitted on {part['training_rows']:,} training rows; "
-                    "deviation over networks. From `experiments/results/published_sets.json` (`python -m experiments.studies.published_sets`), which has the recipe of each row."])
+  return "\n".join(
+    [
+      *lines,
+      "",
+      f"On the first {part['test_rows']:,} test rows of CIFAR-10, original pixels, behind whitening fitted on {part['training_rows']:,} training rows; "
+      "deviation over networks. From `experiments/results/published_sets.json` (`python -m experiments.studies.published_sets`), which has the recipe of each row.",
+    ]
+  )
 
 
 def pytorch_table(results: dict) -> str:
   """Markdown of `pytorch_check.json`: a row a set, networks of ours beside those of PyTorch."""
   from kipcore.evaluation import ranking
+
   lines = ["| set | kipcore, % | PyTorch, % | difference, points |", "| --- | --- | --- | --- |"]
   for name, found in results["sets"].items():
-    ours, theirs = (ranking.shown(found[half]["mean"], found[half]["half_width"]) for half in ("kipcore", "pytorch"))
-    lines.append(f"| `{name}` | {ours} | {theirs} | {ranking.shown(found['difference'], found['difference_half_width'])} |")
-  recipe, networks = results["recipe"], len(next(iter(results["sets"].values()))["kipcore"]["accuracies"])
-  return "\n".join([*lines, "", f"MNIST, ten images a class, test accuracy of ConvNet-3 of {recipe['width']} channels with instance norm, {recipe['num_steps']} steps of all images; means of "
-                    f"{networks} networks with half of their 95 % intervals. The right half saw nothing but the exported file. From `experiments/results/pytorch_check.json` "
-                    "(`python -m experiments.studies.pytorch_check`)."])
+    ours, theirs = (
+      ranking.shown(found[half]["mean"], found[half]["half_width"])
+      for half in ("kipcore", "pytorch")
+    )
+    lines.append(
+      f"| `{name}` | {ours} | {theirs} | {ranking.shown(found['difference'], found['difference_half_width'])} |"
+    )
+  recipe, networks = (
+    results["recipe"],
+    len(next(iter(results["sets"].values()))["kipcore"]["accuracies"]),
+  )
+  return "\n".join(
+    [
+      *lines,
+      "",
+      f"MNIST, ten images a class, test accuracy of ConvNet-3 of {recipe['width']} channels with instance norm, {recipe['num_steps']} steps of all images; means of "
+      f"{networks} networks with half of their 95 % intervals. The right half saw nothing but the exported file. From `experiments/results/pytorch_check.json` "
+      "(`python -m experiments.studies.pytorch_check`).",
+    ]
+  )
 
 
 _DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
@@ -183,25 +311,61 @@ _DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "fashion_mnist": "Fashion-
 def methods_table(folders: dict) -> str:
   """Markdown of the `compare_*` folders: a row a dataset and method, what start and sampler gain alone and together."""
   from kipcore.cli.runs import comparison
-  lines = ["| dataset | method | starts alone | plain | with our start | with our targets | with both | target evaluations |", "| --- |" + " --- |" * 7]
+
+  lines = [
+    "| dataset | method | starts alone | plain | with our start | with our targets | with both | target evaluations |",
+    "| --- |" + " --- |" * 7,
+  ]
   for dataset, (config, rows) in folders.items():
     scored = [comparison.arms(rows, key) for key in comparison.SCORES]
     starts = comparison.arms(rows, "init_test_accuracy")
-    (plain_start, start), (plain_targets, targets) = (config["grid"][name] for name in ("inits", "samplers"))
+    (plain_start, start), (plain_targets, targets) = (
+      config["grid"][name] for name in ("inits", "samplers")
+    )
     for method in config["grid"]["methods"]:
-      names = [(method, *arm) for arm in ((plain_start, plain_targets), (start, plain_targets), (plain_start, targets), (start, targets))]
+      names = [
+        (method, *arm)
+        for arm in (
+          (plain_start, plain_targets),
+          (start, plain_targets),
+          (plain_start, targets),
+          (start, targets),
+        )
+      ]
       if not all(name in found for name in names for found in scored):
         continue
-      cells = [" → ".join(f"{comparison.mean_and_deviation(starts[name].values())[0]:.1f}" for name in names[:2])]
-      cells += [" / ".join(comparison.shown(*comparison.mean_and_deviation(found[names[0]].values())) for found in scored)]
-      cells += [" / ".join(comparison.shown(*comparison.gain(found[name], found[names[0]]), "+") for found in scored) for name in names[1:]]
+      cells = [
+        " → ".join(
+          f"{comparison.mean_and_deviation(starts[name].values())[0]:.1f}" for name in names[:2]
+        )
+      ]
+      cells += [
+        " / ".join(
+          comparison.shown(*comparison.mean_and_deviation(found[names[0]].values()))
+          for found in scored
+        )
+      ]
+      cells += [
+        " / ".join(
+          comparison.shown(*comparison.gain(found[name], found[names[0]]), "+") for found in scored
+        )
+        for name in names[1:]
+      ]
       evaluations = next(int(row["target_evaluations"]) for row in rows if row["method"] == method)
-      lines.append(f"| {_DATASETS[dataset]} | `{method}` | " + " | ".join(cells) + f" | {evaluations:,} |")
+      lines.append(
+        f"| {_DATASETS[dataset]} | `{method}` | " + " | ".join(cells) + f" | {evaluations:,} |"
+      )
   grid = config["grid"]
-  return "\n".join([*lines, "", f"One image a class, CPU-size settings (`--preset=cpu`), {grid['num_seeds']} seeds: test accuracy, %, of kernel ridge regression with the "
-                    f"NTK of FC1 / of {grid['network_seeds']} finite networks trained on the images (the method's own network), mean and deviation; then what is gained over "
-                    f"plain (start `{plain_start}`, targets `{plain_targets}`) by `{start}` and `{targets}`, with the standard error of the differences (same seeds, equal target "
-                    f"evaluations), on the first 2,000 test rows (KIP: all). *Starts alone*: ridge regression on `{plain_start}` and `{start}` before any step. From `experiments/results/compare_*` (`python -m experiments.run_compare`)."])
+  return "\n".join(
+    [
+      *lines,
+      "",
+      f"One image a class, CPU-size settings (`--preset=cpu`), {grid['num_seeds']} seeds: test accuracy, %, of kernel ridge regression with the "
+      f"NTK of FC1 / of {grid['network_seeds']} finite networks trained on the images (the method's own network), mean and deviation; then what is gained over "
+      f"plain (start `{plain_start}`, targets `{plain_targets}`) by `{start}` and `{targets}`, with the standard error of the differences (same seeds, equal target "
+      f"evaluations), on the first 2,000 test rows (KIP: all). *Starts alone*: ridge regression on `{plain_start}` and `{start}` before any step. From `experiments/results/compare_*` (`python -m experiments.run_compare`).",
+    ]
+  )
 
 
 def _compared() -> dict:
@@ -210,16 +374,25 @@ def _compared() -> dict:
   for dataset in _DATASETS:
     folder = ROOT / f"experiments/results/compare_{dataset}"
     if folder.exists():
-      folders[dataset] = json.loads((folder / "config.json").read_text()), list(csv.DictReader((folder / "cells.csv").open()))
+      folders[dataset] = (
+        json.loads((folder / "config.json").read_text()),
+        list(csv.DictReader((folder / "cells.csv").open())),
+      )
   return folders
 
 
 # marker in the README -> result file, and how it is shown
-TABLES = {"conformance": ("conformance", conformance_table), "starting_points": ("starting_points", starting_points_table),
-          "default_gain": ("ablation", default_gain_table), "ablation": ("ablation", ablation_table),
-          "kernels": ("benchmark_kernels", kernels_table), "cost": ("benchmark_methods", cost_table),
-          "cross_architecture": ("cross_architecture", cross_architecture_table), "published": ("published_sets", published_table),
-          "pytorch": ("pytorch_check", pytorch_table)}
+TABLES = {
+  "conformance": ("conformance", conformance_table),
+  "starting_points": ("starting_points", starting_points_table),
+  "default_gain": ("ablation", default_gain_table),
+  "ablation": ("ablation", ablation_table),
+  "kernels": ("benchmark_kernels", kernels_table),
+  "cost": ("benchmark_methods", cost_table),
+  "cross_architecture": ("cross_architecture", cross_architecture_table),
+  "published": ("published_sets", published_table),
+  "pytorch": ("pytorch_check", pytorch_table),
+}
 
 
 DOCUMENTS = ("README.md", "experiments/results/README.md")
@@ -233,7 +406,12 @@ def rendered(document: str) -> str:
     else:
       file, table = TABLES[name]
       text = table(json.loads((ROOT / f"experiments/results/{file}.json").read_text()))
-    document = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, text=text: f"{m[1]}{text}\n{m[2]}", document, flags=re.S)
+    document = re.sub(
+      rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+      lambda m, text=text: f"{m[1]}{text}\n{m[2]}",
+      document,
+      flags=re.S,
+    )
   return document
 
 

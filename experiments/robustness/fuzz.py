@@ -23,8 +23,8 @@ import warnings
 
 from absl import flags
 
-from kipcore.cli import flags as common
 from experiments.robustness.fuzz_targets import Defect, Target, targets
+from kipcore.cli import flags as common
 
 FLAGS = flags.FLAGS
 _BATCH = 250  # examples of a target at a time, where seconds are counted
@@ -34,8 +34,13 @@ def limit_memory(number: int = 2**32) -> None:
   """MemoryError where more bytes than these are asked for; where the system has such a limit."""
   with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):
     import resource
+
     from kipcore.cli.folder import run_folder
-    resource.setrlimit(resource.RLIMIT_DATA, (run_folder.process_bytes("VmData") + number, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+    resource.setrlimit(
+      resource.RLIMIT_DATA,
+      (run_folder.process_bytes("VmData") + number, resource.getrlimit(resource.RLIMIT_DATA)[1]),
+    )
 
 
 @contextlib.contextmanager
@@ -55,8 +60,11 @@ def _limited(seconds: float):
 
 
 def outcome(target: Target, payload) -> str:
-  """"read" or "refused"; `Defect` for anything else."""
-  with tempfile.TemporaryDirectory(prefix="fuzz") as folder, warnings.catch_warnings(record=True) as heard:
+  """ "read" or "refused"; `Defect` for anything else."""
+  with (
+    tempfile.TemporaryDirectory(prefix="fuzz") as folder,
+    warnings.catch_warnings(record=True) as heard,
+  ):
     warnings.simplefilter("always")
     try:
       with _limited(target.seconds):
@@ -64,7 +72,12 @@ def outcome(target: Target, payload) -> str:
       found = "read"
     except target.errors as error:
       text = str(error).replace(folder, "")
-      if "\n" in text or len(text) > 1500 or "expected" not in text and not isinstance(error, OSError):
+      if (
+        "\n" in text
+        or len(text) > 1500
+        or "expected" not in text
+        and not isinstance(error, OSError)
+      ):
         raise Defect(f"unclear message {text[:200]!r}") from error
       found = "refused"
     if heard:
@@ -75,11 +88,17 @@ def outcome(target: Target, payload) -> str:
 def attack(target: Target, examples: int, seed: int = 0) -> dict:
   """Counts of so many examples, and each kind of defect with the smallest payload that has it."""
   import hypothesis
+
   counts, defects = {"examples": 0, "read": 0, "refused": 0}, {}
 
   @hypothesis.seed(seed)
-  @hypothesis.settings(max_examples=examples, database=None, deadline=None, phases=[hypothesis.Phase.generate],
-                       suppress_health_check=list(hypothesis.HealthCheck))
+  @hypothesis.settings(
+    max_examples=examples,
+    database=None,
+    deadline=None,
+    phases=[hypothesis.Phase.generate],
+    suppress_health_check=list(hypothesis.HealthCheck),
+  )
   @hypothesis.given(target.payloads)
   def one(payload):
     counts["examples"] += 1
@@ -101,41 +120,70 @@ def attack(target: Target, examples: int, seed: int = 0) -> dict:
 def define_flags() -> None:
   """Of this program alone: what imports it has others."""
   flags.DEFINE_integer("examples", 12_000, "Examples of all targets together.", lower_bound=1)
-  flags.DEFINE_float("seconds", 0.0, "Go on for about so long, whatever --examples says; 0 to count examples.", lower_bound=0.0)
-  flags.DEFINE_string("only", "", "Attack the targets whose names contain this; the result file is then left alone.")
+  flags.DEFINE_float(
+    "seconds",
+    0.0,
+    "Go on for about so long, whatever --examples says; 0 to count examples.",
+    lower_bound=0.0,
+  )
+  flags.DEFINE_string(
+    "only", "", "Attack the targets whose names contain this; the result file is then left alone."
+  )
   flags.DEFINE_integer("seed", 0, "Of the examples.", lower_bound=0)
   flags.DEFINE_string("output", "experiments/results/fuzz.json", "Result file.")
 
 
 def main() -> None:
   """Attacks every target, prints counts and defects, and writes them."""
-  from kipcore.cli.folder import run_folder
   from kipcore.cli.errors import UsageError
+  from kipcore.cli.folder import run_folder
+
   environment = run_folder.environment()
   path, started, results = pathlib.Path(FLAGS.output), time.perf_counter(), {}
   with tempfile.TemporaryDirectory(prefix="fuzz") as folder:
-    chosen = {name: target for name, target in targets(pathlib.Path(folder)).items() if FLAGS.only in name}
+    chosen = {
+      name: target for name, target in targets(pathlib.Path(folder)).items() if FLAGS.only in name
+    }
     if not chosen:
-      raise UsageError(f"--only: expected part of one of {', '.join(targets(pathlib.Path(folder)))}; got {FLAGS.only!r}")
+      raise UsageError(
+        f"--only: expected part of one of {', '.join(targets(pathlib.Path(folder)))}; got {FLAGS.only!r}"
+      )
     limit_memory()
     share, turn = math.ceil(FLAGS.examples / len(chosen)), 0
     while turn == 0 or time.perf_counter() - started < FLAGS.seconds:
       for name, target in chosen.items():
         found = attack(target, _BATCH if FLAGS.seconds else share, FLAGS.seed + turn)
         known = results.setdefault(name, {"examples": 0, "read": 0, "refused": 0, "defects": {}})
-        results[name] = {**{key: known[key] + found[key] for key in ("examples", "read", "refused")},
-                         "defects": {**known["defects"], **found["defects"]}}
-        print(f"{name}: " + ", ".join(f"{results[name][key]} {key}" for key in ("examples", "read", "refused")), flush=True)
+        results[name] = {
+          **{key: known[key] + found[key] for key in ("examples", "read", "refused")},
+          "defects": {**known["defects"], **found["defects"]},
+        }
+        print(
+          f"{name}: "
+          + ", ".join(f"{results[name][key]} {key}" for key in ("examples", "read", "refused")),
+          flush=True,
+        )
         for defect, payload in found["defects"].items():
           print(f"  DEFECT {defect}\n    {payload[:400]}", flush=True)
       turn += 1
-  total = {key: sum(each[key] for each in results.values()) for key in ("examples", "read", "refused")}
+  total = {
+    key: sum(each[key] for each in results.values()) for key in ("examples", "read", "refused")
+  }
   total["defects"] = sum(len(each["defects"]) for each in results.values())
   print(json.dumps(total))
   if not FLAGS.only:
     guided = json.loads(path.read_text()).get("coverage_guided") if path.exists() else None
-    run_folder.write_json(path, {"environment": environment, "seconds": time.perf_counter() - started,
-                                 "total": total, "targets": results, "coverage_guided": guided, **run_folder.peak_memory()})
+    run_folder.write_json(
+      path,
+      {
+        "environment": environment,
+        "seconds": time.perf_counter() - started,
+        "total": total,
+        "targets": results,
+        "coverage_guided": guided,
+        **run_folder.peak_memory(),
+      },
+    )
   sys.exit(1 if total["defects"] else 0)
 
 

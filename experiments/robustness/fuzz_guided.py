@@ -2,7 +2,7 @@
 
 `PYTHONPATH=. python -m experiments.robustness.fuzz_guided --seconds=300` in an environment that has atheris beside what kipcore needs; it is
 no dependency. Every input goes to one reader, as a whole file, as the members of an archive with right checksums, or
-as the metadata of an artefact with right checksums. Counts go into experiments/results/fuzz.json, under coverage_guided.
+as the metadata of an artifact with right checksums. Counts go into experiments/results/fuzz.json, under coverage_guided.
 """
 
 import json
@@ -26,20 +26,30 @@ def _archive(path, names, parts) -> None:
 
 def seeds(folder: pathlib.Path) -> list[bytes]:
   """Good inputs, of the form that `attempts` reads: which attempt, then its content."""
-  from kipcore.io import npz
   from experiments.robustness import fuzz_targets, malformed
+  from kipcore.io import npz
+
   fuzz_targets.targets(folder)
   metadata = json.dumps(npz.load_checked(folder / "good.npz", "kipcore-distilled", 1)[1]).encode()
   good, out = malformed.dataset_arrays(), []
   with zipfile.ZipFile(folder / "good.npz") as archive:
-    artefact = [archive.read(name) for name in archive.namelist()]
+    artifact = [archive.read(name) for name in archive.namelist()]
   with zipfile.ZipFile(folder / "data.npz") as archive:
     dataset = [archive.read(name) for name in archive.namelist()]
   sets = malformed.published_sets()
-  whole = {0: (folder / "good.npz").read_bytes(), 1: malformed.npz_bytes(good), 2: malformed.flax_bytes(sets["checkpoint_7"]),
-           3: malformed.torch_bytes(), 4: malformed.torch_layout(), 5: _SEED_MEMBERS.join(artefact),
-           6: _SEED_MEMBERS.join(dataset), 7: metadata, 8: (folder / "good.npy").read_bytes(),
-           9: (folder / "good.json").read_bytes(), 10: malformed.npz_bytes(sets["best.npz"])}
+  whole = {
+    0: (folder / "good.npz").read_bytes(),
+    1: malformed.npz_bytes(good),
+    2: malformed.flax_bytes(sets["checkpoint_7"]),
+    3: malformed.torch_bytes(),
+    4: malformed.torch_layout(),
+    5: _SEED_MEMBERS.join(artifact),
+    6: _SEED_MEMBERS.join(dataset),
+    7: metadata,
+    8: (folder / "good.npy").read_bytes(),
+    9: (folder / "good.json").read_bytes(),
+    10: malformed.npz_bytes(sets["best.npz"]),
+  }
   for number, content in whole.items():
     out.append(bytes([number]) + content)
   return out
@@ -47,9 +57,10 @@ def seeds(folder: pathlib.Path) -> list[bytes]:
 
 def attempts(folder: pathlib.Path) -> list:
   """`(name, content -> None, documented errors)` by the first byte of an input."""
+  from experiments.robustness import fuzz_targets, malformed
   from kipcore import datasets
   from kipcore.io import artifact, npz, published, torch_files, trajectories
-  from experiments.robustness import fuzz_targets, malformed
+
   arrays, about = npz.load_checked(folder / "good.npz", artifact.FORMAT, artifact.FORMAT_VERSION)
   del about["checksums"]
   work = folder / "work"
@@ -61,12 +72,14 @@ def attempts(folder: pathlib.Path) -> list:
     def attempt(content):
       (work / name).write_bytes(content)
       read(work / name)
+
     return attempt
 
   def members(name, inside, read):
     def attempt(content):
       _archive(work / name, inside, content.split(_SEED_MEMBERS))
       read(work / name)
+
     return attempt
 
   def metadata(content):
@@ -81,36 +94,57 @@ def attempts(folder: pathlib.Path) -> list:
   def pair(which):
     def attempt(content):
       for suffix in ("npy", "json"):
-        (work / f"t.{suffix}").write_bytes(content if suffix == which else (folder / f"good.{suffix}").read_bytes())
+        (work / f"t.{suffix}").write_bytes(
+          content if suffix == which else (folder / f"good.{suffix}").read_bytes()
+        )
       fuzz_targets.finite("trajectories", trajectories.load_trajectories(work / "t.npy").array)
+
     return attempt
 
   dataset = [f"{name}.npy" for name in malformed.dataset_arrays()]
-  of_artifact, of_dataset, of_set = artifact.ArtifactError, datasets.DatasetError, published.PublishedError
+  of_artifact, of_dataset, of_set = (
+    artifact.ArtifactError,
+    datasets.DatasetError,
+    published.PublishedError,
+  )
   return [
-      ("artefact", file("a.npz", fuzz_targets.check_artifact), of_artifact),
-      ("dataset", file("d.npz", fuzz_targets.check_dataset), of_dataset),
-      ("flax_set", file("checkpoint_7", fuzz_targets.check_published), of_set),
-      ("torch_file", file("a.pt", torch_files.read_torch_file), ValueError),
-      ("torch_layout", lambda content: file("b.pt", torch_files.read_torch_file)(malformed.torch_bytes(content)), ValueError),
-      ("artefact_members", members("b.npz", names, fuzz_targets.check_artifact), of_artifact),
-      ("dataset_members", members("e.npz", dataset, fuzz_targets.check_dataset), of_dataset), ("artefact_metadata", metadata, of_artifact),
-      ("trajectories", pair("npy"), trajectories.TrajectoriesError),
-      ("trajectories_metadata", pair("json"), trajectories.TrajectoriesError),
-      ("npz_set", file("best.npz", fuzz_targets.check_published), of_set)]
+    ("artifact", file("a.npz", fuzz_targets.check_artifact), of_artifact),
+    ("dataset", file("d.npz", fuzz_targets.check_dataset), of_dataset),
+    ("flax_set", file("checkpoint_7", fuzz_targets.check_published), of_set),
+    ("torch_file", file("a.pt", torch_files.read_torch_file), ValueError),
+    (
+      "torch_layout",
+      lambda content: file("b.pt", torch_files.read_torch_file)(malformed.torch_bytes(content)),
+      ValueError,
+    ),
+    ("artifact_members", members("b.npz", names, fuzz_targets.check_artifact), of_artifact),
+    ("dataset_members", members("e.npz", dataset, fuzz_targets.check_dataset), of_dataset),
+    ("artifact_metadata", metadata, of_artifact),
+    ("trajectories", pair("npy"), trajectories.TrajectoriesError),
+    ("trajectories_metadata", pair("json"), trajectories.TrajectoriesError),
+    ("npz_set", file("best.npz", fuzz_targets.check_published), of_set),
+  ]
 
 
 def main() -> None:
   """Fuzzes for so many seconds, and writes the counts."""
   import atheris
+
   readers = ["kipcore", "zipfile", "numpy.lib", "numpy.lib._format_impl", "pickletools"]
   with atheris.instrument_imports(include=readers, enable_loader_override=False):
-    from kipcore import datasets
     from kipcore.io import artifact, npz, published, publishers, torch_files, trajectories  # noqa: F401, instrumented here
   from experiments.robustness import fuzz, fuzz_targets
   from kipcore.cli.folder import run_folder
-  seconds = float(next((text.split("=")[1] for text in sys.argv if text.startswith("--seconds=")), 300))
-  output = pathlib.Path(next((text.split("=")[1] for text in sys.argv if text.startswith("--output=")), "experiments/results/fuzz.json"))
+
+  seconds = float(
+    next((text.split("=")[1] for text in sys.argv if text.startswith("--seconds=")), 300)
+  )
+  output = pathlib.Path(
+    next(
+      (text.split("=")[1] for text in sys.argv if text.startswith("--output=")),
+      "experiments/results/fuzz.json",
+    )
+  )
   folder = pathlib.Path(tempfile.mkdtemp(prefix="guided"))
   corpus = folder / "corpus"
   corpus.mkdir()
@@ -121,11 +155,27 @@ def main() -> None:
   done = 0
 
   def report():
-    total = {key: sum(each[key] for each in counts.values()) for key in ("examples", "read", "refused")}
+    total = {
+      key: sum(each[key] for each in counts.values()) for key in ("examples", "read", "refused")
+    }
     total["defects"] = sum(len(each["defects"]) for each in counts.values())
-    content = json.loads(output.read_text()) if output.exists() else {"environment": run_folder.environment()}
-    run_folder.write_json(output, {**content, "coverage_guided": {
-        "engine": f"atheris, {seconds:g} s", "environment": run_folder.environment(), "total": total, "targets": counts}})
+    content = (
+      json.loads(output.read_text())
+      if output.exists()
+      else {"environment": run_folder.environment()}
+    )
+    run_folder.write_json(
+      output,
+      {
+        **content,
+        "coverage_guided": {
+          "engine": f"atheris, {seconds:g} s",
+          "environment": run_folder.environment(),
+          "total": total,
+          "targets": counts,
+        },
+      },
+    )
 
   def one(data):
     nonlocal done
@@ -147,11 +197,29 @@ def main() -> None:
       print(f"{done} inputs in {time.perf_counter() - started:.0f} s", flush=True)
     if time.perf_counter() - started > seconds:  # libFuzzer would end the process without a word
       report()
-      print(json.dumps({name: {key: each[key] for key in ("examples", "read", "refused")} for name, each in counts.items()}), flush=True)
+      print(
+        json.dumps(
+          {
+            name: {key: each[key] for key in ("examples", "read", "refused")}
+            for name, each in counts.items()
+          }
+        ),
+        flush=True,
+      )
       shutil.rmtree(folder)
       os._exit(0)
 
-  atheris.Setup([sys.argv[0], str(corpus), "-max_len=20000", "-timeout=0", "-rss_limit_mb=0", "-print_final_stats=0"], one)
+  atheris.Setup(
+    [
+      sys.argv[0],
+      str(corpus),
+      "-max_len=20000",
+      "-timeout=0",
+      "-rss_limit_mb=0",
+      "-print_final_stats=0",
+    ],
+    one,
+  )
   atheris.Fuzz()
 
 

@@ -1,7 +1,7 @@
 """Kills runs at random moments, and compares what they end with after they go on: `python -m experiments.robustness.survival`.
 
 Every trial starts a run of `run_distill`, sends it SIGKILL after a random time, resumes it until it ends, and compares the
-bytes of its artefact with those of a run that nobody touched. Checkpoints are written as often as there is a call to
+bytes of its artifact with those of a run that nobody touched. Checkpoints are written as often as there is a call to
 the devices, so that many kills meet one that is being written; four of five kills follow the checkpoint of a random step,
 the others fall anywhere. Writes experiments/results/survival.json. Half an hour on two cores.
 """
@@ -21,13 +21,15 @@ import time
 from absl import flags
 
 from kipcore.cli import flags as common
-from kipcore.cli.config import DistillConfig, Upkeep
+from kipcore.cli.config import CheckpointConfig, DistillConfig
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_integer("kills", 100, "Runs to kill.", lower_bound=1)
 flags.DEFINE_integer("steps", 3000, "Steps of each run.", lower_bound=1)
-flags.DEFINE_string("signal", "KILL", "KILL, or TERM, after which a run must stop by itself at a checkpoint.")
+flags.DEFINE_string(
+  "signal", "KILL", "KILL, or TERM, after which a run must stop by itself at a checkpoint."
+)
 flags.DEFINE_string("output", "experiments/results/survival.json", "Result file.")
 
 
@@ -39,11 +41,12 @@ def start(config: DistillConfig, folder, resume: bool) -> int:
     return process
   status = 1
   try:
-    from kipcore.cli.runs import pipeline
     from kipcore.cli.errors import Stopped
+    from kipcore.cli.runs import pipeline
+
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
       try:
-        pipeline.run_distill(config, str(folder), upkeep=Upkeep(1e-9, resume=resume))
+        pipeline.run_distill(config, str(folder), upkeep=CheckpointConfig(1e-9, resume=resume))
         status = 0
       except Stopped:
         status = 143
@@ -58,16 +61,22 @@ def ended(process: int) -> int:
 
 
 def content(folder: pathlib.Path) -> str:
-  """What a run ended with: the bytes of its artefact, and its log without times."""
+  """What a run ended with: the bytes of its artifact, and its log without times."""
   digest = hashlib.sha256((folder / "distilled.npz").read_bytes())
   for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-    digest.update(json.dumps({name: value for name, value in json.loads(line).items() if name != "seconds"}).encode())
+    digest.update(
+      json.dumps(
+        {name: value for name, value in json.loads(line).items() if name != "seconds"}
+      ).encode()
+    )
   return digest.hexdigest()
 
 
 def newest(folder: pathlib.Path) -> int:
   """The step of the newest checkpoint, -1 before there is one."""
-  return max((int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()), default=-1)
+  return max(
+    (int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()), default=-1
+  )
 
 
 def trial(config, folder: pathlib.Path, step: int, seconds: float, number: int) -> dict:
@@ -84,14 +93,20 @@ def trial(config, folder: pathlib.Path, step: int, seconds: float, number: int) 
   while newest(folder) < step and not (done := os.waitpid(process, os.WNOHANG))[0]:
     time.sleep(0.002)
   if newest(folder) < step:
-    raise RuntimeError(f"expected a run to last until its checkpoint of step {step}, it ended with {done[1]}")
+    raise RuntimeError(
+      f"expected a run to last until its checkpoint of step {step}, it ended with {done[1]}"
+    )
   time.sleep(seconds)
   record = {"after_seconds": round(time.perf_counter() - begun, 2)}
   with contextlib.suppress(ProcessLookupError):
     os.kill(process, number)
   status = ended(process)
   kept = [path.name for path in folder.glob("checkpoints/*")]
-  record |= {"status": status, "checkpoint": newest(folder), "being_written": sum(not name.isdigit() for name in kept)}
+  record |= {
+    "status": status,
+    "checkpoint": newest(folder),
+    "being_written": sum(not name.isdigit() for name in kept),
+  }
   if not (folder / "README.txt").exists():
     record["resumed"] = ended(start(config, folder, resume=True))
   return record
@@ -99,12 +114,13 @@ def trial(config, folder: pathlib.Path, step: int, seconds: float, number: int) 
 
 def main() -> None:
   """All trials."""
-  import matplotlib.pyplot  # noqa: F401: what every run imports, once
   import orbax.checkpoint  # noqa: F401
   import sklearn.datasets  # noqa: F401
+
   import kipcore.io.checkpoint  # noqa: F401
   from kipcore.cli.folder import run_folder
   from kipcore.cli.runs import pipeline  # noqa: F401
+
   config = DistillConfig(steps=FLAGS.steps, target_batch_size=250, num_devices=1)
   rng, trials = random.Random(0), []
   with tempfile.TemporaryDirectory() as top:
@@ -120,21 +136,38 @@ def main() -> None:
     for i in range(FLAGS.kills):
       folder = top / f"run{i}"
       # Four of five between checkpoints or while one is written, the others anywhere.
-      moment = (rng.randrange(FLAGS.steps - 200), rng.uniform(0.0, 0.3)) if i % 5 else (-1, rng.uniform(0.0, seconds))
+      moment = (
+        (rng.randrange(FLAGS.steps - 200), rng.uniform(0.0, 0.3))
+        if i % 5
+        else (-1, rng.uniform(0.0, seconds))
+      )
       record = trial(config, folder, *moment, getattr(signal, f"SIG{FLAGS.signal}"))
       record["same_bytes"] = (folder / "distilled.npz").exists() and content(folder) == wanted
       trials.append(record)
       print(i, record, flush=True)
   killed = [t for t in trials if t["status"] == 128 + getattr(signal, f"SIG{FLAGS.signal}")]
-  summary = {"killed": len(killed), "ended_before_the_signal": len(trials) - len(killed), "resumed": sum("resumed" in t for t in killed),
-             "from_a_checkpoint": sum(t["checkpoint"] >= 0 for t in killed), "while_one_was_written": sum(t["being_written"] > 0 for t in killed),
-             "same_bytes": sum(t["same_bytes"] for t in killed), "seconds_of_a_run": seconds}
+  summary = {
+    "killed": len(killed),
+    "ended_before_the_signal": len(trials) - len(killed),
+    "resumed": sum("resumed" in t for t in killed),
+    "from_a_checkpoint": sum(t["checkpoint"] >= 0 for t in killed),
+    "while_one_was_written": sum(t["being_written"] > 0 for t in killed),
+    "same_bytes": sum(t["same_bytes"] for t in killed),
+    "seconds_of_a_run": seconds,
+  }
   print(json.dumps(summary, indent=2))
   environment = run_folder.environment()
   path = pathlib.Path(FLAGS.output)
   known = json.loads(path.read_text()) if path.exists() else {}
-  run_folder.write_json(path, {**known, "environment": environment, "config": dataclasses.asdict(config),
-                               FLAGS.signal: {"summary": summary, "trials": trials}})
+  run_folder.write_json(
+    path,
+    {
+      **known,
+      "environment": environment,
+      "config": dataclasses.asdict(config),
+      FLAGS.signal: {"summary": summary, "trials": trials},
+    },
+  )
 
 
 def assert_zero(status: int) -> None:

@@ -1,6 +1,6 @@
-"""Default artefacts in other hands: `python -m experiments.studies.cross_architecture --data_dir=DIR`.
+"""Default artifacts in other hands: `python -m experiments.studies.cross_architecture --data_dir=DIR`.
 
-Distils with the default flags, and scores the set and its baselines under other kernels and on finite networks:
+Distills with the default flags, and scores the set and its baselines under other kernels and on finite networks:
 every baseline under the cheap evaluators, the most telling ones under the costly ones. Writes
 experiments/results/cross_architecture.json, part by part. About an hour on two cores.
 """
@@ -19,29 +19,53 @@ FLAGS = flags.FLAGS
 
 flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
 flags.DEFINE_list("datasets", ["mnist", "fashion_mnist", "cifar10"], "Datasets to measure.")
-flags.DEFINE_list("parts", [""], "Measure the parts whose names contain one of these; all by default.")
-flags.DEFINE_string("output", "experiments/results/cross_architecture.json", "Result file; other datasets in it stay.")
+flags.DEFINE_list(
+  "parts", [""], "Measure the parts whose names contain one of these; all by default."
+)
+flags.DEFINE_string(
+  "output", "experiments/results/cross_architecture.json", "Result file; other datasets in it stay."
+)
 
-# Test accuracies of artefacts that are equal but for the order of sums.
+# Test accuracies of artifacts that are equal but for the order of sums.
 _ROUNDING = 1e-3
 _ALL = ("uniform", "uniform_solved", "kmeans", "herding", "k_center", "leverage", "full")
 # What is scored under what, at sizes for two cores. Networks on one image a class need width more than depth.
 PARTS = {
-    "kernels and MLP, every baseline": EvaluateConfig(("krr", "krr:fc1:nngp", "krr:fc3", "krr:conv3_vec", "network:mlp"), _ALL, width=512,
-                                                      test_rows=2000),
-    "convolutional networks": EvaluateConfig(("network:convnet", "network:convnet:dsa"), ("uniform", "uniform_solved", "kmeans"), width=32,
-                                             network_steps=500, test_rows=2000),
-    "residual network": EvaluateConfig(("network:resnet",), ("uniform", "uniform_solved", "kmeans"), width=16, network_steps=300, test_rows=2000),
-    "convolutional network, all data": EvaluateConfig(("network:convnet",), ("full",), width=32, network_steps=500, test_rows=2000, full_rows=0),
+  "kernels and MLP, every baseline": EvaluateConfig(
+    ("krr", "krr:fc1:nngp", "krr:fc3", "krr:conv3_vec", "network:mlp"),
+    _ALL,
+    width=512,
+    test_rows=2000,
+  ),
+  "convolutional networks": EvaluateConfig(
+    ("network:convnet", "network:convnet:dsa"),
+    ("uniform", "uniform_solved", "kmeans"),
+    width=32,
+    network_steps=500,
+    test_rows=2000,
+  ),
+  "residual network": EvaluateConfig(
+    ("network:resnet",),
+    ("uniform", "uniform_solved", "kmeans"),
+    width=16,
+    network_steps=300,
+    test_rows=2000,
+  ),
+  "convolutional network, all data": EvaluateConfig(
+    ("network:convnet",), ("full",), width=32, network_steps=500, test_rows=2000, full_rows=0
+  ),
 }
 
 
 def distilled(dataset: str, data_dir: str | None):
-  """The artefact of the default flags, and its result."""
-  from kipcore.io import artifact
+  """The artifact of the default flags, and its result."""
   from kipcore.cli.runs import pipeline
+  from kipcore.io import artifact
+
   with tempfile.TemporaryDirectory() as folder:
-    path, result = pipeline.run_distill(DistillConfig(dataset=dataset, data_dir=data_dir), folder, overwrite=True)
+    path, result = pipeline.run_distill(
+      DistillConfig(dataset=dataset, data_dir=data_dir), folder, overwrite=True
+    )
     return artifact.load_artifact(path / "distilled.npz"), result
 
 
@@ -49,25 +73,42 @@ def main() -> None:
   """Measures the datasets part by part, and writes the result file after each; what is not measured anew stays."""
   from kipcore.cli.folder import run_folder
   from kipcore.cli.runs import evaluation
-  environment = run_folder.environment()  # of the code that runs, whatever happens to the tree meanwhile
+
+  environment = (
+    run_folder.environment()
+  )  # of the code that runs, whatever happens to the tree meanwhile
   path = pathlib.Path(FLAGS.output)
   parts = {name: {**dataclasses.asdict(config), "data_dir": None} for name, config in PARTS.items()}
   measured = json.loads(path.read_text())["datasets"] if path.exists() else {}
   for dataset in FLAGS.datasets:
     stored, result = distilled(dataset, FLAGS.data_dir)
     known = measured.get(dataset, {"table": [], "commits": {}})
-    if known["table"] and abs(known["result"]["test_accuracy"] - result["test_accuracy"]) > _ROUNDING:
-      known = {"table": [], "commits": {}}  # another artefact
+    if (
+      known["table"] and abs(known["result"]["test_accuracy"] - result["test_accuracy"]) > _ROUNDING
+    ):
+      known = {"table": [], "commits": {}}  # another artifact
     for part, config in PARTS.items():
       if not any(name in part for name in FLAGS.parts):
         continue
       table = {(entry["set"], entry["evaluator"]): entry for entry in known["table"]}
       config = dataclasses.replace(config, data_dir=FLAGS.data_dir)
-      table |= {(entry["set"], entry["evaluator"]): entry for entry in evaluation.run_evaluate(stored, config, evaluation.print_entry)["table"]}
-      scores = evaluation.scores_of([evaluation.ranking.EvaluationEntry(**entry) for entry in table.values()])
-      known = measured[dataset] = {"commits": {**known["commits"], part: environment["commit"]}, "result": result,
-                                   "note": stored.metadata["dataset"]["note"], "table": list(table.values()), "scores": scores}
-      run_folder.write_json(path, {"environment": environment, "parts": parts, "datasets": measured})
+      table |= {
+        (entry["set"], entry["evaluator"]): entry
+        for entry in evaluation.run_evaluate(stored, config, evaluation.print_entry)["table"]
+      }
+      scores = evaluation.scores_of(
+        [evaluation.ranking.EvaluationEntry(**entry) for entry in table.values()]
+      )
+      known = measured[dataset] = {
+        "commits": {**known["commits"], part: environment["commit"]},
+        "result": result,
+        "note": stored.metadata["dataset"]["note"],
+        "table": list(table.values()),
+        "scores": scores,
+      }
+      run_folder.write_json(
+        path, {"environment": environment, "parts": parts, "datasets": measured}
+      )
 
 
 if __name__ == "__main__":

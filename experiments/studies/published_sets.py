@@ -14,8 +14,8 @@ import math
 import pathlib
 import time
 
-from absl import flags
 import numpy as np
+from absl import flags
 
 from kipcore.cli import flags as common
 from kipcore.cli.errors import UsageError, usage
@@ -24,33 +24,51 @@ FLAGS = flags.FLAGS
 
 flags.DEFINE_string("peers_dir", None, "Folder of the published sets.")
 flags.DEFINE_string("images", None, "CIFAR-10, or some of it, as an .npz file.")
-flags.DEFINE_integer("num_seeds", 3, "Networks of each kind, but of those as wide as published.", lower_bound=1)
-flags.DEFINE_string("only", "", "Measure the parts whose names contain this; the others keep what the file has.")
+flags.DEFINE_integer(
+  "num_seeds", 3, "Networks of each kind, but of those as wide as published.", lower_bound=1
+)
+flags.DEFINE_string(
+  "only", "", "Measure the parts whose names contain this; the others keep what the file has."
+)
 flags.DEFINE_string("output", "experiments/results/published_sets.json", "Result file.")
 
 FILES = {"rfad": "rfad_cifar10_1ipc.npz", "rcig": "rcig_cifar10_1ipc.msgpack"}
 # Networks, and how they are trained, on the whole set at each step. 1,000 steps of a cosine from 1e-4 have the sum of the
 # rates that RCIG's warm-up and cosine have.
-_PUBLISHED = dict(w_std=1.0, b_std=0.0, width=128, width_growth=2, num_steps=1000, learning_rate=1e-4)
+_PUBLISHED = dict(
+  w_std=1.0, b_std=0.0, width=128, width_growth=2, num_steps=1000, learning_rate=1e-4
+)
 _HALVED = {**_PUBLISHED, "width": 64, "num_steps": 500, "learning_rate": 3e-4}
 _OURS = {**_HALVED, "w_std": math.sqrt(2), "b_std": 0.1, "width_growth": 1}
 _RCIG = "53.9 (published: five networks, all test rows)"
 # name -> (set, what judges it, what is known: test accuracy in percent)
 PARTS = {
-    "rfad_conv3_nngp": ("rfad", dict(kernel="nngp"), "62.0 (another implementation of the kernel, on the first 1,000 test rows)"),
-    "rfad_conv3_ntk": ("rfad", dict(kernel="ntk"), "60.7 (another implementation of the kernel, on the first 1,000 test rows)"),
-    "rcig_network_as_wide_as_published": ("rcig", dict(mirrored=True, num_seeds=1, **_PUBLISHED), _RCIG),
-    "rcig_network_half_as_wide": ("rcig", dict(mirrored=True, **_HALVED), _RCIG),
-    "rcig_network_without_mirror_images": ("rcig", dict(mirrored=False, **_HALVED), _RCIG),
-    "rcig_network_default_weights": ("rcig", dict(mirrored=True, **_OURS), _RCIG),
+  "rfad_conv3_nngp": (
+    "rfad",
+    dict(kernel="nngp"),
+    "62.0 (another implementation of the kernel, on the first 1,000 test rows)",
+  ),
+  "rfad_conv3_ntk": (
+    "rfad",
+    dict(kernel="ntk"),
+    "60.7 (another implementation of the kernel, on the first 1,000 test rows)",
+  ),
+  "rcig_network_as_wide_as_published": (
+    "rcig",
+    dict(mirrored=True, num_seeds=1, **_PUBLISHED),
+    _RCIG,
+  ),
+  "rcig_network_half_as_wide": ("rcig", dict(mirrored=True, **_HALVED), _RCIG),
+  "rcig_network_without_mirror_images": ("rcig", dict(mirrored=False, **_HALVED), _RCIG),
+  "rcig_network_default_weights": ("rcig", dict(mirrored=True, **_OURS), _RCIG),
 }
 NOTES = {
-    "rfad": "ridge regression on ten images under the kernel of 3 x (conv 3x3, ReLU, 2x2 average pool), flatten, dense; weights of "
-            "variance 2 / fan_in, biases of deviation 0.1, the ridge stored in the file (0.005 tr(K) / m), one-hot labels minus 1/10",
-    "rcig": "RCIG trains 3 x (conv 3x3, ReLU, 2x2 average pool) of 128, 256, 512 channels, weights of variance 1 / fan_in, no "
-            "biases at the start, by Adam at 1e-4 after a warm-up of 500 steps, on the ten images and their mirror images, and scores the "
-            "outputs on all test rows. Here: no warm-up, outputs less those at initialisation, whitening by the statistics of "
-            "the training rows given, their test rows alone, and the width, steps and rate of `judge`",
+  "rfad": "ridge regression on ten images under the kernel of 3 x (conv 3x3, ReLU, 2x2 average pool), flatten, dense; weights of "
+  "variance 2 / fan_in, biases of deviation 0.1, the ridge stored in the file (0.005 tr(K) / m), one-hot labels minus 1/10",
+  "rcig": "RCIG trains 3 x (conv 3x3, ReLU, 2x2 average pool) of 128, 256, 512 channels, weights of variance 1 / fan_in, no "
+  "biases at the start, by Adam at 1e-4 after a warm-up of 500 steps, on the ten images and their mirror images, and scores the "
+  "outputs on all test rows. Here: no warm-up, outputs less those at initialization, whitening by the statistics of "
+  "the training rows given, their test rows alone, and the width, steps and rate of `judge`",
 }
 
 
@@ -58,27 +76,48 @@ def measure(published, judge: dict, data, x_test) -> dict:
   """Per-seed (or one) accuracies in percent of a set under a kernel, or networks."""
   import kipcore
   from kipcore import checks
-  y_test = np.asarray(kipcore.one_hot_centred(data.y_test, data.num_classes))
+
+  y_test = np.asarray(kipcore.one_hot_centered(data.y_test, data.num_classes))
   if "kernel" in judge:
-    kernel_fn = {"nngp": kipcore.nngp_fn, "ntk": kipcore.ntk_fn}[judge["kernel"]](kipcore.conv_net(3))
-    result = kipcore.evaluate_krr(kernel_fn, published.support(), x_test, y_test, relative_ridge=published.relative_ridge)
+    kernel_fn = {"nngp": kipcore.nngp_fn, "ntk": kipcore.ntk_fn}[judge["kernel"]](
+      kipcore.conv_net(3)
+    )
+    result = kipcore.evaluate_krr(
+      kernel_fn, published.support(), x_test, y_test, relative_ridge=published.relative_ridge
+    )
     checks.raise_for_status("ridge regression", result.status)
     return {"accuracy_percent": 100 * float(result.accuracy)}
   arch = kipcore.conv_net(3, judge["w_std"], judge["b_std"])
-  module = kipcore.network(arch, judge["width"], data.num_classes, width_growth=judge["width_growth"])
+  module = kipcore.network(
+    arch, judge["width"], data.num_classes, width_growth=judge["width_growth"]
+  )
   scores = 100 * kipcore.evaluate_network(
-      0, module, published.support(judge["mirrored"]), x_test, y_test, num_seeds=judge.get("num_seeds", FLAGS.num_seeds),
-      num_steps=judge["num_steps"], learning_rate=judge["learning_rate"])
-  return {"accuracy_percent": float(scores.mean()), "std_percent": float(scores.std(ddof=1)) if len(scores) > 1 else None,
-          "accuracies_percent": scores.tolist()}
+    0,
+    module,
+    published.support(judge["mirrored"]),
+    x_test,
+    y_test,
+    num_seeds=judge.get("num_seeds", FLAGS.num_seeds),
+    num_steps=judge["num_steps"],
+    learning_rate=judge["learning_rate"],
+  )
+  return {
+    "accuracy_percent": float(scores.mean()),
+    "std_percent": float(scores.std(ddof=1)) if len(scores) > 1 else None,
+    "accuracies_percent": scores.tolist(),
+  }
 
 
 def load():
   """The published sets of the parts to measure, their preprocessed test rows, and the data; UsageError for what cannot be had."""
   import kipcore
   from kipcore import datasets
+
   if not FLAGS.peers_dir or not FLAGS.images:
-    raise UsageError("expected both --peers_dir and --images, got " + ("one of them" if FLAGS.peers_dir or FLAGS.images else "neither"))
+    raise UsageError(
+      "expected both --peers_dir and --images, got "
+      + ("one of them" if FLAGS.peers_dir or FLAGS.images else "neither")
+    )
   wanted = {PARTS[name][0] for name in PARTS if FLAGS.only in name}
   if not wanted:
     raise UsageError(f"--only: expected part of one of {', '.join(PARTS)}; got {FLAGS.only!r}")
@@ -86,19 +125,30 @@ def load():
     if not FLAGS.images.lower().endswith(".npz"):
       raise UsageError(f"--images: expected an .npz file, got {FLAGS.images}")
     data = datasets.load_dataset(FLAGS.images, validation_fraction=0.0)
-    sets = {kind: kipcore.load_published(pathlib.Path(FLAGS.peers_dir, FILES[kind]), kind) for kind in FILES if kind in wanted}
+    sets = {
+      kind: kipcore.load_published(pathlib.Path(FLAGS.peers_dir, FILES[kind]), kind)
+      for kind in FILES
+      if kind in wanted
+    }
     for published in sets.values():
       if published.labels.shape[1] != data.num_classes:
-        raise UsageError(f"--images: expected {published.labels.shape[1]} classes, got {data.num_classes}")
-    tests = {kind: published.fit_preprocess(data.x_train, pixel_max=data.pixel_max).apply(data.x_test)
-             for kind, published in sets.items()}
+        raise UsageError(
+          f"--images: expected {published.labels.shape[1]} classes, got {data.num_classes}"
+        )
+    tests = {
+      kind: published.fit_preprocess(data.x_train, pixel_max=data.pixel_max).apply(data.x_test)
+      for kind, published in sets.items()
+    }
   return sets, tests, data
 
 
 def main() -> None:
   """Measures the parts, and writes the result file after each."""
   from kipcore.cli.folder import run_folder
-  environment = run_folder.environment()  # of the code that runs, whatever happens to the tree meanwhile
+
+  environment = (
+    run_folder.environment()
+  )  # of the code that runs, whatever happens to the tree meanwhile
   path = pathlib.Path(FLAGS.output)
   parts = json.loads(path.read_text())["parts"] if path.exists() else {}
   sets, tests, data = load()
@@ -108,13 +158,27 @@ def main() -> None:
     start, published = time.perf_counter(), sets[kind]
     measured = measure(published, judge, data, tests[kind])
     seconds = time.perf_counter() - start
-    print(f"{name}: {measured['accuracy_percent']:.2f} % ({reference}), {seconds:.0f} s", flush=True)
+    print(
+      f"{name}: {measured['accuracy_percent']:.2f} % ({reference}), {seconds:.0f} s", flush=True
+    )
     parts[name] = {
-        "reference_percent": reference, **measured, "judge": judge, "note": NOTES[kind], "seconds": seconds,
-        "commit": environment["commit"],
-        "set": {**published.source, "images": len(published.images), "preprocess": published.preprocess, "labels": published.labels_note,
-                "relative_ridge": published.relative_ridge, "temperature": published.temperature},
-        "training_rows": len(data.x_train), "test_rows": len(data.x_test), "hashes": dict(data.hashes),
+      "reference_percent": reference,
+      **measured,
+      "judge": judge,
+      "note": NOTES[kind],
+      "seconds": seconds,
+      "commit": environment["commit"],
+      "set": {
+        **published.source,
+        "images": len(published.images),
+        "preprocess": published.preprocess,
+        "labels": published.labels_note,
+        "relative_ridge": published.relative_ridge,
+        "temperature": published.temperature,
+      },
+      "training_rows": len(data.x_train),
+      "test_rows": len(data.x_test),
+      "hashes": dict(data.hashes),
     }
     parts = {key: parts[key] for key in PARTS if key in parts}
     run_folder.write_json(path, {"environment": environment, "parts": parts})

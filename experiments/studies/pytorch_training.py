@@ -13,6 +13,7 @@ import numpy as np
 def load(path) -> tuple[dict, dict]:
   """The arrays of an export in format torch as NumPy arrays, and its conventions."""
   import torch
+
   stored = torch.load(path, weights_only=True)
   conventions = json.loads(stored.pop("conventions"))
   return {name: tensor.numpy() for name, tensor in stored.items()}, conventions
@@ -34,8 +35,10 @@ def inputs_of(pixels, conventions: dict, arrays: dict) -> np.ndarray:
   """
   x = np.asarray(pixels, np.float64)
   for step in conventions["preprocess"]["steps"]:
-    known = {name: arrays[value["stored_as"]] if isinstance(value, dict) else np.asarray(value)
-             for name, value in step["arrays"].items()}
+    known = {
+      name: arrays[value["stored_as"]] if isinstance(value, dict) else np.asarray(value)
+      for name, value in step["arrays"].items()
+    }
     rows = x.reshape(len(x), -1)
     if step["name"] == "scale":
       x = x / known["divisor"]
@@ -50,11 +53,15 @@ def inputs_of(pixels, conventions: dict, arrays: dict) -> np.ndarray:
     elif step["name"] == "zca":
       x = (rows @ known["whitening"]).reshape(x.shape)
     else:
-      raise ValueError(f"preprocess: expected a step of scale, standardize, center, unit_norm, zca; got {step['name']!r}")
+      raise ValueError(
+        f"preprocess: expected a step of scale, standardize, center, unit_norm, zca; got {step['name']!r}"
+      )
   return x.astype(np.float32)
 
 
-def conv_net(channels: int, image_size: tuple[int, int], num_classes: int, width: int, depth: int = 3):
+def conv_net(
+  channels: int, image_size: tuple[int, int], num_classes: int, width: int, depth: int = 3
+):
   """ConvNet: `depth` times 3x3 convolution, instance norm, ReLU, 2x2 average pool; then a linear layer.
 
   Weights are N(0, 2 / fan-in), biases N(0, 0.1^2), the last layer included; norms start as the identity.
@@ -68,10 +75,15 @@ def conv_net(channels: int, image_size: tuple[int, int], num_classes: int, width
     `torch.nn.Sequential` of NCHW images.
   """
   from torch import nn
+
   layers, last = [], channels
   for _ in range(depth):
-    layers += [nn.Conv2d(last, width, 3, padding=1), nn.InstanceNorm2d(width, eps=1e-5, affine=True), nn.ReLU(),
-               nn.AvgPool2d(2)]
+    layers += [
+      nn.Conv2d(last, width, 3, padding=1),
+      nn.InstanceNorm2d(width, eps=1e-5, affine=True),
+      nn.ReLU(),
+      nn.AvgPool2d(2),
+    ]
     last = width
   features = width * math.prod(side // 2**depth for side in image_size)
   network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, num_classes))
@@ -88,11 +100,12 @@ def train(network, images, labels, num_steps: int, learning_rate: float):
   Args:
     network: changed in place.
     images: `(m, channels, height, width)`, preprocessed.
-    labels: `(m, c)` centred.
+    labels: `(m, c)` centered.
     num_steps: of Adam.
     learning_rate: at the start; 0 at the end.
   """
   import torch
+
   with torch.no_grad():
     targets = labels + network(images)
   optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
@@ -104,7 +117,9 @@ def train(network, images, labels, num_steps: int, learning_rate: float):
     schedule.step()
 
 
-def accuracies(path, x_test, y_test, num_seeds: int, width: int, num_steps: int, learning_rate: float) -> list[float]:
+def accuracies(
+  path, x_test, y_test, num_seeds: int, width: int, num_steps: int, learning_rate: float
+) -> list[float]:
   """Test accuracies of ConvNets trained on an exported set, one a seed.
 
   Args:
@@ -119,10 +134,17 @@ def accuracies(path, x_test, y_test, num_seeds: int, width: int, num_steps: int,
     Shares in [0, 1].
   """
   import copy
+
   import torch
+
   arrays, conventions = load(path)
-  tensor = lambda pixels: torch.from_numpy(inputs_of(pixels, conventions, arrays)).permute(0, 3, 1, 2).contiguous()
-  images, labels = tensor(arrays["images"].transpose(0, 2, 3, 1)), torch.from_numpy(arrays["labels"])
+  tensor = lambda pixels: (
+    torch.from_numpy(inputs_of(pixels, conventions, arrays)).permute(0, 3, 1, 2).contiguous()
+  )
+  images, labels = (
+    tensor(arrays["images"].transpose(0, 2, 3, 1)),
+    torch.from_numpy(arrays["labels"]),
+  )
   test, classes = tensor(x_test).split(100), torch.from_numpy(np.asarray(y_test, np.int64))
   found = []
   for seed in range(num_seeds):

@@ -12,26 +12,45 @@ import dataclasses
 import json
 import pathlib
 
-from absl import flags
 import numpy as np
+from absl import flags
 
-from kipcore.cli import flags as common
 from experiments.docs import tables
+from kipcore.cli import flags as common
 from kipcore.cli.config import SelectConfig
 
 FLAGS = flags.FLAGS
 
 # Where distillation may start; leverage, herding and k-center are baselines, in the tables of run_evaluate.
-STRATEGIES = ("uniform", "krr_sensitivity", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit", "noise", "auto")
+STRATEGIES = (
+  "uniform",
+  "krr_sensitivity",
+  "kmeans",
+  "kmedoids",
+  "kmeans_plusplus",
+  "krr_pursuit",
+  "noise",
+  "auto",
+)
 # name -> (config, training rows (0: all), candidates of the pursuit)
 _FC1 = {
-    f"{dataset}-fc1-{10 * per_class}": (SelectConfig(dataset=dataset, images_per_class=per_class), 0, 2000)
-    for dataset in ("mnist", "fashion_mnist", "cifar10") for per_class in (1, 10, 50)
+  f"{dataset}-fc1-{10 * per_class}": (
+    SelectConfig(dataset=dataset, images_per_class=per_class),
+    0,
+    2000,
+  )
+  for dataset in ("mnist", "fashion_mnist", "cifar10")
+  for per_class in (1, 10, 50)
 }
 _CONV = {
-    f"mnist-conv2_vec-{10 * per_class}": (
-        SelectConfig(dataset="mnist", architecture="conv2_vec", images_per_class=per_class, test_rows=1000), 1000, 300)
-    for per_class in (1, 10)
+  f"mnist-conv2_vec-{10 * per_class}": (
+    SelectConfig(
+      dataset="mnist", architecture="conv2_vec", images_per_class=per_class, test_rows=1000
+    ),
+    1000,
+    300,
+  )
+  for per_class in (1, 10)
 }
 CELLS = {**_FC1, **_CONV}
 
@@ -39,45 +58,65 @@ CELLS = {**_FC1, **_CONV}
 def measure(data, config: SelectConfig, seeds, num_candidates: int) -> dict:
   """One cell: by strategy, per-seed accuracies in percent, and the measured objective."""
   import jax.numpy as jnp
+
   from kipcore import krr
+  from kipcore.cli.runs import pipeline
   from kipcore.selection import absorb, coreset
   from kipcore.types import Support
-  from kipcore.cli.runs import pipeline
+
   x, y = jnp.asarray(data.x_train), jnp.asarray(data.y_train)
   fit_ridge = coreset.objective_ridge(data.kernel_fn, x)
   runs = []
   for seed in seeds:
     by_strategy = {}
-    coresets = coreset.auto_candidates(seed, x, y, config.images_per_class, data.kernel_fn, num_candidates)
+    coresets = coreset.auto_candidates(
+      seed, x, y, config.images_per_class, data.kernel_fn, num_candidates
+    )
     for strategy in STRATEGIES:
       if strategy not in (*coresets, "auto"):
-        coresets[strategy] = coreset.select_coreset(seed, x, y, config.images_per_class, strategy, data.kernel_fn)
+        coresets[strategy] = coreset.select_coreset(
+          seed, x, y, config.images_per_class, strategy, data.kernel_fn
+        )
     for strategy, chosen in coresets.items():
       used = float(krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge))
       solved = krr.label_solve_rows(data.kernel_fn, chosen.x, x, y, used, fit_ridge)
-      run = {"one_hot": 100 * pipeline.score(config, data, Support(chosen.x, chosen.y)),
-             "solved": 100 * pipeline.score(config, data, Support(chosen.x, solved.labels))}
+      run = {
+        "one_hot": 100 * pipeline.score(config, data, Support(chosen.x, chosen.y)),
+        "solved": 100 * pipeline.score(config, data, Support(chosen.x, solved.labels)),
+      }
       if chosen.ridge is not None:
         absorbed, _ = absorb.absorb_weights(data.kernel_fn, chosen, chosen.ridge, used)
         run["weights_in_labels"] = 100 * pipeline.score(config, data, absorbed)
       if strategy in coreset.AUTO_CANDIDATES:
-        run["objective"] = coreset.measured_objective(data.kernel_fn, chosen, x, y, config.relative_ridge)
+        run["objective"] = coreset.measured_objective(
+          data.kernel_fn, chosen, x, y, config.relative_ridge
+        )
       by_strategy[strategy] = run
     # What select_coreset(strategy="auto") does with this seed, without choosing everything twice.
     best = min(coreset.AUTO_CANDIDATES, key=lambda name: by_strategy[name]["objective"])
     by_strategy["auto"] = {**by_strategy[best], "chosen": best}
     runs.append({"seed": seed, "strategies": by_strategy})
-    print(f"  seed {seed}: " + ", ".join(f"{k} {v['one_hot']:.1f}/{v['solved']:.1f}" for k, v in by_strategy.items()),
-          flush=True)
-  return {"runs": runs, "summary": {name: summary([run["strategies"][name] for run in runs])
-                                    for name in STRATEGIES}}
+    print(
+      f"  seed {seed}: "
+      + ", ".join(f"{k} {v['one_hot']:.1f}/{v['solved']:.1f}" for k, v in by_strategy.items()),
+      flush=True,
+    )
+  return {
+    "runs": runs,
+    "summary": {name: summary([run["strategies"][name] for run in runs]) for name in STRATEGIES},
+  }
 
 
 def summary(runs: list[dict]) -> dict:
   """Mean and sample deviation over seeds of every number of a strategy."""
   keys = [key for key, value in runs[0].items() if isinstance(value, float)]
-  content = {key: {"mean": float(np.mean([run[key] for run in runs])),
-                   "std": float(np.std([run[key] for run in runs], ddof=1)) if len(runs) > 1 else None} for key in keys}
+  content = {
+    key: {
+      "mean": float(np.mean([run[key] for run in runs])),
+      "std": float(np.std([run[key] for run in runs], ddof=1)) if len(runs) > 1 else None,
+    }
+    for key in keys
+  }
   if "chosen" in runs[0]:
     content["chosen"] = [run["chosen"] for run in runs]
   return content
@@ -86,6 +125,7 @@ def summary(runs: list[dict]) -> dict:
 def load(config: SelectConfig, num_rows: int):
   """The data of a cell; of `num_rows` training rows where that is not 0 (evenly spaced)."""
   from kipcore.cli.runs import pipeline
+
   data = pipeline.load(config)
   step = data.x_train.shape[0] // num_rows if num_rows else 1
   rows = slice(None, num_rows * step or None, step)
@@ -98,6 +138,7 @@ def save_picture(path, cells: dict) -> None:
   Noise, at chance with one-hot labels, is in the table alone.
   """
   from kipcore.report import pictures
+
   panels = {}
   for name, cell in cells.items():
     dataset, network, points = name.rsplit("-", 2)
@@ -114,14 +155,21 @@ def define_flags() -> None:
   """Of this program alone: what imports it has others."""
   flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
   flags.DEFINE_integer("num_seeds", 5, "Seeds of each cell.", lower_bound=1)
-  flags.DEFINE_string("only", "", "Measure the cells whose names contain this, anew; else those that the file lacks.")
-  flags.DEFINE_string("output", "experiments/results/starting_points.json", "Result file; the picture is beside it.")
+  flags.DEFINE_string(
+    "only", "", "Measure the cells whose names contain this, anew; else those that the file lacks."
+  )
+  flags.DEFINE_string(
+    "output", "experiments/results/starting_points.json", "Result file; the picture is beside it."
+  )
 
 
 def main() -> None:
   """Measures the cells, and writes the result file after each."""
   from kipcore.cli.folder import run_folder
-  environment = run_folder.environment()  # of the code that runs, whatever happens to the tree meanwhile
+
+  environment = (
+    run_folder.environment()
+  )  # of the code that runs, whatever happens to the tree meanwhile
   path = pathlib.Path(FLAGS.output)
   cells = json.loads(path.read_text())["cells"] if path.exists() else {}
   for name, (config, num_rows, num_candidates) in CELLS.items():
@@ -131,9 +179,14 @@ def main() -> None:
     config = dataclasses.replace(config, data_dir=FLAGS.data_dir, validation_fraction=0.0)
     data = load(config, num_rows)
     cell = measure(data, config, range(FLAGS.num_seeds), num_candidates)
-    cells[name] = {"config": {**dataclasses.asdict(config), "data_dir": None, "num_candidates": num_candidates},
-                   "training_rows": data.x_train.shape[0], "test_rows": data.x_test.shape[0],
-                   "note": data.raw.note, "commit": environment["commit"], **cell}
+    cells[name] = {
+      "config": {**dataclasses.asdict(config), "data_dir": None, "num_candidates": num_candidates},
+      "training_rows": data.x_train.shape[0],
+      "test_rows": data.x_test.shape[0],
+      "note": data.raw.note,
+      "commit": environment["commit"],
+      **cell,
+    }
     cells = {key: cells[key] for key in CELLS if key in cells}
     run_folder.write_json(path, {"environment": environment, "cells": cells})
     save_picture(path.with_suffix(".png"), cells)

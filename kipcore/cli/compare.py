@@ -21,25 +21,64 @@ FLAGS = flags.FLAGS
 _DEFAULT = CompareConfig()
 
 common.group("Grid")
-flags.DEFINE_list("methods", list(_DEFAULT.methods), "Methods of the grid; see --method of run_distill.")
-flags.DEFINE_list("inits", list(_DEFAULT.inits), "Starts; the first one is what the others are compared with.")
-flags.DEFINE_list("samplers", list(_DEFAULT.samplers), "Samplers of targets; the first one is what the others are compared with.")
-flags.DEFINE_integer("num_seeds", _DEFAULT.num_seeds, "Seeds of each cell, from --seed on.", lower_bound=1)
-flags.DEFINE_integer("evaluations", _DEFAULT.evaluations, "Target evaluations of each cell; 0 for the method's own steps and batch.",
-                     lower_bound=0)
-flags.DEFINE_integer("network_seeds", _DEFAULT.network_seeds, "Finite networks trained on each result.", lower_bound=0)
-flags.DEFINE_enum("preset", _DEFAULT.preset, ["cpu", "published"], "Settings of the methods: at a size for a few CPU cores, or as published.")
-flags.DEFINE_list("set", [], "Further settings of every cell, name=value for flags of run_distill, e.g. steps=500,width=16.")
+flags.DEFINE_list(
+  "methods", list(_DEFAULT.methods), "Methods of the grid; see --method of run_distill."
+)
+flags.DEFINE_list(
+  "inits", list(_DEFAULT.inits), "Starts; the first one is what the others are compared with."
+)
+flags.DEFINE_list(
+  "samplers",
+  list(_DEFAULT.samplers),
+  "Samplers of targets; the first one is what the others are compared with.",
+)
+flags.DEFINE_integer(
+  "num_seeds", _DEFAULT.num_seeds, "Seeds of each cell, from --seed on.", lower_bound=1
+)
+flags.DEFINE_integer(
+  "evaluations",
+  _DEFAULT.evaluations,
+  "Target evaluations of each cell; 0 for the method's own steps and batch.",
+  lower_bound=0,
+)
+flags.DEFINE_integer(
+  "network_seeds", _DEFAULT.network_seeds, "Finite networks trained on each result.", lower_bound=0
+)
+flags.DEFINE_enum(
+  "preset",
+  _DEFAULT.preset,
+  ["cpu", "published"],
+  "Settings of the methods: at a size for a few CPU cores, or as published.",
+)
+flags.DEFINE_list(
+  "set",
+  [],
+  "Further settings of every cell, name=value for flags of run_distill, e.g. steps=500,width=16.",
+)
 common.define_common()
-common.first("dataset", "data_dir", "images_per_class", "methods", "inits", "samplers", "num_seeds", "output_dir", "dry_run")
+common.first(
+  "dataset",
+  "data_dir",
+  "images_per_class",
+  "methods",
+  "inits",
+  "samplers",
+  "num_seeds",
+  "output_dir",
+  "dry_run",
+)
 
 
 def main() -> None:
   """Builds the grid from the flags and runs it."""
   import dataclasses
+
   from kipcore.cli import recipes
   from kipcore.cli.runs import comparison, dry_run
-  shared = {name: value for name, value in given_flags(DistillConfig, FLAGS).items() if name != "preset"}
+
+  shared = {
+    name: value for name, value in given_flags(DistillConfig, FLAGS).items() if name != "preset"
+  }
   shared.update(recipes.parsed("--set", FLAGS.set, dataclasses.asdict(DistillConfig())))
   run = dry_run.of_comparison if FLAGS.dry_run else comparison.run_compare
   run(from_flags(CompareConfig, FLAGS), shared, FLAGS.output_dir, FLAGS.overwrite)

@@ -68,7 +68,7 @@ class SelectConfig(DataConfig):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  """What `run_evaluate` needs besides an artefact."""
+  """What `run_evaluate` needs besides an artifact."""
 
   evaluators: tuple = ("krr",)
   baselines: tuple = ("uniform", "kmeans", "herding", "k_center", "leverage", "full")
@@ -97,7 +97,7 @@ class CompareConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Upkeep:
+class CheckpointConfig:
   """What a run does for its own survival.
 
   Attributes:
@@ -116,7 +116,9 @@ class Upkeep:
 def from_flags(kind: type, values):
   """A config of that kind from parsed flags."""
   plain = lambda value: tuple(value) if isinstance(value, list) else value
-  return kind(**{field.name: plain(getattr(values, field.name)) for field in dataclasses.fields(kind)})
+  return kind(
+    **{field.name: plain(getattr(values, field.name)) for field in dataclasses.fields(kind)}
+  )
 
 
 def given_flags(kind: type, values) -> dict:

@@ -22,7 +22,7 @@ def requested(argv: list[str], module) -> str | None:
   Returns:
     A text, None where none is asked for.
   """
-  given = argv[1:argv.index("--")] if "--" in argv else argv[1:]
+  given = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
   if any(argument in VERSION for argument in given):
     return version()
   wanted = [argument for argument in given if argument in HELP]
@@ -32,7 +32,9 @@ def requested(argv: list[str], module) -> str | None:
 def version() -> str:
   """Our version, and those of what decides numbers."""
   import jax
+
   import kipcore
+
   return f"kipcore {kipcore.__version__}, JAX {jax.__version__}, Python {platform.python_version()}"
 
 
@@ -55,14 +57,27 @@ def of(module, everything: bool = False) -> str:
     Lines of 100 columns at most, less in a narrower terminal.
   """
   width = min(_WIDTH, max(shutil.get_terminal_size((_WIDTH, 24)).columns, 60))
-  lines = [(module.__doc__ or "").strip(), "", *textwrap.wrap(f"Usage: {', or '.join(commands(module))}, then flags: --name=value, in any "
-                                                             "order, none of them needed.", width)]
+  lines = [
+    (module.__doc__ or "").strip(),
+    "",
+    *textwrap.wrap(
+      f"Usage: {', or '.join(commands(module))}, then flags: --name=value, in any "
+      "order, none of them needed.",
+      width,
+    ),
+  ]
   for title, names in groups(everything):
     lines += ["", *textwrap.wrap(title, width)]
     for name in names:
       lines += _flag(flags.FLAGS[name], width)
-  lines += ["", *textwrap.wrap("Also: --help, --helpfull (with the flags of libraries), --version, --flagfile=FILE (flags from a file, one a "
-                               "line).", width)]
+  lines += [
+    "",
+    *textwrap.wrap(
+      "Also: --help, --helpfull (with the flags of libraries), --version, --flagfile=FILE (flags from a file, one a "
+      "line).",
+      width,
+    ),
+  ]
   return "\n".join(lines)
 
 
@@ -99,7 +114,9 @@ def _flag(flag, width: int) -> list[str]:
   """A flag with its kind of value on the left, what it does and its default on the right."""
   value = "=" + _kind(flag)
   left = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}{value}"
-  text = " ".join((flag.help or "").split()).removeprefix(f"<{_kind(flag)}>: ")  # as absl begins the help of an enum
+  text = " ".join((flag.help or "").split()).removeprefix(
+    f"<{_kind(flag)}>: "
+  )  # as absl begins the help of an enum
   default = flag.default
   if flag.boolean:
     default = "yes" if default else "no"
@@ -107,7 +124,10 @@ def _flag(flag, width: int) -> list[str]:
     default = ",".join(map(str, default))
   if default not in (None, ""):
     text += f" Default:\N{NO-BREAK SPACE}{default}."
-  right = [line.replace("\N{NO-BREAK SPACE}", " ") for line in textwrap.wrap(text, width - _LEFT, break_on_hyphens=False)]
+  right = [
+    line.replace("\N{NO-BREAK SPACE}", " ")
+    for line in textwrap.wrap(text, width - _LEFT, break_on_hyphens=False)
+  ]
   if len(left) > _LEFT - 2:
     return [left, *(" " * _LEFT + line for line in right)]
   return [left.ljust(_LEFT) + right[0], *(" " * _LEFT + line for line in right[1:])]

@@ -19,10 +19,22 @@ FLAGS = flags.FLAGS
 _DEFAULT = SelectConfig()
 
 common.group("Selection")
-flags.DEFINE_string("strategy", _DEFAULT.strategy, "Real rows: krr_sensitivity, leverage, uniform, kmedoids, kmeans_plusplus, herding, "
-                    "k_center, krr_pursuit; made points, without a certificate: kmeans, noise; or auto, the best by measure.")
-flags.DEFINE_string("score_ridge", _DEFAULT.score_ridge, "Absolute ridge of the scores, or auto: by effective dimension.")
-flags.DEFINE_float("relative_ridge", _DEFAULT.relative_ridge, "Ridge of the regression on the points, as a fraction of its mean diagonal.")
+flags.DEFINE_string(
+  "strategy",
+  _DEFAULT.strategy,
+  "Real rows: krr_sensitivity, leverage, uniform, kmedoids, kmeans_plusplus, herding, "
+  "k_center, krr_pursuit; made points, without a certificate: kmeans, noise; or auto, the best by measure.",
+)
+flags.DEFINE_string(
+  "score_ridge",
+  _DEFAULT.score_ridge,
+  "Absolute ridge of the scores, or auto: by effective dimension.",
+)
+flags.DEFINE_float(
+  "relative_ridge",
+  _DEFAULT.relative_ridge,
+  "Ridge of the regression on the points, as a fraction of its mean diagonal.",
+)
 common.define_common()
 common.first("dataset", "data_dir", "images_per_class", "strategy", "seed", "output_dir", "dry_run")
 
@@ -30,6 +42,7 @@ common.first("dataset", "data_dir", "images_per_class", "strategy", "seed", "out
 def main() -> None:
   """Builds the config from the flags and runs it."""
   from kipcore.cli.runs import dry_run, selection
+
   run = dry_run.of_selection if FLAGS.dry_run else selection.run_select
   run(from_flags(SelectConfig, FLAGS), FLAGS.output_dir, FLAGS.overwrite)
 

@@ -52,8 +52,13 @@ class Dataset(NamedTuple):
   note: str
 
 
-def load_dataset(name: str, data_dir: str | os.PathLike | None = None, validation_fraction: float = 0.1,
-                 seed: int = 0, train_rows: int = 0) -> Dataset:
+def load_dataset(
+  name: str,
+  data_dir: str | os.PathLike | None = None,
+  validation_fraction: float = 0.1,
+  seed: int = 0,
+  train_rows: int = 0,
+) -> Dataset:
   """Loads a dataset, or some of its training rows, and cuts a validation split from them.
 
   The validation split is stratified: round(fraction * n) rows over all classes, shared by
@@ -68,7 +73,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike | None = None, validatio
       A folder of class folders of PNG or JPEG images of one size (`image_folders.read`): itself, where test is every
       fifth image of a class in the order of file names, or as train/ and test/.
       A TFDS image-classification name: prepared in data_dir, or else downloaded by TFDS.
-      Where it has no labelled test split its validation split stands in, or else every
+      Where it has no labeled test split its validation split stands in, or else every
       fifth training row of a class; `note` says so.
     data_dir: the TFDS directory, which must exist; None for TFDS's default.
     validation_fraction: in [0, 1); 0 gives an empty validation split.
@@ -81,10 +86,14 @@ def load_dataset(name: str, data_dir: str | os.PathLike | None = None, validatio
     ValueError: on a fraction, seed or number of rows out of range.
   """
   if not 0 <= validation_fraction < 1:
-    raise ValueError(f"validation_fraction: expected a number in [0, 1), got {validation_fraction!r}")
+    raise ValueError(
+      f"validation_fraction: expected a number in [0, 1), got {validation_fraction!r}"
+    )
   if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
     raise ValueError(f"seed: expected an integer >= 0 and below 2^63, got {seed!r}")
-  if isinstance(train_rows, bool) or not isinstance(train_rows, (int, np.integer)) or train_rows < 0:
+  if (
+    isinstance(train_rows, bool) or not isinstance(train_rows, (int, np.integer)) or train_rows < 0
+  ):
     raise ValueError(f"train_rows: expected an integer >= 0, got {train_rows!r}")
   name = os.fspath(name)
   pick = functools.partial(_picked, count=int(train_rows), seed=int(seed))
@@ -93,36 +102,65 @@ def load_dataset(name: str, data_dir: str | os.PathLike | None = None, validatio
   elif name == "digits":
     raw = _read_digits(pick)
   else:
-    raw = _read_folder(name, pick) if image_folders.is_named(name) else _read_tfds(name, data_dir, pick)
+    raw = (
+      _read_folder(name, pick) if image_folders.is_named(name) else _read_tfds(name, data_dir, pick)
+    )
   return _finish(name, validation_fraction, seed, **raw)
 
 
-def _finish(name, fraction, seed, *, x_train, y_train, x_test, y_test, class_names=None, pixel_max=None, note=""):
+def _finish(
+  name,
+  fraction,
+  seed,
+  *,
+  x_train,
+  y_train,
+  x_test,
+  y_test,
+  class_names=None,
+  pixel_max=None,
+  note="",
+):
   """The checked `Dataset` of the arrays that a reader gives."""
   if x_train.dtype.kind in "biu" and x_train.dtype != np.uint8:
     note = "; ".join(filter(None, (note, f"{x_train.dtype} pixels were converted to floats")))
   x_train, x_test = _pixels(f"{name}: x_train", x_train), _pixels(f"{name}: x_test", x_test)
-  if x_train.shape[1:] != x_test.shape[1:] or (x_train.dtype == np.uint8) != (x_test.dtype == np.uint8):
-    raise DatasetError(f"{name}: expected x_train and x_test with rows of one shape, both uint8 or neither; got "
-                       f"{x_train.shape} {x_train.dtype} and {x_test.shape} {x_test.dtype}")
-  x_train, x_test = (x.astype(np.result_type(x_train, x_test), copy=False) for x in (x_train, x_test))
+  if x_train.shape[1:] != x_test.shape[1:] or (x_train.dtype == np.uint8) != (
+    x_test.dtype == np.uint8
+  ):
+    raise DatasetError(
+      f"{name}: expected x_train and x_test with rows of one shape, both uint8 or neither; got "
+      f"{x_train.shape} {x_train.dtype} and {x_test.shape} {x_test.dtype}"
+    )
+  x_train, x_test = (
+    x.astype(np.result_type(x_train, x_test), copy=False) for x in (x_train, x_test)
+  )
   for key, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
     if y.shape not in ((len(x),), (len(x), 1)):
-      raise DatasetError(f"{name}: expected y_{key} with one label for each of {len(x)} rows, got shape {y.shape}")
-  y_train, y_test, num_classes, class_names = _labels(name, y_train.ravel(), y_test.ravel(), class_names)
+      raise DatasetError(
+        f"{name}: expected y_{key} with one label for each of {len(x)} rows, got shape {y.shape}"
+      )
+  y_train, y_test, num_classes, class_names = _labels(
+    name, y_train.ravel(), y_test.ravel(), class_names
+  )
   if num_classes < 2:
     raise DatasetError(f"{name}: expected y_train of at least 2 classes, got {y_train[0]} alone")
   pixel_max = 255.0 if x_train.dtype == np.uint8 else pixel_max or max(float(x_train.max()), 1.0)
   held = _stratified(y_train, fraction, seed)
   arrays = (x_train[~held], y_train[~held], x_train[held], y_train[held], x_test, y_test)
-  hashes = {key: _sha256(*arrays[2 * i:2 * i + 2]) for i, key in enumerate(("train", "validation", "test"))}
+  hashes = {
+    key: _sha256(*arrays[2 * i : 2 * i + 2])
+    for i, key in enumerate(("train", "validation", "test"))
+  }
   return Dataset(name, *arrays, num_classes, class_names, pixel_max, hashes, note)
 
 
 def _sha256(*arrays) -> str:
   digest = hashlib.sha256()
   for array in arrays:
-    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))  # one hash whatever the machine
+    array = np.ascontiguousarray(
+      array, array.dtype.newbyteorder("<")
+    )  # one hash whatever the machine
     digest.update(f"{array.dtype.str} {array.shape}\n".encode())
     digest.update(array.reshape(-1).view(np.uint8))
   return digest.hexdigest()
@@ -131,7 +169,9 @@ def _sha256(*arrays) -> str:
 def _pixels(what, x) -> np.ndarray:
   """Rows as `(n, h, w, c)` or `(n, d)`, in a native dtype, finite."""
   if x.ndim not in (2, 3, 4) or 0 in x.shape:
-    raise DatasetError(f"{what}: expected a non-empty (n, h, w, c), (n, h, w) or (n, d), got shape {x.shape}")
+    raise DatasetError(
+      f"{what}: expected a non-empty (n, h, w, c), (n, h, w) or (n, d), got shape {x.shape}"
+    )
   if x.dtype.kind not in "biuf":
     raise DatasetError(f"{what}: expected uint8 or floating pixels, got {x.dtype}")
   if x.dtype.kind == "f":
@@ -140,7 +180,8 @@ def _pixels(what, x) -> np.ndarray:
     if bad.any():
       first = tuple(int(i) for i in np.unravel_index(bad.argmax(), x.shape))
       raise DatasetError(
-          f"{what}: expected finite pixels, got {int(bad.sum())} NaN or infinite, the first at index {first}")
+        f"{what}: expected finite pixels, got {int(bad.sum())} NaN or infinite, the first at index {first}"
+      )
   elif x.dtype != np.uint8:
     exact = x.itemsize <= 2 or max(abs(int(x.min())), abs(int(x.max()))) <= 2**24
     x = x.astype(np.float32 if exact else np.float64)
@@ -150,29 +191,46 @@ def _pixels(what, x) -> np.ndarray:
 def _labels(name, train, test, class_names):
   """`(y_train, y_test, num_classes, class_names)`, labels as int32 in 0..c-1, all of them seen in training."""
   if {train.dtype.kind, test.dtype.kind} <= set("SU"):
-    train, test = (np.char.decode(y, "utf-8", "replace") if y.dtype.kind == "S" else y for y in (train, test))
+    train, test = (
+      np.char.decode(y, "utf-8", "replace") if y.dtype.kind == "S" else y for y in (train, test)
+    )
     names, y_train = np.unique(train, return_inverse=True)
     unseen = np.setdiff1d(test, names)
     if unseen.size:
-      raise DatasetError(f"{name}: expected y_test labels that occur in y_train, got {unseen.size} others, "
-                         f"the first {str(unseen[0])!r}")
+      raise DatasetError(
+        f"{name}: expected y_test labels that occur in y_train, got {unseen.size} others, "
+        f"the first {str(unseen[0])!r}"
+      )
     y_test = np.searchsorted(names, test)
     return y_train.astype(np.int32), y_test.astype(np.int32), len(names), tuple(names.tolist())
-  y_train, y_test = (_integers(f"{name}: {key}", y) for key, y in (("y_train", train), ("y_test", test)))
+  y_train, y_test = (
+    _integers(f"{name}: {key}", y) for key, y in (("y_train", train), ("y_test", test))
+  )
   num_classes = int(y_train.max()) + 1
   if num_classes > len(y_train) or (np.bincount(y_train, minlength=num_classes) == 0).any():
     seen = np.unique(y_train)
     absent = int(np.flatnonzero(seen != np.arange(len(seen)))[0])
-    raise DatasetError(f"{name}: expected y_train to hold every class of 0..{num_classes - 1}, got {len(seen)} classes "
-                       f"from {seen[0]} to {seen[-1]}, without {absent}")
+    raise DatasetError(
+      f"{name}: expected y_train to hold every class of 0..{num_classes - 1}, got {len(seen)} classes "
+      f"from {seen[0]} to {seen[-1]}, without {absent}"
+    )
   if y_test.max() >= num_classes:
-    raise DatasetError(f"{name}: expected y_test in 0..{num_classes - 1}, the classes of y_train, got {y_test.max()}")
-  return y_train, y_test, num_classes, class_names if len(class_names or ()) == num_classes else None
+    raise DatasetError(
+      f"{name}: expected y_test in 0..{num_classes - 1}, the classes of y_train, got {y_test.max()}"
+    )
+  return (
+    y_train,
+    y_test,
+    num_classes,
+    class_names if len(class_names or ()) == num_classes else None,
+  )
 
 
 def _integers(what, y) -> np.ndarray:
   if y.dtype.kind not in "biuf":
-    raise DatasetError(f"{what}: expected integer labels (or strings in both splits), got {y.dtype}")
+    raise DatasetError(
+      f"{what}: expected integer labels (or strings in both splits), got {y.dtype}"
+    )
   if y.dtype.kind == "f":
     with np.errstate(over="ignore"):
       y = y.astype(np.float64)  # 2^31 is beyond float16
@@ -180,8 +238,10 @@ def _integers(what, y) -> np.ndarray:
   bad = ~(whole & (y >= 0) & (y < 2**31 - 1))
   if bad.any():
     first = int(bad.argmax())
-    raise DatasetError(f"{what}: expected integers 0..c-1, got {int(bad.sum())} other values, the first {y[first]} "
-                       f"at index {first}")
+    raise DatasetError(
+      f"{what}: expected integers 0..c-1, got {int(bad.sum())} other values, the first {y[first]} "
+      f"at index {first}"
+    )
   return y.astype(np.int32)
 
 
@@ -216,7 +276,9 @@ def _picked(labels, cut: bool, count: int, seed: int) -> tuple[np.ndarray, np.nd
 def _rank_in_class(labels) -> np.ndarray:
   """How many earlier rows have the row's label."""
   counts, rank = np.bincount(labels), np.empty(len(labels), np.int64)
-  rank[np.argsort(labels, kind="stable")] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+  rank[np.argsort(labels, kind="stable")] = np.arange(len(labels)) - np.repeat(
+    np.cumsum(counts) - counts, counts
+  )
   return rank
 
 
@@ -226,8 +288,15 @@ def _read_digits(pick) -> dict:
   x, y = load_digits(return_X_y=True)
   x = x.reshape(-1, 8, 8, 1).astype(np.float32)
   train, test = pick(y, cut=True)
-  return {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test], "pixel_max": 16.0,
-          "class_names": tuple("0123456789"), "note": "pixels are 0..16; test is every fifth row of each class"}
+  return {
+    "x_train": x[train],
+    "y_train": y[train],
+    "x_test": x[test],
+    "y_test": y[test],
+    "pixel_max": 16.0,
+    "class_names": tuple("0123456789"),
+    "note": "pixels are 0..16; test is every fifth row of each class",
+  }
 
 
 @contextlib.contextmanager
@@ -251,8 +320,10 @@ def _read_npz(name, pick) -> dict:
   try:
     missing = [key for key in _ARRAYS if key not in (found := npz.names_in(path))]
     if missing:
-      raise DatasetError(f"{name}: expected the arrays {', '.join(_ARRAYS)}; {', '.join(missing)} missing, "
-                         f"found {checks.one_line(', '.join(sorted(found)[:20])) or 'nothing'}")
+      raise DatasetError(
+        f"{name}: expected the arrays {', '.join(_ARRAYS)}; {', '.join(missing)} missing, "
+        f"found {checks.one_line(', '.join(sorted(found)[:20])) or 'nothing'}"
+      )
     raw = npz.read_npz(path, (*_ARRAYS[1:], *_NAMES))
     rows, _ = pick(labels := raw["y_train"].ravel(), cut=False)
     if len(rows) < len(labels):
@@ -269,7 +340,9 @@ def _read_npz(name, pick) -> dict:
 
 def _read_tfds(name, data_dir, pick) -> dict:
   if data_dir is not None and not os.path.isdir(data_dir):
-    raise DatasetError(f"{name}: expected data_dir to be an existing directory, got {os.fspath(data_dir)!r}")
+    raise DatasetError(
+      f"{name}: expected data_dir to be an existing directory, got {os.fspath(data_dir)!r}"
+    )
   where = f"in {os.fspath(data_dir)}" if data_dir else "in TFDS's default directory"
   with _one_fault(f"{name}: expected a dataset that TFDS can load {where}"):
     return tfds_data.read(name, data_dir, pick)

@@ -2,12 +2,10 @@
 
 import contextlib
 import difflib
-import os
 import socket
-import sys
 import urllib.parse
 import urllib.request
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -41,43 +39,62 @@ def _read(tfds, name, data_dir, pick) -> dict:
     builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
   except tfds.core.DatasetNotFoundError as error:
     close = difflib.get_close_matches(name, ["digits", *tfds.list_builders()], n=3)
-    raise DatasetError(f"unknown dataset {name!r}: expected digits, a folder of images, a path ending in .npz or a TFDS name"
-                       + (f"; close: {', '.join(close)}" if close else "")) from error
+    raise DatasetError(
+      f"unknown dataset {name!r}: expected digits, a folder of images, a path ending in .npz or a TFDS name"
+      + (f"; close: {', '.join(close)}" if close else "")
+    ) from error
   features = builder.info.features
   x_key, y_key = builder.info.supervised_keys or ("image", "label")
-  if not (x_key in features and isinstance(features[x_key], tfds.features.Image) and
-          y_key in features and isinstance(features[y_key], tfds.features.ClassLabel)):
-    raise DatasetError(f"{name}: expected a TFDS dataset of images with class labels, got features {checks.one_line(features)}")
+  if not (
+    x_key in features
+    and isinstance(features[x_key], tfds.features.Image)
+    and y_key in features
+    and isinstance(features[y_key], tfds.features.ClassLabel)
+  ):
+    raise DatasetError(
+      f"{name}: expected a TFDS dataset of images with class labels, got features {checks.one_line(features)}"
+    )
   if None in features[x_key].shape:
-    raise DatasetError(f"{name}: expected images of one size, got image shape {features[x_key].shape}")
+    raise DatasetError(
+      f"{name}: expected images of one size, got image shape {features[x_key].shape}"
+    )
   if not builder.is_prepared():
     _require_host(name, builder)
     builder.download_and_prepare()
 
   def rows_of(split, decoded, batch_size=-1):
     decoders = tfds.decode.PartialDecoding({key: True for key in decoded})
-    return builder.as_dataset(split=split, batch_size=batch_size, shuffle_files=False, decoders=decoders)
+    return builder.as_dataset(
+      split=split, batch_size=batch_size, shuffle_files=False, decoders=decoders
+    )
 
   def images(wanted):
     if wanted.all():
       return rows_of("train", (x_key,))[x_key].numpy()
-    out, first, done = np.empty((wanted.sum(), *features[x_key].shape), features[x_key].np_dtype), 0, 0
+    out, first, done = (
+      np.empty((wanted.sum(), *features[x_key].shape), features[x_key].np_dtype),
+      0,
+      0,
+    )
     for batch in tfds.as_numpy(rows_of("train", (x_key,), _BATCH)):
-      here = batch[x_key][wanted[first:first + _BATCH]]
-      out[done:done + len(here)] = here
+      here = batch[x_key][wanted[first : first + _BATCH]]
+      out[done : done + len(here)] = here
       first, done = first + _BATCH, done + len(here)
     return out
 
   splits = builder.info.splits
   if "train" not in splits:
     raise DatasetError(f"{name}: expected a split called train, got {', '.join(splits)}")
-  raw = {"note": "no labelled test split: test is every fifth training row of each class"}
+  raw = {"note": "no labeled test split: test is every fifth training row of each class"}
   for split in ("test", "validation"):
     if split in splits:
       rows = rows_of(split, (x_key, y_key))
       if (rows[y_key].numpy() >= 0).all():  # Some test splits come without labels, as -1.
-        raw = {"x_test": rows[x_key].numpy(), "y_test": rows[y_key].numpy(),
-               "note": "" if split == "test" else "the TFDS validation split is the test split"}
+        raw = {
+          "x_test": rows[x_key].numpy(),
+          "y_test": rows[y_key].numpy(),
+          "note": "" if split == "test" else "the TFDS validation split is the test split",
+        }
         break
   y = rows_of("train", (y_key,))[y_key].numpy()
   train, test = pick(y, cut="x_test" not in raw)
@@ -87,16 +104,25 @@ def _read(tfds, name, data_dir, pick) -> dict:
   if len(test):
     raw |= {"x_test": x[place[test]], "y_test": y[test]}
     x = x[place[train]]
-  return {**raw, "x_train": x, "y_train": y[train], "class_names": tuple(features[y_key].names or ()) or None}
+  return {
+    **raw,
+    "x_train": x,
+    "y_train": y[train],
+    "class_names": tuple(features[y_key].names or ()) or None,
+  }
 
 
 def _require_host(name, builder):
   """Fails at once where no download host has an address; TFDS itself retries for minutes."""
-  hosts = sorted({urllib.parse.urlsplit(url).hostname or "" for url in getattr(builder, "url_infos", None) or ()})
+  hosts = sorted(
+    {urllib.parse.urlsplit(url).hostname or "" for url in getattr(builder, "url_infos", None) or ()}
+  )
   for host in hosts:
     with contextlib.suppress(OSError):
       socket.getaddrinfo(host, None)
       return
   if hosts and not urllib.request.getproxies():
-    raise DatasetError(f"{name}: expected it prepared in {builder.data_dir}, or a network to download it; "
-                       f"got neither (no address for {', '.join(hosts)})")
+    raise DatasetError(
+      f"{name}: expected it prepared in {builder.data_dir}, or a network to download it; "
+      f"got neither (no address for {', '.join(hosts)})"
+    )

@@ -51,7 +51,11 @@ def reading(phi_support: Array, y_support: Array, phi_batch: Array, batch: Batch
   """
   phi_s, phi_t = (jax.lax.stop_gradient(phi) for phi in (phi_support, phi_batch))
   k_ss = linalg.matmul(phi_s, phi_s.T)
-  fit = krr.krr_fit(k_ss, jax.lax.stop_gradient(y_support), krr.relative_ridge(k_ss, _READING_RIDGE))
+  fit = krr.krr_fit(
+    k_ss, jax.lax.stop_gradient(y_support), krr.relative_ridge(k_ss, _READING_RIDGE)
+  )
   predictions = linalg.matmul(phi_t, linalg.matmul(phi_s.T, fit.dual.astype(phi_s.dtype)))
   per_example = 0.5 * jnp.mean((predictions - batch.y) ** 2, axis=1)
-  return LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), jnp.zeros((), jnp.int32))
+  return LossInfo(
+    per_example, predictions, krr.accuracy(predictions, batch.y), jnp.zeros((), jnp.int32)
+  )

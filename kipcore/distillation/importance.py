@@ -10,16 +10,17 @@ several passes over all rows, a draw from a prepared law almost nothing.
 
 import functools
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from kipcore import checks
-from kipcore.selection import draws
 from kipcore.distillation import samplers
 from kipcore.distillation.method import LossInfo, Sampler
+from kipcore.selection import draws
 from kipcore.types import Array
 
 # Golden-section steps of the temperature: the interval e^-4 .. e^8 shrinks to a thousandth of its logarithm.
@@ -76,8 +77,10 @@ def margin(predictions: Array, labels: Array) -> Array:
   return jnp.maximum(1 - (own - best_other), 0)
 
 
-def calibrated_temperature(predictions: Array, labels: Array, weights: Array | None = None) -> Array:
-  """The logarithm of the temperature b that minimises the mean of CE(softmax(b P), class).
+def calibrated_temperature(
+  predictions: Array, labels: Array, weights: Array | None = None
+) -> Array:
+  """The logarithm of the temperature b that minimizes the mean of CE(softmax(b P), class).
 
   Ridge regression of one-hot labels does not give logits: at b = 1 a perfect prediction has almost
   the loss of a wrong one and every law by cross-entropy is nearly uniform. The mean is convex in b;
@@ -92,10 +95,17 @@ def calibrated_temperature(predictions: Array, labels: Array, weights: Array | N
     Scalar.
   """
   classes = jnp.argmax(labels, axis=1)
-  weights = jnp.ones(classes.shape, predictions.dtype) if weights is None else weights.astype(predictions.dtype)
+  weights = (
+    jnp.ones(classes.shape, predictions.dtype)
+    if weights is None
+    else weights.astype(predictions.dtype)
+  )
 
   def mean(log_b):
-    return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(jnp.exp(log_b) * predictions, classes))
+    return jnp.sum(
+      weights
+      * optax.softmax_cross_entropy_with_integer_labels(jnp.exp(log_b) * predictions, classes)
+    )
 
   ratio = (5**0.5 - 1) / 2
 
@@ -110,13 +120,31 @@ def calibrated_temperature(predictions: Array, labels: Array, weights: Array | N
   return 0.5 * (low + high)
 
 
-SAMPLERS = ("uniform", "class_balanced", "cross_entropy", "squared_error", "residual_norm", "margin")
-SCORES = {"cross_entropy": None, "squared_error": squared_error, "residual_norm": residual_norm, "margin": margin}
+SAMPLERS = (
+  "uniform",
+  "class_balanced",
+  "cross_entropy",
+  "squared_error",
+  "residual_norm",
+  "margin",
+)
+SCORES = {
+  "cross_entropy": None,
+  "squared_error": squared_error,
+  "residual_norm": residual_norm,
+  "margin": margin,
+}
 
 
-def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", uniform_mix: float = 0.5,
-               weight_exponent: float = 0.25, least_gain: float = 1.1, balanced: bool = False,
-               refresh_every: int = 0, power: float = 1.0) -> Sampler:
+def importance(
+  score: str | Callable[[Array, Array], Array] = "cross_entropy",
+  uniform_mix: float = 0.5,
+  weight_exponent: float = 0.25,
+  least_gain: float = 1.1,
+  balanced: bool = False,
+  refresh_every: int = 0,
+  power: float = 1.0,
+) -> Sampler:
   """Draws rows in proportion to what the distilled set gets wrong.
 
       p_i = (1 - g) u_i s_i^a / sum(u s^a) + g u_i / n,   w_i = (u_i b / (n pi_i))^e
@@ -158,7 +186,9 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
   if isinstance(score, str):
     checks.one_of("score", score, tuple(SCORES))
   elif not callable(score):
-    raise TypeError(f"score: expected a name or a callable (predictions, labels) -> (t,), got {score!r}")
+    raise TypeError(
+      f"score: expected a name or a callable (predictions, labels) -> (t,), got {score!r}"
+    )
   for name, value in (("uniform_mix", uniform_mix), ("weight_exponent", weight_exponent)):
     checks.in_range(name, value, 0, 1)
   if not isinstance(refresh_every, int) or refresh_every < 0:
@@ -176,12 +206,24 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
     if balanced:
       label = jnp.minimum(jnp.searchsorted(ends, row, side="right"), class_counts.shape[0] - 1)
       present = jnp.sum(class_counts > 0, dtype=jnp.int32)
-      share = ends[-1].astype(jnp.float32) / (present * jnp.maximum(class_counts, 1)).astype(jnp.float32)
+      share = ends[-1].astype(jnp.float32) / (present * jnp.maximum(class_counts, 1)).astype(
+        jnp.float32
+      )
       base = base * share[label]
     zeros, none = jnp.zeros((capacity,), jnp.float32), jnp.zeros((), jnp.int32)
     log_b = jnp.full((), math.log(10.0), jnp.float32)
-    return ImportanceState(zeros, zeros > 0, base, class_counts, log_b, draws.no_plan(capacity, base.dtype),
-                           jnp.ones((), jnp.float32), none, none, none)
+    return ImportanceState(
+      zeros,
+      zeros > 0,
+      base,
+      class_counts,
+      log_b,
+      draws.no_plan(capacity, base.dtype),
+      jnp.ones((), jnp.float32),
+      none,
+      none,
+      none,
+    )
 
   plain = samplers.class_balanced() if balanced else samplers.uniform()
 
@@ -194,36 +236,59 @@ def importance(score: str | Callable[[Array, Array], Array] = "cross_entropy", u
       return indices, ratio**weight_exponent
 
     def uniformly(key):
-      indices, weights = plain.draw(key, plain.init(state.class_counts, state.scores.shape[0]), size)
+      indices, weights = plain.draw(
+        key, plain.init(state.class_counts, state.scores.shape[0]), size
+      )
       return indices, weights.astype(jnp.float32)
 
     # A batch of all rows or more leaves nothing to choose.
     by_law = (state.gain >= least_gain) & (size < num_rows) & (size == state.batch_size)
     return jax.lax.cond(by_law, by_score, uniformly, key)
 
-  def update(state: ImportanceState, indices: Array, labels: Array, info: LossInfo) -> ImportanceState:
+  def update(
+    state: ImportanceState, indices: Array, labels: Array, info: LossInfo
+  ) -> ImportanceState:
     predictions, labels = info.predictions.astype(jnp.float32), labels.astype(jnp.float32)
     state = state._replace(fresh=state.fresh + indices.shape[0])
     due = state.fresh >= jnp.sum(state.class_counts, dtype=jnp.int32) // _LAWS_A_PASS
     if calibrated:
-      log_b = jax.lax.cond(due, lambda: _recalibrated(state.log_temperature, predictions, labels),
-                           lambda: state.log_temperature)
+      log_b = jax.lax.cond(
+        due,
+        lambda: _recalibrated(state.log_temperature, predictions, labels),
+        lambda: state.log_temperature,
+      )
       state = state._replace(log_temperature=log_b)
-      scores = optax.softmax_cross_entropy_with_integer_labels(jnp.exp(log_b) * predictions, jnp.argmax(labels, axis=1))
+      scores = optax.softmax_cross_entropy_with_integer_labels(
+        jnp.exp(log_b) * predictions, jnp.argmax(labels, axis=1)
+      )
     else:
       scores = score_fn(predictions, labels)
       if scores.shape != indices.shape:
-        raise ValueError(f"score: expected one value a target, shape {indices.shape}, got {scores.shape}")
+        raise ValueError(
+          f"score: expected one value a target, shape {indices.shape}, got {scores.shape}"
+        )
     # A score that is no number leaves the old one: the loop reports the step itself.
     good = jnp.isfinite(scores) & (scores >= 0)
     place = jnp.where(good, indices, state.scores.shape[0])
-    state = state._replace(scores=state.scores.at[place].set(scores.astype(jnp.float32), mode="drop"),
-                           known=state.known.at[place].set(True, mode="drop"))
-    return jax.lax.cond(due, lambda s: with_law(s, uniform_mix, indices.shape[0], power), lambda s: s, state)
+    state = state._replace(
+      scores=state.scores.at[place].set(scores.astype(jnp.float32), mode="drop"),
+      known=state.known.at[place].set(True, mode="drop"),
+    )
+    return jax.lax.cond(
+      due, lambda s: with_law(s, uniform_mix, indices.shape[0], power), lambda s: s, state
+    )
 
   name = score if isinstance(score, str) else getattr(score, "__name__", "callable")
-  return Sampler(name, init, draw, update, refresh_every, functools.partial(sampler_metrics, least_gain=least_gain),
-                 row_scores, regrouped)
+  return Sampler(
+    name,
+    init,
+    draw,
+    update,
+    refresh_every,
+    functools.partial(sampler_metrics, least_gain=least_gain),
+    row_scores,
+    regrouped,
+  )
 
 
 class Law(NamedTuple):
@@ -240,7 +305,9 @@ def _recalibrated(log_b, predictions, labels):
   return jnp.where(jnp.isfinite(fitted), 0.5 * (log_b + fitted), log_b)
 
 
-def with_law(state: ImportanceState, uniform_mix, batch_size: int, power: float = 1.0) -> ImportanceState:
+def with_law(
+  state: ImportanceState, uniform_mix, batch_size: int, power: float = 1.0
+) -> ImportanceState:
   """The state with its law made from the scores as they are now; `importance` does so by itself.
 
   Args:
@@ -256,8 +323,13 @@ def with_law(state: ImportanceState, uniform_mix, batch_size: int, power: float 
   # The order of a systematic draw may be any; a new one with every law keeps rows from meeting the same others.
   words = jax.random.bits(jax.random.fold_in(jax.random.key(0), state.laws), (6,), jnp.uint32)
   prepared = draws.plan(words, law.probabilities, jnp.minimum(num_rows, batch_size))
-  return state._replace(plan=prepared, gain=law.gain, batch_size=jnp.full((), batch_size, jnp.int32),
-                        fresh=jnp.zeros((), jnp.int32), laws=state.laws + 1)
+  return state._replace(
+    plan=prepared,
+    gain=law.gain,
+    batch_size=jnp.full((), batch_size, jnp.int32),
+    fresh=jnp.zeros((), jnp.int32),
+    laws=state.laws + 1,
+  )
 
 
 def sampler_metrics(state: ImportanceState, least_gain: float) -> dict[str, Array]:
@@ -276,10 +348,16 @@ def sampler_metrics(state: ImportanceState, least_gain: float) -> dict[str, Arra
   p = mass / draws.total(mass)
   counts = state.class_counts
   row = jnp.arange(p.shape[0], dtype=jnp.int32)
-  label = jnp.minimum(jnp.searchsorted(jnp.cumsum(counts, dtype=jnp.int32), row, side="right"), counts.shape[0] - 1)
+  label = jnp.minimum(
+    jnp.searchsorted(jnp.cumsum(counts, dtype=jnp.int32), row, side="right"), counts.shape[0] - 1
+  )
   shares = jax.ops.segment_sum(p, label, counts.shape[0], indices_are_sorted=True)
   num_rows = jnp.sum(counts, dtype=jnp.int32).astype(p.dtype)
-  return {"importance_gain": state.gain, "effective_share": 1 / (num_rows * draws.total(p * p)), "class_shares": shares}
+  return {
+    "importance_gain": state.gain,
+    "effective_share": 1 / (num_rows * draws.total(p * p)),
+    "class_shares": shares,
+  }
 
 
 def row_scores(state: ImportanceState) -> Array:
@@ -299,9 +377,13 @@ def regrouped(state: ImportanceState, before: ImportanceState, scores: Array) ->
     `ImportanceState`.
   """
   known = jnp.isfinite(scores)
-  return state._replace(scores=jnp.where(known, scores, 0).astype(state.scores.dtype), known=known,
-                        log_temperature=jnp.mean(before.log_temperature), fresh=jnp.sum(state.class_counts, dtype=jnp.int32),
-                        laws=jnp.max(before.laws))
+  return state._replace(
+    scores=jnp.where(known, scores, 0).astype(state.scores.dtype),
+    known=known,
+    log_temperature=jnp.mean(before.log_temperature),
+    fresh=jnp.sum(state.class_counts, dtype=jnp.int32),
+    laws=jnp.max(before.laws),
+  )
 
 
 def importance_law(state: ImportanceState, uniform_mix, power: float = 1.0) -> Law:
@@ -327,8 +409,13 @@ def importance_law(state: ImportanceState, uniform_mix, power: float = 1.0) -> L
   return Law((1 - uniform_mix) * by_score + uniform_mix * uniform, gain)
 
 
-def sampler(name: str, uniform_mix: float = 0.5, weight_exponent: float = 0.25, least_gain: float = 1.1,
-            refresh_every: int = 0) -> Sampler:
+def sampler(
+  name: str,
+  uniform_mix: float = 0.5,
+  weight_exponent: float = 0.25,
+  least_gain: float = 1.1,
+  refresh_every: int = 0,
+) -> Sampler:
   """The sampler of a name.
 
   Args:

@@ -1,11 +1,12 @@
 """What a distillation method and a target sampler are: small tuples of pure functions.
 
 A method says what a distilled set should be good for; a sampler says which targets
-to learn from next; an initialiser (`coreset.py`) says where to start. The loop
+to learn from next; an initializer (`coreset.py`) says where to start. The loop
 (`loop.py`) joins any of the one with any of the others.
 """
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -46,11 +47,11 @@ class Method(NamedTuple):
   """A distillation method.
 
   Attributes:
-    name: for logs and artefacts.
+    name: for logs and artifacts.
     init_params: `support -> params`, a dict of arrays: all that the method learns.
     support: `(params, aux) -> Support`, the inverse.
     trainable: `params -> {name: factor}`: the learning rate of each as a factor of the
-      optimiser's (True is 1); what is 0 or False stays as it is.
+      optimizer's (True is 1); what is 0 or False stays as it is.
     loss: `(params, aux, batch, weights, key) -> (scalar, LossInfo)`. Of KIP-like methods the scalar is
       mean(weights * per_example); others weigh the targets in their own way and say how.
     init_aux: `(key, params) -> aux`: random networks, a pool, expert checkpoints, or ().
@@ -72,7 +73,7 @@ class Sampler(NamedTuple):
   """A law of target batches. Rows are grouped by class: see `targets.arrange_targets`.
 
   Attributes:
-    name: for logs and artefacts.
+    name: for logs and artifacts.
     init: `(class_counts (c,) int32, capacity) -> state`: rows of each class, in order, and
       the number of row slots, padding included.
     draw: `(key, state, size) -> (indices (size,), weights (size,))`; mean(w_i f_i) over

@@ -26,11 +26,15 @@ def uniform() -> Sampler:
     first, count = _stratum(jnp.arange(size, dtype=jnp.int32), num_rows, size)
     indices = first + _uniform_integers(key, count)
     # Of more strata than rows, several are the same row.
-    copies = jnp.where(size > num_rows, -(-(indices + 1) * size // num_rows) + (-indices * size // num_rows), 1)
+    copies = jnp.where(
+      size > num_rows, -(-(indices + 1) * size // num_rows) + (-indices * size // num_rows), 1
+    )
     weights = (count / copies).astype(jnp.float32) * (size / num_rows.astype(jnp.float32))
     return indices, weights
 
-  return Sampler("uniform", lambda class_counts, capacity: jnp.sum(class_counts, dtype=jnp.int32), draw)
+  return Sampler(
+    "uniform", lambda class_counts, capacity: jnp.sum(class_counts, dtype=jnp.int32), draw
+  )
 
 
 def class_balanced() -> Sampler:
@@ -50,7 +54,8 @@ def class_balanced() -> Sampler:
     position = jnp.arange(size, dtype=jnp.int32)
     label = position % num_classes
     per_class = jnp.full((num_classes,), size // num_classes, jnp.int32) + (
-        jnp.arange(num_classes, dtype=jnp.int32) < size % num_classes).astype(jnp.int32)
+      jnp.arange(num_classes, dtype=jnp.int32) < size % num_classes
+    ).astype(jnp.int32)
     first, count = _stratum(position // num_classes, class_counts[label], per_class[label])
     return starts[label] + first + _uniform_integers(key, count), jnp.ones((size,), jnp.float32)
 

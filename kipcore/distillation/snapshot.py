@@ -6,7 +6,8 @@ their scores; the mathematics is the same, the draws are not.
 """
 
 import functools
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ class Snapshot(NamedTuple):
   seconds: float
 
 
-class Keeping(NamedTuple):
+class CheckpointPolicy(NamedTuple):
   """When and how a loop keeps snapshots.
 
   Attributes:
@@ -55,7 +56,7 @@ def default_log_steps(num_steps: int) -> list[int]:
   return early + list(range(stride, num_steps + 1, stride))
 
 
-def slowed(snapshot: Snapshot, factor: float) -> Snapshot:
+def scale_learning_rate(snapshot: Snapshot, factor: float) -> Snapshot:
   """The snapshot with all updates to come multiplied by a factor more, for a run whose numbers failed after it.
 
   Args:
@@ -90,7 +91,9 @@ def row_scores(state, sampler: Sampler, axis: Axis, labels: np.ndarray, key) -> 
   """
   if sampler.scores is None:
     return None
-  return _scores_in_order(_of_all_devices(state.sampler, axis), sampler, deal_rows(labels, axis.size, key))
+  return _scores_in_order(
+    _of_all_devices(state.sampler, axis), sampler, deal_rows(labels, axis.size, key)
+  )
 
 
 def _of_all_devices(tree, axis: Axis):
@@ -128,7 +131,9 @@ def lay_out(snapshot: Snapshot, fresh, sampler: Sampler, axis: Axis, labels: np.
   """
   structure = jax.tree.structure(fresh)
   if structure.num_leaves != len(snapshot.arrays):
-    raise ValueError(f"snapshot: expected the {structure.num_leaves} arrays of this run, got {len(snapshot.arrays)}")
+    raise ValueError(
+      f"snapshot: expected the {structure.num_leaves} arrays of this run, got {len(snapshot.arrays)}"
+    )
   saved = jax.tree.unflatten(structure, snapshot.arrays)
   learned, first = saved._replace(sampler=()), fresh._replace(sampler=())
   _check_alike(learned, jax.tree.map(lambda leaf: leaf[0], first))
@@ -142,14 +147,22 @@ def lay_out(snapshot: Snapshot, fresh, sampler: Sampler, axis: Axis, labels: np.
   shards = deal_rows(labels, snapshot.num_devices, key)
   capacity = jax.eval_shape(jax.vmap(sampler.scores), saved.sampler).shape
   if capacity != (len(shards), max(map(len, shards))):
-    raise ValueError(f"snapshot: expected scores of {len(shards)} devices with {max(map(len, shards))} rows, got shape {capacity}")
+    raise ValueError(
+      f"snapshot: expected scores of {len(shards)} devices with {max(map(len, shards))} rows, got shape {capacity}"
+    )
   slots = jax.eval_shape(jax.vmap(sampler.scores), fresh.sampler).shape[1]
-  scores = scatter_rows(deal_rows(labels, axis.size, key), _scores_in_order(saved.sampler, sampler, shards), slots)[axis.own]
-  return state._replace(sampler=jax.vmap(sampler.regroup, (0, None, 0))(fresh.sampler, saved.sampler, scores))
+  scores = scatter_rows(
+    deal_rows(labels, axis.size, key), _scores_in_order(saved.sampler, sampler, shards), slots
+  )[axis.own]
+  return state._replace(
+    sampler=jax.vmap(sampler.regroup, (0, None, 0))(fresh.sampler, saved.sampler, scores)
+  )
 
 
 def _check_alike(tree, like) -> None:
   """ValueError where an array has not the shape or dtype of its counterpart."""
   for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)):
     if (leaf.shape, leaf.dtype) != (other.shape, other.dtype):
-      raise ValueError(f"snapshot: expected {jax.tree_util.keystr(path)} of this run, {other.dtype} {other.shape}, got {leaf.dtype} {leaf.shape}")
+      raise ValueError(
+        f"snapshot: expected {jax.tree_util.keystr(path)} of this run, {other.dtype} {other.shape}, got {leaf.dtype} {leaf.shape}"
+      )

@@ -57,7 +57,7 @@ def gather_rows(shards: list[np.ndarray], values) -> np.ndarray:
   values = np.asarray(values)
   gathered = np.empty(sum(map(len, shards)), values.dtype)
   for rows, own in zip(shards, values):
-    gathered[rows] = own[:len(rows)]
+    gathered[rows] = own[: len(rows)]
   return gathered
 
 
@@ -75,7 +75,7 @@ def scatter_rows(shards: list[np.ndarray], values, capacity: int) -> np.ndarray:
   values = np.asarray(values)
   dealt = np.full((len(shards), capacity), np.nan, values.dtype)
   for own, rows in zip(dealt, shards):
-    own[:len(rows)] = values[rows]
+    own[: len(rows)] = values[rows]
   return dealt
 
 
@@ -103,11 +103,17 @@ def arrange_targets(x, y, num_devices: int = 1, key=None, wanted: slice = slice(
     checks.finite(name, array)
   x, y = np.asarray(x), np.asarray(y)
   if x.shape[0] < num_devices:
-    raise ValueError(f"expected at least one target row a device, got {x.shape[0]} rows for {num_devices} devices")
+    raise ValueError(
+      f"expected at least one target row a device, got {x.shape[0]} rows for {num_devices} devices"
+    )
   labels = np.argmax(y, axis=1)
   shards = deal_rows(labels, num_devices, key)
   longest = max(map(len, shards))
-  counts = np.stack([np.bincount(labels[shard], minlength=y.shape[1]) for shard in shards]).astype(np.int32)
+  counts = np.stack([np.bincount(labels[shard], minlength=y.shape[1]) for shard in shards]).astype(
+    np.int32
+  )
   share = np.array([len(shard) for shard in shards]) * (num_devices / x.shape[0])
-  rows = np.stack([np.pad(shard, (0, longest - len(shard)), mode="edge") for shard in shards[wanted]])
+  rows = np.stack(
+    [np.pad(shard, (0, longest - len(shard)), mode="edge") for shard in shards[wanted]]
+  )
   return Targets(x[rows], y[rows], counts[wanted], share[wanted].astype(y.dtype))

@@ -19,8 +19,15 @@ class KRREvaluation(NamedTuple):
   status: Array
 
 
-def evaluate_krr(kernel_fn: KernelFn, support: Support, x: Array, y: Array, ridge=None,
-                 relative_ridge: float | None = None, block_size: int = 2000) -> KRREvaluation:
+def evaluate_krr(
+  kernel_fn: KernelFn,
+  support: Support,
+  x: Array,
+  y: Array,
+  ridge=None,
+  relative_ridge: float | None = None,
+  block_size: int = 2000,
+) -> KRREvaluation:
   """Fits ridge regression on the support and scores it on rows it has not seen.
 
   Args:
@@ -45,7 +52,9 @@ def evaluate_krr(kernel_fn: KernelFn, support: Support, x: Array, y: Array, ridg
   value = relative_ridge if ridge is None else ridge
   checks.positive("ridge", value)
   value = jnp.asarray(value, support.x.dtype)
-  return _evaluate_krr(kernel_fn, ridge is None, block_size, support, jnp.asarray(x), jnp.asarray(y), value)
+  return _evaluate_krr(
+    kernel_fn, ridge is None, block_size, support, jnp.asarray(x), jnp.asarray(y), value
+  )
 
 
 def check_support(support, x, y) -> None:

@@ -1,15 +1,16 @@
 """Distilled sets beside their baselines: every set under every kernel and network, with intervals and scores."""
 
 import math
-from typing import Callable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from flax import linen as nn
 
 from kipcore import checks, keys
+from kipcore.architectures import Architecture
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.evaluation import networks as network_evaluation
-from kipcore.architectures import Architecture
 from kipcore.types import Array, KernelFn, Support
 
 
@@ -57,9 +58,16 @@ class RankingScores(NamedTuple):
   label_robust: float
 
 
-def evaluation_table(key, sets: Mapping[str, Sequence[Support]], evaluators: Mapping[str, KernelEvaluator | NetworkEvaluator],
-                     x: Array, y: Array, num_seeds: int = 5, relative_ridges: Mapping[str, float] | None = None,
-                     progress: Callable[[EvaluationEntry], None] | None = None) -> list[EvaluationEntry]:
+def evaluation_table(
+  key,
+  sets: Mapping[str, Sequence[Support]],
+  evaluators: Mapping[str, KernelEvaluator | NetworkEvaluator],
+  x: Array,
+  y: Array,
+  num_seeds: int = 5,
+  relative_ridges: Mapping[str, float] | None = None,
+  progress: Callable[[EvaluationEntry], None] | None = None,
+) -> list[EvaluationEntry]:
   """Scores every set under every evaluator on rows that none of them has seen.
 
   Seed s trains network s on support s of the set, or on its only one. Ridge regression draws nothing, so a set
@@ -90,17 +98,38 @@ def evaluation_table(key, sets: Mapping[str, Sequence[Support]], evaluators: Map
     for how, evaluator in evaluators.items():
       if isinstance(evaluator, KernelEvaluator):
         ridge = (relative_ridges or {}).get(name, evaluator.relative_ridge)
-        found = [krr_evaluation.evaluate_krr(evaluator.kernel_fn, support, x, y, relative_ridge=ridge) for support in supports]
+        found = [
+          krr_evaluation.evaluate_krr(evaluator.kernel_fn, support, x, y, relative_ridge=ridge)
+          for support in supports
+        ]
         for result in found:
           checks.raise_for_status(f"ridge regression of {name} under {how}", result.status)
         accuracies = [float(result.accuracy) for result in found]
       else:
         stream = keys.stream(key, "evaluation_table")
-        accuracies = [float(network_evaluation.evaluate_network(
-            keys.at_step(stream, seed), evaluator.network, supports[seed % len(supports)], x, y, 1, evaluator.width,
-            evaluator.num_steps, evaluator.learning_rate, norm=evaluator.norm, augmentation=evaluator.augmentation)[0])
-            for seed in range(num_seeds)]
-      table.append(EvaluationEntry(name, how, tuple(accuracies), float(np.mean(accuracies)), half_width(accuracies)))
+        accuracies = [
+          float(
+            network_evaluation.evaluate_network(
+              keys.at_step(stream, seed),
+              evaluator.network,
+              supports[seed % len(supports)],
+              x,
+              y,
+              1,
+              evaluator.width,
+              evaluator.num_steps,
+              evaluator.learning_rate,
+              norm=evaluator.norm,
+              augmentation=evaluator.augmentation,
+            )[0]
+          )
+          for seed in range(num_seeds)
+        ]
+      table.append(
+        EvaluationEntry(
+          name, how, tuple(accuracies), float(np.mean(accuracies)), half_width(accuracies)
+        )
+      )
       if progress is not None:
         progress(table[-1])
   return table
@@ -119,13 +148,16 @@ def half_width(values: Sequence[float], confidence: float = 0.95) -> float | Non
     A number in their units, or None.
   """
   from scipy import stats  # slow to import
+
   n = len(values)
   if n < 2:
     return None
   return float(stats.t.ppf(0.5 + confidence / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
 
 
-def ranking_scores(distilled: float, random: float, full: float, weight: float = 0.5) -> RankingScores:
+def ranking_scores(
+  distilled: float, random: float, full: float, weight: float = 0.5
+) -> RankingScores:
   """Gain over random rows, gap to all data, and both as one score.
 
       label_robust = (e^a - e^-1) / (e - e^-1),  a = weight (distilled - random) - (1 - weight) (full - distilled)
@@ -147,11 +179,18 @@ def ranking_scores(distilled: float, random: float, full: float, weight: float =
 
   Source: Li et al., DD-Ranking (arXiv 2505.13300).
   """
-  for name, value in (("distilled", distilled), ("random", random), ("full", full), ("weight", weight)):
+  for name, value in (
+    ("distilled", distilled),
+    ("random", random),
+    ("full", full),
+    ("weight", weight),
+  ):
     if not 0.0 <= value <= 1.0:
       raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
   gain, gap = distilled - random, full - distilled
-  score = (math.exp(weight * gain - (1.0 - weight) * gap) - math.exp(-1.0)) / (math.e - math.exp(-1.0))
+  score = (math.exp(weight * gain - (1.0 - weight) * gap) - math.exp(-1.0)) / (
+    math.e - math.exp(-1.0)
+  )
   return RankingScores(gain, gap, score)
 
 
@@ -166,9 +205,14 @@ def markdown(table: Sequence[EvaluationEntry]) -> str:
   """
   evaluators = list(dict.fromkeys(entry.evaluator for entry in table))
   cells = {(entry.set, entry.evaluator): shown(entry.mean, entry.half_width) for entry in table}
-  lines = ["| set | " + " | ".join(f"`{name}`" for name in evaluators) + " |", "| --- " * (1 + len(evaluators)) + "|"]
+  lines = [
+    "| set | " + " | ".join(f"`{name}`" for name in evaluators) + " |",
+    "| --- " * (1 + len(evaluators)) + "|",
+  ]
   for name in dict.fromkeys(entry.set for entry in table):
-    lines.append(f"| {name} | " + " | ".join(cells.get((name, how), "") for how in evaluators) + " |")
+    lines.append(
+      f"| {name} | " + " | ".join(cells.get((name, how), "") for how in evaluators) + " |"
+    )
   return "\n".join(lines)
 
 

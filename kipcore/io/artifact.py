@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kipcore import checks, kernels
+from kipcore.architectures import Architecture
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.io import export, npz
-from kipcore.architectures import Architecture
-from kipcore.preprocess import Preprocess, one_hot_centred
+from kipcore.preprocess import Preprocess, one_hot_centered
 from kipcore.types import Support
 
 FORMAT = "kipcore-distilled"
@@ -27,7 +27,7 @@ _REQUIRED = ("images", "labels", "support")
 
 
 class ArtifactError(ValueError):
-  """A file that is not a whole, unaltered artefact; the message is one line."""
+  """A file that is not a whole, unaltered artifact; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Artifact:
 
   Attributes:
     images: `(m, ...)` float, in the pixel units of the dataset (values may leave its
-      range: they were optimised).
+      range: they were optimized).
     labels: `(m, c)`: one-hot minus 1/c where they were not learned; add
       `metadata["label_convention"]["offset"]` for one-hot labels.
     support: `(m, ...)` the same inputs behind the preprocessing, exactly as trained.
@@ -63,13 +63,18 @@ class Artifact:
   def evaluate(self, x, labels) -> krr_evaluation.KRREvaluation:
     """Ridge regression on the set, scored on raw pixels `(n, ...)` with integer labels `(n,)`."""
     dtype = self.support.dtype
-    targets = one_hot_centred(np.asarray(labels), self.labels.shape[1], dtype)
+    targets = one_hot_centered(np.asarray(labels), self.labels.shape[1], dtype)
     support = Support(_device_array(self.support), _device_array(self.labels))
-    return krr_evaluation.evaluate_krr(self.kernel_fn(), support, self.preprocess.apply(x, dtype), targets,
-                                 relative_ridge=self.relative_ridge)
+    return krr_evaluation.evaluate_krr(
+      self.kernel_fn(),
+      support,
+      self.preprocess.apply(x, dtype),
+      targets,
+      relative_ridge=self.relative_ridge,
+    )
 
   def as_numpy(self, space: str = "pixels") -> dict[str, np.ndarray]:
-    """`images` (NHWC), `labels` (centred, as stored), `one_hot` (labels + offset), `classes` (argmax); see `export.as_numpy`.
+    """`images` (NHWC), `labels` (centered, as stored), `one_hot` (labels + offset), `classes` (argmax); see `export.as_numpy`.
 
     Args:
       space: "pixels", or "inputs" for the images behind the preprocessing.
@@ -84,25 +89,49 @@ class Artifact:
     """The same as a `tf.data.Dataset` of dicts, an element for each image; see `export.as_tfds`."""
     return export.as_tfds(self._images(space), self.labels)
 
-  def distilled_set(self, space: str = "pixels", pixel_max: float | None = None) -> export.DistilledSet:
+  def distilled_set(
+    self, space: str = "pixels", pixel_max: float | None = None
+  ) -> export.DistilledSet:
     """What `export` writes: the arrays with their conventions; arguments as there."""
     dataset, result = (self.metadata.get(name) or {} for name in ("dataset", "result"))
-    accuracy = {name: result[name] for name in ("test_accuracy", "network_test_accuracy_mean") if name in result}
+    accuracy = {
+      name: result[name]
+      for name in ("test_accuracy", "network_test_accuracy_mean")
+      if name in result
+    }
     if accuracy:
-      accuracy |= {"of": f"test_accuracy: kernel ridge regression with the {self.kernel} of {self.arch.name} on the inputs and "
-                         f"labels of this set; network_test_accuracy_mean: finite networks trained on them",
-                   "test_rows": dataset.get("test_rows"), "test_sha256": (dataset.get("hashes") or {}).get("test")}
+      accuracy |= {
+        "of": f"test_accuracy: kernel ridge regression with the {self.kernel} of {self.arch.name} on the inputs and "
+        f"labels of this set; network_test_accuracy_mean: finite networks trained on them",
+        "test_rows": dataset.get("test_rows"),
+        "test_sha256": (dataset.get("hashes") or {}).get("test"),
+      }
     about = {
-        "dataset": {name: dataset[name] for name in ("name", "hashes", "note") if name in dataset} or None,
-        "kernel": {"kind": self.kernel, "architecture": json.loads(self.arch.to_json())},
-        "ridge": {"kind": "fraction of tr(K_ss) / m", "value": self.relative_ridge},
-        "accuracy": accuracy or None,
+      "dataset": {name: dataset[name] for name in ("name", "hashes", "note") if name in dataset}
+      or None,
+      "kernel": {"kind": self.kernel, "architecture": json.loads(self.arch.to_json())},
+      "ridge": {"kind": "fraction of tr(K_ss) / m", "value": self.relative_ridge},
+      "accuracy": accuracy or None,
     }
     names = dataset.get("class_names")
-    return export.DistilledSet(self._images(space), self.labels, space, self.preprocess,
-                               dataset.get("pixel_max") if pixel_max is None else pixel_max, tuple(names) if names else None, about)
+    return export.DistilledSet(
+      self._images(space),
+      self.labels,
+      space,
+      self.preprocess,
+      dataset.get("pixel_max") if pixel_max is None else pixel_max,
+      tuple(names) if names else None,
+      about,
+    )
 
-  def export(self, path, format: str, space: str = "pixels", overwrite: bool = False, pixel_max: float | None = None) -> None:
+  def export(
+    self,
+    path,
+    format: str,
+    space: str = "pixels",
+    overwrite: bool = False,
+    pixel_max: float | None = None,
+  ) -> None:
     """Writes the set for other programs, whole or not at all, beside JSON that says what its numbers mean.
 
     Args:
@@ -128,12 +157,12 @@ def _device_array(x: np.ndarray):
   """A device array of the same dtype; ValueError where the 64-bit switch would narrow it silently."""
   array = jnp.asarray(x)
   if array.dtype != x.dtype:
-    raise ValueError(f"expected JAX's 64-bit mode for an artefact in {x.dtype}; turn it on (--x64)")
+    raise ValueError(f"expected JAX's 64-bit mode for an artifact in {x.dtype}; turn it on (--x64)")
   return array
 
 
 def save_artifact(path, artifact: Artifact) -> None:
-  """Writes the artefact atomically: the file is there whole, or not at all.
+  """Writes the artifact atomically: the file is there whole, or not at all.
 
   Args:
     path: file name; by convention it ends in `.npz`.
@@ -147,17 +176,23 @@ def save_artifact(path, artifact: Artifact) -> None:
   spec, fitted = artifact.preprocess.to_arrays()
   arrays = {"images": artifact.images, "labels": artifact.labels, "support": artifact.support}
   arrays |= {_PREPROCESS + name: array for name, array in fitted.items()}
-  npz.save_checked(path, arrays, FORMAT, FORMAT_VERSION, {
+  npz.save_checked(
+    path,
+    arrays,
+    FORMAT,
+    FORMAT_VERSION,
+    {
       **artifact.metadata,
       "label_convention": {
-          "kind": "one-hot minus offset, possibly learned since",
-          "offset": 1.0 / artifact.labels.shape[1],
+        "kind": "one-hot minus offset, possibly learned since",
+        "offset": 1.0 / artifact.labels.shape[1],
       },
       "preprocess": spec,
       "architecture": json.loads(artifact.arch.to_json()),
       "kernel": artifact.kernel,
       "ridge": {"kind": "fraction of tr(K_ss) / m", "value": float(artifact.relative_ridge)},
-  })
+    },
+  )
 
 
 def load_artifact(path) -> Artifact:
@@ -179,13 +214,28 @@ def load_artifact(path) -> Artifact:
   except npz.NpzError as error:
     raise ArtifactError(str(error)) from error
   try:
-    fitted = {name[len(_PREPROCESS):]: array for name, array in arrays.items() if name.startswith(_PREPROCESS)}
+    fitted = {
+      name[len(_PREPROCESS) :]: array
+      for name, array in arrays.items()
+      if name.startswith(_PREPROCESS)
+    }
     stored = Artifact(
-        arrays["images"], arrays["labels"], arrays["support"], Preprocess.from_arrays(metadata["preprocess"], fitted),
-        Architecture.from_json(json.dumps(metadata["architecture"])), metadata["kernel"], metadata["ridge"]["value"], metadata)
+      arrays["images"],
+      arrays["labels"],
+      arrays["support"],
+      Preprocess.from_arrays(metadata["preprocess"], fitted),
+      Architecture.from_json(json.dumps(metadata["architecture"])),
+      metadata["kernel"],
+      metadata["ridge"]["value"],
+      metadata,
+    )
     _check(stored)
   except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-    text = str(error) if type(error) is ValueError else f"expected the metadata of an artefact, got something else ({error!r})"
+    text = (
+      str(error)
+      if type(error) is ValueError
+      else f"expected the metadata of an artifact, got something else ({error!r})"
+    )
     raise ArtifactError(f"{path}: {' '.join(text.split())[:400]}") from error
   return stored
 
@@ -195,7 +245,9 @@ def _check(artifact: Artifact) -> None:
   arrays = {"images": artifact.images, "labels": artifact.labels, "support": artifact.support}
   for name, array in arrays.items():
     if array.dtype not in (np.float32, np.float64) or not array.size:
-      raise ValueError(f"{name}: expected float32 or float64 numbers, got {array.dtype} of shape {array.shape}")
+      raise ValueError(
+        f"{name}: expected float32 or float64 numbers, got {array.dtype} of shape {array.shape}"
+      )
     checks.same_rows("images", artifact.images, name, array)
     checks.finite(name, array)
   checks.shape("support", artifact.support, (None, *artifact.preprocess.row_shape))

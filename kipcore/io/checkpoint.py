@@ -50,10 +50,17 @@ class Checkpoints:
     self.folder, self._settings = pathlib.Path(folder).absolute(), settings
     ocp = _orbax()
     # A process waits for no other: the first writes what all of them have.
-    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()},
-                                               barrier_sync_key_prefix=f"process{jax.process_index()}")
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, enable_async_checkpointing=False,
-                                           multiprocessing_options=alone)
+    alone = ocp.options.MultiprocessingOptions(
+      primary_host=jax.process_index(),
+      active_processes={jax.process_index()},
+      barrier_sync_key_prefix=f"process{jax.process_index()}",
+    )
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep,
+      create=False,
+      enable_async_checkpointing=False,
+      multiprocessing_options=alone,
+    )
     with self._one_fault("a folder for checkpoints"):
       self.folder.mkdir(parents=True, exist_ok=True)
       self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -72,17 +79,29 @@ class Checkpoints:
     """
     if jax.process_index() != 0:
       return
-    about = {**snapshot._asdict(), "format": FORMAT, "format_version": FORMAT_VERSION, "settings": self._settings,
-             "arrays": [_facts(array) for array in snapshot.arrays]}
+    about = {
+      **snapshot._asdict(),
+      "format": FORMAT,
+      "format_version": FORMAT_VERSION,
+      "settings": self._settings,
+      "arrays": [_facts(array) for array in snapshot.arrays],
+    }
     about["sha256"] = _checksum(about)
     # One array of bytes: orbax takes neither arrays without numbers nor every dtype.
-    content = np.frombuffer(b"".join(array.tobytes() for array in snapshot.arrays) + b"\0", np.uint8)
+    content = np.frombuffer(
+      b"".join(array.tobytes() for array in snapshot.arrays) + b"\0", np.uint8
+    )
     ocp = _orbax()
     with self._one_fault("a checkpoint to be written"):
       if snapshot.step in self._manager.all_steps():
         return  # Runs of the same settings agree to the bit.
-      self._manager.save(snapshot.step, force=True, args=ocp.args.Composite(
-          state=ocp.args.StandardSave({"content": content}), about=ocp.args.JsonSave(about)))
+      self._manager.save(
+        snapshot.step,
+        force=True,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave({"content": content}), about=ocp.args.JsonSave(about)
+        ),
+      )
 
   def restore(self, step: int | None = None) -> Snapshot:
     """Reads a snapshot, and checks all of it.
@@ -99,8 +118,10 @@ class Checkpoints:
     """
     steps = self.steps()
     if not steps or step is not None and step not in steps:
-      raise CheckpointError(f"{self.folder}: expected a checkpoint{'' if step is None else f' of step {step}'}, found "
-                            f"{'those of ' + ', '.join(map(str, steps)) if steps else 'none'}")
+      raise CheckpointError(
+        f"{self.folder}: expected a checkpoint{'' if step is None else f' of step {step}'}, found "
+        f"{'those of ' + ', '.join(map(str, steps)) if steps else 'none'}"
+      )
     faults = {}
     for candidate in reversed(steps) if step is None else [step]:
       try:
@@ -112,20 +133,29 @@ class Checkpoints:
       raise next(iter(faults.values()))
     differing = differences(about["settings"], self._settings)
     if differing:
-      raise CheckpointError(f"{self.folder}: expected the settings that its run began with; " + "; ".join(differing))
+      raise CheckpointError(
+        f"{self.folder}: expected the settings that its run began with; " + "; ".join(differing)
+      )
     for damaged, error in faults.items():
       warnings.warn(f"{error}; going on from step {candidate}", stacklevel=2)
       with self._one_fault("a damaged checkpoint to be deleted"):
         self._manager.delete(damaged)
-    return Snapshot(leaves, *(about[name] for name in ("step", "num_devices", "history", "seconds")))
+    return Snapshot(
+      leaves, *(about[name] for name in ("step", "num_devices", "history", "seconds"))
+    )
 
   def _read(self, step: int) -> tuple[dict, list[np.ndarray]]:
     ocp = _orbax()
     with self._one_fault(f"a whole checkpoint of step {step}"):
-      stored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()))
+      stored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()),
+      )
       about, content = stored.about, np.asarray(stored.state["content"])
       if about["format"] != FORMAT or about["format_version"] > FORMAT_VERSION:
-        raise ValueError(f"format {about['format']} version {about['format_version']}, which is newer than {FORMAT_VERSION}")
+        raise ValueError(
+          f"format {about['format']} version {about['format_version']}, which is newer than {FORMAT_VERSION}"
+        )
       if _checksum(about) != about["sha256"]:
         raise ValueError("its papers do not have their checksum")
       return about, _read_leaves(about["arrays"], content)
@@ -158,28 +188,40 @@ class Checkpoints:
 def differences(before: dict, now: dict) -> list[str]:
   """Where two settings differ, one text for each name."""
   absent = "nothing"
-  return [f"{name}: {before.get(name, absent)!r} then, {now.get(name, absent)!r} now" for name in sorted({*before, *now})
-          if before.get(name, absent) != now.get(name, absent)]
+  return [
+    f"{name}: {before.get(name, absent)!r} then, {now.get(name, absent)!r} now"
+    for name in sorted({*before, *now})
+    if before.get(name, absent) != now.get(name, absent)
+  ]
 
 
 def _checksum(about: dict) -> str:
-  text = json.dumps({name: value for name, value in about.items() if name != "sha256"}, sort_keys=True)
+  text = json.dumps(
+    {name: value for name, value in about.items() if name != "sha256"}, sort_keys=True
+  )
   return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _facts(leaf: np.ndarray) -> dict:
-  return {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "sha256": hashlib.sha256(leaf.tobytes()).hexdigest()}
+  return {
+    "shape": list(leaf.shape),
+    "dtype": leaf.dtype.name,
+    "sha256": hashlib.sha256(leaf.tobytes()).hexdigest(),
+  }
 
 
 def _read_leaves(facts: list[dict], content: np.ndarray) -> list[np.ndarray]:
   """The arrays in the bytes; ValueError where sizes or checksums do not agree."""
   dtypes = [np.dtype(_dtype(fact["dtype"])) for fact in facts]
-  sizes = [dtype.itemsize * int(np.prod(fact["shape"], dtype=np.int64)) for dtype, fact in zip(dtypes, facts)]
+  sizes = [
+    dtype.itemsize * int(np.prod(fact["shape"], dtype=np.int64))
+    for dtype, fact in zip(dtypes, facts)
+  ]
   if content.dtype != np.uint8 or content.ndim != 1 or content.size != sum(sizes) + 1:
     raise ValueError(f"expected {sum(sizes) + 1} bytes, got {content.size}")
   leaves, at = [], 0
   for fact, dtype, size in zip(facts, dtypes, sizes):
-    part = content[at:at + size].tobytes()
+    part = content[at : at + size].tobytes()
     if hashlib.sha256(part).hexdigest() != fact["sha256"]:
       raise ValueError("an array does not have its checksum")
     leaves.append(np.frombuffer(part, dtype).reshape(fact["shape"]))
@@ -193,10 +235,12 @@ def _dtype(name: str):
     return np.dtype(name)
   except TypeError:
     import ml_dtypes
+
     return getattr(ml_dtypes, name)
 
 
 def _orbax():
   """orbax.checkpoint, imported only where a run is kept."""
   import orbax.checkpoint
+
   return orbax.checkpoint

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kipcore import checks
-from kipcore.io.quiet_tensorflow import quiet_tensorflow
 from kipcore.io import atomic
+from kipcore.io.quiet_tensorflow import quiet_tensorflow
 from kipcore.preprocess import Preprocess
 from kipcore.version import __version__
 
@@ -33,12 +33,12 @@ _MOST_IN_JSON = 64  # numbers of an array
 
 # What another program has to do for each step of a `Preprocess`.
 _FORMULAS = {
-    "scale": "x / divisor",
-    "standardize": "(x - mean) / divisor, for each channel (the last axis)",
-    "unit_norm": "each row: subtract its own mean over all its numbers, then divide by its own L2 norm; a constant row becomes 0 "
-                 "(mean and divisor serve the inverse alone)",
-    "center": "x - mean, for each number of a row",
-    "zca": "x whitening, x being the row as one vector in C order",
+  "scale": "x / divisor",
+  "standardize": "(x - mean) / divisor, for each channel (the last axis)",
+  "unit_norm": "each row: subtract its own mean over all its numbers, then divide by its own L2 norm; a constant row becomes 0 "
+  "(mean and divisor serve the inverse alone)",
+  "center": "x - mean, for each number of a row",
+  "zca": "x whitening, x being the row as one vector in C order",
 }
 
 
@@ -78,7 +78,12 @@ def as_numpy(images, labels) -> dict[str, np.ndarray]:
   images, labels = np.array(images), np.array(labels)
   checks.same_rows("images", images, "labels", labels)
   offset = labels.dtype.type(1.0 / labels.shape[1])
-  return {"images": images, "labels": labels, "one_hot": labels + offset, "classes": np.argmax(labels, axis=1).astype(np.int64)}
+  return {
+    "images": images,
+    "labels": labels,
+    "one_hot": labels + offset,
+    "classes": np.argmax(labels, axis=1).astype(np.int64),
+  }
 
 
 def as_torch(images, labels) -> dict:
@@ -95,8 +100,10 @@ def as_torch(images, labels) -> dict:
     ImportError: where PyTorch is not installed.
   """
   torch = _torch()
-  return {name: torch.from_numpy(array if name == "classes" else array.astype(np.float32))
-          for name, array in _channels_first(as_numpy(images, labels)).items()}
+  return {
+    name: torch.from_numpy(array if name == "classes" else array.astype(np.float32))
+    for name, array in _channels_first(as_numpy(images, labels)).items()
+  }
 
 
 def as_tfds(images, labels):
@@ -133,12 +140,18 @@ def check(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
     checks.positive("pixel_max", content.pixel_max)
   if format == "png":
     if content.space != "pixels":
-      raise ValueError(f"format png: expected space pixels, got {content.space}; what is behind a preprocessing is no picture")
+      raise ValueError(
+        f"format png: expected space pixels, got {content.space}; what is behind a preprocessing is no picture"
+      )
     if content.images.ndim != 4 or content.images.shape[-1] not in (1, 3):
-      raise ValueError(f"format png: expected images (m, height, width, 1 or 3), got shape {content.images.shape}")
+      raise ValueError(
+        f"format png: expected images (m, height, width, 1 or 3), got shape {content.images.shape}"
+      )
     if content.pixel_max is None:
-      raise ValueError("format png: expected pixel_max, the stored value of full white (255 for uint8 images), which this set "
-                       "does not record; got none")
+      raise ValueError(
+        "format png: expected pixel_max, the stored value of full white (255 for uint8 images), which this set "
+        "does not record; got none"
+      )
   if format == "torch":
     _torch()
   path = pathlib.Path(path)
@@ -148,14 +161,22 @@ def check(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
     return
   taken = next((name for name in (path, beside) if os.path.lexists(name)), None)
   if taken and not overwrite:
-    raise FileExistsError(f"{taken}: expected a name that is free, got one that exists; remove it, or overwrite")
+    raise FileExistsError(
+      f"{taken}: expected a name that is free, got one that exists; remove it, or overwrite"
+    )
   # Nothing but an earlier export is ever replaced: a folder is deleted with all that is in it.
   of_kind = not os.path.lexists(path) or (path.is_file() if is_file else path.is_dir())
   if taken and not (of_kind and _is_export(beside, format)):
-    raise FileExistsError(f"{path}: expected an earlier export in format {format} to overwrite, got something else")
+    raise FileExistsError(
+      f"{path}: expected an earlier export in format {format} to overwrite, got something else"
+    )
   above = next(folder for folder in path.absolute().parents if folder.exists())
   if not (above.is_dir() and os.access(above, os.W_OK)):
-    kind, got = (PermissionError, "one that is read-only") if above.is_dir() else (NotADirectoryError, "a file")
+    kind, got = (
+      (PermissionError, "one that is read-only")
+      if above.is_dir()
+      else (NotADirectoryError, "a file")
+    )
     raise kind(f"{path}: expected a folder {above} to write to, got {got}")
 
 
@@ -197,10 +218,14 @@ def write(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
       beside.write((text + "\n").encode())
     return
   with atomic.replacing_folder(path) as folder:
-    described |= _write_png(folder, content) if format == "png" else _write_tfds(folder, path, content)
+    described |= (
+      _write_png(folder, content) if format == "png" else _write_tfds(folder, path, content)
+    )
     if large:
       np.savez_compressed(folder / "preprocess.npz", **large)
-    _conventions_of(folder, False).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    _conventions_of(folder, False).write_text(
+      json.dumps(described, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _conventions_of(path: pathlib.Path, is_file: bool) -> pathlib.Path:
@@ -219,13 +244,18 @@ def _torch():
   try:
     import torch
   except ImportError as error:
-    raise ImportError(f"format torch: expected PyTorch to be installed, got {error}; pip install 'kipcore[torch]'") from error
+    raise ImportError(
+      f"format torch: expected PyTorch to be installed, got {error}; pip install 'kipcore[torch]'"
+    ) from error
   return torch
 
 
 def _channels_first(arrays: dict) -> dict:
   images = arrays["images"]
-  return {**arrays, "images": np.ascontiguousarray(np.moveaxis(images, -1, 1)) if images.ndim == 4 else images}
+  return {
+    **arrays,
+    "images": np.ascontiguousarray(np.moveaxis(images, -1, 1)) if images.ndim == 4 else images,
+  }
 
 
 def _describe(format: str, content: DistilledSet) -> tuple[dict, dict[str, np.ndarray]]:
@@ -240,37 +270,63 @@ def _describe(format: str, content: DistilledSet) -> tuple[dict, dict[str, np.nd
         arrays[name] = array.tolist()
       else:
         large[stored_as], arrays[name] = array, {"stored_as": stored_as, "shape": array.shape}
-    steps.append({"name": step.name, "formula": _FORMULAS[step.name], "arrays": arrays, "settings": dict(step.settings)})
-  layout = "rows of features" if images.ndim != 4 else "NCHW" if format in _CHANNELS_FIRST else "NHWC"
+    steps.append(
+      {
+        "name": step.name,
+        "formula": _FORMULAS[step.name],
+        "arrays": arrays,
+        "settings": dict(step.settings),
+      }
+    )
+  layout = (
+    "rows of features" if images.ndim != 4 else "NCHW" if format in _CHANNELS_FIRST else "NHWC"
+  )
   pixels = content.space == "pixels"
   return {
-      "format": FORMAT, "format_version": FORMAT_VERSION, "kipcore_version": __version__, "file_format": format,
-      "use": [
-          "A model sees inputs: preprocess applied to pixels, all steps in their order. "
-          + ("So apply it to these images and to the images to be tested." if pixels else
-             "These images are inputs already: apply it to the images to be tested alone."),
-          "labels are one-hot minus label_convention.offset, for a mean squared error; the largest output is the predicted class. "
-          "For a cross-entropy take one_hot (labels + offset) or classes; learned labels are not probabilities.",
-      ],
-      "images": {
-          "space": content.space, "layout": layout, "rows": len(images), "row_shape": content.preprocess.row_shape,
-          "units": "stored pixel units of the dataset, not clipped" if pixels else "behind the preprocessing",
-          "minimum": float(images.min()), "maximum": float(images.max()),
-      },
-      "pixel_range": {"black": 0.0, "white": content.pixel_max},
-      "label_convention": {
-          "kind": "one-hot minus offset, possibly learned since", "offset": 1.0 / classes,
-          "labels": "as the accuracy was measured with", "one_hot": "labels + offset",
-          "classes": "where labels are largest", "num_classes": classes, "class_names": content.class_names,
-      },
-      "preprocess": {
-          "kind": content.preprocess.kind,
-          "layout": "rows of row_shape, channels last" + " (images here are channels first)" * (layout == "NCHW"),
-          "arrays": "float64; large ones lie under the name stored_as in " + (
-              "the exported file" if format in SUFFIXES else "preprocess.npz"),
-          "steps": steps,
-      },
-      **content.about,
+    "format": FORMAT,
+    "format_version": FORMAT_VERSION,
+    "kipcore_version": __version__,
+    "file_format": format,
+    "use": [
+      "A model sees inputs: preprocess applied to pixels, all steps in their order. "
+      + (
+        "So apply it to these images and to the images to be tested."
+        if pixels
+        else "These images are inputs already: apply it to the images to be tested alone."
+      ),
+      "labels are one-hot minus label_convention.offset, for a mean squared error; the largest output is the predicted class. "
+      "For a cross-entropy take one_hot (labels + offset) or classes; learned labels are not probabilities.",
+    ],
+    "images": {
+      "space": content.space,
+      "layout": layout,
+      "rows": len(images),
+      "row_shape": content.preprocess.row_shape,
+      "units": "stored pixel units of the dataset, not clipped"
+      if pixels
+      else "behind the preprocessing",
+      "minimum": float(images.min()),
+      "maximum": float(images.max()),
+    },
+    "pixel_range": {"black": 0.0, "white": content.pixel_max},
+    "label_convention": {
+      "kind": "one-hot minus offset, possibly learned since",
+      "offset": 1.0 / classes,
+      "labels": "as the accuracy was measured with",
+      "one_hot": "labels + offset",
+      "classes": "where labels are largest",
+      "num_classes": classes,
+      "class_names": content.class_names,
+    },
+    "preprocess": {
+      "kind": content.preprocess.kind,
+      "layout": "rows of row_shape, channels last"
+      + " (images here are channels first)" * (layout == "NCHW"),
+      "arrays": "float64; large ones lie under the name stored_as in "
+      + ("the exported file" if format in SUFFIXES else "preprocess.npz"),
+      "steps": steps,
+    },
+    **content.about,
   }, large
 
 
@@ -282,7 +338,11 @@ def _encode(format: str, content: DistilledSet, large: dict, text: str) -> bytes
     np.savez_compressed(buffer, **arrays, **large, **{CONVENTIONS: np.array(text)})
   elif format == "safetensors":
     import safetensors.numpy
-    stored = {name: np.ascontiguousarray(array) for name, array in {**_channels_first(arrays), **large}.items()}
+
+    stored = {
+      name: np.ascontiguousarray(array)
+      for name, array in {**_channels_first(arrays), **large}.items()
+    }
     return safetensors.numpy.save(stored, {CONVENTIONS: text})
   else:
     torch = _torch()
@@ -293,6 +353,7 @@ def _encode(format: str, content: DistilledSet, large: dict, text: str) -> bytes
 
 def _write_png(folder: pathlib.Path, content: DistilledSet) -> dict:
   from PIL import Image
+
   images, unit = np.asarray(content.images, np.float64), content.pixel_max / 255.0
   levels = np.rint(images / unit)
   stored = np.clip(levels, 0, 255).astype(np.uint8)
@@ -305,16 +366,22 @@ def _write_png(folder: pathlib.Path, content: DistilledSet) -> dict:
   lines = ["file,class," + ",".join(f"label_{k}" for k in range(num_classes))]
   for row, k in enumerate(arrays["classes"]):
     file = f"{names[k]}/{row:05d}.png"
-    Image.fromarray(stored[row, ..., 0] if stored.shape[-1] == 1 else stored[row]).save(folder / file)
+    Image.fromarray(stored[row, ..., 0] if stored.shape[-1] == 1 else stored[row]).save(
+      folder / file
+    )
     # str of a NumPy scalar is the shortest text that reads back as the same number.
     lines.append(",".join([file, str(k), *map(str, content.labels[row])]))
   (folder / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-  return {"png": {
-      "pixel": "value * unit" + ", rounded to a whole number" * (exact and unit != 1), "unit": unit, "exact": exact,
+  return {
+    "png": {
+      "pixel": "value * unit" + ", rounded to a whole number" * (exact and unit != 1),
+      "unit": unit,
+      "exact": exact,
       "largest_error": 0.0 if exact else float(np.max(np.abs(stored * unit - images))),
       "clipped_share": float(np.mean((levels < 0) | (levels > 255))),
       "labels": "labels.csv, in the order of the rows",
-  }}
+    }
+  }
 
 
 def _folder_name(k: int, num_classes: int, class_names) -> str:
@@ -326,23 +393,51 @@ def _folder_name(k: int, num_classes: int, class_names) -> str:
 
 def _write_tfds(folder: pathlib.Path, path: pathlib.Path, content: DistilledSet) -> dict:
   images, labels = content.images, content.labels
-  byte_pixels = (content.space == "pixels" and content.pixel_max == 255 and images.ndim == 4 and images.shape[-1] in (1, 3)
-                 and np.array_equal(images, np.clip(np.rint(images), 0, 255)))
+  byte_pixels = (
+    content.space == "pixels"
+    and content.pixel_max == 255
+    and images.ndim == 4
+    and images.shape[-1] in (1, 3)
+    and np.array_equal(images, np.clip(np.rint(images), 0, 255))
+  )
   dtype = np.uint8 if byte_pixels else np.float32
   arrays = as_numpy(images.astype(dtype), labels)
   owner = path.parent if re.fullmatch(r"\d+\.\d+\.\d+", path.name) else path
   name = "_".join(re.findall(r"[a-z0-9]+", owner.name.lower())) or "distilled"
   with quiet_tensorflow() as (tf, tfds):
     kind = tfds.features.Image if byte_pixels else tfds.features.Tensor
-    classes = {"names": list(content.class_names)} if content.class_names else {"num_classes": labels.shape[1]}
-    features = tfds.features.FeaturesDict({
-        "image": kind(shape=images.shape[1:], dtype=dtype), "label": tfds.features.ClassLabel(**classes),
-        "soft_label": tfds.features.Tensor(shape=labels.shape[1:], dtype=np.float32)})
+    classes = (
+      {"names": list(content.class_names)}
+      if content.class_names
+      else {"num_classes": labels.shape[1]}
+    )
+    features = tfds.features.FeaturesDict(
+      {
+        "image": kind(shape=images.shape[1:], dtype=dtype),
+        "label": tfds.features.ClassLabel(**classes),
+        "soft_label": tfds.features.Tensor(shape=labels.shape[1:], dtype=np.float32),
+      }
+    )
     with tf.io.TFRecordWriter(str(folder / f"{name}-train.tfrecord-00000-of-00001")) as file:
-      for image, label, soft in zip(arrays["images"], arrays["classes"], arrays["one_hot"].astype(np.float32)):
+      for image, label, soft in zip(
+        arrays["images"], arrays["classes"], arrays["one_hot"].astype(np.float32)
+      ):
         example = features.encode_example({"image": image, "label": int(label), "soft_label": soft})
         file.write(features.serialize_example(example))
     tfds.folder_dataset.write_metadata(
-        data_dir=str(folder), features=features, version="1.0.0", check_data=False, supervised_keys=("image", "label"),
-        disable_shuffling=True, description=f"A distilled set; {CONVENTIONS}.json says what its numbers mean.")
-  return {"tfds": {"split": "train", "image": np.dtype(dtype).name, "label": "classes", "soft_label": "one_hot, float32"}}
+      data_dir=str(folder),
+      features=features,
+      version="1.0.0",
+      check_data=False,
+      supervised_keys=("image", "label"),
+      disable_shuffling=True,
+      description=f"A distilled set; {CONVENTIONS}.json says what its numbers mean.",
+    )
+  return {
+    "tfds": {
+      "split": "train",
+      "image": np.dtype(dtype).name,
+      "label": "classes",
+      "soft_label": "one_hot, float32",
+    }
+  }

@@ -52,7 +52,10 @@ def read_npz(path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
   with _opened(path) as (archive, members):
     wanted = {name: info for name, info in members.items() if names is None or name in names}
     _check_memory(path, sum(info.file_size for info in wanted.values()))
-    return {name: _read_member(f"{path}: {checks.one_line(name, 80)}", archive, info) for name, info in wanted.items()}
+    return {
+      name: _read_member(f"{path}: {checks.one_line(name, 80)}", archive, info)
+      for name, info in wanted.items()
+    }
 
 
 def read_rows(path, name: str, rows: np.ndarray) -> np.ndarray:
@@ -72,19 +75,32 @@ def read_rows(path, name: str, rows: np.ndarray) -> np.ndarray:
   with _opened(path) as (archive, members):
     what, info = f"{path}: {checks.one_line(name, 80)}", members[name]
     _check_member(what, info)
-    with _one_fault(f"{what}: expected a readable .npz file of .npy arrays"), archive.open(info) as member:
+    with (
+      _one_fault(f"{what}: expected a readable .npz file of .npy arrays"),
+      archive.open(info) as member,
+    ):
       shape, fortran_order, dtype = _checked_header(what, member, info)
       if fortran_order or not shape or len(rows) and rows[-1] >= shape[0]:
-        raise NpzError(f"{what}: expected an array in C order of {rows[-1] + 1 if len(rows) else 1} rows or more, got shape {checks.one_line(shape)}"
-                       + " in Fortran order" * fortran_order)
+        raise NpzError(
+          f"{what}: expected an array in C order of {rows[-1] + 1 if len(rows) else 1} rows or more, got shape {checks.one_line(shape)}"
+          + " in Fortran order" * fortran_order
+        )
       a_row = math.prod(shape[1:]) * dtype.itemsize
       _check_memory(path, len(rows) * a_row)
-      out, block, done = np.empty((len(rows), *shape[1:]), dtype), max(1, _BLOCK_BYTES // max(a_row, 1)), 0
-      for first in range(0, shape[0], block):  # to the last one, for the checksum of the member is after it
+      out, block, done = (
+        np.empty((len(rows), *shape[1:]), dtype),
+        max(1, _BLOCK_BYTES // max(a_row, 1)),
+        0,
+      )
+      for first in range(
+        0, shape[0], block
+      ):  # to the last one, for the checksum of the member is after it
         count = min(block, shape[0] - first)
-        content = np.frombuffer(_whole(what, member, count * a_row), dtype).reshape(count, *shape[1:])
-        here = rows[done:np.searchsorted(rows, first + count)] - first
-        out[done:done + len(here)] = content[here]
+        content = np.frombuffer(_whole(what, member, count * a_row), dtype).reshape(
+          count, *shape[1:]
+        )
+        here = rows[done : np.searchsorted(rows, first + count)] - first
+        out[done : done + len(here)] = content[here]
         done += len(here)
       return out
 
@@ -95,7 +111,13 @@ def names_in(path) -> list[str]:
     return list(members)
 
 
-def save_checked(path, arrays: Mapping[str, np.ndarray], form: str, version: int, metadata: Mapping[str, Any] | None = None) -> None:
+def save_checked(
+  path,
+  arrays: Mapping[str, np.ndarray],
+  form: str,
+  version: int,
+  metadata: Mapping[str, Any] | None = None,
+) -> None:
   """Writes an `.npz` file, whole or not at all, with its format, version and checksums in the JSON text of the array `metadata`.
 
   Args:
@@ -110,16 +132,26 @@ def save_checked(path, arrays: Mapping[str, np.ndarray], form: str, version: int
   arrays = {name: np.asarray(array) for name, array in arrays.items()}
   for name, array in arrays.items():
     if array.dtype.kind not in "biufSU" or name == METADATA:
-      raise ValueError(f"{name}: expected an array of booleans, numbers or strings not called {METADATA}, got dtype {array.dtype}")
-  text = json.dumps({**(metadata or {}), "format": form, "format_version": version,
-                     "checksums": {name: checksum(array) for name, array in arrays.items()}})
+      raise ValueError(
+        f"{name}: expected an array of booleans, numbers or strings not called {METADATA}, got dtype {array.dtype}"
+      )
+  text = json.dumps(
+    {
+      **(metadata or {}),
+      "format": form,
+      "format_version": version,
+      "checksums": {name: checksum(array) for name, array in arrays.items()},
+    }
+  )
   with atomic.replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
     for name, array in {METADATA: np.array(text), **arrays}.items():
       with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array(member, array, allow_pickle=False)
 
 
-def load_checked(path, form: str, version: int, required: Sequence[str] = ()) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load_checked(
+  path, form: str, version: int, required: Sequence[str] = ()
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Reads what `save_checked` wrote, every array against its checksum.
 
   Args:
@@ -137,22 +169,39 @@ def load_checked(path, form: str, version: int, required: Sequence[str] = ()) ->
   arrays = read_npz(path)
   missing = [name for name in (*required, METADATA) if name not in arrays]
   if missing:
-    raise NpzError(f"{path}: expected arrays {', '.join((*required, METADATA))}; missing {', '.join(missing)}")
+    raise NpzError(
+      f"{path}: expected arrays {', '.join((*required, METADATA))}; missing {', '.join(missing)}"
+    )
   text = arrays.pop(METADATA)
   try:
     metadata = json.loads(str(text[()]) if text.shape == () and text.dtype.kind == "U" else "")
-    found, its_version, sums = (metadata[name] for name in ("format", "format_version", "checksums"))
-    known = found == form and type(its_version) is int and 1 <= its_version <= version and isinstance(sums, dict)
+    found, its_version, sums = (
+      metadata[name] for name in ("format", "format_version", "checksums")
+    )
+    known = (
+      found == form
+      and type(its_version) is int
+      and 1 <= its_version <= version
+      and isinstance(sums, dict)
+    )
   except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise NpzError(f"{path}: expected metadata, the JSON text of a {form}, got something else ({type(error).__name__})") from error
+    raise NpzError(
+      f"{path}: expected metadata, the JSON text of a {form}, got something else ({type(error).__name__})"
+    ) from error
   if not known:
-    raise NpzError(f"{path}: expected format {form} up to version {version}, got {checks.one_line(repr(found), 40)} version "
-                   f"{checks.one_line(repr(its_version), 40)}")
+    raise NpzError(
+      f"{path}: expected format {form} up to version {version}, got {checks.one_line(repr(found), 40)} version "
+      f"{checks.one_line(repr(its_version), 40)}"
+    )
   if set(arrays) != set(sums):
-    raise NpzError(f"{path}: expected the arrays {checks.one_line(sorted(sums))}, got {checks.one_line(sorted(arrays))}")
+    raise NpzError(
+      f"{path}: expected the arrays {checks.one_line(sorted(sums))}, got {checks.one_line(sorted(arrays))}"
+    )
   for name, array in arrays.items():
     if checksum(array) != sums[name]:
-      raise NpzError(f"{path}: expected array {name!r} to have its recorded checksum, got another; the file was altered")
+      raise NpzError(
+        f"{path}: expected array {name!r} to have its recorded checksum, got another; the file was altered"
+      )
   return arrays, metadata
 
 
@@ -166,21 +215,38 @@ def checksum(array: np.ndarray) -> str:
 
 def read_npy_header(what: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
   """Shape, Fortran order and dtype of an open `.npy` file, which is left where its numbers begin; NpzError for any but plain arrays."""
-  with _one_fault(f"{what}: expected a readable .npz file of .npy arrays"), warnings.catch_warnings():
+  with (
+    _one_fault(f"{what}: expected a readable .npz file of .npy arrays"),
+    warnings.catch_warnings(),
+  ):
     warnings.simplefilter("ignore")  # of NumPy and Python, about the text of the header
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
       raise NpzError(f"{what}: expected .npy format 1.0 or 2.0, got {version}")
     length = file.read(2 * version[0])
     header = file.read(min(int.from_bytes(length, "little"), _MAX_HEADER))
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    reader = (
+      np.lib.format.read_array_header_1_0
+      if version == (1, 0)
+      else np.lib.format.read_array_header_2_0
+    )
     shape, fortran_order, dtype = reader(io.BytesIO(length + header))
-    if dtype.kind not in "biufSU" or not dtype.itemsize:  # so no "O", and no "V", in which objects can hide
-      raise NpzError(f"{what}: expected a plain numeric or string array, got dtype {checks.one_line(dtype)} (Python objects are never unpickled)")
-    if len(shape) > _MAX_DIMENSIONS or not all(type(size) is int and size < 2**63 for size in shape):
-      raise NpzError(f"{what}: expected at most {_MAX_DIMENSIONS} dimensions that are integers, got {checks.one_line(shape)}")
+    if (
+      dtype.kind not in "biufSU" or not dtype.itemsize
+    ):  # so no "O", and no "V", in which objects can hide
+      raise NpzError(
+        f"{what}: expected a plain numeric or string array, got dtype {checks.one_line(dtype)} (Python objects are never unpickled)"
+      )
+    if len(shape) > _MAX_DIMENSIONS or not all(
+      type(size) is int and size < 2**63 for size in shape
+    ):
+      raise NpzError(
+        f"{what}: expected at most {_MAX_DIMENSIONS} dimensions that are integers, got {checks.one_line(shape)}"
+      )
     if min(shape, default=0) < 0:
-      raise NpzError(f"{what}: expected {math.prod(shape) * dtype.itemsize} bytes for shape {checks.one_line(shape)} {dtype}, which no file has")
+      raise NpzError(
+        f"{what}: expected {math.prod(shape) * dtype.itemsize} bytes for shape {checks.one_line(shape)} {dtype}, which no file has"
+      )
   return shape, fortran_order, dtype
 
 
@@ -199,27 +265,42 @@ def _one_fault(what: str):
 def _opened(path):
   """The archive, and its members by name, after what can be said of them without reading any."""
   if not os.path.isfile(path):  # nor a pipe, which would never end
-    raise NpzError(f"{path}: expected an .npz file, got {'a directory' if os.path.isdir(path) else 'no such file'}")
-  with _one_fault(f"{path}: expected a readable .npz file (a zip of .npy arrays)"), zipfile.ZipFile(path) as archive:
+    raise NpzError(
+      f"{path}: expected an .npz file, got {'a directory' if os.path.isdir(path) else 'no such file'}"
+    )
+  with (
+    _one_fault(f"{path}: expected a readable .npz file (a zip of .npy arrays)"),
+    zipfile.ZipFile(path) as archive,
+  ):
     infos, size = archive.infolist(), os.fstat(archive.fp.fileno()).st_size
     members = {info.filename.removesuffix(".npy"): info for info in infos}
     if len(members) < len(infos):
-      raise NpzError(f"{path}: expected every member once, got {len(infos) - len(members)} of them again")
+      raise NpzError(
+        f"{path}: expected every member once, got {len(infos) - len(members)} of them again"
+      )
     for name, info in members.items():
       where = pathlib.PurePosixPath(info.filename.replace("\\", "/"))
       if where.is_absolute() or ".." in where.parts or not name:
-        raise NpzError(f"{path}: expected plain names of arrays, got {checks.one_line(repr(info.filename), 80)}")
+        raise NpzError(
+          f"{path}: expected plain names of arrays, got {checks.one_line(repr(info.filename), 80)}"
+        )
     if sum(info.compress_size for info in infos) > size:
-      raise NpzError(f"{path}: expected members that fit into {size} bytes, got ones that claim more")
+      raise NpzError(
+        f"{path}: expected members that fit into {size} bytes, got ones that claim more"
+      )
     unpacked = sum(info.file_size for info in infos)
     if unpacked > max(_FREE_BYTES, _MOST_GAIN * size):
-      raise NpzError(f"{path}: expected at most {_MOST_GAIN} times the {size} bytes of the file when unpacked, got {unpacked}")
+      raise NpzError(
+        f"{path}: expected at most {_MOST_GAIN} times the {size} bytes of the file when unpacked, got {unpacked}"
+      )
     yield archive, members
 
 
 def _check_memory(path, count: int) -> None:
   if count > _memory():
-    raise NpzError(f"{path}: expected arrays that fit into the {_memory()} bytes of this machine's memory, got {count}")
+    raise NpzError(
+      f"{path}: expected arrays that fit into the {_memory()} bytes of this machine's memory, got {count}"
+    )
 
 
 def _memory() -> float:
@@ -234,9 +315,13 @@ def _check_member(what: str, info) -> None:
   if info.flag_bits & 0x41:
     raise NpzError(f"{what}: expected a member without a password, got an encrypted one")
   if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-    raise NpzError(f"{what}: expected a stored or deflated member, got compression type {info.compress_type}")
+    raise NpzError(
+      f"{what}: expected a stored or deflated member, got compression type {info.compress_type}"
+    )
   if info.file_size > _DEFLATE_GAIN * info.compress_size + 1024:
-    raise NpzError(f"{what}: expected a size that {info.compress_size} compressed bytes can hold, got {info.file_size}")
+    raise NpzError(
+      f"{what}: expected a size that {info.compress_size} compressed bytes can hold, got {info.file_size}"
+    )
 
 
 def _checked_header(what: str, member, info) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -244,7 +329,9 @@ def _checked_header(what: str, member, info) -> tuple[tuple[int, ...], bool, np.
   shape, fortran_order, dtype = read_npy_header(what, member)
   claimed, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
   if claimed != held:
-    raise NpzError(f"{what}: expected {claimed} bytes for shape {checks.one_line(shape)} {dtype}, got {held}")
+    raise NpzError(
+      f"{what}: expected {claimed} bytes for shape {checks.one_line(shape)} {dtype}, got {held}"
+    )
   return shape, fortran_order, dtype
 
 

@@ -21,12 +21,12 @@ from kipcore.io.publishers import KINDS
 from kipcore.types import Support
 
 _MAX_FLAX_BYTES = 2**30
-# Of RGB sets: the mean of the training pixels in [0, 1], and the mean and deviation that DC, DSA, DM and MTT standardise
+# Of RGB sets: the mean of the training pixels in [0, 1], and the mean and deviation that DC, DSA, DM and MTT standardize
 # with. Their CIFAR deviation is that within images, averaged: 0.8 times that over images and pixels.
 _CONSTANTS = {
-    "CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "CIFAR-100": ((0.5071, 0.4866, 0.4409), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "Tiny ImageNet": ((0.478, 0.448, 0.395), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+  "CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+  "CIFAR-100": ((0.5071, 0.4866, 0.4409), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+  "Tiny ImageNet": ((0.478, 0.448, 0.395), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
@@ -46,7 +46,7 @@ class PublishedSet:
     labels_note: what was done to the stored labels.
     preprocess: the recipe, of `kipcore.preprocess.KINDS`, behind which the images are; None where the file cannot tell.
     preprocess_note: where that is known from, and its exceptions.
-    mirrored: whether the mirror images, with the same labels, belong to the set: FRePo and RCIG distil RGB images together with
+    mirrored: whether the mirror images, with the same labels, belong to the set: FRePo and RCIG distill RGB images together with
       theirs and store one half. Networks trained on that half of RCIG's set reach less than half of the accuracy.
     relative_ridge: the stored ridge, as a fraction of tr(K_ss) / m; None where none is stored.
     temperature: the stored factor of the predictions inside a softmax; None where none is stored.
@@ -76,14 +76,19 @@ class PublishedSet:
     """
     images, labels = self.images, self.labels
     if self.mirrored if mirrored is None else mirrored:
-      images, labels = np.concatenate([images, images[:, :, ::-1]]), np.concatenate([labels, labels])
+      images, labels = (
+        np.concatenate([images, images[:, :, ::-1]]),
+        np.concatenate([labels, labels]),
+      )
     return Support(jnp.asarray(images), jnp.asarray(labels))
 
-  def fit_preprocess(self, x_train, kind: str | None = None, pixel_max: float = 255.0) -> preprocess.Preprocess:
+  def fit_preprocess(
+    self, x_train, kind: str | None = None, pixel_max: float = 255.0
+  ) -> preprocess.Preprocess:
     """The publisher's preprocessing, fitted on the dataset that was distilled; its `invert(images)` gives pixels.
 
     Whitening is the same for channels first (as RFAD and MTT flatten) and last: the matrix is a function of the second
-    moments, and permuting these permutes it. Sets of "dc" and "mtt" that were standardised were so with fixed numbers; where
+    moments, and permuting these permutes it. Sets of "dc" and "mtt" that were standardized were so with fixed numbers; where
     the mean of `x_train` is that of CIFAR or Tiny ImageNet, these take the place of the fitted ones, from which they differ.
 
     Args:
@@ -100,10 +105,16 @@ class PublishedSet:
     """
     kind = self.preprocess if kind is None else kind
     if kind is None:
-      raise ValueError(f"kind: expected one of {', '.join(preprocess.KINDS)}, got None; {self.preprocess_note}")
+      raise ValueError(
+        f"kind: expected one of {', '.join(preprocess.KINDS)}, got None; {self.preprocess_note}"
+      )
     checks.shape("x_train", x_train, (None, *self.images.shape[1:]))
     fitted = preprocess.fit_preprocess(x_train, kind, pixel_max)
-    return _with_constants(fitted, pixel_max) if self.kind in ("dc", "mtt") and kind == "standardize" else fitted
+    return (
+      _with_constants(fitted, pixel_max)
+      if self.kind in ("dc", "mtt") and kind == "standardize"
+      else fitted
+    )
 
 
 def load_published(path, kind: str | None = None, experiment: int = 0) -> PublishedSet:
@@ -134,14 +145,18 @@ def load_published(path, kind: str | None = None, experiment: int = 0) -> Publis
   if kind is not None:
     checks.one_of("kind", kind, KINDS)
   if not path.is_file():
-    raise PublishedError(f"{path}: expected a distilled set, found {'a folder' if path.is_dir() else 'no such file'}")
+    raise PublishedError(
+      f"{path}: expected a distilled set, found {'a folder' if path.is_dir() else 'no such file'}"
+    )
   try:
     form, content = _read(path)
     if kind is None:
       kind = publishers.guess(form, content)
     elif form not in publishers.FORMS[kind]:
-      raise PublishedError(f"expected a file of kind {kind} ({' or '.join(publishers.FORMS[kind])}), got a {form} file "
-                           f"{publishers.describe(content)}")
+      raise PublishedError(
+        f"expected a file of kind {kind} ({' or '.join(publishers.FORMS[kind])}), got a {form} file "
+        f"{publishers.describe(content)}"
+      )
     return _checked(kind, path, publishers.READERS[kind](path, content, experiment))
   except ValueError as error:  # of the readers as well, some of which name the file themselves
     text = " ".join(str(error).split())
@@ -153,19 +168,28 @@ def _read(path):
   with open(path, "rb") as file:
     start = file.read(len(torch_files.LEGACY))
   if start.startswith(b"PK"):
-    return (".npz", npz.read_npz(path)) if _holds_arrays(path) else ("torch", torch_files.read_torch_file(path))
+    return (
+      (".npz", npz.read_npz(path))
+      if _holds_arrays(path)
+      else ("torch", torch_files.read_torch_file(path))
+    )
   if start == torch_files.LEGACY:
     return "torch", torch_files.read_torch_file(path)
   if path.stat().st_size > _MAX_FLAX_BYTES:
     raise PublishedError(f"expected at most {_MAX_FLAX_BYTES} bytes of a Flax checkpoint, got more")
   from flax import serialization
+
   try:
     tree = serialization.msgpack_restore(path.read_bytes())
   except Exception as error:  # msgpack raises many kinds
-    raise PublishedError("expected a whole .npz file, file of torch.save or Flax checkpoint, got one that reads as none of them "
-                         f"({type(error).__name__}: {str(error)[:100]})") from error
+    raise PublishedError(
+      "expected a whole .npz file, file of torch.save or Flax checkpoint, got one that reads as none of them "
+      f"({type(error).__name__}: {str(error)[:100]})"
+    ) from error
   if not isinstance(tree, dict):
-    raise PublishedError("expected a whole .npz file, file of torch.save or Flax checkpoint, got none of them")
+    raise PublishedError(
+      "expected a whole .npz file, file of torch.save or Flax checkpoint, got none of them"
+    )
   return "Flax", tree
 
 
@@ -175,15 +199,24 @@ def _holds_arrays(path) -> bool:
     with zipfile.ZipFile(path) as archive:
       return any(name.endswith(".npy") for name in archive.namelist())
   except Exception as error:  # what damaged archives raise knows no bounds
-    raise PublishedError("expected a whole .npz file or file of torch.save, got one that does not read "
-                         f"({type(error).__name__}: {str(error)[:200]})") from error
+    raise PublishedError(
+      "expected a whole .npz file or file of torch.save, got one that does not read "
+      f"({type(error).__name__}: {str(error)[:200]})"
+    ) from error
 
 
 def _checked(kind, path, stored: publishers.Stored) -> PublishedSet:
   """The set in our layout, after what holds for all of them was checked."""
   images, layout = stored.images, stored.layout
-  if not isinstance(images, np.ndarray) or images.ndim != 4 or 0 in images.shape or images.shape[layout.index("C")] not in (1, 3):
-    raise PublishedError(f"images: expected an array {layout} with 1 or 3 channels, got {publishers.describe(images)}")
+  if (
+    not isinstance(images, np.ndarray)
+    or images.ndim != 4
+    or 0 in images.shape
+    or images.shape[layout.index("C")] not in (1, 3)
+  ):
+    raise PublishedError(
+      f"images: expected an array {layout} with 1 or 3 channels, got {publishers.describe(images)}"
+    )
   source = {"file": path.name, "layout": layout, "dtype": images.dtype.name, **stored.source}
   images = publishers.floats("images", images)
   images = np.ascontiguousarray(images.transpose(0, 2, 3, 1) if layout == "NCHW" else images)
@@ -194,18 +227,33 @@ def _checked(kind, path, stored: publishers.Stored) -> PublishedSet:
   temperature = stored.log_temperature
   if temperature is not None:
     if abs(temperature) > 50:
-      raise PublishedError(f"expected a logarithm of a temperature within 50 of 0, got {temperature}")
+      raise PublishedError(
+        f"expected a logarithm of a temperature within 50 of 0, got {temperature}"
+      )
     temperature = math.exp(temperature)
-  return PublishedSet(kind, images, labels, np.argmax(labels, axis=1).astype(np.int32), stored.labels_note, stored.preprocess,
-                      stored.preprocess_note, stored.mirrored, stored.relative_ridge, temperature, source)
+  return PublishedSet(
+    kind,
+    images,
+    labels,
+    np.argmax(labels, axis=1).astype(np.int32),
+    stored.labels_note,
+    stored.preprocess,
+    stored.preprocess_note,
+    stored.mirrored,
+    stored.relative_ridge,
+    temperature,
+    source,
+  )
 
 
 def _with_constants(fitted: preprocess.Preprocess, pixel_max: float) -> preprocess.Preprocess:
-  """The standardisation with the numbers of `_CONSTANTS`, where the fitted mean is that of a dataset there."""
+  """The standardization with the numbers of `_CONSTANTS`, where the fitted mean is that of a dataset there."""
   spec, arrays = fitted.to_arrays()
   mean = arrays["0_standardize_mean"] / pixel_max
   for of_dataset, used_mean, used_deviation in _CONSTANTS.values():
     if mean.shape == (3,) and np.max(np.abs(mean - of_dataset)) < 0.01:
       used = {"0_standardize_mean": used_mean, "0_standardize_divisor": used_deviation}
-      return preprocess.Preprocess.from_arrays(spec, {name: pixel_max * np.array(value) for name, value in used.items()})
+      return preprocess.Preprocess.from_arrays(
+        spec, {name: pixel_max * np.array(value) for name, value in used.items()}
+      )
   return fitted

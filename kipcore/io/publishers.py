@@ -13,9 +13,18 @@ from kipcore import checks, preprocess
 from kipcore.io import torch_files
 
 # The forms of file that each writes.
-FORMS = {"kip": (".npz",), "rfad": (".npz",), "frepo": (".npz", "Flax"), "rcig": ("Flax",), "dc": ("torch",), "mtt": ("torch",)}
+FORMS = {
+  "kip": (".npz",),
+  "rfad": (".npz",),
+  "frepo": (".npz", "Flax"),
+  "rcig": ("Flax",),
+  "dc": ("torch",),
+  "mtt": ("torch",),
+}
 KINDS = tuple(FORMS)
-_MOST_MIRRORED_PIXELS = 2**21  # in a set of RCIG; its larger ones (from 1,000 images of 64 pixels) were distilled without
+_MOST_MIRRORED_PIXELS = (
+  2**21
+)  # in a set of RCIG; its larger ones (from 1,000 images of 64 pixels) were distilled without
 
 
 class Stored(NamedTuple):
@@ -48,30 +57,43 @@ def guess(form, content) -> str:
   elif {"image", "label"} <= names:
     return "frepo"
   elif {"images", "labels", "metadata"} <= names:
-    raise ValueError("expected a set of other authors, got an artefact of kipcore: use load_artifact")
+    raise ValueError(
+      "expected a set of other authors, got an artifact of kipcore: use load_artifact"
+    )
   elif {"images", "labels"} <= names:
     if "k" in names or "jit" in names:
       return "rfad"
     shape = content["images"].shape
     if len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3):
       return "kip"
-  raise ValueError(f"expected a set whose kind shows in it, got a {form} file {describe(content)}; say kind, one of {', '.join(KINDS)}")
+  raise ValueError(
+    f"expected a set whose kind shows in it, got a {form} file {describe(content)}; say kind, one of {', '.join(KINDS)}"
+  )
 
 
 def describe(content) -> str:
   """What was found, for messages."""
   if isinstance(content, dict):
     return f"with {', '.join(str(name)[:20] for name in list(content)[:8]) or 'nothing'}"
-  return f"with an array of shape {content.shape}" if isinstance(content, np.ndarray) else f"with a {type(content).__name__}"
+  return (
+    f"with an array of shape {content.shape}"
+    if isinstance(content, np.ndarray)
+    else f"with a {type(content).__name__}"
+  )
 
 
 def _kip(path, content, _):
   words = path.stem.split("_")
-  whitened = {"zca": True, "nozca": False}.get(next((word for word in words if word in ("zca", "nozca")), None))
+  whitened = {"zca": True, "nozca": False}.get(
+    next((word for word in words if word in ("zca", "nozca")), None)
+  )
   recipe = {True: "zca_kip", False: "standardize", None: None}[whitened]
-  note = (f"the file is named {path.name}, as KIP names sets {'with' if whitened else 'without'} ZCA" if recipe else
-          "KIP's files do not say: zca_kip for its sets with ZCA, standardize for those without (zca and nozca in the names of its files)")
-  labels, labels_note = _centred(_get(content, "labels"))
+  note = (
+    f"the file is named {path.name}, as KIP names sets {'with' if whitened else 'without'} ZCA"
+    if recipe
+    else "KIP's files do not say: zca_kip for its sets with ZCA, standardize for those without (zca and nozca in the names of its files)"
+  )
+  labels, labels_note = _centered(_get(content, "labels"))
   return Stored(_get(content, "images"), "NHWC", labels, labels_note, recipe, note)
 
 
@@ -79,13 +101,26 @@ def _rfad(path, content, _):
   images, k, jit = _get(content, "images"), content.get("k"), content.get("jit")
   shape = getattr(images, "shape", ())
   whitened = len(shape) == 4 and shape[1] == 3 and shape[2] <= 32
-  note = ("RFAD whitens CIFAR, of which its published sets are; SVHN images it first brought to mean 0 and norm 1" if whitened else
-          "RFAD standardises grey images and faces alone")
-  labels, labels_note = _centred(_get(content, "labels"))
-  extra = {name: _number(name, content[name]) for name in ("valid_loss", "best_iter") if name in content}
-  return Stored(images, "NCHW", labels, labels_note, "zca_rfad" if whitened else "standardize", note,
-                relative_ridge=None if jit is None else _number("jit", jit), log_temperature=None if k is None else _number("k", k),
-                source=extra)
+  note = (
+    "RFAD whitens CIFAR, of which its published sets are; SVHN images it first brought to mean 0 and norm 1"
+    if whitened
+    else "RFAD standardizes gray images and faces alone"
+  )
+  labels, labels_note = _centered(_get(content, "labels"))
+  extra = {
+    name: _number(name, content[name]) for name in ("valid_loss", "best_iter") if name in content
+  }
+  return Stored(
+    images,
+    "NCHW",
+    labels,
+    labels_note,
+    "zca_rfad" if whitened else "standardize",
+    note,
+    relative_ridge=None if jit is None else _number("jit", jit),
+    log_temperature=None if k is None else _number("k", k),
+    source=extra,
+  )
 
 
 def _channels_last(images) -> int:
@@ -96,10 +131,13 @@ def _channels_last(images) -> int:
 def _proto_recipe(images):
   """Of FRePo and RCIG, who share their code for it."""
   if _channels_last(images) == 1:
-    return "standardize", "grey images are standardised alone"
+    return "standardize", "gray images are standardized alone"
   if _channels_last(images) and images.shape[1] > 64:
-    return None, "images of 128 pixels were whitened in interleaved blocks of 64, for which there is no recipe here"
-  return "zca", "RGB images of up to 64 pixels are standardised, centred and whitened"
+    return (
+      None,
+      "images of 128 pixels were whitened in interleaved blocks of 64, for which there is no recipe here",
+    )
+  return "zca", "RGB images of up to 64 pixels are standardized, centered and whitened"
 
 
 def _frepo(path, content, _):
@@ -109,58 +147,113 @@ def _frepo(path, content, _):
     params, extra = _get(content, "params"), {"step": int(_number("step", content.get("step", 0)))}
   images, labels = _get(params, "x_proto", "image"), _soft_labels(_get(params, "y_proto", "label"))
   scale = math.sqrt(labels.shape[1] / 10)
-  if _is_one_hot(scale * labels, centred=True):
-    labels, labels_note = scale * labels, f"stored as (one-hot minus 1/c) / sqrt(c / 10), not learned: times {scale:g}"
+  if _is_one_hot(scale * labels, centered=True):
+    labels, labels_note = (
+      scale * labels,
+      f"stored as (one-hot minus 1/c) / sqrt(c / 10), not learned: times {scale:g}",
+    )
   else:
-    labels, labels_note = _centred(labels)
-    labels_note += "; they started divided by sqrt(c / 10), but were learned against targets that were not"
+    labels, labels_note = _centered(labels)
+    labels_note += (
+      "; they started divided by sqrt(c / 10), but were learned against targets that were not"
+    )
   recipe, note = _proto_recipe(images)
   # So FRePo evaluates all its RGB sets, also the largest, which it distilled without.
-  return Stored(images, "NHWC", labels, labels_note, recipe, note, mirrored=_channels_last(images) == 3, source=extra)
+  return Stored(
+    images,
+    "NHWC",
+    labels,
+    labels_note,
+    recipe,
+    note,
+    mirrored=_channels_last(images) == 3,
+    source=extra,
+  )
 
 
 def _rcig(path, content, _):
   result = _get(content, "ema_average")
   images, labels = _get(result, "x_proto"), _get(result, "y_proto")
-  labels, labels_note = _centred(labels)
+  labels, labels_note = _centered(labels)
   recipe, note = _proto_recipe(images)
   mirrored = _channels_last(images) == 3 and images[..., 0].size <= _MOST_MIRRORED_PIXELS
   step = int(_number("step", content.get("step", 0)))
-  return Stored(images, "NHWC", labels, labels_note, recipe, note, mirrored, log_temperature=_number("log_temp", _get(result, "log_temp")),
-                source={"step": step, "part": "ema_average, the result; params are the last iterate"})
+  return Stored(
+    images,
+    "NHWC",
+    labels,
+    labels_note,
+    recipe,
+    note,
+    mirrored,
+    log_temperature=_number("log_temp", _get(result, "log_temp")),
+    source={"step": step, "part": "ema_average, the result; params are the last iterate"},
+  )
 
 
 def _dc(path, content, experiment):
   data = _get(content, "data")
-  if not isinstance(data, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in data):
-    raise ValueError("data: expected a list with a pair of images and labels for each experiment, got something else")
-  if isinstance(experiment, bool) or not isinstance(experiment, int) or not 0 <= experiment < len(data):
+  if not isinstance(data, (list, tuple)) or not all(
+    isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in data
+  ):
+    raise ValueError(
+      "data: expected a list with a pair of images and labels for each experiment, got something else"
+    )
+  if (
+    isinstance(experiment, bool)
+    or not isinstance(experiment, int)
+    or not 0 <= experiment < len(data)
+  ):
     raise ValueError(f"expected an experiment in 0..{len(data) - 1}, got {experiment!r}")
   images, labels = data[experiment]
   accuracies = content.get("accs_all_exps")
   if isinstance(accuracies, dict):
-    accuracies = {str(name): [float(a) for a in values if isinstance(a, (int, float, np.floating)) and math.isfinite(a)]
-                  for name, values in accuracies.items() if isinstance(values, list)}
-  note = ("DC, DSA and DM standardise each channel with fixed numbers; for CIFAR their deviation is 0.8 times that of the pixels, "
-          "which fit_preprocess knows")
-  source = {"experiment": experiment, "experiments": len(data), "accuracies_of_all_experiments": accuracies}
+    accuracies = {
+      str(name): [
+        float(a) for a in values if isinstance(a, (int, float, np.floating)) and math.isfinite(a)
+      ]
+      for name, values in accuracies.items()
+      if isinstance(values, list)
+    }
+  note = (
+    "DC, DSA and DM standardize each channel with fixed numbers; for CIFAR their deviation is 0.8 times that of the pixels, "
+    "which fit_preprocess knows"
+  )
+  source = {
+    "experiment": experiment,
+    "experiments": len(data),
+    "accuracies_of_all_experiments": accuracies,
+  }
   return Stored(images, "NCHW", *_hard_labels(labels), "standardize", note, source=source)
 
 
 def _mtt(path, content, _):
   if not isinstance(content, np.ndarray) or content.ndim != 4:
-    raise ValueError(f"expected images (m, channels, height, width), got a torch file {describe(content)}")
+    raise ValueError(
+      f"expected images (m, channels, height, width), got a torch file {describe(content)}"
+    )
   if not path.name.startswith("images_") or path.name.startswith("images_zca_"):
-    raise ValueError("expected a file images_NAME.pt with labels_NAME.pt beside it (images_zca_NAME.pt are pixels, not what networks "
-                         f"are trained on), got {path.name}")
+    raise ValueError(
+      "expected a file images_NAME.pt with labels_NAME.pt beside it (images_zca_NAME.pt are pixels, not what networks "
+      f"are trained on), got {path.name}"
+    )
   beside = path.with_name("labels_" + path.name.removeprefix("images_"))
   if not beside.is_file():
     raise ValueError(f"expected its labels in {beside.name} beside it, found no such file")
   whitened = any(path.parent.glob("images_zca_*.pt"))
-  note = ("images_zca_*.pt beside it are written by runs with ZCA" if whitened else
-          "MTT's files do not say: zca_absolute for runs with --zca (its CIFAR results), standardize for others")
-  return Stored(content, "NCHW", *_hard_labels(torch_files.read_torch_file(beside)), "zca_absolute" if whitened else None, note,
-                source={"labels_file": beside.name})
+  note = (
+    "images_zca_*.pt beside it are written by runs with ZCA"
+    if whitened
+    else "MTT's files do not say: zca_absolute for runs with --zca (its CIFAR results), standardize for others"
+  )
+  return Stored(
+    content,
+    "NCHW",
+    *_hard_labels(torch_files.read_torch_file(beside)),
+    "zca_absolute" if whitened else None,
+    note,
+    source={"labels_file": beside.name},
+  )
 
 
 READERS = {"kip": _kip, "rfad": _rfad, "frepo": _frepo, "rcig": _rcig, "dc": _dc, "mtt": _mtt}
@@ -196,27 +289,38 @@ def _soft_labels(labels) -> np.ndarray:
   return labels
 
 
-def _is_one_hot(labels, centred: bool) -> bool:
-  hot = np.full(labels.shape, -centred / labels.shape[1])
+def _is_one_hot(labels, centered: bool) -> bool:
+  hot = np.full(labels.shape, -centered / labels.shape[1])
   hot[np.arange(len(hot)), np.argmax(labels, axis=1)] += 1
   return np.allclose(labels, hot, rtol=0, atol=1e-5)
 
 
-def _centred(labels):
+def _centered(labels):
   """(labels that are one-hot minus 1/c or were learned against such, what was done to them)."""
   labels = _soft_labels(labels)
-  if _is_one_hot(labels, centred=False):
+  if _is_one_hot(labels, centered=False):
     return labels - np.float32(1 / labels.shape[1]), "stored as one-hot: 1/c was subtracted"
-  if _is_one_hot(labels, centred=True):
+  if _is_one_hot(labels, centered=True):
     return labels, "stored as one-hot minus 1/c: unchanged"
   return labels, "learned against targets one-hot minus 1/c: unchanged"
 
 
 def _hard_labels(labels):
   """(one-hot minus 1/c of class numbers, that it was done)."""
-  if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu" or not labels.size:
-    raise ValueError(f"labels: expected class numbers (m,), got {getattr(labels, 'dtype', '')} {describe(labels)}")
+  if (
+    not isinstance(labels, np.ndarray)
+    or labels.ndim != 1
+    or labels.dtype.kind not in "iu"
+    or not labels.size
+  ):
+    raise ValueError(
+      f"labels: expected class numbers (m,), got {getattr(labels, 'dtype', '')} {describe(labels)}"
+    )
   classes = np.unique(labels)
   if not np.array_equal(classes, np.arange(len(classes))) or len(classes) < 2:
-    raise ValueError(f"labels: expected images of every class 0..c-1, got the classes {classes[:20].tolist()}")
-  return np.asarray(preprocess.one_hot_centred(labels, len(classes))), "stored as class numbers: turned into one-hot minus 1/c"
+    raise ValueError(
+      f"labels: expected images of every class 0..c-1, got the classes {classes[:20].tolist()}"
+    )
+  return np.asarray(
+    preprocess.one_hot_centered(labels, len(classes))
+  ), "stored as class numbers: turned into one-hot minus 1/c"

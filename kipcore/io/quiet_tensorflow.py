@@ -20,8 +20,11 @@ def quiet_tensorflow():
       with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         import tensorflow as tf
         import tensorflow_datasets as tfds
+
         for device in ("GPU", "TPU"):
-          with contextlib.suppress(RuntimeError, ValueError):  # The caller has started TensorFlow, and so has decided.
+          with contextlib.suppress(
+            RuntimeError, ValueError
+          ):  # The caller has started TensorFlow, and so has decided.
             tf.config.set_visible_devices([], device)
         tfds.disable_progress_bar()
         yield tf, tfds

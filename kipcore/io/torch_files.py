@@ -15,7 +15,8 @@ import pickletools
 import re
 import warnings
 import zipfile
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,18 @@ _MAX_PICKLE_BYTES = 2**26  # of the layout alone, which has no numbers in it
 _MAX_DEPTH = 100  # containers in containers
 LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the number that older files start with
 _DTYPES = {
-    "Float": "f4", "Double": "f8", "Half": "f2", "BFloat16": "bfloat16", "Long": "i8", "Int": "i4", "Short": "i2",
-    "Char": "i1", "Byte": "u1", "Bool": "?", "ComplexFloat": "c8", "ComplexDouble": "c16",
+  "Float": "f4",
+  "Double": "f8",
+  "Half": "f2",
+  "BFloat16": "bfloat16",
+  "Long": "i8",
+  "Int": "i4",
+  "Short": "i2",
+  "Char": "i1",
+  "Byte": "u1",
+  "Bool": "?",
+  "ComplexFloat": "c8",
+  "ComplexDouble": "c16",
 }
 
 
@@ -69,7 +80,9 @@ class _Array:
 
   def __setstate__(self, state):
     _, shape, dtype, fortran_order, content = state
-    self.value = np.frombuffer(content, dtype.numpy).reshape(shape, order="F" if fortran_order else "C")
+    self.value = np.frombuffer(content, dtype.numpy).reshape(
+      shape, order="F" if fortran_order else "C"
+    )
 
 
 def _scalar(dtype, content):
@@ -86,13 +99,21 @@ def _encode(text, encoding):
 
 def _tensor(storage, offset, size, stride, *_):
   """A view of a storage, `offset` and `stride` in numbers, not bytes; never outside it and never larger than it."""
-  if not isinstance(storage, np.ndarray) or storage.ndim != 1 or len(size) != len(stride) or not all(
-      type(i) is int and i >= 0 for i in (offset, *size, *stride)):
-    raise _Refused(f"expected a tensor with a storage, offset, size and stride, got {(offset, size, stride)!r:.100}")
+  if (
+    not isinstance(storage, np.ndarray)
+    or storage.ndim != 1
+    or len(size) != len(stride)
+    or not all(type(i) is int and i >= 0 for i in (offset, *size, *stride))
+  ):
+    raise _Refused(
+      f"expected a tensor with a storage, offset, size and stride, got {(offset, size, stride)!r:.100}"
+    )
   numbers, last = math.prod(size), offset + sum((n - 1) * s for n, s in zip(size, stride))
   if numbers > len(storage) or numbers and last >= len(storage):
-    raise _Refused(f"expected tensors within their storage (saved as x.contiguous()), got size {tuple(size)}, stride {tuple(stride)} "
-                   f"and offset {offset} in {len(storage)} numbers")
+    raise _Refused(
+      f"expected tensors within their storage (saved as x.contiguous()), got size {tuple(size)}, stride {tuple(stride)} "
+      f"and offset {offset} in {len(storage)} numbers"
+    )
   if not numbers:
     return np.empty(size, storage.dtype)
   step = storage.itemsize
@@ -101,19 +122,19 @@ def _tensor(storage, offset, size, stride, *_):
 
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _STANDS = {
-    ("collections", "OrderedDict"): _Stand(lambda *items: collections.OrderedDict(*items)),
-    ("torch._utils", "_rebuild_tensor"): _Stand(_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _Stand(_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Stand(lambda tensor, *_: tensor),
-    ("torch", "Size"): _Stand(lambda *sizes: tuple(*sizes)),
-    **{("torch", f"{name}Storage"): _StorageType(dtype) for name, dtype in _DTYPES.items()},
-    ("torch.storage", "UntypedStorage"): _StorageType("u1"),
-    ("numpy", "dtype"): _Stand(_Dtype),
-    ("numpy", "ndarray"): _Stand(_Array),
-    **{(module, "scalar"): _Stand(_scalar) for module in _NUMPY},
-    **{(module, "_reconstruct"): _Stand(_Array) for module in _NUMPY},
-    ("_codecs", "encode"): _Stand(_encode),
-    **{(module, "bytes"): _Stand(lambda: b"") for module in ("__builtin__", "builtins")},
+  ("collections", "OrderedDict"): _Stand(lambda *items: collections.OrderedDict(*items)),
+  ("torch._utils", "_rebuild_tensor"): _Stand(_tensor),
+  ("torch._utils", "_rebuild_tensor_v2"): _Stand(_tensor),
+  ("torch._utils", "_rebuild_parameter"): _Stand(lambda tensor, *_: tensor),
+  ("torch", "Size"): _Stand(lambda *sizes: tuple(*sizes)),
+  **{("torch", f"{name}Storage"): _StorageType(dtype) for name, dtype in _DTYPES.items()},
+  ("torch.storage", "UntypedStorage"): _StorageType("u1"),
+  ("numpy", "dtype"): _Stand(_Dtype),
+  ("numpy", "ndarray"): _Stand(_Array),
+  **{(module, "scalar"): _Stand(_scalar) for module in _NUMPY},
+  **{(module, "_reconstruct"): _Stand(_Array) for module in _NUMPY},
+  ("_codecs", "encode"): _Stand(_encode),
+  **{(module, "bytes"): _Stand(lambda: b"") for module in ("__builtin__", "builtins")},
 }
 
 
@@ -127,14 +148,22 @@ class _Unpickler(pickle.Unpickler):
   def find_class(self, module, name):
     """The stand-in of a name; nothing is imported."""
     if (module, name) not in _STANDS:
-      raise _Refused(f"expected tensors, numbers and containers of them, got a file that asks for {module}.{name}, which is not run"
-                     .replace("\n", " ")[:300])
+      raise _Refused(
+        f"expected tensors, numbers and containers of them, got a file that asks for {module}.{name}, which is not run".replace(
+          "\n", " "
+        )[:300]
+      )
     return _STANDS[module, name]
 
   def persistent_load(self, pid):
     """A storage."""
     kind, storage_type, key, _, size = pid
-    if kind != "storage" or not isinstance(storage_type, _StorageType) or type(size) is not int or size < 0:
+    if (
+      kind != "storage"
+      or not isinstance(storage_type, _StorageType)
+      or type(size) is not int
+      or size < 0
+    ):
       raise _Refused(f"expected the record of a storage, got {pid!r:.100}")
     return self._read_storage(str(key), storage_type.dtype, size)
 
@@ -162,8 +191,10 @@ def read_torch_file(path) -> Any:
   try:
     with open(path, "rb") as file:
       if file.read(len(LEGACY)) == LEGACY:
-        raise _Refused("expected the zip format of torch.save, got the one of before torch 1.6; if you trust the file, convert it "
-                       "where torch is: torch.save(torch.load(OLD, map_location='cpu', weights_only=False), NEW)")
+        raise _Refused(
+          "expected the zip format of torch.save, got the one of before torch 1.6; if you trust the file, convert it "
+          "where torch is: torch.save(torch.load(OLD, map_location='cpu', weights_only=False), NEW)"
+        )
     with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
       warnings.simplefilter("ignore")  # about odd text in the pickle
       return _read(archive, os.path.getsize(path))
@@ -171,7 +202,9 @@ def read_torch_file(path) -> Any:
     raise ValueError(f"{path}: {error}") from error
   except Exception as error:  # what damaged pickles and archives raise knows no bounds
     what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    raise ValueError(f"{path}: expected a whole file of torch.save, got one that does not read ({what})") from error
+    raise ValueError(
+      f"{path}: expected a whole file of torch.save, got one that does not read ({what})"
+    ) from error
 
 
 def _read(archive, file_size: int):
@@ -179,7 +212,9 @@ def _read(archive, file_size: int):
   members = {info.filename: info for info in archive.infolist()}
   layouts = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
   if len(layouts) != 1:
-    raise _Refused(f"expected one data.pkl, as torch.save writes, got {', '.join(list(members)[:5]) or 'an empty archive'}")
+    raise _Refused(
+      f"expected one data.pkl, as torch.save writes, got {', '.join(list(members)[:5]) or 'an empty archive'}"
+    )
   if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
     raise _Refused("expected members that are not compressed, as torch.save writes them")
   # So no two members share bytes, and all of them together fit into memory where the file does.
@@ -187,7 +222,9 @@ def _read(archive, file_size: int):
     raise _Refused(f"expected members that fit into {file_size} bytes, got ones that claim more")
   layout, root = layouts[0], layouts[0].removesuffix("data.pkl")
   if members[layout].file_size > _MAX_PICKLE_BYTES:
-    raise _Refused(f"expected a layout of at most {_MAX_PICKLE_BYTES} bytes, got {members[layout].file_size}")
+    raise _Refused(
+      f"expected a layout of at most {_MAX_PICKLE_BYTES} bytes, got {members[layout].file_size}"
+    )
   order = archive.read(members[root + "byteorder"]) if root + "byteorder" in members else b"little"
   if order not in (b"little", b"big"):
     raise _Refused(f"expected byte order little or big, got {order!r:.40}")
@@ -201,12 +238,16 @@ def _read(archive, file_size: int):
       numbers = _numbers(archive.read(info), dtype, "<" if order == b"little" else ">")
       storages[key, dtype] = numbers
     if len(storages[key, dtype]) != size:
-      raise _Refused(f"expected {size} numbers in storage {key[:40]!r}, got {len(storages[key, dtype])}")
+      raise _Refused(
+        f"expected {size} numbers in storage {key[:40]!r}, got {len(storages[key, dtype])}"
+      )
     return storages[key, dtype]
 
   content = archive.read(members[layout])
   # A large index would make the unpickler reserve as much memory, whatever the length of the file.
-  if any(op.name.endswith("PUT") and arg > len(content) for op, arg, _ in pickletools.genops(content)):
+  if any(
+    op.name.endswith("PUT") and arg > len(content) for op, arg, _ in pickletools.genops(content)
+  ):
     raise _Refused("expected indices of memory that the layout can use, got larger ones")
   return _resolve(_Unpickler(io.BytesIO(content), read_storage).load(), {}, 0)
 
@@ -215,11 +256,14 @@ def _numbers(content: bytes, dtype: str, order: str) -> np.ndarray:
   """The flat array of a storage, in the byte order of this machine, read-only."""
   if dtype == "bfloat16":
     import ml_dtypes
+
     bits = _numbers(content, "u2", order)
     return bits.view(ml_dtypes.bfloat16)
   stored = np.dtype(dtype).newbyteorder(order)
   if len(content) % stored.itemsize:
-    raise _Refused(f"expected whole numbers of {stored.itemsize} bytes in a storage, got {len(content)} bytes")
+    raise _Refused(
+      f"expected whole numbers of {stored.itemsize} bytes in a storage, got {len(content)} bytes"
+    )
   numbers = np.frombuffer(content, stored).astype(stored.newbyteorder("="), copy=False)
   numbers.setflags(write=False)
   return numbers
@@ -228,13 +272,17 @@ def _numbers(content: bytes, dtype: str, order: str) -> np.ndarray:
 def _resolve(value, done: dict, depth: int):
   """The value with NumPy arrays in the place of their stand-ins; ValueError for what contains itself."""
   if depth > _MAX_DEPTH:
-    raise _Refused(f"expected at most {_MAX_DEPTH} containers in containers, got more, or one that contains itself")
+    raise _Refused(
+      f"expected at most {_MAX_DEPTH} containers in containers, got more, or one that contains itself"
+    )
   if isinstance(value, _Array):
     if value.value is None:
       raise _Refused("expected NumPy arrays with a content, got one without")
     return value.value
   if isinstance(value, (_Dtype, _Stand, _StorageType)):
-    raise _Refused(f"expected tensors, numbers and containers of them, got a {type(value).__name__.strip('_').lower()}")
+    raise _Refused(
+      f"expected tensors, numbers and containers of them, got a {type(value).__name__.strip('_').lower()}"
+    )
   if not isinstance(value, (dict, list, tuple)):
     return value
   if id(value) not in done:  # shared parts once, however often they are shared

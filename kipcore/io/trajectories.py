@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 import pathlib
-from typing import Iterable, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -63,7 +64,14 @@ def save_trajectories(path, trajectories: Iterable, metadata: dict) -> None:
     _write_header(file, shape, first.dtype)
     # Last: a crash from here on may leave an array without metadata, but never one with the metadata of another.
     beside.unlink(missing_ok=True)
-  record = {**metadata, "format": FORMAT, "format_version": FORMAT_VERSION, "shape": shape, "dtype": first.dtype.name, "sha256": sums}
+  record = {
+    **metadata,
+    "format": FORMAT,
+    "format_version": FORMAT_VERSION,
+    "shape": shape,
+    "dtype": first.dtype.name,
+    "sha256": sums,
+  }
   atomic.write_atomically(beside, json.dumps(record, indent=2).encode())
 
 
@@ -84,29 +92,54 @@ def load_trajectories(path, verify: bool = True) -> Trajectories:
   path, beside = _pair(path)
   for file in (path, beside):
     if not file.is_file():
-      raise TrajectoriesError(f"{file}: expected trajectories with metadata beside them, found no such file")
+      raise TrajectoriesError(
+        f"{file}: expected trajectories with metadata beside them, found no such file"
+      )
   try:
     metadata = json.loads(beside.read_text(encoding="utf-8"))
-    kind, version, shape, dtype, sums = (metadata[name] for name in ("format", "format_version", "shape", "dtype", "sha256"))
+    kind, version, shape, dtype, sums = (
+      metadata[name] for name in ("format", "format_version", "shape", "dtype", "sha256")
+    )
   except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise TrajectoriesError(f"{beside}: expected the metadata of trajectories, got something else ({repr(error)[:200]})") from error
+    raise TrajectoriesError(
+      f"{beside}: expected the metadata of trajectories, got something else ({repr(error)[:200]})"
+    ) from error
   if kind != FORMAT or type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-    raise TrajectoriesError(f"{beside}: expected format {FORMAT} up to version {FORMAT_VERSION}, got {kind!r:.40}, {version!r:.40}")
+    raise TrajectoriesError(
+      f"{beside}: expected format {FORMAT} up to version {FORMAT_VERSION}, got {kind!r:.40}, {version!r:.40}"
+    )
   try:
     with open(path, "rb") as file:
       found, fortran_order, stored = npz.read_npy_header(str(path), file)
       start = file.tell()
     size = path.stat().st_size
-    if fortran_order or stored.name not in ("float32", "float64") or start + math.prod(found) * stored.itemsize != size or 0 in found:
+    if (
+      fortran_order
+      or stored.name not in ("float32", "float64")
+      or start + math.prod(found) * stored.itemsize != size
+      or 0 in found
+    ):
       raise npz.NpzError(f"{size} bytes for shape {found} {stored}")
-    if list(found) != shape or len(found) != 3 or stored.name != dtype or not isinstance(sums, list) or len(sums) != found[0]:
-      raise TrajectoriesError(f"{path}: expected an array of shape {shape!r:.60} in {dtype!r:.20}, as its metadata say, got another")
+    if (
+      list(found) != shape
+      or len(found) != 3
+      or stored.name != dtype
+      or not isinstance(sums, list)
+      or len(sums) != found[0]
+    ):
+      raise TrajectoriesError(
+        f"{path}: expected an array of shape {shape!r:.60} in {dtype!r:.20}, as its metadata say, got another"
+      )
     array = np.memmap(path, stored, "r", start, found)
   except (OSError, npz.NpzError) as error:
-    raise TrajectoriesError(f"{path}: expected a whole .npy file, got one that does not open ({error})") from error
+    raise TrajectoriesError(
+      f"{path}: expected a whole .npy file, got one that does not open ({error})"
+    ) from error
   for i, expert in enumerate(array if verify else ()):
     if hashlib.sha256(expert.data).hexdigest() != sums[i]:
-      raise TrajectoriesError(f"{path}: expected expert {i} to have its recorded checksum, got another; the file was altered")
+      raise TrajectoriesError(
+        f"{path}: expected expert {i} to have its recorded checksum, got another; the file was altered"
+      )
     if not np.isfinite(expert).all():
       raise TrajectoriesError(f"{path}: expected finite values, got others in expert {i}")
   return Trajectories(array, metadata)
@@ -121,7 +154,11 @@ def _pair(path) -> tuple[pathlib.Path, pathlib.Path]:
 
 def _write_header(file, shape: tuple, dtype: np.dtype) -> None:
   """Of an `.npy` file; NumPy leaves room in it for the first axis to grow, so its length does not depend on that."""
-  description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+  description = {
+    "descr": np.lib.format.dtype_to_descr(dtype),
+    "fortran_order": False,
+    "shape": shape,
+  }
   np.lib.format.write_array_header_1_0(file, description)
 
 
@@ -132,7 +169,9 @@ def _check(trajectory: np.ndarray, index: int, first: np.ndarray) -> None:
   if trajectory.dtype not in (np.float32, np.float64):
     raise ValueError(f"{name}: expected float32 or float64, got {trajectory.dtype}")
   if trajectory.shape != first.shape[1:] or trajectory.dtype != first.dtype:
-    raise ValueError(f"{name}: expected shape {first.shape[1:]} in {first.dtype} like the first, got {trajectory.shape} "
-                     f"in {trajectory.dtype}")
+    raise ValueError(
+      f"{name}: expected shape {first.shape[1:]} in {first.dtype} like the first, got {trajectory.shape} "
+      f"in {trajectory.dtype}"
+    )
   if not np.isfinite(trajectory).all():
     raise ValueError(f"{name}: expected finite values")

@@ -10,7 +10,16 @@ from kipcore.kernels import conv, dense
 from kipcore.kernels.stax import from_stax
 from kipcore.types import Array
 
-__all__ = ["NetworkKernel", "RBFKernel", "LinearKernel", "from_stax", "linear_fn", "nngp_fn", "ntk_fn", "rbf_fn"]
+__all__ = [
+  "NetworkKernel",
+  "RBFKernel",
+  "LinearKernel",
+  "from_stax",
+  "linear_fn",
+  "nngp_fn",
+  "ntk_fn",
+  "rbf_fn",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +87,15 @@ class NetworkKernel:
       if isinstance(layer, AvgPool):
         side //= layer.size
     if side < 1:
-      raise ValueError(f"{name}: expected larger images, got shape {x.shape[1:]}, too small for the pooling of {self.arch.name}")
+      raise ValueError(
+        f"{name}: expected larger images, got shape {x.shape[1:]}, too small for the pooling of {self.arch.name}"
+      )
 
 
 def ntk_fn(arch: Architecture, precision: str = "float32") -> NetworkKernel:
   """The neural tangent kernel of an architecture at infinite width.
 
-  Theta(x, x') = lim E <df(x)/dtheta, df(x')/dtheta> in the NTK parameterisation, for
+  Theta(x, x') = lim E <df(x)/dtheta, df(x')/dtheta> in the NTK parameterization, for
   one output. Homogeneous of degree 2 in the inputs only if every b_std is 0.
 
   Args:
@@ -105,7 +116,9 @@ def ntk_fn(arch: Architecture, precision: str = "float32") -> NetworkKernel:
   Example:
     >>> kernel_fn = kipcore.ntk_fn(kipcore.fc(1, b_std=0.0))
     >>> x = jnp.asarray([[3.0, 4.0], [6.0, 8.0]])
-    >>> print(np.asarray(kernel_fn(x)).round(2))  # without biases homogeneous: twice the row, twice the kernel
+    >>> print(
+    ...   np.asarray(kernel_fn(x)).round(2)
+    ... )  # without biases homogeneous: twice the row, twice the kernel
     [[ 50. 100.]
      [100. 200.]]
   """
@@ -179,7 +192,9 @@ def rbf_fn(bandwidth: float) -> RBFKernel:
 
   Example:
     >>> kernel_fn = kipcore.rbf_fn(2.0)
-    >>> print(np.asarray(kernel_fn(jnp.asarray([[0.0], [2.0]]))).round(4))  # exp(-1/2) a bandwidth apart
+    >>> print(
+    ...   np.asarray(kernel_fn(jnp.asarray([[0.0], [2.0]]))).round(4)
+    ... )  # exp(-1/2) a bandwidth apart
     [[1.     0.6065]
      [0.6065 1.    ]]
   """

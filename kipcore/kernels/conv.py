@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from kipcore import linalg
-from kipcore.kernels import gram
 from kipcore.architectures import AvgPool, Conv, Flatten, GlobalAvgPool
-from kipcore.kernels import covariance, dense
+from kipcore.kernels import covariance, dense, gram
 from kipcore.types import Array
 
 # Numbers of a tile: what a core's cache holds, or what fills an accelerator.
@@ -81,7 +80,11 @@ def conv_kernel(kernel, x1: Array, x2: Array | None = None) -> Array:
     b = _self_pass(plan, x2)
     nngp, ntk = _rectangle(plan, a, b)
   k = dense.dense_tail(tail, kernel.get, nngp, a.nngp, b.nngp, ntk)
-  return dense.with_exact_diagonal(k, dense.dense_tail_diag(tail, kernel.get, a.nngp, a.ntk)) if x2 is None else k
+  return (
+    dense.with_exact_diagonal(k, dense.dense_tail_diag(tail, kernel.get, a.nngp, a.ntk))
+    if x2 is None
+    else k
+  )
 
 
 def conv_diag(kernel, x: Array) -> Array:
@@ -96,13 +99,27 @@ def _plan(kernel) -> tuple[_Plan, tuple]:
   layers = kernel.arch.layers
   end = next(i for i, layer in enumerate(layers) if isinstance(layer, (Flatten, GlobalAvgPool)))
   average = isinstance(layers[end], GlobalAvgPool)
-  pooled = end if average else max((i + 1 for i, layer in enumerate(layers[:end]) if isinstance(layer, AvgPool)), default=0)
+  pooled = (
+    end
+    if average
+    else max(
+      (i + 1 for i, layer in enumerate(layers[:end]) if isinstance(layer, AvgPool)), default=0
+    )
+  )
   # A global average of the pixels themselves needs a block that does nothing.
   whole = _blocks(layers[:pooled]) or (_NOTHING,) * average
   on_cpu = jax.default_backend() == "cpu"
   tile = kernel.tile_elements or (_CPU_TILE if on_cpu else _ACCELERATOR_TILE)
-  plan = _Plan(whole, _blocks(layers[pooled:end]), average, kernel.get == "ntk", kernel.precision, tile, not on_cpu)
-  return plan, layers[end + 1:]
+  plan = _Plan(
+    whole,
+    _blocks(layers[pooled:end]),
+    average,
+    kernel.get == "ntk",
+    kernel.precision,
+    tile,
+    not on_cpu,
+  )
+  return plan, layers[end + 1 :]
 
 
 def _blocks(layers: tuple) -> tuple:
@@ -128,7 +145,7 @@ def _tile(plan: _Plan, x: Array) -> int:
   pixels = x.shape[1] * x.shape[2]
   if not plan.whole:
     return max(1, plan.tile_elements // pixels)
-  return max(1, plan.tile_elements // (pixels // plan.whole[0].pool**2)**2)
+  return max(1, plan.tile_elements // (pixels // plan.whole[0].pool ** 2) ** 2)
 
 
 def _self_pass(plan: _Plan, x: Array) -> _Image:
@@ -138,7 +155,9 @@ def _self_pass(plan: _Plan, x: Array) -> _Image:
 
 def _map_tiles(fn, images, tile: int):
   """`fn` on runs of at most `tile` rows, recomputed in a gradient; the last run is padded by its last row."""
-  return gram.map_row_blocks(jax.checkpoint(fn), images, _even(jax.tree.leaves(images)[0].shape[0], tile))
+  return gram.map_row_blocks(
+    jax.checkpoint(fn), images, _even(jax.tree.leaves(images)[0].shape[0], tile)
+  )
 
 
 def _even(n: int, most: int) -> int:
@@ -147,8 +166,10 @@ def _even(n: int, most: int) -> int:
 
 
 def _rectangle(plan: _Plan, a: _Image, b: _Image):
-  """nngp and ntk of all pairs, two `(n1, n2)` arrays."""
-  if a.x.shape[0] > b.x.shape[0]:  # tiles are runs of the second images, so these should be the many
+  """Nngp and ntk of all pairs, two `(n1, n2)` arrays."""
+  if (
+    a.x.shape[0] > b.x.shape[0]
+  ):  # tiles are runs of the second images, so these should be the many
     return tuple(None if k is None else k.T for k in _rectangle(plan, b, a))
   tile = _tile(plan, a.x)
 
@@ -156,7 +177,9 @@ def _rectangle(plan: _Plan, a: _Image, b: _Image):
     x, variances = image
 
     def with_row(other):
-      mine = jax.tree.map(lambda k: jnp.broadcast_to(k[None], (other[0].shape[0], *k.shape)), (x, variances))
+      mine = jax.tree.map(
+        lambda k: jnp.broadcast_to(k[None], (other[0].shape[0], *k.shape)), (x, variances)
+      )
       return _pairs(plan, mine[0], other[0], mine[1], other[1])[:2]
 
     return _map_tiles(with_row, (b.x, b.variances), tile)
@@ -165,18 +188,24 @@ def _rectangle(plan: _Plan, a: _Image, b: _Image):
 
 
 def _symmetric(plan: _Plan, a: _Image):
-  """nngp and ntk of images with one another, from the pairs (i, i + d mod n) for d <= n / 2 only."""
+  """Nngp and ntk of images with one another, from the pairs (i, i + d mod n) for d <= n / 2 only."""
   n, tile = a.x.shape[0], _tile(plan, a.x)
   images = (a.x, a.variances)
 
   def band(d):
     others = jax.tree.map(lambda k: jnp.roll(k, -d, axis=0), images)
-    return _map_tiles(lambda pair: _pairs(plan, pair[0][0], pair[1][0], pair[0][1], pair[1][1])[:2], (images, others), tile)
+    return _map_tiles(
+      lambda pair: _pairs(plan, pair[0][0], pair[1][0], pair[0][1], pair[1][1])[:2],
+      (images, others),
+      tile,
+    )
 
   bands = jax.lax.map(band, jnp.arange(1, n // 2 + 1, dtype=jnp.int32))
   i, j = (k.astype(jnp.int32) for k in jnp.meshgrid(jnp.arange(n), jnp.arange(n), indexing="ij"))
   ahead = (j - i) % n
-  near = (2 * ahead < n) | ((2 * ahead == n) & (i < j))  # of two images half a turn apart, one band entry serves both
+  near = (2 * ahead < n) | (
+    (2 * ahead == n) & (i < j)
+  )  # of two images half a turn apart, one band entry serves both
 
   def matrix(own, bands):
     bands = jnp.concatenate([own[None], bands])
@@ -210,7 +239,7 @@ def _pairs(plan: _Plan, x1: Array, x2: Array, variances1, variances2):
   if plan.whole:
     first = lambda pair: _first(plan, *pair, own)
     if plan.batched:
-      together = max(1, plan.tile_elements // (x1.shape[1] * x1.shape[2])**2)
+      together = max(1, plan.tile_elements // (x1.shape[1] * x1.shape[2]) ** 2)
       nngp, ntk = gram.map_row_blocks(jax.vmap(first), (x1, x2), _even(x1.shape[0], together))
     else:
       nngp, ntk = jax.lax.map(first, (x1, x2))
@@ -228,6 +257,10 @@ def _pairs(plan: _Plan, x1: Array, x2: Array, variances1, variances2):
 
 def _first(plan: _Plan, x1: Array, x2: Array, own: bool):
   block = plan.whole[0]
-  z1, z2 = (linalg.rounded(covariance.pixel_vectors(block.conv, x), plan.precision) for x in (x1, x2))
+  z1, z2 = (
+    linalg.rounded(covariance.pixel_vectors(block.conv, x), plan.precision) for x in (x1, x2)
+  )
   v1, v2 = (jnp.sum(z * z, axis=-1) for z in (z1, z2))
-  return covariance.first_block(block, plan.with_ntk, z1, z2, v1, v2, own, plan.tile_elements, plan.precision)
+  return covariance.first_block(
+    block, plan.with_ntk, z1, z2, v1, v2, own, plan.tile_elements, plan.precision
+  )

@@ -32,17 +32,28 @@ def pixel_vectors(conv: Conv | None, x: Array) -> Array:
     x: `(..., h, w, channels)`.
   """
   if conv is None:
-    return x * x.shape[-1]**-0.5
+    return x * x.shape[-1] ** -0.5
   r, (h, w, channels) = conv.size // 2, x.shape[-3:]
   padded = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(r, r), (r, r), (0, 0)])
-  patches = [padded[..., i:i + h, j:j + w, :] for i in range(conv.size) for j in range(conv.size)]
+  patches = [
+    padded[..., i : i + h, j : j + w, :] for i in range(conv.size) for j in range(conv.size)
+  ]
   bias = jnp.full((*x.shape[:-1], 1), conv.b_std, x.dtype)
-  scale = conv.w_std * (conv.size**2 * channels)**-0.5
+  scale = conv.w_std * (conv.size**2 * channels) ** -0.5
   return jnp.concatenate([scale * patch for patch in patches] + [bias], axis=-1)
 
 
-def first_block(block: Block, with_ntk: bool, z1: Array, z2: Array, v1: Array, v2: Array, own: bool, tile_elements: int,
-                precision: str) -> tuple[Array, Array | None]:
+def first_block(
+  block: Block,
+  with_ntk: bool,
+  z1: Array,
+  z2: Array,
+  v1: Array,
+  v2: Array,
+  own: bool,
+  tile_elements: int,
+  precision: str,
+) -> tuple[Array, Array | None]:
   """A block behind the products of pixel vectors of one pair, slab by slab.
 
   Image 1 is cut into runs of rows of pooling windows and, within them, by the place of a pixel in its window: a
@@ -69,7 +80,7 @@ def first_block(block: Block, with_ntk: bool, z1: Array, z2: Array, v1: Array, v
 
   def by_place(a):
     """`(rows, places, cols, ...)`."""
-    a = a[:rows * p, :cols * p].reshape(rows, p, cols, p, *a.shape[2:])
+    a = a[: rows * p, : cols * p].reshape(rows, p, cols, p, *a.shape[2:])
     return jnp.moveaxis(a, 3, 2).reshape(rows, p * p, cols, *a.shape[4:])
 
   def slabs(a):
@@ -106,8 +117,9 @@ def first_block(block: Block, with_ntk: bool, z1: Array, z2: Array, v1: Array, v
   return nngp.reshape(shape) * p**-4, None if ntk is None else ntk.reshape(shape) * p**-4
 
 
-def later_block(block: Block, nngp: Array, ntk: Array | None, with_ntk: bool,
-                variances: tuple | None) -> tuple[Array, Array | None, Array | None]:
+def later_block(
+  block: Block, nngp: Array, ntk: Array | None, with_ntk: bool, variances: tuple | None
+) -> tuple[Array, Array | None, Array | None]:
   """A block on covariances.
 
   Args:
@@ -137,7 +149,9 @@ def later_block(block: Block, nngp: Array, ntk: Array | None, with_ntk: bool,
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
-def _activated(activation, nngp: Array, ntk: Array | None, v1: Array, v2: Array) -> tuple[Array, Array | None]:
+def _activated(
+  activation, nngp: Array, ntk: Array | None, v1: Array, v2: Array
+) -> tuple[Array, Array | None]:
   """Recomputed in a gradient: to compute a dual again is cheaper than to keep what its derivative needs."""
   nngp, derivative = dual.activation(activation, nngp, v1, v2)
   return nngp, None if ntk is None else derivative * ntk
@@ -172,7 +186,9 @@ def _box_jvp(size, primals, tangents):
   total = 0.0
   for d in range(size):
     for e in range(size):
-      total = total + jax.lax.pad(dk, zero, [(0, 0, 0)] + [(d, 2 * r - d, 0), (e, 2 * r - e, 0)] * (k.ndim // 2))
+      total = total + jax.lax.pad(
+        dk, zero, [(0, 0, 0)] + [(d, 2 * r - d, 0), (e, 2 * r - e, 0)] * (k.ndim // 2)
+      )
   tangent = total[(slice(None),) + (slice(r, r + h), slice(r, r + w)) * (k.ndim // 2)] / size**2
   return box(k, size), _settled(tangent)
 
@@ -183,7 +199,11 @@ def _settled(k: Array) -> Array:
   A loop of two rounds, because it looks through an `optimization_barrier`.
   """
   halves = jnp.pad(k.reshape(-1), (0, k.size % 2)).reshape(2, -1)
-  return jax.lax.map(lambda half: half * jnp.ones((), k.dtype), halves).reshape(-1)[:k.size].reshape(k.shape)
+  return (
+    jax.lax.map(lambda half: half * jnp.ones((), k.dtype), halves)
+    .reshape(-1)[: k.size]
+    .reshape(k.shape)
+  )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -191,7 +211,16 @@ def pool(k: Array, size: int) -> Array:
   """Mean over size x size windows in both images; left-over rows and columns are dropped."""
   # A sum of strided slices, because XLA's own reduction of these axes is a scalar loop on CPU.
   windows, places = _windows(k, size), range(size)
-  return sum(windows[:, :, a, :, b, :, c, :, d] for a in places for b in places for c in places for d in places) * size**-4
+  return (
+    sum(
+      windows[:, :, a, :, b, :, c, :, d]
+      for a in places
+      for b in places
+      for c in places
+      for d in places
+    )
+    * size**-4
+  )
 
 
 @pool.defjvp
@@ -202,7 +231,9 @@ def _pool_jvp(size, primals, tangents):
 
 def _windows(k: Array, size: int) -> Array:
   h, w = k.shape[1] // size, k.shape[2] // size
-  return k[:, :h * size, :w * size, :h * size, :w * size].reshape(-1, h, size, w, size, h, size, w, size)
+  return k[:, : h * size, : w * size, : h * size, : w * size].reshape(
+    -1, h, size, w, size, h, size, w, size
+  )
 
 
 def _divisor(n: int, most: int) -> int:

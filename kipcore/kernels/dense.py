@@ -28,10 +28,12 @@ def _rows(kernel, x: Array) -> tuple[Array, Array]:
   return x, jnp.mean(x * x, axis=1)
 
 
-def dense_tail(layers: tuple, get: str, nngp: Array, v1: Array, v2: Array, ntk: Array | None = None) -> Array:
+def dense_tail(
+  layers: tuple, get: str, nngp: Array, v1: Array, v2: Array, ntk: Array | None = None
+) -> Array:
   """The layers behind the inputs (or behind Flatten) applied to a covariance matrix.
 
-      Dense: nngp <- w^2 nngp + b^2,  ntk <- nngp + w^2 ntk      (NTK parameterisation)
+      Dense: nngp <- w^2 nngp + b^2,  ntk <- nngp + w^2 ntk      (NTK parameterization)
       activation: (nngp, derivative) <- dual.activation(nngp),  ntk <- derivative ntk
 
   Args:

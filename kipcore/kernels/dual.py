@@ -15,17 +15,42 @@ from kipcore.types import Array
 # arccos(c) = sqrt(1 - c) P(c) for c in [0, 1]. In float32 with an absolute error of 2e-8 (Abramowitz & Stegun, eq. 4.4.46),
 # in float64 of 4e-16 (Chebyshev interpolation).
 _ARCCOS = {
-    "float32": (1.5707963050, -0.2145988016, 0.0889789874, -0.0501743046, 0.0308918810, -0.0170881256, 0.0066700901,
-                -0.0012624911),
-    "float64": (1.5707963267948966, -0.21460183660253215, 0.08904862254567095, -0.05079281442482, 0.03368128419820402,
-                -0.024374292512162273, 0.018671958702090468, -0.014883927266844121, 0.012205172350434557, -0.010182448444547632,
-                0.008496676982508333, -0.006887801715407704, 0.005196357325687018, -0.0034612920073868736, 0.0019215381528283615,
-                -0.0008342962828464806, 0.000261516310274601, -5.210377275943756e-05, 4.922039806842804e-06),
+  "float32": (
+    1.5707963050,
+    -0.2145988016,
+    0.0889789874,
+    -0.0501743046,
+    0.0308918810,
+    -0.0170881256,
+    0.0066700901,
+    -0.0012624911,
+  ),
+  "float64": (
+    1.5707963267948966,
+    -0.21460183660253215,
+    0.08904862254567095,
+    -0.05079281442482,
+    0.03368128419820402,
+    -0.024374292512162273,
+    0.018671958702090468,
+    -0.014883927266844121,
+    0.012205172350434557,
+    -0.010182448444547632,
+    0.008496676982508333,
+    -0.006887801715407704,
+    0.005196357325687018,
+    -0.0034612920073868736,
+    0.0019215381528283615,
+    -0.0008342962828464806,
+    0.000261516310274601,
+    -5.210377275943756e-05,
+    4.922039806842804e-06,
+  ),
 }
 
 
 def _arccos(c: Array) -> Array:
-  """arccos on [-1, 1] by a polynomial, several times faster than XLA's on CPU."""
+  """Arccos on [-1, 1] by a polynomial, several times faster than XLA's on CPU."""
   a = jnp.abs(c)
   coefficients = _ARCCOS.get(c.dtype.name, _ARCCOS["float32"])
   series = jnp.full_like(a, coefficients[-1])
@@ -101,7 +126,7 @@ def _relative(dv: Array, v: Array) -> Array:
 def leaky_relu_dual(k: Array, v1: Array, v2: Array, slope: float) -> tuple[Array, Array]:
   """Duals of max(x, 0) + a min(x, 0): (1 - a)^2 times those of ReLU, plus a k and a."""
   value, derivative = relu_dual(k, v1, v2)
-  return (1 - slope)**2 * value + slope * k, (1 - slope)**2 * derivative + slope
+  return (1 - slope) ** 2 * value + slope * k, (1 - slope) ** 2 * derivative + slope
 
 
 def erf_dual(k: Array, v1: Array, v2: Array) -> tuple[Array, Array]:

@@ -30,7 +30,7 @@ def empirical_ntk(apply_fn, variables, x1: Array, x2: Array | None = None) -> Ar
 
 
 def empirical_nngp(apply_fn, variables, x1: Array, x2: Array | None = None) -> Array:
-  """mean over outputs of f(x1) f(x2): `(n1, n2)`, with expectation `nngp_fn` in the limit of width.
+  """Mean over outputs of f(x1) f(x2): `(n1, n2)`, with expectation `nngp_fn` in the limit of width.
 
   Args:
     apply_fn: `apply_fn(variables, x) -> (n, c)`.

@@ -40,8 +40,13 @@ def map_row_blocks(fn, x, block_size: int | None):
   return jax.tree.map(lambda a: a.reshape(blocks * block_size, *a.shape[2:])[:n], out)
 
 
-def gram(kernel_fn: KernelFn, x1: Array, x2: Array | None = None, block_size: int | None = None,
-         devices: Sequence | None = None) -> Array:
+def gram(
+  kernel_fn: KernelFn,
+  x1: Array,
+  x2: Array | None = None,
+  block_size: int | None = None,
+  devices: Sequence | None = None,
+) -> Array:
   """The kernel matrix k(x1_i, x2_j), computed in blocks of rows of `x1`.
 
   Args:
@@ -72,7 +77,9 @@ def gram(kernel_fn: KernelFn, x1: Array, x2: Array | None = None, block_size: in
   if x2 is not None and x1.shape[1:] != x2.shape[1:]:
     raise ValueError(f"expected rows of one shape, got x1 {x1.shape} and x2 {x2.shape}")
   if devices is not None:
-    k = _rows_over_devices(kernel_fn, x1, x1 if x2 is None else x2, block_size, device_axis(devices))
+    k = _rows_over_devices(
+      kernel_fn, x1, x1 if x2 is None else x2, block_size, device_axis(devices)
+    )
   elif block_size is None or x1.shape[0] <= block_size:
     return kernel_fn(x1, x2)
   else:
@@ -117,7 +124,9 @@ def gram_diag(kernel_fn: KernelFn, x: Array, block_size: int | None = None) -> A
   return map_row_blocks(one, x, block_size)
 
 
-def gram_matvec(kernel_fn: KernelFn, x1: Array, x2: Array, v: Array, block_size: int | None = None) -> Array:
+def gram_matvec(
+  kernel_fn: KernelFn, x1: Array, x2: Array, v: Array, block_size: int | None = None
+) -> Array:
   """The product K(x1, x2) v, never holding more than a block of K.
 
   Args:

@@ -9,21 +9,21 @@ import contextlib
 import importlib
 import sys
 import types
-from typing import Callable
+from collections.abc import Callable
 
 from kipcore import linalg
 from kipcore.architectures import (
-    Architecture,
-    AvgPool,
-    Conv,
-    Dense,
-    Erf,
-    Flatten,
-    Gelu,
-    GlobalAvgPool,
-    Identity,
-    LeakyRelu,
-    Relu,
+  Architecture,
+  AvgPool,
+  Conv,
+  Dense,
+  Erf,
+  Flatten,
+  Gelu,
+  GlobalAvgPool,
+  Identity,
+  LeakyRelu,
+  Relu,
 )
 from kipcore.types import KernelFn
 
@@ -120,12 +120,12 @@ def to_stax(arch: Architecture, width: int = 1, num_outputs: int = 1) -> tuple:
 
   Args:
     arch: the architecture.
-    width: units or channels of the finite realisation (`init_fn`, `apply_fn`); the
+    width: units or channels of the finite realization (`init_fn`, `apply_fn`); the
       kernel does not depend on it.
     num_outputs: units of the readout.
 
   Returns:
-    `(init_fn, apply_fn, kernel_fn)` in the NTK parameterisation, NHWC.
+    `(init_fn, apply_fn, kernel_fn)` in the NTK parameterization, NHWC.
   """
   stax = import_neural_tangents().stax
   last = len(arch.layers) - 1

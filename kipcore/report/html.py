@@ -8,7 +8,8 @@ import base64
 import html
 import io
 import json
-from typing import Any, Iterable, Mapping, NamedTuple, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -112,8 +113,11 @@ def element(tag: str, *content: str, **attributes) -> Html:
   Returns:
     `Html`.
   """
-  given = "".join(f' {name.strip("_").replace("_", "-")}="{html.escape(str(value))}"'
-                  for name, value in attributes.items() if value is not None)
+  given = "".join(
+    f' {name.strip("_").replace("_", "-")}="{html.escape(str(value))}"'
+    for name, value in attributes.items()
+    if value is not None
+  )
   return Html(f"<{tag}{given}>" if tag in _VOID else f"<{tag}{given}>{joined(content)}</{tag}>")
 
 
@@ -122,7 +126,9 @@ def joined(parts: Iterable[str]) -> Html:
   return Html("".join(part if isinstance(part, Html) else html.escape(str(part)) for part in parts))
 
 
-def write_html(path, title: str, sections: Sequence[Section], lead: str = "", footer: str = "") -> None:
+def write_html(
+  path, title: str, sections: Sequence[Section], lead: str = "", footer: str = ""
+) -> None:
   """Writes the page, whole or not at all.
 
   Args:
@@ -149,13 +155,26 @@ def page(title: str, sections: Sequence[Section], lead: str = "", footer: str = 
   """
   sections = [section for section in sections if section.content]
   head = element(
-      "head", element("meta", charset="utf-8"), element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-      element("meta", name="viewport", content="width=device-width, initial-scale=1"), element("title", title),
-      element("style", Html(_STYLE)))
+    "head",
+    element("meta", charset="utf-8"),
+    element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+    element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+    element("title", title),
+    element("style", Html(_STYLE)),
+  )
   links = [element("a", section.title, href=f"#part-{i}") for i, section in enumerate(sections)]
   parts = [_section(section, f"part-{i}") for i, section in enumerate(sections)]
-  body = element("body", element("main", element("h1", title), element("p", lead, class_="soft") if lead else Html(),
-                                 element("nav", *links), *parts, element("footer", footer)))
+  body = element(
+    "body",
+    element(
+      "main",
+      element("h1", title),
+      element("p", lead, class_="soft") if lead else Html(),
+      element("nav", *links),
+      *parts,
+      element("footer", footer),
+    ),
+  )
   return Html("<!DOCTYPE html>\n" + element("html", head, body, lang="en") + "\n")
 
 
@@ -168,8 +187,20 @@ def _section(section: Section, name: str) -> Html:
 
 def cards(entries: Sequence[tuple[str, str, str]]) -> Html:
   """Figures that come first: (figure, what it is, a note or "") each; the first one stands out."""
-  return element("div", *(element("div", element("b", figure), element("span", name), element("span", note) if note else Html(),
-                                  class_=None if i else "first") for i, (figure, name, note) in enumerate(entries)), class_="cards")
+  return element(
+    "div",
+    *(
+      element(
+        "div",
+        element("b", figure),
+        element("span", name),
+        element("span", note) if note else Html(),
+        class_=None if i else "first",
+      )
+      for i, (figure, name, note) in enumerate(entries)
+    ),
+    class_="cards",
+  )
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> Html:
@@ -185,15 +216,28 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: in
   """
   kind = lambda i: "number" if i >= text_columns else None
   head = element("tr", *(element("th", name, class_=kind(i)) for i, name in enumerate(header)))
-  body = (element("tr", *(element("td", cell, class_=kind(i)) for i, cell in enumerate(row))) for row in rows)
-  return element("div", element("table", element("thead", head), element("tbody", *body)), class_="scroll")
+  body = (
+    element("tr", *(element("td", cell, class_=kind(i)) for i, cell in enumerate(row)))
+    for row in rows
+  )
+  return element(
+    "div", element("table", element("thead", head), element("tbody", *body)), class_="scroll"
+  )
 
 
 def properties(values: Mapping[str, Any]) -> Html:
   """A table of names and values; what is nested gets a name with dots, a value that is no text is shown as JSON."""
-  rows = (element("tr", element("th", name), element("td", value if isinstance(value, str) else json.dumps(value)))
-          for name, value in _flat(values))
-  return element("div", element("table", element("tbody", *rows), class_="properties"), class_="scroll")
+  rows = (
+    element(
+      "tr",
+      element("th", name),
+      element("td", value if isinstance(value, str) else json.dumps(value)),
+    )
+    for name, value in _flat(values)
+  )
+  return element(
+    "div", element("table", element("tbody", *rows), class_="properties"), class_="scroll"
+  )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = ""):
@@ -211,7 +255,11 @@ def noted(name: str, note: str) -> Html:
 
 def bar(share: float) -> Html:
   """A bar for a cell of a table, `share` in [0, 1] of its full length."""
-  return element("span", element("span", class_="bar", style=f"width:{100 * min(max(share, 0.0), 1.0):.1f}%"), class_="track")
+  return element(
+    "span",
+    element("span", class_="bar", style=f"width:{100 * min(max(share, 0.0), 1.0):.1f}%"),
+    class_="track",
+  )
 
 
 def code(text: str) -> Html:
@@ -234,33 +282,61 @@ def image(x, pixel_range: tuple[float, float], alt: str = "") -> Html:
     ValueError: for an array that is no image with 1 or 3 channels.
   """
   from PIL import Image
+
   checks.rank("x", x, 3)
   if x.shape[-1] not in (1, 3):
     raise ValueError(f"x: expected 1 or 3 channels, got shape {x.shape}")
   low, high = pixel_range
-  levels = np.rint(255 * np.clip((np.asarray(x, np.float64) - low) / (high - low), 0, 1)).astype(np.uint8)
+  levels = np.rint(255 * np.clip((np.asarray(x, np.float64) - low) / (high - low), 0, 1)).astype(
+    np.uint8
+  )
   picture = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
   picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
   buffer = io.BytesIO()
   picture.save(buffer, "png", optimize=True)
-  return element("img", src="data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), alt=alt, class_="pixels")
+  return element(
+    "img",
+    src="data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(),
+    alt=alt,
+    class_="pixels",
+  )
 
 
 def image_cells(cells: Sequence[tuple[Sequence[Html], str, str]]) -> Html:
   """Images with captions, as many side by side as there is room for: (its images, a name, a note or "") each."""
   pairs = max((len(images) for images, _, _ in cells), default=0) > 1
-  return element("div", *(element("figure", element("div", *images, class_="images"),
-                                  element("figcaption", element("b", name), element("small", note) if note else ""))
-                          for images, name, note in cells), class_="cells pairs" if pairs else "cells")
+  return element(
+    "div",
+    *(
+      element(
+        "figure",
+        element("div", *images, class_="images"),
+        element("figcaption", element("b", name), element("small", note) if note else ""),
+      )
+      for images, name, note in cells
+    ),
+    class_="cells pairs" if pairs else "cells",
+  )
 
 
 def image_rows(title: str, rows: Sequence[tuple[str, Sequence[Html]]]) -> Html:
   """A grid of images under a title, a named row each."""
   across = max((len(images) for _, images in rows), default=0)
-  cells = [cell for name, images in rows
-           for cell in (element("span", name), *images, *[element("i")] * (across - len(images)))]
-  return element("figure", element("h3", title), element("div", *cells, class_="rows",
-                                                         style=f"grid-template-columns: auto repeat({across}, minmax(0, 1fr))"))
+  cells = [
+    cell
+    for name, images in rows
+    for cell in (element("span", name), *images, *[element("i")] * (across - len(images)))
+  ]
+  return element(
+    "figure",
+    element("h3", title),
+    element(
+      "div",
+      *cells,
+      class_="rows",
+      style=f"grid-template-columns: auto repeat({across}, minmax(0, 1fr))",
+    ),
+  )
 
 
 def side_by_side(*figures: Html) -> Html:

@@ -12,8 +12,15 @@ _MAX_ROW_OF_CLASSES = 12
 _MAX_CELLS = 120
 
 
-def save_image_grid(path, before, after, labels, pixel_range: tuple[float, float], class_names=None,
-                    titles=("start", "distilled")) -> None:
+def save_image_grid(
+  path,
+  before,
+  after,
+  labels,
+  pixel_range: tuple[float, float],
+  class_names=None,
+  titles=("start", "distilled"),
+) -> None:
   """A PNG of the starting images beside the distilled ones: a row a class, up to 10 columns.
 
   Args:
@@ -38,14 +45,18 @@ def save_image_grid(path, before, after, labels, pixel_range: tuple[float, float
     _grid_of_cells(path, before, after, labels, pixel_range, class_names, titles)
     return
   if columns <= 2:  # one or two images a class: a row of classes reads better than a column
-    _grid_by_columns(path, before, after, labels, classes, columns, pixel_range, class_names, titles)
+    _grid_by_columns(
+      path, before, after, labels, classes, columns, pixel_range, class_names, titles
+    )
     return
   figure = _figure((2 * columns + 1.5) * 0.55, len(classes) * 0.54 + 0.5)
   panels = [_panel(x, labels, classes, columns, pixel_range) for x in (before, after)]
   for axes, panel, title in zip(figure.subplots(1, 2), panels, titles):
     _show(axes, panel, title)
     height = panel.shape[0] / len(classes)
-    axes.set_yticks([(i + 0.5) * height for i in range(len(classes))], _names(classes, class_names), fontsize=7)
+    axes.set_yticks(
+      [(i + 0.5) * height for i in range(len(classes))], _names(classes, class_names), fontsize=7
+    )
   _save(figure, path)
 
 
@@ -54,12 +65,19 @@ def _grid_by_columns(path, before, after, labels, classes, rows, pixel_range, cl
   longest = max(map(len, names))
   slanted = longest > 11
   # Slanted names need room under both rows, or the upper title is cut off.
-  figure = _figure(max(4.0, len(classes) * 0.75), 2 * rows * 0.75 + 1.1 + (0.08 * longest if slanted else 0.0))
+  figure = _figure(
+    max(4.0, len(classes) * 0.75), 2 * rows * 0.75 + 1.1 + (0.08 * longest if slanted else 0.0)
+  )
   for axes, x, title in zip(figure.subplots(2, 1), (before, after), titles):
     panel = _panel(x, labels, classes, rows, pixel_range, transpose=True)
     _show(axes, panel, title)
     width = panel.shape[1] / len(classes)
-    axes.set_xticks([(i + 0.5) * width for i in range(len(classes))], names, fontsize=7, rotation=45 if slanted else 0)
+    axes.set_xticks(
+      [(i + 0.5) * width for i in range(len(classes))],
+      names,
+      fontsize=7,
+      rotation=45 if slanted else 0,
+    )
   _save(figure, path)
 
 
@@ -76,8 +94,14 @@ def _grid_of_cells(path, before, after, labels, pixel_range, class_names, titles
     _show(axes, panel, title)
     h, w = panel.shape[0] / down, panel.shape[1] / across
     for i, c in enumerate(labels[order]):
-      axes.text(i % across * w + 0.06 * w, i // across * h + 0.06 * h, _names([c], class_names)[0], fontsize=5, va="top",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8})
+      axes.text(
+        i % across * w + 0.06 * w,
+        i // across * h + 0.06 * h,
+        _names([c], class_names)[0],
+        fontsize=5,
+        va="top",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
+      )
   _save(figure, path)
 
 
@@ -91,11 +115,13 @@ def _panel(x, labels, classes, per_class, pixel_range, transpose=False) -> np.nd
   for line, c in enumerate(classes):
     for place, image in enumerate(x[labels == c][:per_class]):
       row, column = (place, line) if transpose else (line, place)
-      panel[row * h + 1:(row + 1) * h - 1, column * w + 1:(column + 1) * w - 1] = image
+      panel[row * h + 1 : (row + 1) * h - 1, column * w + 1 : (column + 1) * w - 1] = image
   return panel
 
 
-def save_image_rows(path, panels, pixel_range: tuple[float, float], columns: int = _MAX_COLUMNS) -> None:
+def save_image_rows(
+  path, panels, pixel_range: tuple[float, float], columns: int = _MAX_COLUMNS
+) -> None:
   """A PNG of titled rows of images, each with a caption below it; long rows are wrapped.
 
   Args:
@@ -111,14 +137,28 @@ def save_image_rows(path, panels, pixel_range: tuple[float, float], columns: int
   for title, x, captions in panels:
     checks.rank(title or "images", x, 4)
     if x.shape[-1] not in (1, 3) or len(captions) != x.shape[0]:
-      raise ValueError(f"{title or 'images'}: expected 1 or 3 channels and a caption an image, got shape {x.shape} and {len(captions)} captions")
-    lines += [(title if i == 0 else "", x[i:i + columns], captions[i:i + columns]) for i in range(0, x.shape[0], columns)]
-  heights = [0.74 + 0.14 * max(c.count("\n") + 1 for c in captions) + (0.26 if title else 0.0) for title, _, captions in lines]
+      raise ValueError(
+        f"{title or 'images'}: expected 1 or 3 channels and a caption an image, got shape {x.shape} and {len(captions)} captions"
+      )
+    lines += [
+      (title if i == 0 else "", x[i : i + columns], captions[i : i + columns])
+      for i in range(0, x.shape[0], columns)
+    ]
+  heights = [
+    0.74 + 0.14 * max(c.count("\n") + 1 for c in captions) + (0.26 if title else 0.0)
+    for title, _, captions in lines
+  ]
   figure, low, high = _figure(0.78 * columns, sum(heights)), *pixel_range
-  for part, (title, x, captions) in zip(np.atleast_1d(figure.subfigures(len(lines), 1, height_ratios=heights)), lines):
+  for part, (title, x, captions) in zip(
+    np.atleast_1d(figure.subfigures(len(lines), 1, height_ratios=heights)), lines
+  ):
     if title:
       part.suptitle(title, fontsize=9)
-    for axes, image, caption in zip(part.subplots(1, columns, squeeze=False)[0], [*x, *[None] * columns], [*captions, *[""] * columns]):
+    for axes, image, caption in zip(
+      part.subplots(1, columns, squeeze=False)[0],
+      [*x, *[None] * columns],
+      [*captions, *[""] * columns],
+    ):
       if image is None:
         axes.axis("off")
         continue
@@ -146,10 +186,14 @@ def save_learning_curve(path, history: list[dict], lines: dict[str, float] | Non
   names = sorted({name for r in history for name in r if name.endswith("accuracy")})
   for name in names:
     points = [(r["step"], 100 * r[name]) for r in history if name in r]
-    label = "target batch" if name == "accuracy" else name.removesuffix("_accuracy").replace("_", " ")
+    label = (
+      "target batch" if name == "accuracy" else name.removesuffix("_accuracy").replace("_", " ")
+    )
     right.plot(*zip(*points), label=label, alpha=0.5 if name == "accuracy" else 1.0)
   for i, (name, value) in enumerate((lines or {}).items()):
-    right.axhline(100 * value, linestyle="--", color=f"C{len(names) + i}", label=f"{name}: {100 * value:.1f} %")
+    right.axhline(
+      100 * value, linestyle="--", color=f"C{len(names) + i}", label=f"{name}: {100 * value:.1f} %"
+    )
   right.set_ylabel("accuracy, %")
   right.legend(fontsize=8)
   for axes in (left, right):
@@ -175,18 +219,26 @@ def save_scores(path, scores, indices, certificate: dict) -> None:
   order = np.argsort(-scores)
   place = np.empty_like(order)
   place[order] = np.arange(order.size)
-  left.plot(np.arange(1, order.size + 1), scores[order] / scores.mean(), color="tab:blue", label="all rows")
+  left.plot(
+    np.arange(1, order.size + 1), scores[order] / scores.mean(), color="tab:blue", label="all rows"
+  )
   rows = chosen[chosen >= 0]
   if rows.size:
-    left.plot(place[rows] + 1, scores[rows] / scores.mean(), "o", ms=4, color="tab:red", label="chosen")
-  left.axhline(1.0, color="grey", linestyle="--", label="uniform")
+    left.plot(
+      place[rows] + 1, scores[rows] / scores.mean(), "o", ms=4, color="tab:red", label="chosen"
+    )
+  left.axhline(1.0, color="gray", linestyle="--", label="uniform")
   left.set_xscale("log")
   left.set_xlabel("rank of the row")
   left.set_ylabel("sensitivity / mean")
   left.legend(fontsize=8)
-  shown = {"epsilon, worst query": "measured_epsilon", "epsilon, mean": "mean_epsilon",
-           "epsilon at the optimum": "epsilon_at_optimum", "epsilon promised": "promised_epsilon",
-           "F / F* - 1 (at most)": "objective_ratio"}
+  shown = {
+    "epsilon, worst query": "measured_epsilon",
+    "epsilon, mean": "mean_epsilon",
+    "epsilon at the optimum": "epsilon_at_optimum",
+    "epsilon promised": "promised_epsilon",
+    "F / F* - 1 (at most)": "objective_ratio",
+  }
   bars = {name: certificate[key] for name, key in shown.items() if certificate.get(key) is not None}
   if "F / F* - 1 (at most)" in bars:
     bars["F / F* - 1 (at most)"] -= 1
@@ -197,7 +249,9 @@ def save_scores(path, scores, indices, certificate: dict) -> None:
     right.margins(x=0.2)
     right.set_title("relative error of the weighted subset", fontsize=9)
   else:
-    right.text(0.5, 0.5, "the points are not rows: no certificate", ha="center", va="center", fontsize=9)
+    right.text(
+      0.5, 0.5, "the points are not rows: no certificate", ha="center", va="center", fontsize=9
+    )
     right.axis("off")
   _save(figure, path)
 
@@ -221,8 +275,21 @@ def save_comparison(path, panels: dict, x_label: str, y_label: str, log_x: bool 
       x, mean, deviation = np.array(sorted(points), float).T
       # Slightly apart, so that bars do not hide one another.
       shift = 0.06 * (names.index(name) / max(len(names) - 1, 1) - 0.5)
-      style = {"color": "black", "lw": 2.2, "zorder": 5} if name == "auto" else {"color": f"C{names.index(name)}"}
-      axes.errorbar(x * 10**shift if log_x else x, mean, deviation, label=name, marker="o", ms=3.5, capsize=2, **style)
+      style = (
+        {"color": "black", "lw": 2.2, "zorder": 5}
+        if name == "auto"
+        else {"color": f"C{names.index(name)}"}
+      )
+      axes.errorbar(
+        x * 10**shift if log_x else x,
+        mean,
+        deviation,
+        label=name,
+        marker="o",
+        ms=3.5,
+        capsize=2,
+        **style,
+      )
     if log_x:
       axes.set_xscale("log")
       ticks = sorted({point[0] for line in lines.values() for point in line})
@@ -232,7 +299,7 @@ def save_comparison(path, panels: dict, x_label: str, y_label: str, log_x: bool 
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
-  for axes in grid[len(panels):]:
+  for axes in grid[len(panels) :]:
     axes.axis("off")
   figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
   _save(figure, path)
@@ -252,9 +319,15 @@ def save_bars(path, panels: dict, y_label: str) -> None:
     variants = list(dict.fromkeys(v for group in groups.values() for v in group))
     width = 0.8 / max(len(variants), 1)
     for j, variant in enumerate(variants):
-      places = [k + (j - 0.5 * (len(variants) - 1)) * width for k, group in enumerate(groups.values()) if variant in group]
+      places = [
+        k + (j - 0.5 * (len(variants) - 1)) * width
+        for k, group in enumerate(groups.values())
+        if variant in group
+      ]
       means, deviations = zip(*(group[variant] for group in groups.values() if variant in group))
-      axes.bar(places, means, 0.9 * width, yerr=deviations, capsize=2, label=variant if i == 0 else None)
+      axes.bar(
+        places, means, 0.9 * width, yerr=deviations, capsize=2, label=variant if i == 0 else None
+      )
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_title(title)
     axes.set_ylabel(y_label)
@@ -280,6 +353,7 @@ def _show(axes, panel, title):
 def _figure(width: float, height: float):
   # The object interface: no global state, no display needed.
   from matplotlib.figure import Figure
+
   return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -32,7 +32,7 @@ def absorb_weights(kernel_fn: KernelFn, coreset: Coreset, ridge, used_ridge, how
   Raises:
     ValueError: for another `how`, weights that are not positive, or "scale" with a kernel
       that is not homogeneous.
-    NumericalError: where the factorisation failed.
+    NumericalError: where the factorization failed.
   """
   checks.one_of("how", how, ("labels", "ridge", "scale", "drop"))
   checks.positive("weights", coreset.weights)
@@ -45,8 +45,10 @@ def absorb_weights(kernel_fn: KernelFn, coreset: Coreset, ridge, used_ridge, how
     probe = jnp.asarray(np.random.default_rng(0).normal(size=(2, *x.shape[1:])), x.dtype)
     k, scaled = kernel_fn(probe[:1], probe[1:]), kernel_fn(2.0 * probe[:1], 3.0 * probe[1:])
     if not np.allclose(scaled, 6.0 * k, rtol=1e-3):
-      raise ValueError("how='scale': expected a kernel with k(a x, b z) = a b k(x, z), such as a bias-free ReLU "
-                       "network's; this one is not homogeneous, use how='labels'")
+      raise ValueError(
+        "how='scale': expected a kernel with k(a x, b z) = a b k(x, z), such as a bias-free ReLU "
+        "network's; this one is not homogeneous, use how='labels'"
+      )
     root = jnp.sqrt(w)
     return Support(x * root.reshape(-1, *(1,) * (x.ndim - 1)), y * root[:, None]), ridge
   k = kernel_fn(x, None)

@@ -16,14 +16,14 @@ import numpy as np
 from kipcore import checks, keys, linalg
 from kipcore.kernels.gram import gram_diag, map_row_blocks
 from kipcore.selection.guarantees import (
-    Basis,
-    Data,
-    coordinates,
-    dual_lower,
-    exact_lower,
-    guarantee_at,
-    kernel_entries,
-    sum_blocks,
+  Basis,
+  Data,
+  coordinates,
+  dual_lower,
+  exact_lower,
+  guarantee_at,
+  kernel_entries,
+  sum_blocks,
 )
 from kipcore.types import Array
 
@@ -41,7 +41,7 @@ class Certificate:
     epsilon_at_optimum: the same at the best W in the span of the landmarks.
     mean_epsilon: mean over the bank.
     num_queries: size of the bank.
-    objective_subset: F(W_S), W_S the minimiser of F_S.
+    objective_subset: F(W_S), W_S the minimizer of F_S.
     objective_reference: the least F found (at the optimum over the landmark span).
     objective_lower: certified lower bound on F* (up to rounding), or None where it was not asked for.
     objective_ratio: F(W_S) / objective_lower, an upper bound on F(W_S) / F*; or None.
@@ -94,8 +94,16 @@ class QueryBank(NamedTuple):
 
 
 def query_bank(
-    key, kernel, x: Array | None, y: Array, ridge, *, num_landmarks: int = 1024, num_queries: int = 30,
-    block_size: int = 1024) -> QueryBank:
+  key,
+  kernel,
+  x: Array | None,
+  y: Array,
+  ridge,
+  *,
+  num_landmarks: int = 1024,
+  num_queries: int = 30,
+  block_size: int = 1024,
+) -> QueryBank:
   """The bank of `measure_coreset`, which documents it, for measuring many subsets on one bank.
 
   Args:
@@ -118,9 +126,21 @@ def query_errors(bank: QueryBank, indices: Array, weights: Array) -> Array:
 
 
 def measure_coreset(
-    key, kernel, x: Array | None, y: Array, ridge, indices: Array, weights: Array, *, num_landmarks: int = 1024,
-    num_queries: int = 30, dual_steps: int = 1, total_sensitivity=None, delta: float = 0.1,
-    block_size: int = 1024) -> Certificate:
+  key,
+  kernel,
+  x: Array | None,
+  y: Array,
+  ridge,
+  indices: Array,
+  weights: Array,
+  *,
+  num_landmarks: int = 1024,
+  num_queries: int = 30,
+  dual_steps: int = 1,
+  total_sensitivity=None,
+  delta: float = 0.1,
+  block_size: int = 1024,
+) -> Certificate:
   """Measures |F_S / F - 1| over a bank of queries, and F(W_S) / F*, of a weighted subset.
 
   Queries are W = sum over landmarks of phi_l alpha_l^T; landmarks are all rows where n <= `num_landmarks`
@@ -155,7 +175,7 @@ def measure_coreset(
 
   Raises:
     ValueError, TypeError: wrong shapes or values.
-    NumericalError: where a factorisation failed.
+    NumericalError: where a factorization failed.
 
   Source: the queries and the bound follow from F(W* + U) = F* + tr U^T G U, G = Phi^T Phi + ridge I.
 
@@ -163,9 +183,14 @@ def measure_coreset(
     >>> k, y = jnp.eye(4) + 1, jnp.asarray([[1.0], [1.0], [-1.0], [-1.0]])
     >>> rows = jnp.arange(4)
     >>> whole = kipcore.measure_coreset(0, k, None, y, 0.1, rows, jnp.ones(4), num_queries=3)
-    >>> round(whole.measured_epsilon, 3), round(whole.objective_ratio, 3)  # all rows, once each, lose nothing
+    >>> (
+    ...   round(whole.measured_epsilon, 3),
+    ...   round(whole.objective_ratio, 3),
+    ... )  # all rows, once each, lose nothing
     (0.0, 1.0)
-    >>> half = kipcore.measure_coreset(0, k, None, y, 0.1, rows // 2 * 2, jnp.ones(4), num_queries=3)
+    >>> half = kipcore.measure_coreset(
+    ...   0, k, None, y, 0.1, rows // 2 * 2, jnp.ones(4), num_queries=3
+    ... )
     >>> half.objective_ratio > 1  # every second row, twice
     True
   """
@@ -188,13 +213,24 @@ def measure_coreset(
   if total_sensitivity is not None:
     promised = guarantee_at(indices.shape[0], total_sensitivity, dimension_upper, delta)
   return Certificate(
-      num_rows=n, num_samples=indices.shape[0], num_landmarks=landmarks.shape[0], ridge=float(ridge), exact=exact,
-      measured_epsilon=float(errors.max()), epsilon_at_optimum=float(errors[1]), mean_epsilon=float(errors.mean()),
-      num_queries=errors.size, objective_subset=value, objective_reference=min(reference, value),
-      objective_lower=lower, objective_ratio=None if not lower or lower <= 0 else value / lower,
-      effective_dimension_lower=float(bank.dimension_lower), effective_dimension_upper=dimension_upper,
-      label_mass=float(bank.residual_energy) / reference,
-      promised_epsilon=promised if math.isfinite(promised) else None)
+    num_rows=n,
+    num_samples=indices.shape[0],
+    num_landmarks=landmarks.shape[0],
+    ridge=float(ridge),
+    exact=exact,
+    measured_epsilon=float(errors.max()),
+    epsilon_at_optimum=float(errors[1]),
+    mean_epsilon=float(errors.mean()),
+    num_queries=errors.size,
+    objective_subset=value,
+    objective_reference=min(reference, value),
+    objective_lower=lower,
+    objective_ratio=None if not lower or lower <= 0 else value / lower,
+    effective_dimension_lower=float(bank.dimension_lower),
+    effective_dimension_upper=dimension_upper,
+    label_mass=float(bank.residual_energy) / reference,
+    promised_epsilon=promised if math.isfinite(promised) else None,
+  )
 
 
 class _Objective(NamedTuple):
@@ -258,7 +294,9 @@ def _bank(kernel_fn, key, data, landmarks, basis, num_queries, block_size):
   key_noise, key_size = jax.random.split(key)
   noise = jax.random.normal(key_noise, (num_queries, landmarks.shape[0] * c), best.dtype)
   sizes = 10.0 ** jax.random.uniform(key_size, (num_queries, 1), best.dtype, -1, 1) * jnp.sqrt(best)
-  noise = (noise * sizes / jnp.linalg.norm(noise, axis=1, keepdims=True)).reshape(num_queries, -1, c)
+  noise = (noise * sizes / jnp.linalg.norm(noise, axis=1, keepdims=True)).reshape(
+    num_queries, -1, c
+  )
   moved = start + _unwhiten_all(basis.normal, noise)
   pulled = [start - pulls * scale[:, None, None] for scale in (sharp, far)]
   queries = jnp.concatenate([jnp.zeros_like(start), start, moved, *pulled])
@@ -266,16 +304,24 @@ def _bank(kernel_fn, key, data, landmarks, basis, num_queries, block_size):
   # The true ||W||^2 = <alpha, K alpha>, so the jitter of the basis does not enter.
   k = kernel_entries(kernel_fn, data.operand, landmarks, landmarks).astype(best.dtype)
   flat = _unwhiten_all(basis.chol, queries).transpose(1, 0, 2).reshape(landmarks.shape[0], -1)
-  penalties = data.ridge * jnp.sum((flat * linalg.matmul(k, flat)).reshape(-1, queries.shape[0], c), axis=(0, 2))
+  penalties = data.ridge * jnp.sum(
+    (flat * linalg.matmul(k, flat)).reshape(-1, queries.shape[0], c), axis=(0, 2)
+  )
 
   def losses(block):
-    predicted = linalg.matmul(kernel_entries(kernel_fn, data.operand, block, landmarks).astype(flat.dtype), flat)
-    return jnp.sum((predicted.reshape(-1, queries.shape[0], c) - data.y[block][:, None, :]) ** 2, axis=2)
+    predicted = linalg.matmul(
+      kernel_entries(kernel_fn, data.operand, block, landmarks).astype(flat.dtype), flat
+    )
+    return jnp.sum(
+      (predicted.reshape(-1, queries.shape[0], c) - data.y[block][:, None, :]) ** 2, axis=2
+    )
 
   dimension_upper = basis.dimension
   if landmarks.shape[0] < n:
     dimension_upper = basis.dimension + basis.residual / data.ridge
-  return QueryBank(blocks(losses), penalties, jnp.sum(energy), basis.dimension, dimension_upper, basis.status)
+  return QueryBank(
+    blocks(losses), penalties, jnp.sum(energy), basis.dimension, dimension_upper, basis.status
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size"))
@@ -287,7 +333,9 @@ def _subset_objective(kernel_fn, data, indices, weights, block_size):
   dual = roots * linalg.solve(f, roots * data.y[indices])
 
   def loss(block):
-    predicted = linalg.matmul(kernel_entries(kernel_fn, data.operand, block, indices).astype(dual.dtype), dual)
+    predicted = linalg.matmul(
+      kernel_entries(kernel_fn, data.operand, block, indices).astype(dual.dtype), dual
+    )
     return jnp.sum((predicted - data.y[block]) ** 2, axis=1)
 
   losses = map_row_blocks(loss, jnp.arange(data.y.shape[0], dtype=jnp.int32), block_size)
@@ -296,7 +344,11 @@ def _subset_objective(kernel_fn, data, indices, weights, block_size):
 
 def _prepare(key, kernel, x, y, ridge, num_landmarks, num_queries, block_size):
   """Checks; gives `(kernel_fn or None, key of the bank, data, landmarks, basis)`."""
-  for name, value in (("num_landmarks", num_landmarks), ("num_queries", num_queries), ("block_size", block_size)):
+  for name, value in (
+    ("num_landmarks", num_landmarks),
+    ("num_queries", num_queries),
+    ("block_size", block_size),
+  ):
     checks.positive_int(name, value)
   y = jnp.asarray(y)
   checks.rank("y", y, 2)

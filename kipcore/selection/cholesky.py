@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from kipcore import checks, keys, linalg
-from kipcore.selection.draws import draw_few_rows
 from kipcore.kernels.gram import gram, gram_diag
+from kipcore.selection.draws import draw_few_rows
 from kipcore.types import Array, KernelFn, Status
 
 # A residual below this many units of rounding of its start counts as zero: such a row lies in the span of others.
@@ -38,8 +38,14 @@ class PivotedCholesky(NamedTuple):
 
 
 def rpcholesky(
-    key, kernel_fn: KernelFn, x: Array, rank: int, weights: Array | None = None, block_size: int = 64,
-    row_block_size: int | None = None) -> PivotedCholesky:
+  key,
+  kernel_fn: KernelFn,
+  x: Array,
+  rank: int,
+  weights: Array | None = None,
+  block_size: int = 64,
+  row_block_size: int | None = None,
+) -> PivotedCholesky:
   """Randomly pivoted Cholesky: each pivot with P(i) proportional to w_i (K - F F^T)_ii.
 
   With unit weights E tr(K - F F^T) <= (1 + eps) tr(K - [K]_r) after
@@ -77,7 +83,8 @@ def rpcholesky(
   checks.shape("weights", weights, x.shape[:1])
   checks.non_negative("weights", weights)
   return _rpcholesky(
-      keys.canonical_key(key), kernel_fn, x, weights, rank, min(block_size, rank), row_block_size)
+    keys.canonical_key(key), kernel_fn, x, weights, rank, min(block_size, rank), row_block_size
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "rank", "block_size", "row_block_size"))
@@ -103,12 +110,16 @@ def _rpcholesky(key, kernel_fn, x, weights, rank, block_size, row_block_size):
     thresholds = uniforms[:, 2] * residual[rows]
     # A proposal is judged by the same residual that it was proposed by; the kernel block is only as exact as rounding.
     schur = jnp.fill_diagonal(schur, residual[rows], inplace=False)
-    accepted, lower = _reject(schur, rows, thresholds, floor[rows], jnp.minimum(rank - count, block_size))
+    accepted, lower = _reject(
+      schur, rows, thresholds, floor[rows], jnp.minimum(rank - count, block_size)
+    )
     found = jnp.sum(accepted, dtype=jnp.int32)
     order = jnp.argsort(~accepted, stable=True)[:block_size]
     used = jnp.arange(block_size, dtype=jnp.int32) < found
     new = rows[order]
-    lower = jnp.where(used[:, None] & used[None], lower[order][:, order], jnp.eye(block_size, dtype=lower.dtype))
+    lower = jnp.where(
+      used[:, None] & used[None], lower[order][:, order], jnp.eye(block_size, dtype=lower.dtype)
+    )
     columns = gram(kernel_fn, x, x[new], row_block_size).T
 
     def subtract(c, columns):
@@ -116,17 +127,27 @@ def _rpcholesky(key, kernel_fn, x, weights, rank, block_size, row_block_size):
       return columns - linalg.matmul(part[:, new].T, part)
 
     columns = jax.lax.fori_loop(0, (count + chunk - 1) // chunk, subtract, columns)
-    columns = jnp.where(used[:, None], solve_triangular(lower.astype(columns.dtype), columns, lower=True), 0)
+    columns = jnp.where(
+      used[:, None], solve_triangular(lower.astype(columns.dtype), columns, lower=True), 0
+    )
     residual = jnp.maximum(residual - jnp.sum(columns * columns, axis=0), 0)
     residual = residual.at[jnp.where(used, new, n)].set(0, mode="drop")
     factor = jax.lax.dynamic_update_slice_in_dim(factor, columns, count, 0)
-    pivots = pivots.at[jnp.where(used, count + jnp.arange(block_size, dtype=jnp.int32), rank)].set(new, mode="drop")
+    pivots = pivots.at[jnp.where(used, count + jnp.arange(block_size, dtype=jnp.int32), rank)].set(
+      new, mode="drop"
+    )
     return count + found, step + 1, residual, factor, pivots
 
   state = (
-      jnp.int32(0), jnp.int32(0), diagonal, jnp.zeros((capacity, n), diagonal.dtype), jnp.full(rank, -1, jnp.int32))
+    jnp.int32(0),
+    jnp.int32(0),
+    diagonal,
+    jnp.zeros((capacity, n), diagonal.dtype),
+    jnp.full(rank, -1, jnp.int32),
+  )
   count, _, residual, factor, pivots = jax.lax.while_loop(
-      lambda s: (s[0] < rank) & jnp.any(law(s[2]) > 0), one_round, state)
+    lambda s: (s[0] < rank) & jnp.any(law(s[2]) > 0), one_round, state
+  )
   finite = jnp.isfinite(residual).all() & jnp.isfinite(factor).all()
   status = jnp.where(finite, Status.OK, Status.NOT_FINITE).astype(jnp.int32)
   return PivotedCholesky(factor[:rank].T, pivots, count, residual, jnp.sum(residual), status)
@@ -139,7 +160,12 @@ def _reject(schur, rows, thresholds, floor, room):
   def consider(j, carry):
     schur, lower, accepted, open_rows = carry
     pivot = schur[j, j]
-    take = (thresholds[j] < pivot) & (pivot > floor[j]) & open_rows[j] & (jnp.sum(accepted, dtype=jnp.int32) < room)
+    take = (
+      (thresholds[j] < pivot)
+      & (pivot > floor[j])
+      & open_rows[j]
+      & (jnp.sum(accepted, dtype=jnp.int32) < room)
+    )
     column = jnp.where(take, schur[:, j] / jnp.sqrt(jnp.where(take, pivot, 1)), 0)
     schur = schur - column[:, None] * column[None]
     # The same row again has no residual, whatever rounding says.

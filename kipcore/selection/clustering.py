@@ -1,4 +1,4 @@
-"""k-means: D^2 seeding in input or kernel space, Lloyd's iterations, and real rows for the centres.
+"""k-means: D^2 seeding in input or kernel space, Lloyd's iterations, and real rows for the centers.
 
 Everything here bounds the k-means cost sum_i w_i min_c ||x_i - c||^2 and nothing
 else: that a good clustering makes a good distilled set is an observation.
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kipcore import checks, keys, linalg
-from kipcore.selection.draws import draw_few_rows
 from kipcore.kernels.gram import gram, gram_diag, map_row_blocks
+from kipcore.selection.draws import draw_few_rows
 from kipcore.types import Array, KernelFn
 
 # While there are few seeds a new one changes the law much and most proposals would be rejected.
@@ -24,12 +24,13 @@ _BLOCK_ENTRIES = 2**21
 
 class Seeds(NamedTuple):
   """Seeds of a clustering: `centers` `(k, ...)`, which are the rows `indices` `(k,)` int32."""
+
   centers: Array
   indices: Array
 
 
 class KMeansResult(NamedTuple):
-  """Centres `(k, d)`, nearest centre of each row `(n,)` int32, sum_i w_i ||x_i - its centre||^2, and how it ended.
+  """Centers `(k, d)`, nearest center of each row `(n,)` int32, sum_i w_i ||x_i - its center||^2, and how it ended.
 
   `converged` is False if `max_iterations` came first, or a value is not finite.
   """
@@ -48,7 +49,9 @@ def _check(x, num_clusters, weights, *ranks):
   checks.floating("x", x)
   checks.positive_int("num_clusters", num_clusters)
   if num_clusters > x.shape[0]:
-    raise ValueError(f"num_clusters: expected at most the number of rows, {x.shape[0]}, got {num_clusters}")
+    raise ValueError(
+      f"num_clusters: expected at most the number of rows, {x.shape[0]}, got {num_clusters}"
+    )
   checks.finite("x", x)
   if weights is None:
     return x, jnp.ones(x.shape[:1], x.dtype)
@@ -61,7 +64,9 @@ def _check(x, num_clusters, weights, *ranks):
   return x, weights
 
 
-def kmeans_plusplus(key, x: Array, num_clusters: int, weights: Array | None = None, num_trials: int = 1) -> Seeds:
+def kmeans_plusplus(
+  key, x: Array, num_clusters: int, weights: Array | None = None, num_trials: int = 1
+) -> Seeds:
   """k-means++ seeds: the first by weight, each next with P(i) proportional to w_i * (distance to the nearest seed)^2.
 
   With `num_trials=1` the expected cost is at most 8 (ln k + 2) times the optimum
@@ -85,7 +90,7 @@ def kmeans_plusplus(key, x: Array, num_clusters: int, weights: Array | None = No
     `Seeds(centers, indices)`, in the order of the draw. Where fewer than k distinct rows
     have a positive weight, the seeds after the last distinct one are drawn by weight among
     the rows not yet chosen (and again among all when those, too, are used up). Distances
-    within the rounding of ||x||^2 + ||c||^2 - 2 x.c on centred rows count as zero.
+    within the rounding of ||x||^2 + ||c||^2 - 2 x.c on centered rows count as zero.
 
   Raises:
     ValueError, TypeError: wrong shape, dtype or range, NaN rows.
@@ -102,8 +107,14 @@ def kmeans_plusplus(key, x: Array, num_clusters: int, weights: Array | None = No
 
 
 def kernel_kmeans_plusplus(
-    key, kernel_fn: KernelFn, x: Array, num_clusters: int, weights: Array | None = None, num_trials: int = 1,
-    block_size: int | None = None) -> Seeds:
+  key,
+  kernel_fn: KernelFn,
+  x: Array,
+  num_clusters: int,
+  weights: Array | None = None,
+  num_trials: int = 1,
+  block_size: int | None = None,
+) -> Seeds:
   """`kmeans_plusplus` in the feature space of a kernel: d^2(i, j) = k_ii + k_jj - 2 k_ij.
 
   The guarantee holds in any Hilbert space. It evaluates kernel columns of proposed rows
@@ -118,14 +129,16 @@ def kernel_kmeans_plusplus(
     block_size: rows of a kernel column evaluated at a time; None for all.
 
   Returns:
-    `Seeds(centers, indices)`, centres in input space.
+    `Seeds(centers, indices)`, centers in input space.
 
   Raises:
     ValueError, TypeError: wrong shape, dtype or range, NaN rows.
   """
   x, weights = _check(x, num_clusters, weights)
   checks.positive_int("num_trials", num_trials)
-  indices = _kernel_seeds(keys.canonical_key(key), kernel_fn, x, weights, num_clusters, num_trials, block_size)
+  indices = _kernel_seeds(
+    keys.canonical_key(key), kernel_fn, x, weights, num_clusters, num_trials, block_size
+  )
   return Seeds(x[indices], indices)
 
 
@@ -141,7 +154,9 @@ def _euclidean_seeds(key, x, weights, num_seeds, num_trials):
 def _kernel_seeds(key, kernel_fn, x, weights, num_seeds, num_trials, block_size):
   squares = gram_diag(kernel_fn, x, block_size)
   features = math.prod(x.shape[1:])
-  columns = lambda rows: _distances(squares, squares[rows], gram(kernel_fn, x, x[rows], block_size), features)
+  columns = lambda rows: _distances(
+    squares, squares[rows], gram(kernel_fn, x, x[rows], block_size), features
+  )
   return _seeds(key, columns, weights.astype(squares.dtype), num_seeds, num_trials)
 
 
@@ -158,7 +173,9 @@ def _seeds(key, columns, weights, num_seeds, num_trials):
   """D^2 seeding by blocks of proposals; `columns(rows)` gives squared distances `(n, b)`."""
   n = weights.shape[0]
   all_rows = jnp.arange(n, dtype=jnp.int32)
-  first = draw_few_rows(jax.random.uniform(jax.random.fold_in(key, 0), (1, 2), weights.dtype), weights)
+  first = draw_few_rows(
+    jax.random.uniform(jax.random.fold_in(key, 0), (1, 2), weights.dtype), weights
+  )
 
   def one_round(size, state):
     count, step, nearest, taken, chosen = state
@@ -168,17 +185,33 @@ def _seeds(key, columns, weights, num_seeds, num_trials):
     free = ~taken & (weights > 0)
     start = jnp.where(spent, (free | ~free.any()).astype(nearest.dtype), nearest)
     rows = draw_few_rows(uniforms[:, :2], weights * start)
-    distances = jnp.where(all_rows[:, None] == rows[None], 0, jnp.where(spent, jnp.inf, columns(rows)))
-    thresholds = uniforms[:, 2] * start[rows]  # accepted while below the distance now; weights cancel
-    count, current, _, chosen = _accept(weights, num_trials, start, rows, distances, thresholds, count, chosen)
+    distances = jnp.where(
+      all_rows[:, None] == rows[None], 0, jnp.where(spent, jnp.inf, columns(rows))
+    )
+    thresholds = (
+      uniforms[:, 2] * start[rows]
+    )  # accepted while below the distance now; weights cancel
+    count, current, _, chosen = _accept(
+      weights, num_trials, start, rows, distances, thresholds, count, chosen
+    )
     added = jnp.where(jnp.arange(num_seeds, dtype=jnp.int32) < count, chosen, n)
-    return count, step + 1, jnp.where(spent, nearest, current), taken.at[added].set(True, mode="drop"), chosen
+    return (
+      count,
+      step + 1,
+      jnp.where(spent, nearest, current),
+      taken.at[added].set(True, mode="drop"),
+      chosen,
+    )
 
   state = (
-      jnp.int32(1), jnp.int32(1), jnp.where(all_rows == first, 0, columns(first)[:, 0]), all_rows == first,
-      jnp.broadcast_to(first, (num_seeds,)))
+    jnp.int32(1),
+    jnp.int32(1),
+    jnp.where(all_rows == first, 0, columns(first)[:, 0]),
+    all_rows == first,
+    jnp.broadcast_to(first, (num_seeds,)),
+  )
   phases = ((min(_EARLY_SEEDS, num_seeds), _EARLY_STEPS), (num_seeds, _STEPS))
-  for limit, steps in phases[:1 if num_seeds <= _EARLY_SEEDS else 2]:
+  for limit, steps in phases[: 1 if num_seeds <= _EARLY_SEEDS else 2]:
     body = functools.partial(one_round, min(steps, num_seeds) * num_trials)
     state = jax.lax.while_loop(lambda s, limit=limit: s[0] < limit, body, state)
   return state[-1]
@@ -188,7 +221,9 @@ def _accept(weights, num_trials, start, rows, distances, thresholds, count, chos
   """Of each `num_trials` accepted proposals takes the one of least cost as a seed, while the proposals last."""
   positions = jnp.arange(rows.shape[0], dtype=jnp.int32)
   usable = lambda nearest, pointer: (thresholds < nearest[rows]) & (positions >= pointer)
-  another = lambda carry: (carry[0] < chosen.shape[0]) & (jnp.sum(usable(carry[1], carry[2])) >= num_trials)
+  another = lambda carry: (
+    (carry[0] < chosen.shape[0]) & (jnp.sum(usable(carry[1], carry[2])) >= num_trials)
+  )
 
   def step(carry):
     count, nearest, pointer, chosen = carry
@@ -196,7 +231,9 @@ def _accept(weights, num_trials, start, rows, distances, thresholds, count, chos
     trials = jnp.sort(jnp.where(ok, positions, rows.shape[0]))[:num_trials]
     best = trials[0]
     if num_trials > 1:
-      best = trials[jnp.argmin(linalg.matmul(weights, jnp.minimum(nearest[:, None], distances[:, trials])))]
+      best = trials[
+        jnp.argmin(linalg.matmul(weights, jnp.minimum(nearest[:, None], distances[:, trials])))
+      ]
     nearest = jnp.minimum(nearest, distances[:, best])
     return count + 1, nearest, trials[-1] + 1, chosen.at[count].set(rows[best])
 
@@ -204,9 +241,18 @@ def _accept(weights, num_trials, start, rows, distances, thresholds, count, chos
 
 
 def kmeans(
-    key, x: Array, num_clusters: int, weights: Array | None = None, *, num_trials: int = 1, num_inits: int = 1,
-    max_iterations: int = 100, tolerance: float = 1e-4, block_size: int | None = None) -> KMeansResult:
-  """Lloyd's iterations from k-means++ seeds: each centre moves to the weighted mean of its rows.
+  key,
+  x: Array,
+  num_clusters: int,
+  weights: Array | None = None,
+  *,
+  num_trials: int = 1,
+  num_inits: int = 1,
+  max_iterations: int = 100,
+  tolerance: float = 1e-4,
+  block_size: int | None = None,
+) -> KMeansResult:
+  """Lloyd's iterations from k-means++ seeds: each center moves to the weighted mean of its rows.
 
   The cost never rises (up to rounding), so the bound of the seeding holds for the result;
   more is not proved. An empty cluster moves to the row with the largest w_i d_i^2 (a further
@@ -221,7 +267,7 @@ def kmeans(
     num_trials: of the seeding.
     num_inits: independent starts, of which the one of least cost is kept.
     max_iterations, tolerance: see above.
-    block_size: rows whose distances to all centres are held at a time; None: about two million entries.
+    block_size: rows whose distances to all centers are held at a time; None: about two million entries.
 
   Returns:
     `KMeansResult(centers, assignment, inertia, iterations, converged)`. Last bits may differ
@@ -236,18 +282,34 @@ def kmeans(
     ([0.5, 10.5], 1.0)
   """
   x, weights = _check(x, num_clusters, weights, 2)
-  for name, value in (("num_trials", num_trials), ("num_inits", num_inits), ("max_iterations", max_iterations)):
+  for name, value in (
+    ("num_trials", num_trials),
+    ("num_inits", num_inits),
+    ("max_iterations", max_iterations),
+  ):
     checks.positive_int(name, value)
   checks.non_negative("tolerance", tolerance)
   block_size = max(256, _BLOCK_ENTRIES // num_clusters) if block_size is None else block_size
   checks.positive_int("block_size", block_size)
   return _kmeans(
-      keys.canonical_key(key), x, weights, jnp.asarray(tolerance, x.dtype), jnp.int32(max_iterations), num_clusters,
-      num_trials, num_inits, block_size)
+    keys.canonical_key(key),
+    x,
+    weights,
+    jnp.asarray(tolerance, x.dtype),
+    jnp.int32(max_iterations),
+    num_clusters,
+    num_trials,
+    num_inits,
+    block_size,
+  )
 
 
-@functools.partial(jax.jit, static_argnames=("num_clusters", "num_trials", "num_inits", "block_size"))
-def _kmeans(key, x, weights, tolerance, max_iterations, num_clusters, num_trials, num_inits, block_size):
+@functools.partial(
+  jax.jit, static_argnames=("num_clusters", "num_trials", "num_inits", "block_size")
+)
+def _kmeans(
+  key, x, weights, tolerance, max_iterations, num_clusters, num_trials, num_inits, block_size
+):
   total = jnp.sum(weights)
   shift = linalg.matmul(weights[None], x) / total
   x = x - shift
@@ -269,7 +331,10 @@ def _kmeans(key, x, weights, tolerance, max_iterations, num_clusters, num_trials
     start = x[_euclidean_seeds(key, x, weights, num_clusters, num_trials)]
     infinite = jnp.asarray(jnp.inf, x.dtype)
     centers, step, move = jax.lax.while_loop(
-        lambda c: ~(c[2] <= tolerance * variance) & (c[1] < max_iterations), update, (start, jnp.int32(0), infinite))
+      lambda c: ~(c[2] <= tolerance * variance) & (c[1] < max_iterations),
+      update,
+      (start, jnp.int32(0), infinite),
+    )
     assignment, _ = _assign(x, centers, block_size)
     inertia = jnp.sum(weights * jnp.sum((x - centers[assignment]) ** 2, axis=1))
     return KMeansResult(centers + shift, assignment, inertia, step, move <= tolerance * variance)
@@ -279,7 +344,8 @@ def _kmeans(key, x, weights, tolerance, max_iterations, num_clusters, num_trials
 
 
 def _assign(x, centers, block_size):
-  """Nearest centre of each row, and the squared distance to it."""
+  """Nearest center of each row, and the squared distance to it."""
+
   def block(rows):
     distances = jnp.sum(rows * rows, axis=1)[:, None] + jnp.sum(centers * centers, axis=1)[None]
     distances = jnp.maximum(distances - 2 * linalg.matmul(rows, centers.T), 0)
@@ -289,7 +355,7 @@ def _assign(x, centers, block_size):
 
 
 def nearest_rows(x: Array, centers: Array, weights: Array | None = None) -> Array:
-  """Medoids: in order, each centre takes the nearest row still free (of equal ones the first).
+  """Medoids: in order, each center takes the nearest row still free (of equal ones the first).
 
   Args:
     x: `(n, d)` rows.
@@ -307,7 +373,9 @@ def nearest_rows(x: Array, centers: Array, weights: Array | None = None) -> Arra
   x, weights = _check(x, centers.shape[0], weights, 2)
   checks.shape("centers", centers, (None, x.shape[1]))
   if not checks.is_traced(weights) and np.sum(np.asarray(weights) > 0) < centers.shape[0]:
-    raise ValueError(f"expected {centers.shape[0]} rows of positive weight, got {np.sum(np.asarray(weights) > 0)}")
+    raise ValueError(
+      f"expected {centers.shape[0]} rows of positive weight, got {np.sum(np.asarray(weights) > 0)}"
+    )
   return _nearest_rows(x, centers.astype(x.dtype), weights > 0)
 
 
@@ -319,10 +387,12 @@ def _nearest_rows(x, centers, eligible):
   squares = jnp.sum(x * x, axis=1)
 
   def block(penalty, group):
-    distances = squares[:, None] - 2 * linalg.matmul(x, group.T)  # up to a constant of each centre
+    distances = squares[:, None] - 2 * linalg.matmul(x, group.T)  # up to a constant of each center
 
     def take(penalty, j):
-      row = jnp.argmin(jnp.where(penalty == jnp.min(penalty), distances[:, j], jnp.inf)).astype(jnp.int32)
+      row = jnp.argmin(jnp.where(penalty == jnp.min(penalty), distances[:, j], jnp.inf)).astype(
+        jnp.int32
+      )
       return penalty.at[row].set(2), row
 
     return jax.lax.scan(take, penalty, jnp.arange(size))

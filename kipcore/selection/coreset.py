@@ -11,17 +11,28 @@ import numpy as np
 
 from kipcore import checks, keys
 from kipcore.evaluation import krr as krr_evaluation
-from kipcore.selection import clustering, pursuit, representatives, sampling, sensitivity
 from kipcore.kernels.gram import gram_diag
+from kipcore.selection import clustering, pursuit, representatives, sampling, sensitivity
 from kipcore.selection.score_ridge import (
-    AUTO_KAPPA,
-    landmark_score_ridge,
-    score_ridge_for_dimension,
+  AUTO_KAPPA,
+  landmark_score_ridge,
+  score_ridge_for_dimension,
 )
 from kipcore.types import Array, KernelFn, Support
 
-STRATEGIES = ("uniform", "krr_sensitivity", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit", "noise", "auto", "leverage",
-              "herding", "k_center")
+STRATEGIES = (
+  "uniform",
+  "krr_sensitivity",
+  "kmeans",
+  "kmedoids",
+  "kmeans_plusplus",
+  "krr_pursuit",
+  "noise",
+  "auto",
+  "leverage",
+  "herding",
+  "k_center",
+)
 # What "auto" compares; the rest either cannot win (noise) or need their weights.
 AUTO_CANDIDATES = ("uniform", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit")
 NEEDS_KERNEL = ("krr_sensitivity", "leverage", "krr_pursuit", "auto")
@@ -58,9 +69,17 @@ class Coreset(NamedTuple):
   objectives: dict = {}
 
 
-def select_coreset(key, x: Array, y: Array, images_per_class: int, strategy: str = "auto",
-                   kernel_fn: KernelFn | None = None, relative_ridge: float = 1e-6, score_ridge="auto",
-                   num_candidates: int = 2000) -> Coreset:
+def select_coreset(
+  key,
+  x: Array,
+  y: Array,
+  images_per_class: int,
+  strategy: str = "auto",
+  kernel_fn: KernelFn | None = None,
+  relative_ridge: float = 1e-6,
+  score_ridge="auto",
+  num_candidates: int = 2000,
+) -> Coreset:
   """Chooses `images_per_class` points of each class.
 
   Strategies:
@@ -113,20 +132,27 @@ def select_coreset(key, x: Array, y: Array, images_per_class: int, strategy: str
   uniform = class_balanced_indices(stream, labels, images_per_class, num_classes)
   if strategy == "auto":
     return _best(key, x, y, images_per_class, kernel_fn, relative_ridge, num_candidates)
-  share = jnp.repeat(jnp.asarray(np.bincount(labels, minlength=num_classes) / images_per_class, x.dtype),
-                     images_per_class)
+  share = jnp.repeat(
+    jnp.asarray(np.bincount(labels, minlength=num_classes) / images_per_class, x.dtype),
+    images_per_class,
+  )
   if strategy == "uniform":
     return _rows(x, y, uniform, share, strategy)
   if strategy == "noise":
     noise = jax.random.normal(keys.stream(stream, "noise"), (uniform.size, *x.shape[1:]), x.dtype)
     return Coreset(noise, y[uniform], np.full(uniform.size, -1, np.int32), share, strategy)
   if strategy == "krr_pursuit":
-    return _pursue(stream, x, y, images_per_class, kernel_fn, max(num_candidates, uniform.size), share)
+    return _pursue(
+      stream, x, y, images_per_class, kernel_fn, max(num_candidates, uniform.size), share
+    )
   if strategy in ("krr_sensitivity", "leverage"):
     return _by_scores(stream, x, y, labels, uniform.size, kernel_fn, score_ridge, strategy)
   if strategy in ("herding", "k_center"):
     choose = getattr(representatives, strategy)
-    chosen = [rows[np.asarray(choose(padded, images_per_class, present))] for rows, padded, present in _by_class(x, labels)]
+    chosen = [
+      rows[np.asarray(choose(padded, images_per_class, present))]
+      for rows, padded, present in _by_class(x, labels)
+    ]
     return _rows(x, y, np.concatenate(chosen), 1.0, strategy)._replace(weights=share)
   return _cluster(stream, x, y, labels, images_per_class, strategy)[0]
 
@@ -152,8 +178,10 @@ def class_balanced_indices(key, labels, per_class: int, num_classes: int) -> np.
   counts = np.bincount(labels, minlength=num_classes)
   short = np.flatnonzero(counts < per_class)
   if short.size:
-    raise ValueError(f"images_per_class: expected at most the {counts[short].min()} rows of the smallest class, "
-                     f"got {per_class} ({short.size} of {num_classes} classes are smaller, the first is {short[0]})")
+    raise ValueError(
+      f"images_per_class: expected at most the {counts[short].min()} rows of the smallest class, "
+      f"got {per_class} ({short.size} of {num_classes} classes are smaller, the first is {short[0]})"
+    )
   order = np.asarray(jax.random.permutation(keys.canonical_key(key), labels.shape[0]))
   return np.concatenate([order[labels[order] == c][:per_class] for c in range(num_classes)])
 
@@ -183,24 +211,37 @@ def _cluster(key, x, y, labels, per_class, *strategies) -> list[Coreset]:
     made = np.full(per_class, -1, np.int32)
     named = lambda chosen, rows=rows: rows[np.asarray(chosen)].astype(np.int32)
     if "kmeans_plusplus" in parts:
-      seeds = clustering.kmeans_plusplus(class_key, padded, per_class, present, num_trials=_trials(per_class))
+      seeds = clustering.kmeans_plusplus(
+        class_key, padded, per_class, present, num_trials=_trials(per_class)
+      )
       share = jnp.full((per_class,), rows.size / per_class, x.dtype)
       parts["kmeans_plusplus"].append((seeds.centers, named(seeds.indices), share))
     if "kmeans" in parts or "kmedoids" in parts:
-      result = clustering.kmeans(class_key, padded, per_class, present, num_trials=_trials(per_class), num_inits=2)
+      result = clustering.kmeans(
+        class_key, padded, per_class, present, num_trials=_trials(per_class), num_inits=2
+      )
       mass = jnp.zeros((per_class,), x.dtype).at[result.assignment].add(present)
       if "kmeans" in parts:
         parts["kmeans"].append((result.centers, made, mass))
       if "kmedoids" in parts:
         chosen = clustering.nearest_rows(padded, result.centers, present)
         parts["kmedoids"].append((padded[chosen], named(chosen), mass))
-  targets = jnp.concatenate([jnp.broadcast_to(y[labels == c][0], (per_class, y.shape[1])) for c in np.unique(labels)])
+  targets = jnp.concatenate(
+    [jnp.broadcast_to(y[labels == c][0], (per_class, y.shape[1])) for c in np.unique(labels)]
+  )
   coresets = []
   for strategy in strategies:
     points, indices, weights = zip(*parts[strategy])
     # Cluster sizes; a made point for which none was nearest keeps a weight of one row.
-    coresets.append(Coreset(jnp.concatenate(points).reshape(-1, *x.shape[1:]), targets, np.concatenate(indices),
-                            jnp.maximum(jnp.concatenate(weights), 1.0), strategy))
+    coresets.append(
+      Coreset(
+        jnp.concatenate(points).reshape(-1, *x.shape[1:]),
+        targets,
+        np.concatenate(indices),
+        jnp.maximum(jnp.concatenate(weights), 1.0),
+        strategy,
+      )
+    )
   return coresets
 
 
@@ -225,9 +266,19 @@ def objective_ridge(kernel_fn: KernelFn, x: Array) -> float:
 
 def _pursue(key, x, y, per_class, kernel_fn, num_candidates, share) -> Coreset:
   m = per_class * y.shape[1]
-  result = pursuit.krr_pursuit(keys.stream(key, "pursuit"), kernel_fn, x, y, min(num_candidates, x.shape[0]), m,
-                               objective_ridge(kernel_fn, x), quota=per_class)
-  checks.raise_for_status("krr_pursuit (are there enough distinct rows of each class?)", result.status)
+  result = pursuit.krr_pursuit(
+    keys.stream(key, "pursuit"),
+    kernel_fn,
+    x,
+    y,
+    min(num_candidates, x.shape[0]),
+    m,
+    objective_ridge(kernel_fn, x),
+    quota=per_class,
+  )
+  checks.raise_for_status(
+    "krr_pursuit (are there enough distinct rows of each class?)", result.status
+  )
   return _rows(x, y, result.indices, 1.0, "krr_pursuit")._replace(weights=share)
 
 
@@ -236,8 +287,9 @@ def num_score_columns(num_rows: int, num_samples: int) -> int:
   return num_rows if num_rows <= _EXACT_ROWS else min(num_rows, max(2 * num_samples, 1000))
 
 
-def score_rows(key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn,
-               score_ridge="auto") -> tuple[float, sensitivity.SensitivityScores]:
+def score_rows(
+  key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn, score_ridge="auto"
+) -> tuple[float, sensitivity.SensitivityScores]:
   """Ridge regression sensitivities of all rows: exact up to 3,000 rows, else certified over-estimates.
 
   Args:
@@ -249,25 +301,31 @@ def score_rows(key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn,
     The absolute score ridge, and `SensitivityScores`.
 
   Raises:
-    ValueError: for a score ridge <= 0. NumericalError: where a factorisation failed.
+    ValueError: for a score ridge <= 0. NumericalError: where a factorization failed.
   """
   n = x.shape[0]
   exact, num_landmarks = n <= _EXACT_ROWS, num_score_columns(n, num_samples)
   k = kernel_fn(x, None) if exact else None
   if score_ridge == "auto":
     target = min(max(AUTO_KAPPA * num_samples, 2.0), 0.5 * n)
-    chosen = score_ridge_for_dimension(k, target) if exact else landmark_score_ridge(
-        keys.stream(key, "ridge"), kernel_fn, x, target, num_landmarks)
+    chosen = (
+      score_ridge_for_dimension(k, target)
+      if exact
+      else landmark_score_ridge(keys.stream(key, "ridge"), kernel_fn, x, target, num_landmarks)
+    )
     ridge = float(chosen.ridge)
-    checks.finite("ridge of the scores (x may hold numbers that are too large for the kernel)", ridge)
+    checks.finite(
+      "ridge of the scores (x may hold numbers that are too large for the kernel)", ridge
+    )
   else:
     checks.positive("score_ridge", score_ridge)
     ridge = float(score_ridge)
   if exact:
     scores = sensitivity.krr_sensitivity_scores(k, y, ridge)
   else:
-    scores = sensitivity.approximate_krr_sensitivities(keys.stream(key, "landmarks"), kernel_fn, x, y, ridge,
-                                                       num_landmarks)
+    scores = sensitivity.approximate_krr_sensitivities(
+      keys.stream(key, "landmarks"), kernel_fn, x, y, ridge, num_landmarks
+    )
   checks.raise_for_status("krr_sensitivities", scores.status)
   return ridge, scores
 
@@ -275,12 +333,15 @@ def score_rows(key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn,
 def _by_scores(key, x, y, labels, m, kernel_fn, score_ridge, strategy) -> Coreset:
   ridge, scores = score_rows(key, x, y, m, kernel_fn, score_ridge)
   law = scores.leverage if strategy == "leverage" else scores.scores
-  sample = sampling.stratified_sample(keys.stream(key, "sample"), law, labels, m, uniform_mix=0.1, replace=False)
+  sample = sampling.stratified_sample(
+    keys.stream(key, "sample"), law, labels, m, uniform_mix=0.1, replace=False
+  )
   return _rows(x, y, sample.indices, sample.weights, strategy, ridge=ridge, scores=scores)
 
 
-def measured_objective(kernel_fn: KernelFn, coreset: Coreset, x: Array, y: Array,
-                       relative_ridge: float = 1e-6) -> float:
+def measured_objective(
+  kernel_fn: KernelFn, coreset: Coreset, x: Array, y: Array, relative_ridge: float = 1e-6
+) -> float:
   """What "auto" compares: the share of given rows that ridge regression on the coreset misclassifies.
 
   Not the squared error: with few points their predictions are off in scale, and the candidate
@@ -294,16 +355,22 @@ def measured_objective(kernel_fn: KernelFn, coreset: Coreset, x: Array, y: Array
     relative_ridge: as a fraction of tr(K_ss) / m.
 
   Returns:
-    The error rate; infinite where the kernel matrix cannot be factorised.
+    The error rate; infinite where the kernel matrix cannot be factorized.
   """
   stride = max(1, -(-x.shape[0] // _OBJECTIVE_ROWS))
-  result = krr_evaluation.evaluate_krr(kernel_fn, Support(coreset.x, coreset.y), x[::stride], y[::stride],
-                                 relative_ridge=relative_ridge)
+  result = krr_evaluation.evaluate_krr(
+    kernel_fn,
+    Support(coreset.x, coreset.y),
+    x[::stride],
+    y[::stride],
+    relative_ridge=relative_ridge,
+  )
   return 1.0 - float(result.accuracy) if int(result.status) == 0 else float("inf")
 
 
-def auto_candidates(key, x: Array, y: Array, images_per_class: int, kernel_fn: KernelFn,
-                    num_candidates: int = 2000) -> dict[str, Coreset]:
+def auto_candidates(
+  key, x: Array, y: Array, images_per_class: int, kernel_fn: KernelFn, num_candidates: int = 2000
+) -> dict[str, Coreset]:
   """What "auto" chooses from: the coresets of AUTO_CANDIDATES as `select_coreset` gives them with the same key.
 
   Args:
@@ -316,24 +383,31 @@ def auto_candidates(key, x: Array, y: Array, images_per_class: int, kernel_fn: K
     ValueError: as `select_coreset`.
   """
   x, y = jnp.asarray(x), jnp.asarray(y)
-  select = lambda strategy: select_coreset(key, x, y, images_per_class, strategy, kernel_fn,
-                                           num_candidates=num_candidates)
+  select = lambda strategy: select_coreset(
+    key, x, y, images_per_class, strategy, kernel_fn, num_candidates=num_candidates
+  )
   found = {"uniform": select("uniform")}
   labels = np.asarray(jnp.argmax(y, axis=1))
   names = ("kmeans", "kmedoids", "kmeans_plusplus")
-  found.update(zip(names, _cluster(keys.stream(key, "coreset"), x, y, labels, images_per_class, *names)))
+  found.update(
+    zip(names, _cluster(keys.stream(key, "coreset"), x, y, labels, images_per_class, *names))
+  )
   found["krr_pursuit"] = select("krr_pursuit")
   return found
 
 
 def _best(key, x, y, per_class, kernel_fn, relative_ridge, num_candidates) -> Coreset:
   best, objectives = None, {}
-  for strategy, candidate in auto_candidates(key, x, y, per_class, kernel_fn, num_candidates).items():
+  for strategy, candidate in auto_candidates(
+    key, x, y, per_class, kernel_fn, num_candidates
+  ).items():
     objective = measured_objective(kernel_fn, candidate, x, y, relative_ridge)
     if objective < min(objectives.values(), default=float("inf")):
       best = candidate
     if np.isfinite(objective):
       objectives[strategy] = objective
   if best is None:
-    raise ValueError("auto: no candidate has a kernel matrix that can be factorised; raise relative_ridge")
+    raise ValueError(
+      "auto: no candidate has a kernel matrix that can be factorized; raise relative_ridge"
+    )
   return best._replace(objectives=objectives)

@@ -34,7 +34,9 @@ def draw_rows(key: Array, scores: Array, num_draws: int) -> Array:
   within = _increasing(jnp.cumsum(rows, axis=1), rows > 0)
   blocks = _increasing(jnp.cumsum(within[:, -1]), within[:, -1] > 0)
   key_block, key_row = jax.random.split(key)
-  block = _search(blocks[None], jnp.zeros((num_draws,), jnp.int32), _below(key_block, blocks[-1:], num_draws))
+  block = _search(
+    blocks[None], jnp.zeros((num_draws,), jnp.int32), _below(key_block, blocks[-1:], num_draws)
+  )
   row = _search(within, block, _below(key_row, within[block, -1], num_draws))
   return block * width + row
 
@@ -104,41 +106,56 @@ def check_scores(scores, num_samples, uniform_mix, input_weights, name="scores",
   return scores, input_weights
 
 
-def check_distinct(scores, num_samples, uniform_mix, input_weights, name="scores", allow_zeros=False):
+def check_distinct(
+  scores, num_samples, uniform_mix, input_weights, name="scores", allow_zeros=False
+):
   """Raises unless so many distinct rows can be drawn."""
   if num_samples > scores.shape[0]:
-    raise ValueError(f"num_samples: expected at most the number of rows, {scores.shape[0]}, got {num_samples}")
+    raise ValueError(
+      f"num_samples: expected at most the number of rows, {scores.shape[0]}, got {num_samples}"
+    )
   if num_samples > _MAX_DRAWS_FLOAT32 and linalg.widest_dtype(scores.dtype) != jnp.float64:
-    raise ValueError(f"num_samples: expected at most {_MAX_DRAWS_FLOAT32} in float32, got {num_samples}; use float64")
+    raise ValueError(
+      f"num_samples: expected at most {_MAX_DRAWS_FLOAT32} in float32, got {num_samples}; use float64"
+    )
   if any(map(checks.is_traced, (scores, uniform_mix, input_weights))):
     return
   mix, rows = np.asarray(uniform_mix), np.asarray(scores)
   possible = ((mix < 1) & (rows > 0)) | ((mix > 0) & (np.asarray(input_weights) > 0))
   if possible.sum() < num_samples and not (allow_zeros and not rows.any()):
     raise ValueError(
-        f"{name}: expected at least {num_samples} rows of positive probability, got {possible.sum()}; "
-        "use a positive uniform_mix")
+      f"{name}: expected at least {num_samples} rows of positive probability, got {possible.sum()}; "
+      "use a positive uniform_mix"
+    )
 
 
 def class_quotas(classes, rooms, totals, num_samples, replace):
   """Draws a class, `(C,)`: equal where `totals` is None, else by largest remainders, at least 1, at most the room."""
   if num_samples < classes.size:
-    raise ValueError(f"num_samples: expected at least one for each of {classes.size} classes, got {num_samples}")
+    raise ValueError(
+      f"num_samples: expected at least one for each of {classes.size} classes, got {num_samples}"
+    )
   if totals is None:
     if num_samples % classes.size:
-      raise ValueError(f"num_samples: expected a multiple of the number of classes, {classes.size}, got {num_samples}")
+      raise ValueError(
+        f"num_samples: expected a multiple of the number of classes, {classes.size}, got {num_samples}"
+      )
     quotas = np.full(classes.size, num_samples // classes.size)
   else:
     limit = np.full(classes.size, num_samples) if replace else rooms
     if limit.sum() < num_samples:
-      raise ValueError(f"num_samples: expected at most the rows of positive score, {limit.sum()}, got {num_samples}")
+      raise ValueError(
+        f"num_samples: expected at most the rows of positive score, {limit.sum()}, got {num_samples}"
+      )
     quotas = np.ones(classes.size, np.int64)
     # One at a time to the class that is furthest below its share (the highest quotient) is exact and simple.
     for _ in range(num_samples - classes.size):
       quotas[np.argmax(np.where(quotas < limit, totals / (quotas + 0.5), -1))] += 1
   if not replace and (quotas > rooms).any():
     worst = np.argmax(quotas - rooms)
-    raise ValueError(f"class {classes[worst]}: expected at least {quotas[worst]} rows to draw, got {rooms[worst]}")
+    raise ValueError(
+      f"class {classes[worst]}: expected at least {quotas[worst]} rows to draw, got {rooms[worst]}"
+    )
   return quotas
 
 
@@ -156,7 +173,9 @@ def total(x):
 
 def law(scores, input_weights, mix, power=None):
   """Probabilities `(n,)` in the widest float, and whether they are a law (else they are uniform)."""
-  scores, input_weights, mix = (v.astype(linalg.widest_dtype(v.dtype)) for v in (scores, input_weights, mix))
+  scores, input_weights, mix = (
+    v.astype(linalg.widest_dtype(v.dtype)) for v in (scores, input_weights, mix)
+  )
   good = jnp.isfinite(scores).all() & (scores >= 0).all()
   top = jnp.max(scores)
   if power is not None:
@@ -169,7 +188,7 @@ def law(scores, input_weights, mix, power=None):
 
 
 def _inclusion_units(p, b):
-  """pi = min(1, c p) with sum b: `units` uint32 of 2^-32 for the rows below 1, and `always` for the rest.
+  """Pi = min(1, c p) with sum b: `units` uint32 of 2^-32 for the rows below 1, and `always` for the rest.
 
   The units sum to a multiple of 2^32 exactly; a positive p has at least one.
   """
@@ -184,7 +203,9 @@ def _inclusion_units(p, b):
     more = state[0] | (scaled(state[0]) >= 1)
     return more, jnp.any(more != state[0])
 
-  always, _ = jax.lax.while_loop(lambda s: s[1], grow, (positive & (count(positive) <= b), jnp.bool_(True)))
+  always, _ = jax.lax.while_loop(
+    lambda s: s[1], grow, (positive & (count(positive) <= b), jnp.bool_(True))
+  )
   # Rounding only: rows that share exactly what is left, and rows too light to be seen beside b certain ones.
   always |= positive & (count(positive) - count(always) <= b - count(always))
   full = (count(always) == b) & (count(positive) > b)
@@ -198,10 +219,15 @@ def _inclusion_units(p, b):
 
   def spread(state):
     units, missing, step = state
-    room = jnp.where(free, jnp.where(missing > 0, jnp.uint32(_LARGEST_UNITS) - units, units - 1), 0).astype(jnp.uint32)
+    room = jnp.where(
+      free, jnp.where(missing > 0, jnp.uint32(_LARGEST_UNITS) - units, units - 1), 0
+    ).astype(jnp.uint32)
     wide = room.astype(dtype)
     roomy = free & (wide >= 0.5 * total(wide) / count(free).astype(dtype))
-    shares, amount = jnp.maximum(count(roomy), 1).astype(jnp.uint32), jnp.abs(missing).astype(jnp.uint32)
+    shares, amount = (
+      jnp.maximum(count(roomy), 1).astype(jnp.uint32),
+      jnp.abs(missing).astype(jnp.uint32),
+    )
     rank = _prefix_sum(roomy.astype(jnp.uint32)) - 1
     take = amount // shares + (rank < amount % shares).astype(jnp.uint32)
     take = jnp.where(roomy, jnp.minimum(take, room), 0).astype(jnp.uint32)
@@ -209,16 +235,19 @@ def _inclusion_units(p, b):
     return jnp.where(missing > 0, units + take, units - take), jnp.sign(missing) * left, step + 1
 
   units, _, _ = jax.lax.while_loop(
-      lambda s: (s[1] != 0) & (s[2] < _SPREADS), spread, (units, missing, jnp.int32(0)))
+    lambda s: (s[1] != 0) & (s[2] < _SPREADS), spread, (units, missing, jnp.int32(0))
+  )
   return units, always
 
 
 def _prefix_sum(x):
   """Inclusive sums of an integer vector; wrapping makes them exact modulo 2^32 in any order."""
   width = 1 << (max(x.shape[0] - 1, 1).bit_length() + 1) // 2
-  within = jnp.cumsum(jnp.pad(x, (0, -x.shape[0] % width)).reshape(-1, width), axis=1, dtype=x.dtype)
+  within = jnp.cumsum(
+    jnp.pad(x, (0, -x.shape[0] % width)).reshape(-1, width), axis=1, dtype=x.dtype
+  )
   before = jnp.cumsum(within[:, -1], dtype=x.dtype) - within[:, -1]
-  return (within + before[:, None]).reshape(-1)[:x.shape[0]]
+  return (within + before[:, None]).reshape(-1)[: x.shape[0]]
 
 
 def _scrambled(words, log_size):
@@ -254,13 +283,17 @@ def plan(words, p, b) -> Plan:
   order = _scrambled(words, log_size)
   ordered = jnp.pad(units, (0, 2**log_size - n))[order]
   part = _prefix_sum(ordered)
-  whole = _prefix_sum(((part < ordered) | jnp.pad(always, (0, 2**log_size - n))[order]).astype(jnp.int32))
-  return Plan(order.astype(jnp.int32), whole, part, jnp.where(always, 1, units.astype(p.dtype) * 2.0**-32))
+  whole = _prefix_sum(
+    ((part < ordered) | jnp.pad(always, (0, 2**log_size - n))[order]).astype(jnp.int32)
+  )
+  return Plan(
+    order.astype(jnp.int32), whole, part, jnp.where(always, 1, units.astype(p.dtype) * 2.0**-32)
+  )
 
 
 def no_plan(n: int, dtype) -> Plan:
   """A plan of the right shapes that draws nothing sensible."""
-  size = 2**(n - 1).bit_length()
+  size = 2 ** (n - 1).bit_length()
   zeros = jnp.zeros((size,), jnp.int32)
   return Plan(zeros, zeros, zeros.astype(jnp.uint32), jnp.ones((n,), dtype))
 
@@ -272,7 +305,9 @@ def pick(prepared: Plan, start, size):
   wanted, slots = jnp.arange(1, size + 1, dtype=jnp.int32), jnp.zeros((size,), jnp.int32)
   for step in (1 << s for s in reversed(range(last.bit_length()))):
     probe = slots + step
-    slots = jnp.where((probe <= last) & (passed(jnp.minimum(probe, last) - 1) < wanted), probe, slots)
+    slots = jnp.where(
+      (probe <= last) & (passed(jnp.minimum(probe, last) - 1) < wanted), probe, slots
+    )
   indices = jnp.minimum(prepared.order[slots], prepared.inclusion.shape[0] - 1)
   return indices, prepared.inclusion[indices]
 

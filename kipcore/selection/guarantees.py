@@ -23,7 +23,8 @@ _CG_TINY = 1e-30
 
 
 def sample_size(
-    total_sensitivity, dimension, epsilon, delta, theorem: str = "krr", *, constant: float = 1.0) -> int:
+  total_sensitivity, dimension, epsilon, delta, theorem: str = "krr", *, constant: float = 1.0
+) -> int:
   """Draws (with replacement) that a theorem asks for, with failure probability at most delta.
 
   With t = `total_sensitivity`, d = `dimension`, e = `epsilon`:
@@ -33,7 +34,7 @@ def sample_size(
     within e / 2 by, in turn, Tropp's intrinsic matrix Bernstein inequality (2015, Theorem 7.7.1), Pinelis' vector
     Bernstein inequality (1994, Theorem 3.3) and Bernstein's. Needs s_i >= krr sensitivity, and a largest kernel
     eigenvalue of at least the ridge (the intrinsic dimension is then at most 2 d).
-  - "krr_optimum": F(W_S) <= (1 + e) F* for the minimiser W_S of F_S alone, from
+  - "krr_optimum": F(W_S) <= (1 + e) F* for the minimizer W_S of F_S alone, from
     m >= max((28 t / 3) ln(32 d / delta), (8 t / e) (1 + sqrt(e) / 6) ln(4 / delta)). The two first tools with e = 1/2
     and sqrt(e) / 2; leverage scores would do for s_i if no row's residual dominates. Same assumptions.
   - "single_query": |F_S / F - 1| <= e for one query fixed before the draw (Bernstein), any loss, d unused, from
@@ -62,7 +63,9 @@ def sample_size(
   Example:
     >>> kipcore.sample_size(total_sensitivity=50, dimension=40, epsilon=0.5, delta=0.1)
     15202
-    >>> kipcore.sample_size(total_sensitivity=50, dimension=40, epsilon=0.5, delta=0.1, theorem="single_query")
+    >>> kipcore.sample_size(
+    ...   total_sensitivity=50, dimension=40, epsilon=0.5, delta=0.1, theorem="single_query"
+    ... )
     1399
   """
   _check_theorem(total_sensitivity, dimension, delta, theorem)
@@ -81,7 +84,14 @@ def sample_size(
 
 
 def guarantee_at(
-    num_samples: int, total_sensitivity, dimension, delta=0.1, theorem: str = "krr", *, constant: float = 1.0) -> float:
+  num_samples: int,
+  total_sensitivity,
+  dimension,
+  delta=0.1,
+  theorem: str = "krr",
+  *,
+  constant: float = 1.0,
+) -> float:
   """The epsilon that `num_samples` draws promise by a theorem: the inverse of `sample_size`.
 
   Args:
@@ -116,7 +126,7 @@ def guarantee_at(
 
 
 def _bernstein(t, d, delta, theorem):
-  """m = rate / eps^2 (1 + slope eps) log, as (rate, slope, log)."""
+  """M = rate / eps^2 (1 + slope eps) log, as (rate, slope, log)."""
   if theorem == "krr":
     return 8 * t, 1 / 6, math.log((16 * max(d, 0.5) + 4) / delta)
   return 2 * t, 1 / 3, math.log(2 / delta)
@@ -161,7 +171,9 @@ class Basis(NamedTuple):
 
 def kernel_entries(kernel_fn, operand, rows, columns):
   """Kernel entries between two lists of rows."""
-  return operand[rows][:, columns] if kernel_fn is None else kernel_fn(operand[rows], operand[columns])
+  return (
+    operand[rows][:, columns] if kernel_fn is None else kernel_fn(operand[rows], operand[columns])
+  )
 
 
 def sum_blocks(fn, y, block_size):
@@ -176,19 +188,25 @@ def sum_blocks(fn, y, block_size):
 
   starts = jnp.arange(0, n, size, dtype=jnp.int32)
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of, starts[0]))
-  return jax.lax.scan(lambda total, start: (jax.tree.map(jnp.add, total, of(start)), None), zeros, starts)[0]
+  return jax.lax.scan(
+    lambda total, start: (jax.tree.map(jnp.add, total, of(start)), None), zeros, starts
+  )[0]
 
 
 def coordinates(kernel_fn, data, landmarks, chol, rows):
   """Z of some rows, `(b, l)`."""
-  return linalg.whiten(chol, kernel_entries(kernel_fn, data.operand, landmarks, rows)).T.astype(data.y.dtype)
+  return linalg.whiten(chol, kernel_entries(kernel_fn, data.operand, landmarks, rows)).T.astype(
+    data.y.dtype
+  )
 
 
 @functools.partial(jax.jit, static_argnames="kernel_fn")
 def exact_lower(kernel_fn, data):
   """F* = ridge <Y, (K + ridge)^{-1} Y>, from the whole matrix: for n rows that fit as landmarks."""
   rows = jnp.arange(data.y.shape[0], dtype=jnp.int32)
-  f = linalg.factor(kernel_entries(kernel_fn, data.operand, rows, rows).astype(data.y.dtype), data.ridge)
+  f = linalg.factor(
+    kernel_entries(kernel_fn, data.operand, rows, rows).astype(data.y.dtype), data.ridge
+  )
   return data.ridge * jnp.sum(data.y * linalg.solve(f, data.y))
 
 
@@ -200,7 +218,9 @@ def dual_lower(kernel_fn, data, landmarks, basis, steps, block_size):
   def system(v):
     def block(r):
       entries = lambda columns: kernel_entries(kernel_fn, data.operand, r, columns).astype(v.dtype)
-      return sum_blocks(lambda columns, fresh: linalg.matmul(entries(columns), v[columns] * fresh), v, block_size)
+      return sum_blocks(
+        lambda columns, fresh: linalg.matmul(entries(columns), v[columns] * fresh), v, block_size
+      )
 
     return map_row_blocks(block, rows, block_size) + data.ridge * v
 
@@ -220,8 +240,18 @@ def dual_lower(kernel_fn, data, landmarks, basis, steps, block_size):
     residual = residual - length[None] * image
     lifted = precondition(residual)
     new = jnp.sum(residual * lifted, axis=0)
-    return gain + length * slope, residual, lifted + (new / jnp.maximum(slope, _CG_TINY))[None] * direction, new
+    return (
+      gain + length * slope,
+      residual,
+      lifted + (new / jnp.maximum(slope, _CG_TINY))[None] * direction,
+      new,
+    )
 
   first = precondition(data.y)
-  state = (jnp.zeros((data.y.shape[1],), data.y.dtype), data.y, first, jnp.sum(data.y * first, axis=0))
+  state = (
+    jnp.zeros((data.y.shape[1],), data.y.dtype),
+    data.y,
+    first,
+    jnp.sum(data.y * first, axis=0),
+  )
   return data.ridge * jnp.sum(jax.lax.fori_loop(0, steps, step, state)[0])

@@ -44,7 +44,7 @@ def ridge_leverage_scores(k: Array, ridge, weights: Array | None = None) -> Arra
     weights: `(n,)` input weights >= 0, or None for 1.
 
   Returns:
-    `(n,)` in [0, 1], in the dtype of `k`; NaN where the factorisation fails. In
+    `(n,)` in [0, 1], in the dtype of `k`; NaN where the factorization fails. In
     float32 (64-bit switch off) they agree with float64 to 1e-3 for ridge >= 1e-2 tr K / n.
 
   Raises:
@@ -77,7 +77,9 @@ def effective_dimension(k: Array, ridge, weights: Array | None = None) -> Array:
   return jnp.sum(ridge_leverage_scores(k, ridge, weights))
 
 
-def feature_leverage_scores(z: Array, ridge, weights: Array | None = None, block_size: int | None = None) -> Array:
+def feature_leverage_scores(
+  z: Array, ridge, weights: Array | None = None, block_size: int | None = None
+) -> Array:
   """Scores of the kernel Z Z^T, u_i z_i^T (Z^T U Z + ridge I)^{-1} z_i, from a D x D matrix.
 
   Exact for this feature map. For a factor of a kernel matrix K with Z Z^T <= K they
@@ -90,19 +92,28 @@ def feature_leverage_scores(z: Array, ridge, weights: Array | None = None, block
     block_size: rows at a time.
 
   Returns:
-    `(n,)` in [0, 1]; NaN where the factorisation fails.
+    `(n,)` in [0, 1]; NaN where the factorization fails.
 
   Raises:
     ValueError: as `ridge_leverage_scores`.
   """
   checks.rank("z", z, 2)
   ridge, root = scoring.prepare_rows("z", z, ridge, weights)
-  scoring.check_precision(ridge, lambda: jnp.mean(root**2 * jnp.sum(z.astype(root.dtype) ** 2, axis=1)), z.dtype)
+  scoring.check_precision(
+    ridge, lambda: jnp.mean(root**2 * jnp.sum(z.astype(root.dtype) ** 2, axis=1)), z.dtype
+  )
   return _feature_leverage(z, ridge, root, block_size or z.shape[0]).astype(z.dtype)
 
 
-def landmark_leverage_scores(kernel_fn: KernelFn, x: Array, landmarks: Array, ridge, weights: Array | None = None,
-                             landmark_weights: Array | None = None, block_size: int | None = None) -> Array:
+def landmark_leverage_scores(
+  kernel_fn: KernelFn,
+  x: Array,
+  landmarks: Array,
+  ridge,
+  weights: Array | None = None,
+  landmark_weights: Array | None = None,
+  block_size: int | None = None,
+) -> Array:
   """Leverage scores against the landmarks S alone, in one pass over rows and no n x n matrix.
 
   With M = K_SS + ridge diag(1/w) and t_i = (k_ii - k_iS M^{-1} k_Si) / ridge:
@@ -124,7 +135,7 @@ def landmark_leverage_scores(kernel_fn: KernelFn, x: Array, landmarks: Array, ri
     block_size: rows at a time.
 
   Returns:
-    `(n,)`; NaN where the factorisation fails.
+    `(n,)`; NaN where the factorization fails.
 
   Raises:
     ValueError: as `ridge_leverage_scores`, and for repeated landmarks.
@@ -134,15 +145,21 @@ def landmark_leverage_scores(kernel_fn: KernelFn, x: Array, landmarks: Array, ri
   """
   ridge, root = scoring.prepare_rows("x", x, ridge, weights)
   landmarks = scoring.prepare_landmarks(landmarks, x.shape[0])
-  scoring.check_precision(ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, x, root)), x.dtype)
+  scoring.check_precision(
+    ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, x, root)), x.dtype
+  )
   if landmark_weights is not None:
     checks.shape("landmark_weights", landmark_weights, landmarks.shape)
     checks.positive("landmark_weights", landmark_weights)
     landmark_weights = jnp.asarray(landmark_weights, root.dtype)
-  return _landmark_leverage(kernel_fn, x, root, landmarks, landmark_weights, ridge, block_size).astype(x.dtype)
+  return _landmark_leverage(
+    kernel_fn, x, root, landmarks, landmark_weights, ridge, block_size
+  ).astype(x.dtype)
 
 
-def low_rank_leverage_bounds(factor: Array, k_diag: Array, ridge, residual_norm=None) -> LeverageBounds:
+def low_rank_leverage_bounds(
+  factor: Array, k_diag: Array, ridge, residual_norm=None
+) -> LeverageBounds:
   """Bounds on the leverage scores of K from a factor with F F^T <= K, e.g. a partial Cholesky factor.
 
   With E = K - F F^T, ||E|| <= residual_norm, c = residual_norm / ridge, and tau^(l) the
@@ -155,7 +172,7 @@ def low_rank_leverage_bounds(factor: Array, k_diag: Array, ridge, residual_norm=
   Both upper bounds are proved and the smaller is returned. The first is operator
   monotonicity of x / (x + ridge). The second: phi = (f, b) with <b_i, b_j> = E_ij, and
   phi phi^T >= a f f^T - (q ridge / residual_norm) b b^T for every row but i; it adds the
-  row's own residual instead of the worst. q minimises the sum over a grid.
+  row's own residual instead of the worst. q minimizes the sum over a grid.
 
   Args:
     factor: `(n, k)` with F F^T <= K.
@@ -175,19 +192,26 @@ def low_rank_leverage_bounds(factor: Array, k_diag: Array, ridge, residual_norm=
   z = factor.astype(ridge.dtype)
   residual = jnp.maximum(jnp.asarray(k_diag, ridge.dtype) - jnp.sum(z**2, axis=1), 0)
   norm = jnp.sum(residual) if residual_norm is None else jnp.asarray(residual_norm, ridge.dtype)
-  return LeverageBounds(*(b.astype(factor.dtype) for b in _low_rank_bounds(z, residual, norm, ridge)))
+  return LeverageBounds(
+    *(b.astype(factor.dtype) for b in _low_rank_bounds(z, residual, norm, ridge))
+  )
 
 
 def warn_if_flat(max_over_mean) -> None:
   """Warns on the host where the largest score is under 1.05 times the mean; tracers pass."""
   if not checks.is_traced(max_over_mean) and float(max_over_mean) < FLAT_RATIO:
     warnings.warn(
-        f"scores are flat (largest / mean = {float(max_over_mean):.3f}): sampling by them is uniform sampling; "
-        "score with a larger ridge, see score_ridge_for_dimension", stacklevel=4)
+      f"scores are flat (largest / mean = {float(max_over_mean):.3f}): sampling by them is uniform sampling; "
+      "score with a larger ridge, see score_ridge_for_dimension",
+      stacklevel=4,
+    )
 
 
-_exact = jax.jit(lambda k, ridge, root: scoring.factor_leverage(
-    scoring.score_factor(root[:, None] * k.astype(root.dtype) * root[None, :], ridge), ridge))
+_exact = jax.jit(
+  lambda k, ridge, root: scoring.factor_leverage(
+    scoring.score_factor(root[:, None] * k.astype(root.dtype) * root[None, :], ridge), ridge
+  )
+)
 
 
 @functools.partial(jax.jit, static_argnames="block_size")
@@ -198,7 +222,9 @@ def _feature_leverage(z, ridge, root, block_size):
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size"))
 def _landmark_leverage(kernel_fn, x, root, landmarks, landmark_weights, ridge, block_size):
   y = jnp.zeros((x.shape[0], 1), root.dtype)
-  tau, _, _, status = scoring.landmark_fit(kernel_fn, x, root, y, landmarks, landmark_weights, ridge, block_size)
+  tau, _, _, status = scoring.landmark_fit(
+    kernel_fn, x, root, y, landmarks, landmark_weights, ridge, block_size
+  )
   return jnp.where(status == Status.OK, tau, jnp.nan)
 
 
@@ -210,8 +236,12 @@ def _low_rank_bounds(z, residual, norm, ridge):
     return jnp.sum(linalg.whiten(linalg.factor(kept * moment, level), z.T) ** 2, axis=0)
 
   c = norm / ridge
-  share = scoring.best_share(jnp.maximum(jnp.linalg.eigvalsh(moment), 0), jnp.sum(residual), ridge, norm)
+  share = scoring.best_share(
+    jnp.maximum(jnp.linalg.eigvalsh(moment), 0), jnp.sum(residual), ridge, norm
+  )
   kept = scoring.kept_share(share, ridge, norm)
   one = jnp.ones_like(ridge)
   monotone = (c + scores(one, (1 + c) * ridge)) / (1 + c)
-  return scores(one, ridge), jnp.minimum(monotone, scoring.corrected(scores(kept, ridge), residual, kept, share, ridge))
+  return scores(one, ridge), jnp.minimum(
+    monotone, scoring.corrected(scores(kept, ridge), residual, kept, share, ridge)
+  )

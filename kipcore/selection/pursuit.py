@@ -38,8 +38,18 @@ class Pursuit(NamedTuple):
 
 
 def krr_pursuit(
-    key, kernel_fn: KernelFn, x: Array, y: Array, candidates, num_points: int, ridge, *, quota: int | None = None,
-    classes: Array | None = None, block_size: int = 1024) -> Pursuit:
+  key,
+  kernel_fn: KernelFn,
+  x: Array,
+  y: Array,
+  candidates,
+  num_points: int,
+  ridge,
+  *,
+  quota: int | None = None,
+  classes: Array | None = None,
+  block_size: int = 1024,
+) -> Pursuit:
   """Greedy choice of support rows S for F(S, c) = ||K_nS c - Y||^2 + ridge <c, K_SS c>, over all n rows.
 
   Orthogonal matching pursuit on the normal equations of a pool of L candidates, with
@@ -58,7 +68,7 @@ def krr_pursuit(
     key: a random key or an int seed; used only to draw the pool.
     kernel_fn: see `types.KernelFn`; hashable, since the computation is compiled for it.
     x: `(n, ...)` rows.
-    y: `(n, c)` labels, in the convention of the model (KRR has no intercept: centre them as it does).
+    y: `(n, c)` labels, in the convention of the model (KRR has no intercept: center them as it does).
     candidates: the pool: its size L (drawn without replacement, class by class in turn if
       there is a quota), or `(L,)` integer rows of `x`, or `(L, ...)` floating rows of its own.
     num_points: m, at most L.
@@ -83,10 +93,14 @@ def krr_pursuit(
     checks.positive_int("quota", quota)
   rows, pool, classes = _pool(keys.canonical_key(key), x, y, candidates, quota, classes)
   if num_points > pool.shape[0]:
-    raise ValueError(f"num_points: expected at most the number of candidates, {pool.shape[0]}, got {num_points}")
+    raise ValueError(
+      f"num_points: expected at most the number of candidates, {pool.shape[0]}, got {num_points}"
+    )
   room = jnp.int32(num_points if quota is None else quota)
   ridge = jnp.asarray(ridge, linalg.widest_dtype(x.dtype))
-  return _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, min(block_size, x.shape[0]))
+  return _krr_pursuit(
+    kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, min(block_size, x.shape[0])
+  )
 
 
 def _rows(name, x):
@@ -111,15 +125,22 @@ def _pool(key, x, y, candidates, quota, classes):
   if jnp.issubdtype(rows.dtype, jnp.floating):
     checks.shape("candidates", rows, (None, *x.shape[1:]))
     if quota is not None and classes is None:
-      raise ValueError("classes: expected one class a candidate, since the pool is not made of rows of x; got None")
-    pool, rows = _rows("candidates", rows).astype(x.dtype), jnp.arange(rows.shape[0], dtype=jnp.int32)
+      raise ValueError(
+        "classes: expected one class a candidate, since the pool is not made of rows of x; got None"
+      )
+    pool, rows = (
+      _rows("candidates", rows).astype(x.dtype),
+      jnp.arange(rows.shape[0], dtype=jnp.int32),
+    )
   else:
     checks.rank("candidates", rows, 1)
     checks.in_range("candidates", rows, 0, n - 1)
     rows = rows.astype(jnp.int32)
     pool = x[rows]
     classes = jnp.argmax(y[rows], axis=1) if classes is None else classes
-  classes = jnp.zeros(rows.shape, jnp.int32) if classes is None or quota is None else jnp.asarray(classes)
+  classes = (
+    jnp.zeros(rows.shape, jnp.int32) if classes is None or quota is None else jnp.asarray(classes)
+  )
   checks.shape("classes", classes, rows.shape)
   return rows, pool, classes.astype(jnp.int32)
 
@@ -132,8 +153,11 @@ def _draw_pool(key, labels, size, balanced):
     shuffled = labels[order]
     by_class = jnp.argsort(shuffled, stable=True)
     start = jnp.searchsorted(shuffled[by_class], shuffled[by_class])
-    ranks = jnp.zeros(order.shape, jnp.int32).at[by_class].set(
-        jnp.arange(order.shape[0], dtype=jnp.int32) - start.astype(jnp.int32))
+    ranks = (
+      jnp.zeros(order.shape, jnp.int32)
+      .at[by_class]
+      .set(jnp.arange(order.shape[0], dtype=jnp.int32) - start.astype(jnp.int32))
+    )
     order = order[jnp.argsort(ranks, stable=True)]
   return order[:size].astype(jnp.int32)
 
@@ -143,7 +167,9 @@ def _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, 
   vectors, wanted, square, jitter, status = _least_squares(kernel_fn, x, y, pool, ridge, block_size)
   size = pool.shape[0]
   # A copy of a chosen row keeps no more than rounding, and what the factor of K_LL gave it.
-  floor = (_ROUNDING_UNITS * jnp.finfo(vectors.dtype).eps) ** 2 * jnp.sum(vectors**2, axis=1) + 4 * ridge * jitter
+  floor = (_ROUNDING_UNITS * jnp.finfo(vectors.dtype).eps) ** 2 * jnp.sum(
+    vectors**2, axis=1
+  ) + 4 * ridge * jitter
 
   def step(t, carry):
     left, residual, lower, open_rows, room, chosen, labels, objectives = carry
@@ -157,24 +183,40 @@ def _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, 
     column = linalg.matmul(left, direction[:, None])[:, 0]
     label = linalg.matmul(direction[None], residual)[0]
     return (
-        left - column[:, None] * direction[None], residual - direction[:, None] * label[None], lower.at[t].set(column),
-        open_rows & ~(take & (jnp.arange(size) == best)), room - (take & (classes == classes[best])).astype(jnp.int32),
-        chosen.at[t].set(jnp.where(take, best, -1).astype(jnp.int32)), labels.at[t].set(label),
-        objectives.at[t + 1].set(objectives[t] - jnp.sum(label**2)))
+      left - column[:, None] * direction[None],
+      residual - direction[:, None] * label[None],
+      lower.at[t].set(column),
+      open_rows & ~(take & (jnp.arange(size) == best)),
+      room - (take & (classes == classes[best])).astype(jnp.int32),
+      chosen.at[t].set(jnp.where(take, best, -1).astype(jnp.int32)),
+      labels.at[t].set(label),
+      objectives.at[t + 1].set(objectives[t] - jnp.sum(label**2)),
+    )
 
   zeros = functools.partial(jnp.zeros, dtype=vectors.dtype)
   carry = (
-      vectors, wanted, zeros((num_points, size)), jnp.ones(size, bool), jnp.broadcast_to(room, (size,)),
-      jnp.full(num_points, -1, jnp.int32), zeros((num_points, y.shape[1])),
-      jnp.broadcast_to(square, (num_points + 1,)))
+    vectors,
+    wanted,
+    zeros((num_points, size)),
+    jnp.ones(size, bool),
+    jnp.broadcast_to(room, (size,)),
+    jnp.full(num_points, -1, jnp.int32),
+    zeros((num_points, y.shape[1])),
+    jnp.broadcast_to(square, (num_points + 1,)),
+  )
   _, _, lower, _, _, chosen, labels, objectives = jax.lax.fori_loop(0, num_points, step, carry)
   used = chosen >= 0
   coefficients = _coefficients(vectors, wanted, lower, chosen, labels)
   pool_objective = jnp.minimum(square - jnp.sum(wanted**2), objectives[-1])
   short = jnp.where(used.all(), Status.OK, Status.NOT_POSITIVE_DEFINITE).astype(jnp.int32)
   return Pursuit(
-      jnp.where(used, rows[chosen], -1), rows, coefficients.astype(y.dtype), objectives, pool_objective,
-      jnp.maximum(status, short))
+    jnp.where(used, rows[chosen], -1),
+    rows,
+    coefficients.astype(y.dtype),
+    objectives,
+    pool_objective,
+    jnp.maximum(status, short),
+  )
 
 
 def _least_squares(kernel_fn, x, y, pool, ridge, block_size):
@@ -197,19 +239,27 @@ def _least_squares(kernel_fn, x, y, pool, ridge, block_size):
     return carry[0] + linalg.matmul(k, k.T), carry[1] + linalg.matmul(k, y[index].astype(dtype))
 
   moments, targets = jax.lax.fori_loop(
-      0, blocks, add, (jnp.zeros((size, size), dtype), jnp.zeros((size, y.shape[1]), dtype)))
+    0, blocks, add, (jnp.zeros((size, size), dtype), jnp.zeros((size, y.shape[1]), dtype))
+  )
   root = linalg.factor(moments, ridge)
   status = jnp.maximum(factor.status, root.status)
-  return (linalg.matmul(factor.lower, root.lower), linalg.whiten(root, targets), jnp.sum(y.astype(dtype) ** 2), jitter,
-          status)
+  return (
+    linalg.matmul(factor.lower, root.lower),
+    linalg.whiten(root, targets),
+    jnp.sum(y.astype(dtype) ** 2),
+    jitter,
+    status,
+  )
 
 
 def _coefficients(vectors, wanted, lower, chosen, labels):
-  """c = M_SS^{-1} B_S from the triangle of the orthogonalisation, refined once against the vectors."""
+  """C = M_SS^{-1} B_S from the triangle of the orthogonalization, refined once against the vectors."""
   used = chosen >= 0
   # Row t of `lower` belongs to choice t; a step without a choice becomes a unit row.
   among = used[:, None] & used[None]
-  f = linalg.Factor(jnp.where(among, lower[:, chosen].T, jnp.eye(chosen.shape[0], dtype=lower.dtype)), jnp.int32(0))
+  f = linalg.Factor(
+    jnp.where(among, lower[:, chosen].T, jnp.eye(chosen.shape[0], dtype=lower.dtype)), jnp.int32(0)
+  )
   basis = jnp.where(used[:, None], vectors[chosen], 0)
   c = linalg.unwhiten(f, labels)
   return c + linalg.solve(f, linalg.matmul(basis, wanted - linalg.matmul(basis.T, c)))

@@ -71,7 +71,7 @@ def _checked(x, num_rows, present):
 
 
 def _mean(x, present):
-  # Centred on it, sums of like rows lose nothing to cancellation.
+  # Centered on it, sums of like rows lose nothing to cancellation.
   weights = present.astype(x.dtype) / jnp.sum(present).astype(x.dtype)
   return jnp.matmul(weights, x, precision="highest")
 

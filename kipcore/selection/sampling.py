@@ -72,8 +72,14 @@ class SamplingGain(NamedTuple):
 
 
 def sensitivity_sample(
-    key, scores: Array, num_samples: int, *, input_weights: Array | None = None, uniform_mix=0.0,
-    replace: bool = True) -> Sample:
+  key,
+  scores: Array,
+  num_samples: int,
+  *,
+  input_weights: Array | None = None,
+  uniform_mix=0.0,
+  replace: bool = True,
+) -> Sample:
   """Draws rows by sensitivity; E[sum_j w_j f(i_j)] = sum_i u_i f(i) for every f.
 
   p_i = (1 - g) s_i / sum(s) + g u_i / sum(u), with g = `uniform_mix`. With replacement
@@ -103,18 +109,26 @@ def sensitivity_sample(
   Example:
     >>> scores = jnp.asarray([1.0, 2.0, 3.0, 4.0])
     >>> sample = kipcore.sensitivity_sample(0, scores, 100)
-    >>> round(float(jnp.sum(sample.weights * scores[sample.indices])), 3)  # exact for f = scores, for any draw
+    >>> round(
+    ...   float(jnp.sum(sample.weights * scores[sample.indices])), 3
+    ... )  # exact for f = scores, for any draw
     10.0
   """
   scores, input_weights = draws.check_scores(scores, num_samples, uniform_mix, input_weights)
   if not replace:
     draws.check_distinct(scores, num_samples, uniform_mix, input_weights)
   return _sensitivity_core(
-      keys.canonical_key(key), scores, input_weights, jnp.asarray(uniform_mix, scores.dtype), num_samples, replace)
+    keys.canonical_key(key),
+    scores,
+    input_weights,
+    jnp.asarray(uniform_mix, scores.dtype),
+    num_samples,
+    replace,
+  )
 
 
 def systematic_sample(key, scores: Array, num_samples: int, *, uniform_mix=0.0) -> SystematicSample:
-  """b distinct rows in one pass, with P(i is drawn) = pi_i = min(1, c p_i), sum_i pi_i = b.
+  """B distinct rows in one pass, with P(i is drawn) = pi_i = min(1, c p_i), sum_i pi_i = b.
 
   The rows are put in a pseudo-random order, their pi are laid end to end from a uniform
   start in [0, 1), and a row is drawn where its interval holds an integer (Madow 1949).
@@ -141,7 +155,8 @@ def systematic_sample(key, scores: Array, num_samples: int, *, uniform_mix=0.0) 
   scores, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
   draws.check_distinct(scores, num_samples, uniform_mix, ones)
   return _systematic_core(
-      keys.canonical_key(key), scores, jnp.asarray(uniform_mix, scores.dtype), num_samples)
+    keys.canonical_key(key), scores, jnp.asarray(uniform_mix, scores.dtype), num_samples
+  )
 
 
 def gumbel_sample(key, scores: Array, num_samples: int) -> Sample:
@@ -170,7 +185,8 @@ def gumbel_sample(key, scores: Array, num_samples: int) -> Sample:
 
 
 def importance_sample(
-    key, losses: Array, num_samples: int, uniform_mix=0.1, weight_exponent=1.0, *, power=1.0) -> Sample:
+  key, losses: Array, num_samples: int, uniform_mix=0.1, weight_exponent=1.0, *, power=1.0
+) -> Sample:
   """A batch of distinct rows by loss: p_i = (1 - g) l_i^power / sum(l^power) + g / n.
 
   Drawn systematically. w_i = (b / (n pi_i))^e with e = `weight_exponent`, for a *mean* over
@@ -203,17 +219,28 @@ def importance_sample(
     >>> sorted(np.asarray(sample.weights, float).round(2).tolist())
     [0.5, 1.5]
   """
-  losses, ones = draws.check_scores(losses, num_samples, uniform_mix, None, name="losses", allow_zeros=True)
+  losses, ones = draws.check_scores(
+    losses, num_samples, uniform_mix, None, name="losses", allow_zeros=True
+  )
   checks.in_range("weight_exponent", weight_exponent, 0, 1)
   checks.non_negative("power", power)
   draws.check_distinct(losses, num_samples, uniform_mix, ones, name="losses", allow_zeros=True)
-  mix, exponent, power = (jnp.asarray(v, losses.dtype) for v in (uniform_mix, weight_exponent, power))
+  mix, exponent, power = (
+    jnp.asarray(v, losses.dtype) for v in (uniform_mix, weight_exponent, power)
+  )
   return _importance_core(keys.canonical_key(key), losses, mix, exponent, power, num_samples)
 
 
 def stratified_sample(
-    key, scores: Array, labels, num_samples: int, *, allocation: str = "equal", uniform_mix=0.0,
-    replace: bool = True) -> Sample:
+  key,
+  scores: Array,
+  labels,
+  num_samples: int,
+  *,
+  allocation: str = "equal",
+  uniform_mix=0.0,
+  replace: bool = True,
+) -> Sample:
   """`sensitivity_sample` within each class, with a fixed number of draws a class.
 
   Class by class with quota m_c, so again E[sum_j w_j f(i_j)] = sum_i f(i). Quotas are equal, or
@@ -239,7 +266,9 @@ def stratified_sample(
   scores, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
   checks.one_of("allocation", allocation, ("equal", "proportional"))
   if checks.is_traced(labels) or (allocation == "proportional" and checks.is_traced(scores)):
-    raise TypeError("expected concrete labels (and scores, for proportional quotas), got traced ones")
+    raise TypeError(
+      "expected concrete labels (and scores, for proportional quotas), got traced ones"
+    )
   labels = np.asarray(labels)
   checks.shape("labels", labels, scores.shape)
   if not np.issubdtype(labels.dtype, np.integer):
@@ -252,15 +281,27 @@ def stratified_sample(
     live = np.ones(labels.size) if uniform else np.asarray(scores) > 0
     rooms = np.bincount(labels, weights=live).astype(np.int64)
     if totals.min() <= 0:
-      raise ValueError(f"scores: expected a positive score in each class, got none in {classes[totals.argmin()]}")
-  quotas = draws.class_quotas(classes, rooms, totals if allocation == "proportional" else None, num_samples, replace)
+      raise ValueError(
+        f"scores: expected a positive score in each class, got none in {classes[totals.argmin()]}"
+      )
+  quotas = draws.class_quotas(
+    classes, rooms, totals if allocation == "proportional" else None, num_samples, replace
+  )
   members = np.zeros((classes.size, sizes.max()), np.int32)
   valid = np.arange(sizes.max())[None] < sizes[:, None]
   members[valid] = np.argsort(labels, kind="stable")
   taken = np.arange(quotas.max())[None] < quotas[:, None]
   mix = jnp.asarray(uniform_mix, scores.dtype)
   sample = _stratified_core(
-      keys.canonical_key(key), scores, members, valid, quotas.astype(np.int32), mix, int(quotas.max()), replace)
+    keys.canonical_key(key),
+    scores,
+    members,
+    valid,
+    quotas.astype(np.int32),
+    mix,
+    int(quotas.max()),
+    replace,
+  )
   slots = np.flatnonzero(taken)
   return Sample(sample.indices.reshape(-1)[slots], sample.weights.reshape(-1)[slots])
 
@@ -321,7 +362,9 @@ def _importance_core(key, losses, mix, exponent, power, num_samples):
 def _gumbel_core(key, scores, num_samples):
   p, good = draws.law(scores, jnp.ones_like(scores), jnp.zeros((), scores.dtype))
   log_p = jnp.log(p)
-  top, indices = jax.lax.top_k(log_p + jax.random.gumbel(key, p.shape, p.dtype), min(num_samples + 1, p.shape[0]))
+  top, indices = jax.lax.top_k(
+    log_p + jax.random.gumbel(key, p.shape, p.dtype), min(num_samples + 1, p.shape[0])
+  )
   threshold = top[num_samples] if num_samples < p.shape[0] else -jnp.inf
   indices = indices[:num_samples].astype(jnp.int32)
   good &= draws.count(p > 0) >= num_samples

@@ -71,12 +71,21 @@ def score_ridge_for_dimension(k: Array, target, weights: Array | None = None) ->
     checks.square("k", k)
     values = _spectrum(values, scoring.prepare_weights(weights, k.shape[0], wide))
   elif weights is not None:
-    raise ValueError("weights: expected None with eigenvalues, got an array; weight the matrix instead")
+    raise ValueError(
+      "weights: expected None with eigenvalues, got an array; weight the matrix instead"
+    )
   return _bisect_ridge(values, jnp.zeros((), wide), jnp.asarray(target, wide))
 
 
-def landmark_score_ridge(key, kernel_fn: KernelFn, x: Array, target, num_landmarks: int,
-                         weights: Array | None = None, block_size: int = 1024) -> ScoreRidge:
+def landmark_score_ridge(
+  key,
+  kernel_fn: KernelFn,
+  x: Array,
+  target,
+  num_landmarks: int,
+  weights: Array | None = None,
+  block_size: int = 1024,
+) -> ScoreRidge:
   """A ridge at which d_eff is at most the target, from landmarks and no n x n matrix.
 
   With sigma the eigenvalues of the Nystrom approximation from uniform landmarks and T the
@@ -103,8 +112,15 @@ def landmark_score_ridge(key, kernel_fn: KernelFn, x: Array, target, num_landmar
   return _bisect_ridge(values, tail, jnp.asarray(target, values.dtype))
 
 
-def effective_dimension_bounds(key, kernel_fn: KernelFn, x: Array, ridge, num_landmarks: int,
-                               weights: Array | None = None, block_size: int = 1024) -> DimensionBounds:
+def effective_dimension_bounds(
+  key,
+  kernel_fn: KernelFn,
+  x: Array,
+  ridge,
+  num_landmarks: int,
+  weights: Array | None = None,
+  block_size: int = 1024,
+) -> DimensionBounds:
   """Bounds on the effective dimension at any number of ridges, from one pass over the rows.
 
   sum sigma / (sigma + ridge) <= d_eff <= that + T / ridge, with sigma the eigenvalues of the Nystrom
@@ -180,7 +196,9 @@ def _bisect_ridge(values, tail, target):
   ridge = jnp.exp(jax.lax.fori_loop(0, 80, halve, (low, high))[1])
   reached = dimension(ridge)
   converged = jnp.abs(reached - target) <= (1e-6 if values.dtype == jnp.float64 else 1e-4) * target
-  status = jnp.where(jnp.isfinite(reached), jnp.where(converged, Status.OK, Status.MAX_STEPS), Status.NOT_FINITE)
+  status = jnp.where(
+    jnp.isfinite(reached), jnp.where(converged, Status.OK, Status.MAX_STEPS), Status.NOT_FINITE
+  )
   return ScoreRidge(ridge, reached, lower_dimension(ridge), converged, status.astype(jnp.int32))
 
 

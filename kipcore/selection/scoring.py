@@ -56,7 +56,9 @@ def prepare_landmarks(landmarks, n: int) -> Array:
     values = np.asarray(landmarks)
     checks.in_range("landmarks", values, 0, n - 1)
     if len(np.unique(values)) != len(values) or not len(values):
-      raise ValueError("landmarks: expected at least one index and none twice; use landmark_weights for multiples")
+      raise ValueError(
+        "landmarks: expected at least one index and none twice; use landmark_weights for multiples"
+      )
   return jnp.asarray(landmarks).astype(jnp.int32)
 
 
@@ -67,8 +69,9 @@ def check_precision(ridge, mean_diagonal, dtype) -> None:
   mean = mean_diagonal()
   if not checks.is_traced(mean) and float(ridge) < FLOAT32_RIDGE_FLOOR * float(mean):
     raise ValueError(
-        f"ridge: expected at least {FLOAT32_RIDGE_FLOOR:g} tr K / n = {FLOAT32_RIDGE_FLOOR * float(mean):.3g} "
-        f"in float32, got {float(ridge):.3g}; switch 64-bit on, or score with a larger ridge")
+      f"ridge: expected at least {FLOAT32_RIDGE_FLOOR:g} tr K / n = {FLOAT32_RIDGE_FLOOR * float(mean):.3g} "
+      f"in float32, got {float(ridge):.3g}; switch 64-bit on, or score with a larger ridge"
+    )
 
 
 def weighted_block(kernel_fn: KernelFn, xa, root_a, xb=None, root_b=None) -> Array:
@@ -103,7 +106,9 @@ def score_factor(k: Array, ridge: Array) -> linalg.Factor:
   if f.lower.dtype == jnp.float64:
     return f
   low = ridge < FLOAT32_RIDGE_FLOOR * jnp.trace(k).astype(ridge.dtype) / k.shape[0]
-  return f._replace(status=jnp.where(low, jnp.maximum(f.status, Status.NOT_POSITIVE_DEFINITE), f.status))
+  return f._replace(
+    status=jnp.where(low, jnp.maximum(f.status, Status.NOT_POSITIVE_DEFINITE), f.status)
+  )
 
 
 def factor_leverage(f: linalg.Factor, ridge: Array) -> Array:
@@ -116,7 +121,9 @@ def factor_leverage(f: linalg.Factor, ridge: Array) -> Array:
   diagonal = []
   for start in range(0, m, size):
     eye = jnp.eye(m - start, min(size, m - start), dtype=f.lower.dtype)
-    diagonal.append(jnp.sum(solve_triangular(f.lower[start:, start:], eye, lower=True) ** 2, axis=0))
+    diagonal.append(
+      jnp.sum(solve_triangular(f.lower[start:, start:], eye, lower=True) ** 2, axis=0)
+    )
   tau = jnp.clip(1 - ridge * jnp.concatenate(diagonal), 0, 1)
   return jnp.where(f.status == Status.OK, tau, jnp.nan)
 
@@ -141,7 +148,9 @@ def feature_fit(z, root, y, ridge, block_size):
 
   def score(block):
     zw = rows(block)
-    return jnp.sum(linalg.whiten(f, zw.T) ** 2, axis=0), jnp.sum((block[2] - linalg.matmul(zw, w)) ** 2, axis=1)
+    return jnp.sum(linalg.whiten(f, zw.T) ** 2, axis=0), jnp.sum(
+      (block[2] - linalg.matmul(zw, w)) ** 2, axis=1
+    )
 
   tau, residual2 = join_blocks(jax.lax.map(score, blocks), z.shape[0])
   return jnp.clip(tau, 0, 1), residual2, jnp.sum(residual2) + ridge * jnp.sum(w**2), f.status
@@ -153,9 +162,16 @@ def landmark_fit(kernel_fn, x, root, y, landmarks, landmark_weights, ridge, bloc
   `y` is already weighted. Returns the scores, the squared residuals, the optima of
   those problems, each `(n,)`, and a status. With landmark weights the scores are t_i.
   """
-  s = landmark_solution(kernel_fn, x[landmarks], root[landmarks], y[landmarks], ridge, landmark_weights)
-  t, error2 = join_blocks(jax.lax.map(lambda block: landmark_block(kernel_fn, s, ridge, *block),
-                                      split_blocks(block_size, x, root, y)), x.shape[0])
+  s = landmark_solution(
+    kernel_fn, x[landmarks], root[landmarks], y[landmarks], ridge, landmark_weights
+  )
+  t, error2 = join_blocks(
+    jax.lax.map(
+      lambda block: landmark_block(kernel_fn, s, ridge, *block),
+      split_blocks(block_size, x, root, y),
+    ),
+    x.shape[0],
+  )
   if landmark_weights is not None:
     return t, error2, error2, s.factor.status
   return (*landmark_optima(s, t, error2, landmarks, ridge), s.factor.status)
@@ -173,7 +189,11 @@ class LandmarkSolution(NamedTuple):
 
 def landmark_solution(kernel_fn, xs, rs, ys, ridge, landmark_weights=None) -> LandmarkSolution:
   k_ss = weighted_block(kernel_fn, xs, rs)
-  f = score_factor(k_ss, ridge) if landmark_weights is None else linalg.factor(k_ss, ridge / landmark_weights)
+  f = (
+    score_factor(k_ss, ridge)
+    if landmark_weights is None
+    else linalg.factor(k_ss, ridge / landmark_weights)
+  )
   return LandmarkSolution(xs, rs, ys, f, linalg.solve(f, ys))
 
 
@@ -208,7 +228,9 @@ def best_share(values, tail, ridge, residual_norm) -> Array:
   """The q of `low_rank_leverage_bounds` with the least sum; `values` are eigenvalues of F^T F."""
   share = jnp.linspace(0.0, 0.98, 99, dtype=ridge.dtype)
   kept = kept_share(share, ridge, residual_norm)
-  sums = jnp.sum(values[None, :] / (kept[:, None] * values[None, :] + ridge), axis=1) + tail / ((1 - share) * ridge)
+  sums = jnp.sum(values[None, :] / (kept[:, None] * values[None, :] + ridge), axis=1) + tail / (
+    (1 - share) * ridge
+  )
   return share[jnp.argmin(sums)]
 
 

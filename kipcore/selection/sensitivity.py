@@ -2,13 +2,13 @@
 
 The sensitivity of row i is the largest share that it can have of the objective,
 
-  s_i = sup_q u_i f_i(q) / F(q),  F = sum_i u_i f_i (+ regulariser),
+  s_i = sup_q u_i f_i(q) / F(q),  F = sum_i u_i f_i (+ regularizer),
 
 (Langberg and Schulman, SODA 2010). Sampling in proportion to s_i, or to any over-estimate of it, with weights one over
 the expected count gives a coreset whose size grows with their total (Feldman, Langberg 2011; Braverman et al. 2016);
 under-estimates void it.
 
-For kernel ridge regression q is a linear map W on features phi, the row loss is ||W^T phi_i - y_i||^2, the regulariser
+For kernel ridge regression q is a linear map W on features phi, the row loss is ||W^T phi_i - y_i||^2, the regularizer
 ridge ||W||^2 stays in the coreset's objective as it is, and for any number of outputs the supremum is
 
   s_i = tau_i + ||r_i||^2 / F*,   sum_i s_i <= d_eff + 1,
@@ -68,7 +68,9 @@ class SensitivityScores(NamedTuple):
   status: Array
 
 
-def krr_sensitivity_scores(k: Array, y: Array, ridge, weights: Array | None = None) -> SensitivityScores:
+def krr_sensitivity_scores(
+  k: Array, y: Array, ridge, weights: Array | None = None
+) -> SensitivityScores:
   """Exact kernel ridge regression sensitivities with diagnostics.
 
     A = (K_u + ridge I)^{-1} U^{1/2} Y,   s_i = tau_i + ridge ||A_i||^2 / <U^{1/2} Y, A>
@@ -106,14 +108,17 @@ def krr_sensitivities(k: Array, y: Array, ridge, weights: Array | None = None) -
 
   Example:
     >>> k, y = jnp.diag(jnp.asarray([9.0, 1.0])), jnp.asarray([[1.0], [0.0]])
-    >>> print(np.asarray(kipcore.krr_sensitivities(k, y, 1.0)).round(3))  # leverage 0.9 and 0.5, plus 0.1 of a label
+    >>> print(
+    ...   np.asarray(kipcore.krr_sensitivities(k, y, 1.0)).round(3)
+    ... )  # leverage 0.9 and 0.5, plus 0.1 of a label
     [1.  0.5]
   """
   return krr_sensitivity_scores(k, y, ridge, weights).scores
 
 
-def feature_krr_sensitivities(z: Array, y: Array, ridge, weights: Array | None = None,
-                              block_size: int | None = None) -> SensitivityScores:
+def feature_krr_sensitivities(
+  z: Array, y: Array, ridge, weights: Array | None = None, block_size: int | None = None
+) -> SensitivityScores:
   """Exact sensitivities of ridge regression on features, from a D x D matrix.
 
   Exact for the kernel Z Z^T. For another that Z approximates they are as good as the approximation, and not certified.
@@ -133,12 +138,23 @@ def feature_krr_sensitivities(z: Array, y: Array, ridge, weights: Array | None =
   ridge, root = scoring.prepare_rows("z", z, ridge, weights)
   y = _prepare_labels(y, z, root)
   checks.finite("z", z)
-  scoring.check_precision(ridge, lambda: jnp.mean(root**2 * jnp.sum(z.astype(root.dtype) ** 2, axis=1)), z.dtype)
-  return finish(sensitivity_cores.feature_scores(z, y, ridge, root, block_size), Guarantee.EXACT, z.dtype)
+  scoring.check_precision(
+    ridge, lambda: jnp.mean(root**2 * jnp.sum(z.astype(root.dtype) ** 2, axis=1)), z.dtype
+  )
+  return finish(
+    sensitivity_cores.feature_scores(z, y, ridge, root, block_size), Guarantee.EXACT, z.dtype
+  )
 
 
-def blocked_krr_sensitivities(kernel_fn: KernelFn, x: Array, y: Array, ridge, groups,
-                              weights: Array | None = None, objective_bound=0.0) -> SensitivityScores:
+def blocked_krr_sensitivities(
+  kernel_fn: KernelFn,
+  x: Array,
+  y: Array,
+  ridge,
+  groups,
+  weights: Array | None = None,
+  objective_bound=0.0,
+) -> SensitivityScores:
   """Certified over-estimates: the exact sensitivity of each row within its own group.
 
   Valid for every partition, because leaving rows out of F can only raise a ratio; classes make tight groups. One
@@ -171,13 +187,30 @@ def blocked_krr_sensitivities(kernel_fn: KernelFn, x: Array, y: Array, ridge, gr
   index = order[start[:, None] + np.minimum(column[None, :], size[:, None] - 1)].astype(np.int32)
   present = column[None, :] < size[:, None]
   parts = sensitivity_cores.blocked_scores(
-      kernel_fn, x, y, ridge, root, jnp.asarray(index), jnp.asarray(present), jnp.asarray(objective_bound, root.dtype))
+    kernel_fn,
+    x,
+    y,
+    ridge,
+    root,
+    jnp.asarray(index),
+    jnp.asarray(present),
+    jnp.asarray(objective_bound, root.dtype),
+  )
   return finish(parts, Guarantee.OVER_ESTIMATE, x.dtype)
 
 
-def approximate_krr_sensitivities(key, kernel_fn: KernelFn, x: Array, y: Array, ridge, num_landmarks: int,
-                                  weights: Array | None = None, landmarks: Array | None = None,
-                                  block_size: int = 1024, refine: bool = True) -> SensitivityScores:
+def approximate_krr_sensitivities(
+  key,
+  kernel_fn: KernelFn,
+  x: Array,
+  y: Array,
+  ridge,
+  num_landmarks: int,
+  weights: Array | None = None,
+  landmarks: Array | None = None,
+  block_size: int = 1024,
+  refine: bool = True,
+) -> SensitivityScores:
   """Certified over-estimates from landmarks S, streaming over rows; no n x n matrix.
 
   Each score is the smaller of two bounds, both proved for every S and every order of rows:
@@ -209,8 +242,14 @@ def approximate_krr_sensitivities(key, kernel_fn: KernelFn, x: Array, y: Array, 
     ValueError: as `krr_sensitivity_scores`, and for repeated landmarks.
 
   Example:
-    >>> x, y, kernel_fn = jnp.arange(4.0)[:, None], jnp.asarray([[1.0], [-1.0], [1.0], [1.0]]), kipcore.rbf_fn(1.0)
-    >>> upper = kipcore.approximate_krr_sensitivities(0, kernel_fn, x, y, 1.0, num_landmarks=2).scores
+    >>> x, y, kernel_fn = (
+    ...   jnp.arange(4.0)[:, None],
+    ...   jnp.asarray([[1.0], [-1.0], [1.0], [1.0]]),
+    ...   kipcore.rbf_fn(1.0),
+    ... )
+    >>> upper = kipcore.approximate_krr_sensitivities(
+    ...   0, kernel_fn, x, y, 1.0, num_landmarks=2
+    ... ).scores
     >>> bool(jnp.all(upper >= kipcore.krr_sensitivities(kernel_fn(x), y, 1.0) - 1e-6))
     True
   """
@@ -222,11 +261,15 @@ def approximate_krr_sensitivities(key, kernel_fn: KernelFn, x: Array, y: Array, 
     checks.shape("landmarks", landmarks, (num_landmarks,))
   order = jax.random.permutation(keys.canonical_key(key), x.shape[0]).astype(jnp.int32)
   landmarks = order[:num_landmarks] if landmarks is None else landmarks
-  parts = sensitivity_cores.landmark_scores(kernel_fn, x, y, ridge, root, landmarks, order, block_size, refine)
+  parts = sensitivity_cores.landmark_scores(
+    kernel_fn, x, y, ridge, root, landmarks, order, block_size, refine
+  )
   return finish(parts, Guarantee.OVER_ESTIMATE, x.dtype)
 
 
-def kmeans_sensitivities(x: Array, centers: Array, weights: Array | None = None, alpha=1.0) -> Array:
+def kmeans_sensitivities(
+  x: Array, centers: Array, weights: Array | None = None, alpha=1.0
+) -> Array:
   """Upper bounds on the k-means sensitivities from any centers B.
 
     s_i <= u_i (2 alpha d_i^2 / c + 4 alpha c_b / (U_b c) + 4 / U_b),   b = nearest center of i,
@@ -258,7 +301,9 @@ def kmeans_sensitivities(x: Array, centers: Array, weights: Array | None = None,
   checks.shape("centers", centers, (None, x.shape[1]))
   checks.in_range("alpha", alpha, 1, np.inf)
   if centers.dtype != x.dtype or not centers.shape[0]:
-    raise ValueError(f"centers: expected at least one row of dtype {x.dtype}, got {centers.shape} {centers.dtype}")
+    raise ValueError(
+      f"centers: expected at least one row of dtype {x.dtype}, got {centers.shape} {centers.dtype}"
+    )
   return _kmeans_scores(x, centers, weights, jnp.asarray(alpha, x.dtype))
 
 
@@ -300,7 +345,8 @@ def _prepare_kernel_rows(kernel_fn, x, y, ridge, weights):
   # The mean over a few rows is enough to place the ridge against the floor of float32.
   few = slice(None, None, max(1, x.shape[0] // 256))
   scoring.check_precision(
-      ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, x[few], root[few])), x.dtype)
+    ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, x[few], root[few])), x.dtype
+  )
   return ridge, root, y
 
 
@@ -317,7 +363,9 @@ def _prepare_points(x, weights) -> Array:
 
 def finish(parts, guarantee: Guarantee, dtype) -> SensitivityScores:
   """Diagnostics of (scores, leverage, objective, lower dimension, status); warns where flat."""
-  result = SensitivityScores(*sensitivity_cores.diagnose(parts, jnp.dtype(dtype)))._replace(guarantee=guarantee)
+  result = SensitivityScores(*sensitivity_cores.diagnose(parts, jnp.dtype(dtype)))._replace(
+    guarantee=guarantee
+  )
   leverage.warn_if_flat(result.max_over_mean)
   return result
 
@@ -348,4 +396,6 @@ def _lightweight_scores(x, weights):
   spread = weights * jnp.sum((x - mean) ** 2, axis=1)
   total = jnp.sum(spread)
   uniform = weights / mass
-  return jnp.where(total > 0, 0.5 * uniform + 0.5 * spread / jnp.where(total > 0, total, 1), uniform)
+  return jnp.where(
+    total > 0, 0.5 * uniform + 0.5 * spread / jnp.where(total > 0, total, 1), uniform
+  )

@@ -37,15 +37,22 @@ def joint(tau, residual2, part, bound):
 
 
 def _solve_scores(k, y, ridge):
-  """Scores `(tau, ||r||^2, F*, status)` of weighted data by one factorisation."""
+  """Scores `(tau, ||r||^2, F*, status)` of weighted data by one factorization."""
   f = scoring.score_factor(k, ridge)
   dual = linalg.solve(f, y)
-  return (scoring.factor_leverage(f, ridge), ridge**2 * jnp.sum(dual**2, axis=1), ridge * jnp.sum(y * dual), f.status)
+  return (
+    scoring.factor_leverage(f, ridge),
+    ridge**2 * jnp.sum(dual**2, axis=1),
+    ridge * jnp.sum(y * dual),
+    f.status,
+  )
 
 
 @jax.jit
 def exact_scores(k, y, ridge, root):
-  tau, residual2, objective, status = _solve_scores(root[:, None] * k.astype(root.dtype) * root[None, :], y, ridge)
+  tau, residual2, objective, status = _solve_scores(
+    root[:, None] * k.astype(root.dtype) * root[None, :], y, ridge
+  )
   return tau + label_term(residual2, objective), tau, objective, jnp.sum(tau), status
 
 
@@ -62,7 +69,9 @@ def blocked_scores(kernel_fn, x, y, ridge, root, index, present, bound):
     rows, mask = block
     weight = jnp.where(mask, root[rows], 0)
     k = scoring.weighted_block(kernel_fn, x[rows], weight)
-    tau, residual2, objective, status = _solve_scores(k, jnp.where(mask[:, None], y[rows], 0), ridge)
+    tau, residual2, objective, status = _solve_scores(
+      k, jnp.where(mask[:, None], y[rows], 0), ridge
+    )
     return tau, residual2, jnp.full_like(tau, objective), jnp.full_like(rows, status)
 
   tau, residual2, part, status = jax.lax.map(group, (index, present))
@@ -93,11 +102,15 @@ def landmark_scores(kernel_fn, x, y, ridge, root, landmarks, order, block_size, 
     return (*one_pass_scores(*alone), status)
   s = nystrom_start(kernel_fn, x[landmarks], root[landmarks])
   blocks = scoring.split_blocks(block_size, order, root[order], y[order])
-  gather = lambda totals, block: (nystrom_gather(kernel_fn, s, totals, x[block[0]], *block[1:]), None)
+  gather = lambda totals, block: (
+    nystrom_gather(kernel_fn, s, totals, x[block[0]], *block[1:]),
+    None,
+  )
   totals, _ = jax.lax.scan(gather, nystrom_totals(s, y.shape[1]), blocks)
   fit = nystrom_fit(s, totals, ridge)
   *of_rows, unseen = jax.lax.map(
-      lambda block: nystrom_rows(kernel_fn, s, fit, ridge, x[block[0]], *block[1:]), blocks)
+    lambda block: nystrom_rows(kernel_fn, s, fit, ridge, x[block[0]], *block[1:]), blocks
+  )
   rows = [jnp.zeros_like(root).at[order].set(a) for a in scoring.join_blocks(of_rows, x.shape[0])]
   return two_pass_scores(alone, fit, *rows, jnp.sum(unseen, axis=0), ridge, status)
 
@@ -145,7 +158,9 @@ def nystrom_start(kernel_fn, xs, rs) -> NystromStart:
 def nystrom_totals(s: NystromStart, num_outputs):
   """Zeros for `nystrom_gather`: V^T V, V^T Y, the trace and a bound on the norm of what V misses."""
   size = s.root.shape[0]
-  return tuple(jnp.zeros(shape, s.root.dtype) for shape in ((size, size), (size, num_outputs), (), ()))
+  return tuple(
+    jnp.zeros(shape, s.root.dtype) for shape in ((size, size), (size, num_outputs), (), ())
+  )
 
 
 def _features(kernel_fn, s, xb, rb):
@@ -167,8 +182,14 @@ def nystrom_fit(s: NystromStart, totals, ridge) -> NystromFit:
   kept = scoring.kept_share(share, ridge, norm)
   kept_factor, fit_factor = linalg.factor(kept * moment, ridge), linalg.factor(moment, ridge)
   status = jnp.maximum(s.factor.status, jnp.maximum(kept_factor.status, fit_factor.status))
-  return NystromFit(kept, share, kept_factor.lower, linalg.solve(fit_factor, cross),
-                    jnp.sum(values / (values + ridge)), status)
+  return NystromFit(
+    kept,
+    share,
+    kept_factor.lower,
+    linalg.solve(fit_factor, cross),
+    jnp.sum(values / (values + ridge)),
+    status,
+  )
 
 
 def nystrom_rows(kernel_fn, s: NystromStart, fit: NystromFit, ridge, xb, rb, yb):
@@ -192,7 +213,14 @@ def diagnose(parts, dtype):
   tau = jnp.minimum(tau, scores)
   label = scores - tau
   total = jnp.sum(scores)
-  diagnostics = (objective, total, jnp.sum(tau), lower, jnp.sum(label), n * jnp.max(scores) / total,
-                 n * jnp.sum((scores / total) ** 2))
+  diagnostics = (
+    objective,
+    total,
+    jnp.sum(tau),
+    lower,
+    jnp.sum(label),
+    n * jnp.max(scores) / total,
+    n * jnp.sum((scores / total) ** 2),
+  )
   floats = jax.tree.map(lambda a: a.astype(dtype), (scores, tau, label, *diagnostics))
   return (*floats, 0, status)

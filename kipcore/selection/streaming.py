@@ -4,7 +4,7 @@ The host loop is plain Python over compiled steps; nothing but the scores grows 
 """
 
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,17 @@ from kipcore.selection.sensitivity import SensitivityScores
 from kipcore.types import Array, KernelFn
 
 
-def stream_krr_sensitivities(key, kernel_fn: KernelFn, x, y, ridge, num_landmarks: int,
-                             transform: Callable | None = None, block_size: int = 1024,
-                             refine: bool = True) -> SensitivityScores:
+def stream_krr_sensitivities(
+  key,
+  kernel_fn: KernelFn,
+  x,
+  y,
+  ridge,
+  num_landmarks: int,
+  transform: Callable | None = None,
+  block_size: int = 1024,
+  refine: bool = True,
+) -> SensitivityScores:
   """`approximate_krr_sensitivities` of rows on disk: the same bounds, blocks in the order of the file.
 
   Both bounds are proved for every order of the rows. The norm that enters the second is
@@ -53,11 +61,13 @@ def stream_krr_sensitivities(key, kernel_fn: KernelFn, x, y, ridge, num_landmark
   if len(y.shape) != 2 or y.shape[0] != n:
     raise ValueError(f"y: expected shape ({n}, c) to match x, got {tuple(y.shape)}")
   read = functools.partial(_read, x, y, transform)
-  drawn = jax.random.permutation(keys.canonical_key(key), n)[:min(num_landmarks, n)]
+  drawn = jax.random.permutation(keys.canonical_key(key), n)[: min(num_landmarks, n)]
   landmarks = np.sort(np.asarray(drawn))
   xs, ys = read(landmarks, "landmarks")
   ridge, rs = scoring.prepare_rows("x", xs, ridge, None)
-  scoring.check_precision(ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, xs[:256], rs[:256])), xs.dtype)
+  scoring.check_precision(
+    ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, xs[:256], rs[:256])), xs.dtype
+  )
   solution, start = _prepare(kernel_fn, xs, rs, ys.astype(rs.dtype), ridge)
   size = min(block_size, n)
 
@@ -68,14 +78,17 @@ def stream_krr_sensitivities(key, kernel_fn: KernelFn, x, y, ridge, num_landmark
       xb, yb = read(slice(first, first + rows.size), f"rows {first} to {first + rows.size - 1}")
       pad = size - rows.size
       if pad:
-        xb, yb = jnp.concatenate([xb, jnp.repeat(xb[-1:], pad, axis=0)]), jnp.pad(yb, ((0, pad), (0, 0)))
+        xb, yb = (
+          jnp.concatenate([xb, jnp.repeat(xb[-1:], pad, axis=0)]),
+          jnp.pad(yb, ((0, pad), (0, 0))),
+        )
       yield rows, xb, jnp.asarray(np.arange(size) < rows.size, rs.dtype), yb.astype(rs.dtype)
 
   totals = sensitivity_cores.nystrom_totals(start, y.shape[1])
   t, error2, tau, residual2 = (np.zeros(n, rs.dtype) for _ in range(4))
   for rows, *block in blocks():
     (tb, eb), totals = _first_pass(kernel_fn, solution, start, totals, ridge, *block, refine)
-    t[rows], error2[rows] = np.asarray(tb)[:rows.size], np.asarray(eb)[:rows.size]
+    t[rows], error2[rows] = np.asarray(tb)[: rows.size], np.asarray(eb)[: rows.size]
   alone = _alone(solution, jnp.asarray(t), jnp.asarray(error2), landmarks, ridge)
   status = solution.factor.status
   if not refine:
@@ -85,7 +98,7 @@ def stream_krr_sensitivities(key, kernel_fn: KernelFn, x, y, ridge, num_landmark
     unseen = jnp.zeros(y.shape[1], rs.dtype)
     for rows, *block in blocks():
       tb, rb, ub = _second_pass(kernel_fn, start, fit, ridge, *block)
-      tau[rows], residual2[rows] = np.asarray(tb)[:rows.size], np.asarray(rb)[:rows.size]
+      tau[rows], residual2[rows] = np.asarray(tb)[: rows.size], np.asarray(rb)[: rows.size]
       unseen = unseen + ub
     parts = _two_pass(alone, fit, jnp.asarray(tau), jnp.asarray(residual2), unseen, ridge, status)
   return sensitivity.finish(parts, sensitivity.Guarantee.OVER_ESTIMATE, xs.dtype)
@@ -104,7 +117,9 @@ def _read(x, y, transform, rows, where) -> tuple[Array, Array]:
 
 @functools.partial(jax.jit, static_argnames="kernel_fn")
 def _prepare(kernel_fn, xs, rs, ys, ridge):
-  return scoring.landmark_solution(kernel_fn, xs, rs, ys, ridge), sensitivity_cores.nystrom_start(kernel_fn, xs, rs)
+  return scoring.landmark_solution(kernel_fn, xs, rs, ys, ridge), sensitivity_cores.nystrom_start(
+    kernel_fn, xs, rs
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "refine"), donate_argnames="totals")

@@ -14,18 +14,18 @@ import time
 
 import numpy as np
 import pytest
-
 from binaries import run_binary
+
+from kipcore.cli.config import (
+  CompareConfig,
+  DataConfig,
+  DistillConfig,
+  EvaluateConfig,
+  SelectConfig,
+)
 from kipcore.cli.cost import estimate, progress
 from kipcore.cli.folder import readme, run_folder
 from kipcore.cli.runs import dry_run
-from kipcore.cli.config import (
-    CompareConfig,
-    DataConfig,
-    DistillConfig,
-    EvaluateConfig,
-    SelectConfig,
-)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 QUICK = dict(steps=2, num_devices=1, target_batch_size=100, test_rows=100)
@@ -58,8 +58,14 @@ def entry_points() -> dict[str, str]:
 def calls(script: str, commands: list[list[str]], cwd) -> list[tuple[int, str, str]]:
   """(exit status, output, errors) of each."""
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-  done = subprocess.run([sys.executable, "-c", DRIVER, entry_points()[script], json.dumps(commands)], cwd=cwd, env=environment,
-                        capture_output=True, text=True, timeout=300)
+  done = subprocess.run(
+    [sys.executable, "-c", DRIVER, entry_points()[script], json.dumps(commands)],
+    cwd=cwd,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout)
 
@@ -68,10 +74,17 @@ def test_tests_start_binaries_as_users_do():
   """Output, errors and status of a process that was forked are those of `python -m`, in success and in failure."""
   for arguments, status in ((["--help"], 0), (["--dataset=nosuch.npz"], 2)):
     forked = run_binary("experiments.run_distill", *arguments)
-    done = subprocess.run([sys.executable, "-m", "experiments.run_distill", *arguments], cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+      [sys.executable, "-m", "experiments.run_distill", *arguments],
+      cwd=ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+      capture_output=True,
+      text=True,
+    )
     assert forked.returncode == done.returncode == status
-    assert (forked.stdout, forked.stderr) == (done.stdout, done.stderr) and bool(done.stdout) != bool(done.stderr)
+    assert (forked.stdout, forked.stderr) == (done.stdout, done.stderr) and bool(
+      done.stdout
+    ) != bool(done.stderr)
 
 
 def names(*kinds) -> set[str]:
@@ -81,55 +94,78 @@ def names(*kinds) -> set[str]:
 _OUTPUT = {"output_dir", "overwrite", "dry_run", "x64"}
 # What a binary has flags for: the fields of its configs, and more.
 FLAGS = {
-    "distill": (names(DistillConfig) | _OUTPUT | {"tensorboard", "distributed"}, ("dataset", "data_dir", "images_per_class", "method")),
-    "select": (names(SelectConfig) | _OUTPUT, ("dataset", "data_dir", "images_per_class", "strategy")),
-    "compare": (names(DataConfig, CompareConfig) | _OUTPUT | {"set"}, ("dataset", "data_dir", "images_per_class", "methods")),
-    "evaluate": (names(EvaluateConfig) | {"artifact", "output"}, ("artifact",)),
-    "export": ({"artifact", "format", "output_dir"}, ("artifact",)),
-    "report": ({"run", "output"}, ("run",)),
+  "distill": (
+    names(DistillConfig) | _OUTPUT | {"tensorboard", "distributed"},
+    ("dataset", "data_dir", "images_per_class", "method"),
+  ),
+  "select": (
+    names(SelectConfig) | _OUTPUT,
+    ("dataset", "data_dir", "images_per_class", "strategy"),
+  ),
+  "compare": (
+    names(DataConfig, CompareConfig) | _OUTPUT | {"set"},
+    ("dataset", "data_dir", "images_per_class", "methods"),
+  ),
+  "evaluate": (names(EvaluateConfig) | {"artifact", "output"}, ("artifact",)),
+  "export": ({"artifact", "format", "output_dir"}, ("artifact",)),
+  "report": ({"run", "output"}, ("run",)),
 }
 
 
 def test_each_binary_has_its_console_script():
-  modules = {path.stem.removeprefix("run_") for path in (ROOT / "experiments").glob("run_*.py")} - {"folder"}
-  assert entry_points() == {f"kipcore-{name}": f"experiments.run_{name}:run" for name in modules} and modules == set(FLAGS)
+  modules = {path.stem.removeprefix("run_") for path in (ROOT / "experiments").glob("run_*.py")} - {
+    "folder"
+  }
+  assert entry_points() == {
+    f"kipcore-{name}": f"experiments.run_{name}:run" for name in modules
+  } and modules == set(FLAGS)
 
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_help_is_readable_and_complete(name, tmp_path):
-  (status, text, errors), (_, full, _), (_, version, _) = calls(f"kipcore-{name}", [["--help"], ["--no_such", "--helpfull"], ["--version"]], tmp_path)
+  (status, text, errors), (_, full, _), (_, version, _) = calls(
+    f"kipcore-{name}", [["--help"], ["--no_such", "--helpfull"], ["--version"]], tmp_path
+  )
   assert status == 0 and not errors and version.startswith("kipcore ")
   lines = text.splitlines()
-  assert max(map(len, lines)) <= 100 + 40 * (name == "export") and all(line == line.rstrip() for line in lines)
+  assert max(map(len, lines)) <= 100 + 40 * (name == "export") and all(
+    line == line.rstrip() for line in lines
+  )
   assert f"kipcore-{name}, or python -m experiments.run_{name}" in " ".join(lines)
   shown = re.findall(r"^  --(?:\[no\])?(\w+)", text, flags=re.M)
   expected, main = FLAGS[name]
-  assert expected <= set(shown) and len(shown) == len(set(shown)) and tuple(shown[:len(main)]) == main
+  assert (
+    expected <= set(shown) and len(shown) == len(set(shown)) and tuple(shown[: len(main)]) == main
+  )
   # absl's own are for those who ask; ours all stand in a group.
-  assert "--pdb" not in text and "--[no]pdb" in full and all(f"--{flag}" in full or f"--[no]{flag}" in full for flag in shown)
+  assert (
+    "--pdb" not in text
+    and "--[no]pdb" in full
+    and all(f"--{flag}" in full or f"--[no]{flag}" in full for flag in shown)
+  )
   assert len(expected) < 5 or "\nFlags\n" not in text
 
 
 WRONG = [
-    (["--stepz=3"], "Did you mean: steps?"),
-    (["--steps=-1"], "not a non-negative integer"),
-    (["--steps=many"], "expected an integer, got 'many'"),
-    (["--uniform_mix=half"], "expected a number, got 'half'"),
-    (["--learning_rate=-1"], "learning_rate: expected values > 0, got -1.0"),
-    (["--loss=hinge"], "should be one of <mse|cross_entropy>"),
-    (["stray"], "expected flags only, as --name=value, got 'stray'"),
-    (["--method=frep"], "did you mean frepo?"),
-    (["--init=kmean"], "did you mean kmeans?"),
-    (["--sampler=crossentropy"], "did you mean cross_entropy?"),
-    (["--architecture=fc"], "architecture: expected fc1"),
-    (["--options=a=b"], "--options: expected none for --method=kip"),
-    (["--method=dm", "--options=augment=flip"], "--options: expected names among"),
-    (["--dataset=absent.npz"], "no such file"),
-    (["--dataset=./absent"], "no such folder"),
-    (["--dataset=empty/"], "got no folder"),
-    (["--output_dir=taken"], "--output_dir: cannot write to taken"),
-    (["--output_dir=taken/below"], "--output_dir: cannot write to taken/below"),
-    (["--output_dir=before"], "already holds a run (result.json)"),
+  (["--stepz=3"], "Did you mean: steps?"),
+  (["--steps=-1"], "not a non-negative integer"),
+  (["--steps=many"], "expected an integer, got 'many'"),
+  (["--uniform_mix=half"], "expected a number, got 'half'"),
+  (["--learning_rate=-1"], "learning_rate: expected values > 0, got -1.0"),
+  (["--loss=hinge"], "should be one of <mse|cross_entropy>"),
+  (["stray"], "expected flags only, as --name=value, got 'stray'"),
+  (["--method=frep"], "did you mean frepo?"),
+  (["--init=kmean"], "did you mean kmeans?"),
+  (["--sampler=crossentropy"], "did you mean cross_entropy?"),
+  (["--architecture=fc"], "architecture: expected fc1"),
+  (["--options=a=b"], "--options: expected none for --method=kip"),
+  (["--method=dm", "--options=augment=flip"], "--options: expected names among"),
+  (["--dataset=absent.npz"], "no such file"),
+  (["--dataset=./absent"], "no such folder"),
+  (["--dataset=empty/"], "got no folder"),
+  (["--output_dir=taken"], "--output_dir: cannot write to taken"),
+  (["--output_dir=taken/below"], "--output_dir: cannot write to taken/below"),
+  (["--output_dir=before"], "already holds a run (result.json)"),
 ]
 
 
@@ -141,46 +177,84 @@ def distilling(tmp_path_factory):
   (folder / "before").mkdir()
   (folder / "before" / "result.json").write_text("{}")
   (folder / "taken").write_text("")
-  commands = [["--dry_run", "--method=label_solve", "--init=uniform", "--num_devices=1"], *(arguments for arguments, _ in WRONG)]
+  commands = [
+    ["--dry_run", "--method=label_solve", "--init=uniform", "--num_devices=1"],
+    *(arguments for arguments, _ in WRONG),
+  ]
   return folder, calls("kipcore-distill", commands, folder)
 
 
 @pytest.mark.parametrize("i", range(len(WRONG)), ids=lambda i: " ".join(WRONG[i][0]))
 def test_wrong_input_ends_in_status_2_and_one_line(distilling, i):
   status, out, errors = distilling[1][i + 1]
-  assert status == 2 and not out and errors.startswith("error: ") and errors.count("\n") == 1 and WRONG[i][1] in errors, errors
+  assert (
+    status == 2
+    and not out
+    and errors.startswith("error: ")
+    and errors.count("\n") == 1
+    and WRONG[i][1] in errors
+  ), errors
 
 
 def parts_of(out) -> tuple[list[str], list[str]]:
   """The lines of time and of memory of a dry run, with their amounts checked."""
-  seconds, memory = (text.splitlines() for text in re.search(r"time, about\n(.*?)\n\nmemory of a device, about\n(.*?)\n\n", out, flags=re.S).groups())
+  seconds, memory = (
+    text.splitlines()
+    for text in re.search(
+      r"time, about\n(.*?)\n\nmemory of a device, about\n(.*?)\n\n", out, flags=re.S
+    ).groups()
+  )
   assert all(re.search(r"  [\d.]+ (s|min)$", line) for line in seconds), seconds
-  assert all(re.search(r"  [\d.,]+ (kB|MB|GB)$", line) for line in memory[:-1]) and "that it has free" in memory[-1], memory
-  return [line.strip().split("  ")[0] for line in seconds], [line.strip().split("  ")[0] for line in memory[:-1]]
+  assert (
+    all(re.search(r"  [\d.,]+ (kB|MB|GB)$", line) for line in memory[:-1])
+    and "that it has free" in memory[-1]
+  ), memory
+  return [line.strip().split("  ")[0] for line in seconds], [
+    line.strip().split("  ")[0] for line in memory[:-1]
+  ]
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(distilling):
   folder, ((status, out, errors), *_) = distilling
   assert status == 0 and not errors
-  assert "1,298 training" in out and "10 images (1 a class), 0 steps" in out and "settings other than kip's defaults: num_devices=1, init=uniform" in out
+  assert (
+    "1,298 training" in out
+    and "10 images (1 a class), 0 steps" in out
+    and "settings other than kip's defaults: num_devices=1, init=uniform" in out
+  )
   time, memory = parts_of(out)
   assert "label_solve" in time and time[-1] == memory[-1] == "together"
   assert "nothing was written; without --dry_run, into runs/" in out
-  assert out.strip().splitlines()[-1].strip() == "python -m experiments.run_distill --num_devices=1 --init=uniform --method=label_solve"
+  assert (
+    out.strip().splitlines()[-1].strip()
+    == "python -m experiments.run_distill --num_devices=1 --init=uniform --method=label_solve"
+  )
   assert {path.name for path in folder.rglob("*")} == {"empty", "before", "result.json", "taken"}
 
 
 def test_dry_runs_of_steps_a_selection_and_a_grid(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
-  dry_run.of_distillation(DistillConfig(**QUICK, init="uniform", sampler="uniform", solve_labels=False, validation_fraction=0.0))
+  dry_run.of_distillation(
+    DistillConfig(
+      **QUICK, init="uniform", sampler="uniform", solve_labels=False, validation_fraction=0.0
+    )
+  )
   time, memory = parts_of(capsys.readouterr().out)
   assert any(part.startswith("2 steps of 0.") for part in time) and "compiling" in time
-  assert "working memory of a step: kernel matrices" in memory and "images, labels and their optimiser" in memory
+  assert (
+    "working memory of a step: kernel matrices" in memory
+    and "images, labels and their optimizer" in memory
+  )
   dry_run.of_selection(SelectConfig(strategy="uniform"))
   out = capsys.readouterr().out
   time, _ = parts_of(out)
-  assert "10 points (1 a class) by uniform" in out and {"scores of all rows", "certificate"} <= set(time)
-  dry_run.of_comparison(CompareConfig(("label_solve",), ("uniform", "noise"), num_seeds=2), {**QUICK, "network_seeds": 0})
+  assert "10 points (1 a class) by uniform" in out and {"scores of all rows", "certificate"} <= set(
+    time
+  )
+  dry_run.of_comparison(
+    CompareConfig(("label_solve",), ("uniform", "noise"), num_seeds=2),
+    {**QUICK, "network_seeds": 0},
+  )
   out = capsys.readouterr().out
   assert "4 cells, 0 of them done" in out and "label_solve: 4 cells of" in out
   assert not list(tmp_path.iterdir())
@@ -203,12 +277,17 @@ def test_progress_shows_the_time_left_in_a_terminal_alone(monkeypatch):
     assert bar.seconds_left() == pytest.approx(50.0)
     now[0] += 3.0
     bar.logged(50)
-    assert bar.seconds_left() == pytest.approx(50.0 + 3.0), "one log is left, and the logs so far took 3 s each"
+    assert bar.seconds_left() == pytest.approx(50.0 + 3.0), (
+      "one log is left, and the logs so far took 3 s each"
+    )
     shown = sys.stderr.getvalue()
   assert re.search(r"kip:  50%\|.*\| 50/100 \[\d\d:\d\d, 50\.0 s left\]", shown), shown
   assert said == ["estimate: 1 s a step, 50.0 s for the other 50 steps"]
   monkeypatch.setattr(sys, "stderr", io.StringIO())
-  with progress.Steps(100, "kip", (), said.append) as bar, progress.working("waiting", expected=3.0):
+  with (
+    progress.Steps(100, "kip", (), said.append) as bar,
+    progress.working("waiting", expected=3.0),
+  ):
     bar.advance(50)
   assert sys.stderr.getvalue() == ""
 
@@ -218,27 +297,60 @@ def test_the_readme_of_a_run_folder_names_each_file(tmp_path):
   folder = tmp_path / "my run"
   folder.mkdir()
   for name in (*run_folder.RUN_FILES, "mine.npy"):
-    np.savez(folder / name, images=np.ones(3)) if name.endswith(".npz") else (folder / name).write_text("")
+    np.savez(folder / name, images=np.ones(3)) if name.endswith(".npz") else (
+      folder / name
+    ).write_text("")
   config = DistillConfig(steps=2, learn_labels=False, dataset="a b.npz")
-  readme.of_distillation(folder, config, dict(method="kip", steps=2, dataset="a b.npz", support_size=10, test_accuracy=0.5,
-                                              random_baseline_test_accuracy=0.25))
+  readme.of_distillation(
+    folder,
+    config,
+    dict(
+      method="kip",
+      steps=2,
+      dataset="a b.npz",
+      support_size=10,
+      test_accuracy=0.5,
+      random_baseline_test_accuracy=0.25,
+    ),
+  )
   text = (folder / "README.txt").read_text()
-  assert text.startswith("10 distilled images of a b.npz (kip, 2 steps): 50.00 % test accuracy, 25.00 %")
+  assert text.startswith(
+    "10 distilled images of a b.npz (kip, 2 steps): 50.00 % test accuracy, 25.00 %"
+  )
   for path in folder.iterdir():
-    assert re.search(rf"^  {re.escape(path.name)} +{re.escape(run_folder.RUN_FILES.get(path.name, 'an array of NumPy'))}$", text, flags=re.M)
+    assert re.search(
+      rf"^  {re.escape(path.name)} +{re.escape(run_folder.RUN_FILES.get(path.name, 'an array of NumPy'))}$",
+      text,
+      flags=re.M,
+    )
   line = next(line for line in text.splitlines() if "run_distill" in line)
-  assert shlex.split(line)[3:] == ["--dataset=a b.npz", "--steps=2", "--nolearn_labels", f"--output_dir={folder}-again"]
+  assert shlex.split(line)[3:] == [
+    "--dataset=a b.npz",
+    "--steps=2",
+    "--nolearn_labels",
+    f"--output_dir={folder}-again",
+  ]
   scope = {}
   exec("import numpy\n" + re.search(r"images = numpy.load\(.*", text)[0], scope)
   assert scope["images"].shape == (3,)
 
 
 def test_commands_of_a_grid_keep_lists_and_settings():
-  text = readme.comparison_command(CompareConfig(("dm",), num_seeds=1), {"dataset": "a b.npz", "steps": 5, "width": 16})
-  assert shlex.split(text)[3:] == ["--methods=dm", "--num_seeds=1", "--dataset=a b.npz", "--set=steps=5,width=16"]
+  text = readme.comparison_command(
+    CompareConfig(("dm",), num_seeds=1), {"dataset": "a b.npz", "steps": 5, "width": 16}
+  )
+  assert shlex.split(text)[3:] == [
+    "--methods=dm",
+    "--num_seeds=1",
+    "--dataset=a b.npz",
+    "--set=steps=5,width=16",
+  ]
 
 
 def test_amounts_are_for_people():
   assert [estimate.memory(count) for count in (2e3, 3.2e6, 1.5e9)] == ["2.0 kB", "3.2 MB", "1.5 GB"]
   parts = [estimate.Part("a", 1.0), estimate.Part("longer", float("nan"))]
-  assert estimate.listed(parts, estimate.duration).splitlines()[1:] == ["  longer    not known", "  together  more than 1.0 s"]
+  assert estimate.listed(parts, estimate.duration).splitlines()[1:] == [
+    "  longer    not known",
+    "  together  more than 1.0 s",
+  ]

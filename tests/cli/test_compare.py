@@ -10,55 +10,99 @@ import pytest
 
 import kipcore
 from kipcore.cli import recipes
-from kipcore.cli.runs import comparison, evaluation, pipeline
 from kipcore.cli.config import CompareConfig, DistillConfig, EvaluateConfig
 from kipcore.cli.errors import UsageError
+from kipcore.cli.runs import comparison, evaluation, pipeline
 
-TINY = dict(architecture="conv1", score_architecture="fc1", width=4, steps=2, target_batch_size=40, network_seeds=1, network_steps=20,
-            test_rows=100, num_devices=1)
+TINY = dict(
+  architecture="conv1",
+  score_architecture="fc1",
+  width=4,
+  steps=2,
+  target_batch_size=40,
+  network_seeds=1,
+  network_steps=20,
+  test_rows=100,
+  num_devices=1,
+)
 EXPERTS = dict(num_experts=1, expert_epochs=5, expert_rows=100)
 # Every start and sampler meets some method, every method one of each.
-PAIRS = {"kip": ("krr_pursuit", "margin"), "rfad": ("krr_sensitivity", "cross_entropy"), "frepo": ("kmedoids", "residual_norm"),
-         "rcig": ("kmeans_plusplus", "squared_error"), "dm": ("krr_sensitivity", "class_balanced"), "dc": ("noise", "cross_entropy"),
-         "dsa": ("kmeans", "uniform"), "mtt": ("uniform", "margin")}
+PAIRS = {
+  "kip": ("krr_pursuit", "margin"),
+  "rfad": ("krr_sensitivity", "cross_entropy"),
+  "frepo": ("kmedoids", "residual_norm"),
+  "rcig": ("kmeans_plusplus", "squared_error"),
+  "dm": ("krr_sensitivity", "class_balanced"),
+  "dc": ("noise", "cross_entropy"),
+  "dsa": ("kmeans", "uniform"),
+  "mtt": ("uniform", "margin"),
+}
 
 
 @pytest.mark.parametrize("method", PAIRS)
-def test_every_method_runs_from_a_name_and_leaves_its_artefact(method, tmp_path):
-  """The artefact gives the recorded score back, and labels that are classes stay so. Devices: the tests of each method."""
+def test_every_method_runs_from_a_name_and_leaves_its_artifact(method, tmp_path):
+  """The artifact gives the recorded score back, and labels that are classes stay so. Devices: the tests of each method."""
   init, sampler = PAIRS[method]
   settings = {**TINY, **EXPERTS, "architecture": "fc1" if method == "kip" else TINY["architecture"]}
   config = recipes.resolve(method=method, init=init, sampler=sampler, **settings)
   folder, result = pipeline.run_distill(config, str(tmp_path), verbose=False)
-  assert (result["method"], result["init"], result["sampler"], result["steps"]) == (method, init, sampler, 2)
+  assert (result["method"], result["init"], result["sampler"], result["steps"]) == (
+    method,
+    init,
+    sampler,
+    2,
+  )
   assert np.isfinite(result["test_accuracy"]) and 0 < result["network_test_accuracy_mean"] <= 1
-  assert result["target_evaluations"] == 2 * 40 + (5 * 100 if method == "mtt" else result["target_evaluations"] - 80 if method == "kip" else 0)
+  assert result["target_evaluations"] == 2 * 40 + (
+    5 * 100 if method == "mtt" else result["target_evaluations"] - 80 if method == "kip" else 0
+  )
   stored = kipcore.load_artifact(folder / "distilled.npz")
   assert stored.images.shape == (10, 8, 8, 1)
   again = evaluation.run_evaluate(stored, EvaluateConfig(baselines=()))
   assert again["test_accuracy"] == result["test_accuracy"]
   if recipes.RECIPES[method].hard_labels:
-    np.testing.assert_allclose(np.sort(stored.labels, axis=1)[:, ::9], [[-0.1, 0.9]] * 10, rtol=1e-5)
+    np.testing.assert_allclose(
+      np.sort(stored.labels, axis=1)[:, ::9], [[-0.1, 0.9]] * 10, rtol=1e-5
+    )
   assert (folder / "experts.npy").exists() == (method == "mtt")
 
 
 def test_closed_form_scores_in_its_own_features(tmp_path):
-  _, result = pipeline.run_distill(recipes.resolve(method="krr_closed_form", options="feature_map=fcnn"), str(tmp_path), verbose=False)
+  _, result = pipeline.run_distill(
+    recipes.resolve(method="krr_closed_form", options="feature_map=fcnn"),
+    str(tmp_path),
+    verbose=False,
+  )
   assert result["feature_map_test_accuracy"] > 0.9 > result["init_test_accuracy"]
   assert result["full_model_error"] < 1e-2 and result["steps"] == 0
 
 
 def test_settings_come_from_the_method_unless_given():
   assert recipes.resolve() == DistillConfig()
-  published, small = (recipes.resolve(method="dm", preset=preset) for preset in ("published", "cpu"))
-  assert (published.learning_rate, published.steps, published.width, published.optimizer) == (1.0, 20_000, 128, "sgd")
+  published, small = (
+    recipes.resolve(method="dm", preset=preset) for preset in ("published", "cpu")
+  )
+  assert (published.learning_rate, published.steps, published.width, published.optimizer) == (
+    1.0,
+    20_000,
+    128,
+    "sgd",
+  )
   assert small.steps < 1000 and small.width < 128 and small.architecture == "conv3"
-  assert recipes.resolve(method="dm", steps=7, init="noise") == dataclasses.replace(small, steps=7, init="noise")
-  assert recipes.options_of(recipes.resolve(method="frepo", options="pool_size=3,flip=true"))[:1] == (3,)
-  assert recipes.options_of(recipes.resolve(method="rfad", preset="published")) == kipcore.RFADOptions()
+  assert recipes.resolve(method="dm", steps=7, init="noise") == dataclasses.replace(
+    small, steps=7, init="noise"
+  )
+  assert recipes.options_of(recipes.resolve(method="frepo", options="pool_size=3,flip=true"))[
+    :1
+  ] == (3,)
+  assert (
+    recipes.options_of(recipes.resolve(method="rfad", preset="published")) == kipcore.RFADOptions()
+  )
 
 
-@pytest.mark.parametrize("given, message", [
+@pytest.mark.parametrize(
+  "given, message",
+  [
     (dict(method="best"), "method: expected one of kip"),
     (dict(method="dm", preset="huge"), "preset: expected one of cpu, published"),
     (dict(method="kip", options="a=1"), "--options: expected none for --method=kip"),
@@ -69,15 +113,20 @@ def test_settings_come_from_the_method_unless_given():
     (dict(method="frepo", options="pool_size=0"), "pool_size"),
     (dict(method="dc", optimizer="lion"), "optimizer: expected one of"),
     (dict(method="rfad", loss="hinge"), "loss: expected one of"),
-])
+  ],
+)
 def test_wrong_settings_are_named_before_any_work(given, message, tmp_path):
   with pytest.raises(UsageError, match=message):
     pipeline.run_distill(recipes.resolve(**given), str(tmp_path), verbose=False)
   assert not list(tmp_path.iterdir())
 
 
-GRID = CompareConfig(methods=("label_solve", "dm"), inits=("uniform", "kmeans"), num_seeds=2, network_seeds=1)
-SHARED = {name: value for name, value in TINY.items() if name != "network_seeds"} | {"architecture": "fc1"}
+GRID = CompareConfig(
+  methods=("label_solve", "dm"), inits=("uniform", "kmeans"), num_seeds=2, network_seeds=1
+)
+SHARED = {name: value for name, value in TINY.items() if name != "network_seeds"} | {
+  "architecture": "fc1"
+}
 
 
 def cells(folder):
@@ -92,7 +141,10 @@ def test_a_grid_gives_a_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch
   assert {row["target_evaluations"] for row in rows if row["method"] == "dm"} == {"80"}
   text = (whole / "comparison.md").read_text()
   assert text in capsys.readouterr().out + "\n" and text.count("\n") == 2 + 2 + 4 and "±" in text
-  assert json.loads((whole / "config.json").read_text())["environment"]["versions"]["jax"] == jax.__version__
+  assert (
+    json.loads((whole / "config.json").read_text())["environment"]["versions"]["jax"]
+    == jax.__version__
+  )
   assert (whole / "comparison.png").stat().st_size > 5000
 
   ran = []
@@ -112,7 +164,9 @@ def test_a_grid_gives_a_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch
   monkeypatch.setattr(comparison, "run_cell", lambda config: ran.append(config) or real(config))
   comparison.run_compare(GRID, SHARED, str(tmp_path / "cut"), False)
   assert len(ran) == 7
-  timeless = lambda rows: [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
+  timeless = lambda rows: [
+    {k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows
+  ]
   assert timeless(cells(tmp_path / "cut")) == timeless(rows)
   with pytest.raises(UsageError, match="holds another grid, whose cells have steps=2, not 3"):
     comparison.run_compare(GRID, {**SHARED, "steps": 3}, str(tmp_path / "cut"), False)
@@ -122,14 +176,23 @@ def test_a_grid_gives_a_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     del cell["train_rows"]
   (tmp_path / "cut" / "config.json").write_text(json.dumps(recorded))
   ran.clear()
-  comparison.run_compare(dataclasses.replace(GRID, num_seeds=3, methods=("label_solve",)), SHARED, str(tmp_path / "cut"), False)
+  comparison.run_compare(
+    dataclasses.replace(GRID, num_seeds=3, methods=("label_solve",)),
+    SHARED,
+    str(tmp_path / "cut"),
+    False,
+  )
   assert [config.seed for config in ran] == [2, 2] and len(cells(tmp_path / "cut")) == 14
 
 
 def test_gains_are_paired_and_failures_are_told():
-  row = dict.fromkeys(comparison.FIELDS, "") | dict(method="dm", init="uniform", sampler="uniform", target_evaluations="80", error="")
+  row = dict.fromkeys(comparison.FIELDS, "") | dict(
+    method="dm", init="uniform", sampler="uniform", target_evaluations="80", error=""
+  )
   rows = [row | dict(seed=str(s), test_accuracy=str(0.5 + 0.1 * s)) for s in range(3)]
-  rows += [row | dict(init="kmeans", seed=str(s), test_accuracy=str(0.52 + 0.1 * s)) for s in range(2)]
+  rows += [
+    row | dict(init="kmeans", seed=str(s), test_accuracy=str(0.52 + 0.1 * s)) for s in range(2)
+  ]
   rows += [row | dict(init="kmeans", seed="2", error="step 3 failed")]
   found = comparison.arms(rows, "test_accuracy")
   plain, ours = found.values()
@@ -144,17 +207,29 @@ def test_numbers_that_fail_become_a_line_of_the_table():
   assert "NOT_FINITE" in comparison.run_cell(config)["error"]
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(methods=("dm", "best")), "methods: expected one of kip"), (dict(inits=("best",)), "init: expected one of"),
-    (dict(samplers=("uniform", "best")), "sampler: expected one of"), (dict(preset="huge"), "preset: expected one of")])
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(methods=("dm", "best")), "methods: expected one of kip"),
+    (dict(inits=("best",)), "init: expected one of"),
+    (dict(samplers=("uniform", "best")), "sampler: expected one of"),
+    (dict(preset="huge"), "preset: expected one of"),
+  ],
+)
 def test_wrong_grids_are_named_before_any_cell(changes, message, tmp_path):
   with pytest.raises(UsageError, match=message):
-    comparison.run_compare(dataclasses.replace(GRID, **changes), SHARED, str(tmp_path / "new"), False)
+    comparison.run_compare(
+      dataclasses.replace(GRID, **changes), SHARED, str(tmp_path / "new"), False
+    )
   assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("text, message", [("stepz=3", "expected names among"), ("steps=many", "type int")])
+@pytest.mark.parametrize(
+  "text, message", [("stepz=3", "expected names among"), ("steps=many", "type int")]
+)
 def test_wrong_fields_of_a_grid_are_named(text, message):
   with pytest.raises(UsageError, match=message):
     recipes.parsed("--set", [text], dataclasses.asdict(DistillConfig()))
-  assert recipes.parsed("--set", ["steps=3", "learn_labels=true"], dataclasses.asdict(DistillConfig())) == {"steps": 3, "learn_labels": True}
+  assert recipes.parsed(
+    "--set", ["steps=3", "learn_labels=true"], dataclasses.asdict(DistillConfig())
+  ) == {"steps": 3, "learn_labels": True}

@@ -4,15 +4,23 @@ import re
 
 import pytest
 
+from kipcore.cli.config import DistillConfig, SelectConfig
 from kipcore.cli.cost import estimate
 from kipcore.cli.runs import pipeline, selection
-from kipcore.cli.config import DistillConfig, SelectConfig
 
 SMALL = dict(architecture="conv1", images_per_class=1, test_rows=20, seed=0)
 
 
-@pytest.mark.parametrize("seconds, text", [(0.04, "0.0 s"), (59.0, "59.0 s"), (150.0, "2.5 min"), (5 * 3600, "5.0 h"),
-                                           (86_400 * 3, "3.0 days")])
+@pytest.mark.parametrize(
+  "seconds, text",
+  [
+    (0.04, "0.0 s"),
+    (59.0, "59.0 s"),
+    (150.0, "2.5 min"),
+    (5 * 3600, "5.0 h"),
+    (86_400 * 3, "3.0 days"),
+  ],
+)
 def test_durations_are_for_people(seconds, text):
   assert estimate.duration(seconds) == text
 
@@ -27,7 +35,9 @@ def test_costly_runs_say_so_before_they_start(tmp_path, capsys, monkeypatch):
   config = DistillConfig(**SMALL, steps=2, target_batch_size=30, precision="bfloat16")
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=True)
   out = capsys.readouterr().out
-  found = re.search(r"estimate: ([\d,]+) pairs of images a step, ([\d.e-]+) ms each: ([\d.e-]+) s a step", out)
+  found = re.search(
+    r"estimate: ([\d,]+) pairs of images a step, ([\d.e-]+) ms each: ([\d.e-]+) s a step", out
+  )
   assert found and int(found[1]) == 10 * 30 + 10 + 30 + 55
   assert float(found[3]) == pytest.approx(395e-3 * float(found[2]), rel=0.02)
   assert out.index("estimate") < out.index("random real images")
@@ -42,7 +52,7 @@ def test_costly_runs_say_so_before_they_start(tmp_path, capsys, monkeypatch):
 def test_cheap_kernels_say_nothing():
   planned, chosen = pipeline.plan(DistillConfig()), selection.plan(SelectConfig())
   assert estimate.of_distillation(DistillConfig(), planned.data, planned.sizes) is None
-  assert estimate.worth_saying(*selection.expectation(SelectConfig(), chosen.data, 10)) is None
+  assert estimate.worth_reporting(*selection.expectation(SelectConfig(), chosen.data, 10)) is None
 
 
 def test_selection_says_what_it_takes_before_it_starts(tmp_path, capsys, monkeypatch):
@@ -57,12 +67,17 @@ def test_selection_says_what_it_takes_before_it_starts(tmp_path, capsys, monkeyp
   with pytest.raises(Stop):
     selection.run_select(SelectConfig(**SMALL), str(tmp_path))
   rows = pipeline.load(SelectConfig(**SMALL)).x_train.shape[0]
-  said = re.search(r"estimate: about ([\d.]+) min \(points \(krr_sensitivity\) ([\d.]+) min", capsys.readouterr().out)
+  said = re.search(
+    r"estimate: about ([\d.]+) min \(points \(krr_sensitivity\) ([\d.]+) min",
+    capsys.readouterr().out,
+  )
   assert said and float(said[1]) > float(said[2]) == pytest.approx(rows**2 * 1e-4 / 60, rel=0.2)
 
 
 def test_work_adds_up():
   work = estimate.of_scores(1000, 10)
   assert work.pairs == 1000**2, "few rows are scored exactly"
-  assert (work + estimate.Work(5.0, 7.0)).seconds(1.0, 1.0) == pytest.approx(work.seconds(1.0, 1.0) + 12.0)
+  assert (work + estimate.Work(5.0, 7.0)).seconds(1.0, 1.0) == pytest.approx(
+    work.seconds(1.0, 1.0) + 12.0
+  )
   assert estimate.of_scores(100_000, 10).pairs < 0.1 * 100_000**2

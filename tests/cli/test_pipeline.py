@@ -1,4 +1,4 @@
-"""The path of the data end to end, the run folder, the artefact, and what wrong input gets."""
+"""The path of the data end to end, the run folder, the artifact, and what wrong input gets."""
 
 import dataclasses
 import json
@@ -8,32 +8,36 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-
-import kipcore
-from kipcore.io import atomic
-from kipcore.cli.folder import run_folder
-from kipcore.cli.runs import evaluation, pipeline, selection
-from kipcore.cli.config import DataConfig, DistillConfig, EvaluateConfig, SelectConfig
-from kipcore.cli.errors import UsageError
 from binaries import run_binary
 from helpers import enable_x64
+
+import kipcore
+from kipcore.cli.config import DataConfig, DistillConfig, EvaluateConfig, SelectConfig
+from kipcore.cli.errors import UsageError
+from kipcore.cli.folder import run_folder
+from kipcore.cli.runs import evaluation, pipeline, selection
+from kipcore.io import atomic
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 QUICK = dict(steps=30, num_devices=1)
 
 
 def write_npz(path, classes=43, shape=(6, 6, 3), train=400, test=80, seed=0, **changes):
-  """Unbalanced colour images: class k has a mean colour of its own and a share that falls with k."""
+  """Unbalanced color images: class k has a mean color of its own and a share that falls with k."""
   rng = np.random.default_rng(seed)
   share = 1.0 / (1 + np.arange(classes))
   means = rng.uniform(40, 215, (classes, 1, 1, shape[-1]))
 
   def split(n):
-    y = np.concatenate([np.arange(classes).repeat(2), rng.choice(classes, n - 2 * classes, p=share / share.sum())])
+    y = np.concatenate(
+      [np.arange(classes).repeat(2), rng.choice(classes, n - 2 * classes, p=share / share.sum())]
+    )
     x = np.clip(means[y] + rng.normal(0, 10, (n, *shape)), 0, 255).astype(np.uint8)
     return x, y
 
-  arrays = dict(zip(("x_train", "y_train", "x_test", "y_test"), (*split(train), *split(max(test, 2 * classes)))))
+  arrays = dict(
+    zip(("x_train", "y_train", "x_test", "y_test"), (*split(train), *split(max(test, 2 * classes))))
+  )
   arrays.update(changes)
   np.savez(path, **{name: a for name, a in arrays.items() if a is not None})
   return str(path)
@@ -55,21 +59,47 @@ def names_its_files(folder):
 
 def test_a_run_writes_what_it_promises(run):
   folder, result = run
-  names = {"README.txt", "config.json", "metrics.jsonl", "result.json", "distilled.npz", "start.npz", "importance.npz", "images.png",
-           "learning_curve.png", "report.html"}
+  names = {
+    "README.txt",
+    "config.json",
+    "metrics.jsonl",
+    "result.json",
+    "distilled.npz",
+    "start.npz",
+    "importance.npz",
+    "images.png",
+    "learning_curve.png",
+    "report.html",
+  }
   assert {p.name for p in folder.iterdir()} == names < set(run_folder.RUN_FILES)
   names_its_files(folder)
   assert json.loads((folder / "result.json").read_text()) == result
-  contract = {"dataset", "method", "init", "sampler", "seed", "support_size", "steps", "target_evaluations",
-              "init_test_accuracy", "test_accuracy", "random_baseline_test_accuracy", "wall_seconds",
-              "compile_seconds"}
+  contract = {
+    "dataset",
+    "method",
+    "init",
+    "sampler",
+    "seed",
+    "support_size",
+    "steps",
+    "target_evaluations",
+    "init_test_accuracy",
+    "test_accuracy",
+    "random_baseline_test_accuracy",
+    "wall_seconds",
+    "compile_seconds",
+  }
   assert contract <= set(result)
-  rows = 1437 - round(0.1 * 1437)  # of digits, a fifth for testing and a tenth of the rest for validation
+  rows = 1437 - round(
+    0.1 * 1437
+  )  # of digits, a fifth for testing and a tenth of the rest for validation
   assert result["support_size"] == 10 and abs(result["target_evaluations"] - 30 * 1000 - rows) <= 10
   assert result["sampler"] == "cross_entropy" and result["importance_gain"] >= 1
   assert result["test_accuracy"] > result["random_baseline_test_accuracy"]
   config = json.loads((folder / "config.json").read_text())
-  assert config["dataset"] == "digits" and config["environment"]["versions"]["jax"] == jax.__version__
+  assert (
+    config["dataset"] == "digits" and config["environment"]["versions"]["jax"] == jax.__version__
+  )
   lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == [0, 1, 2, 5, 10, 20, 30]
   assert all("validation_accuracy" in line for line in lines) and "test_accuracy" not in lines[0]
@@ -77,13 +107,14 @@ def test_a_run_writes_what_it_promises(run):
 
 def test_pictures_show_the_images(run):
   from matplotlib.image import imread
+
   folder, _ = run
   grid, curve = imread(folder / "images.png"), imread(folder / "learning_curve.png")
   assert grid.shape[0] > 200 and grid.shape[1] > 400 and grid.std() > 0.1
   assert curve.shape[1] > 800 and 0.5 < curve.mean() < 1
 
 
-def test_the_artefact_is_plain_numpy_in_pixel_space(run):
+def test_the_artifact_is_plain_numpy_in_pixel_space(run):
   folder, _ = run
   with np.load(folder / "distilled.npz", allow_pickle=False) as file:
     images, labels, metadata = file["images"], file["labels"], json.loads(str(file["metadata"]))
@@ -94,7 +125,7 @@ def test_the_artefact_is_plain_numpy_in_pixel_space(run):
   assert metadata["architecture"]["name"] == "fc1" and metadata["dataset"]["hashes"]["test"]
 
 
-def test_the_artefact_reproduces_the_recorded_accuracy_to_the_last_digit(run):
+def test_the_artifact_reproduces_the_recorded_accuracy_to_the_last_digit(run):
   folder, result = run
   stored = kipcore.load_artifact(folder / "distilled.npz")
   again = evaluation.run_evaluate(stored, EvaluateConfig(baselines=()))
@@ -104,13 +135,13 @@ def test_the_artefact_reproduces_the_recorded_accuracy_to_the_last_digit(run):
   np.testing.assert_allclose(stored.preprocess.apply(stored.images), stored.support, atol=1e-4)
 
 
-def test_networks_are_evaluated_on_the_artefact(run):
+def test_networks_are_evaluated_on_the_artifact(run):
   stored = kipcore.load_artifact(run[0] / "distilled.npz")
   result = evaluation.run_evaluate(stored, EvaluateConfig(("network",), (), num_seeds=2))
   assert len(result["network_test_accuracy"]) == 2 and result["network_test_accuracy_mean"] > 0.3
 
 
-def test_same_seed_same_bytes_and_float64_artefact(tmp_path, x64):
+def test_same_seed_same_bytes_and_float64_artifact(tmp_path, x64):
   config = DistillConfig(x64=True, steps=5, num_devices=8, loss="cross_entropy", preprocess="zca")
   runs = [pipeline.run_distill(config, str(tmp_path / name), verbose=False) for name in "ab"]
   a, b = (kipcore.load_artifact(folder / "distilled.npz") for folder, _ in runs)
@@ -122,7 +153,7 @@ def test_same_seed_same_bytes_and_float64_artefact(tmp_path, x64):
       a.evaluate(np.zeros((1, 8, 8, 1)), np.zeros(1, int))
 
 
-def test_unbalanced_colour_images_of_43_classes_from_a_file(tmp_path):
+def test_unbalanced_color_images_of_43_classes_from_a_file(tmp_path):
   path = write_npz(tmp_path / "signs.npz")
   config = DistillConfig(dataset=path, **QUICK)
   folder, result = pipeline.run_distill(config, str(tmp_path / "run"), verbose=False)
@@ -130,11 +161,17 @@ def test_unbalanced_colour_images_of_43_classes_from_a_file(tmp_path):
   assert (folder / "images.png").exists()
 
 
-@pytest.mark.parametrize("changes", [
-    dict(method="label_solve"), dict(init="noise"), dict(sampler="class_balanced", images_per_class=3),
-    dict(architecture="conv1", steps=2, test_rows=40, target_batch_size=20), dict(kernel="nngp", steps=5),
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(method="label_solve"),
+    dict(init="noise"),
+    dict(sampler="class_balanced", images_per_class=3),
+    dict(architecture="conv1", steps=2, test_rows=40, target_batch_size=20),
+    dict(kernel="nngp", steps=5),
     dict(validation_fraction=0.0, steps=0, log_test_accuracy=True),
-])
+  ],
+)
 def test_choices_run(changes, tmp_path):
   config = DistillConfig(**{**QUICK, **changes})
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=False)
@@ -150,7 +187,11 @@ def test_solved_labels_start_a_run_that_can_pay_for_them():
   def started(**changes):
     config = DistillConfig(**{**QUICK, "images_per_class": 2, **changes})
     start = pipeline.start(config, data)
-    return start.target_evaluations, pipeline.score(config, data, start.support, data.x_train, data.y_train), start.support
+    return (
+      start.target_evaluations,
+      pipeline.score(config, data, start.support, data.x_train, data.y_train),
+      start.support,
+    )
 
   plain, solved = started(solve_labels=False), started()
   assert plain[0] == 0 and solved[0] == rows and solved[1] > plain[1]
@@ -161,7 +202,10 @@ def test_solved_labels_start_a_run_that_can_pay_for_them():
   for changes in (dict(steps=1), dict(steps=0), dict(learn_labels=False)):
     assert started(**changes)[0] == 0
   # Weights that are not solved away are absorbed into the labels.
-  assert not np.allclose(started(init="krr_sensitivity", solve_labels=False)[2].y, started(init="uniform", solve_labels=False)[2].y)
+  assert not np.allclose(
+    started(init="krr_sensitivity", solve_labels=False)[2].y,
+    started(init="uniform", solve_labels=False)[2].y,
+  )
 
 
 def test_the_gain_over_uniform_targets_is_said_when_measured(tmp_path, capsys):
@@ -169,7 +213,7 @@ def test_the_gain_over_uniform_targets_is_said_when_measured(tmp_path, capsys):
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=True)
   uniform = dataclasses.replace(config, sampler="uniform", measure_gain=False)
   data = pipeline.load(uniform)
-  again = pipeline.distil(uniform, data, pipeline.start(uniform, data).support)
+  again = pipeline.distill(uniform, data, pipeline.start(uniform, data).support)
   assert result["uniform_targets_test_accuracy"] == pipeline.score(uniform, data, again.support)
   assert "with uniform targets, as many evaluations" in capsys.readouterr().out
 
@@ -181,20 +225,20 @@ def test_label_solve_beats_its_start(tmp_path):
 
 
 WRONG = [
-    (dict(dataset="mnits"), "mnits"),
-    (dict(dataset="{tmp}/absent.npz"), "absent.npz"),
-    (dict(architecture="resnet"), "architecture"),
-    (dict(architecture="conv4"), "too small for the pooling"),
-    (dict(init="best"), "init: expected one of"),
-    (dict(sampler="best"), "sampler: expected one of"),
-    (dict(method="best"), "method: expected one of"),
-    (dict(preprocess="whiten"), "whiten"),
-    (dict(relative_ridge=0.0), "relative_ridge: expected values > 0"),
-    (dict(relative_ridge=-1.0), "relative_ridge: expected values > 0"),
-    (dict(learning_rate=0.0), "learning_rate"),
-    (dict(images_per_class=1000), "images_per_class"),
-    (dict(target_batch_size=10**6), "target_batch_size"),
-    (dict(num_devices=100), "num_devices"),
+  (dict(dataset="mnits"), "mnits"),
+  (dict(dataset="{tmp}/absent.npz"), "absent.npz"),
+  (dict(architecture="resnet"), "architecture"),
+  (dict(architecture="conv4"), "too small for the pooling"),
+  (dict(init="best"), "init: expected one of"),
+  (dict(sampler="best"), "sampler: expected one of"),
+  (dict(method="best"), "method: expected one of"),
+  (dict(preprocess="whiten"), "whiten"),
+  (dict(relative_ridge=0.0), "relative_ridge: expected values > 0"),
+  (dict(relative_ridge=-1.0), "relative_ridge: expected values > 0"),
+  (dict(learning_rate=0.0), "learning_rate"),
+  (dict(images_per_class=1000), "images_per_class"),
+  (dict(target_batch_size=10**6), "target_batch_size"),
+  (dict(num_devices=100), "num_devices"),
 ]
 
 
@@ -202,7 +246,9 @@ WRONG = [
 def test_wrong_values_are_named_and_nothing_is_left(changes, message, tmp_path):
   changes = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
   with pytest.raises(UsageError, match=message) as error:
-    pipeline.run_distill(DistillConfig(**{**QUICK, **changes}), str(tmp_path / "run"), verbose=False)
+    pipeline.run_distill(
+      DistillConfig(**{**QUICK, **changes}), str(tmp_path / "run"), verbose=False
+    )
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run" / "distilled.npz").exists()
 
@@ -211,7 +257,13 @@ def test_wrong_values_are_named_and_nothing_is_left(changes, message, tmp_path):
 def test_selection_writes_points_scores_and_certificate(strategy, tmp_path):
   config = SelectConfig(strategy=strategy, images_per_class=5, num_devices=1)
   folder, result = selection.run_select(config, str(tmp_path), verbose=False)
-  assert {"d_eff", "total_sensitivity", "max_over_mean_score", "measured_epsilon", "objective_ratio"} <= set(result)
+  assert {
+    "d_eff",
+    "total_sensitivity",
+    "max_over_mean_score",
+    "measured_epsilon",
+    "objective_ratio",
+  } <= set(result)
   assert abs(result["d_eff"] - 50) < 1 and 50 <= result["total_sensitivity"] <= 51.1
   names_its_files(folder)
   certified = json.loads((folder / "certificate.json").read_text())
@@ -219,20 +271,25 @@ def test_selection_writes_points_scores_and_certificate(strategy, tmp_path):
   assert ("note" in certified) == made
   if not made:
     assert 0 < result["measured_epsilon"] and 1 <= result["objective_ratio"]
-  again = evaluation.run_evaluate(kipcore.load_artifact(folder / "distilled.npz"), EvaluateConfig(baselines=()))
+  again = evaluation.run_evaluate(
+    kipcore.load_artifact(folder / "distilled.npz"), EvaluateConfig(baselines=())
+  )
   assert again["test_accuracy"] == result["test_accuracy"]
   assert (folder / "certificate.png").stat().st_size > 5000
   with pytest.raises(UsageError, match="score_ridge"):
     selection.run_select(SelectConfig(score_ridge="-1"), str(tmp_path / "bad"))
 
 
-@pytest.mark.parametrize("changes, message", [
+@pytest.mark.parametrize(
+  "changes, message",
+  [
     (dict(x_train=None), "x_train"),
     (dict(x_test=np.full((86, 6, 6, 3), np.nan, np.float32)), "NaN"),
     (dict(y_train=np.full(400, -1)), "y_train"),
     (dict(y_test=np.full(86, 43)), "43"),
     (dict(y_train=np.zeros(3, int)), "y_train"),
-])
+  ],
+)
 def test_wrong_files_are_named(changes, message, tmp_path):
   path = write_npz(tmp_path / "bad.npz", **changes)
   with pytest.raises(UsageError, match=message) as error:
@@ -240,11 +297,20 @@ def test_wrong_files_are_named(changes, message, tmp_path):
   assert "bad.npz" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_failed_factorisation_leaves_no_artefact(tmp_path):
-  x = np.repeat(np.random.default_rng(0).integers(0, 255, (2, 1, 4, 4, 1)), 20, axis=1).reshape(40, 4, 4, 1)
-  path = write_npz(tmp_path / "twins.npz", x_train=x.astype(np.uint8), y_train=np.repeat([0, 1], 20),
-                   x_test=x[:2].astype(np.uint8), y_test=np.array([0, 1]))
-  config = DistillConfig(dataset=path, images_per_class=4, relative_ridge=1e-12, steps=3, num_devices=1)
+def test_a_failed_factorization_leaves_no_artifact(tmp_path):
+  x = np.repeat(np.random.default_rng(0).integers(0, 255, (2, 1, 4, 4, 1)), 20, axis=1).reshape(
+    40, 4, 4, 1
+  )
+  path = write_npz(
+    tmp_path / "twins.npz",
+    x_train=x.astype(np.uint8),
+    y_train=np.repeat([0, 1], 20),
+    x_test=x[:2].astype(np.uint8),
+    y_test=np.array([0, 1]),
+  )
+  config = DistillConfig(
+    dataset=path, images_per_class=4, relative_ridge=1e-12, steps=3, num_devices=1
+  )
   with pytest.raises(kipcore.NumericalError, match="larger ridge"):
     pipeline.run_distill(config, str(tmp_path / "run"), verbose=False)
   assert {p.name for p in (tmp_path / "run").iterdir()} <= {"config.json", "metrics.jsonl"}
@@ -257,10 +323,13 @@ def test_an_earlier_run_is_kept_unless_told(run, tmp_path):
   with pytest.raises(UsageError, match="cannot write"):
     run_folder.create(str(tmp_path / "file"), "", overwrite=False)
   (tmp_path / "result.json").write_text("{}")
-  assert run_folder.create(str(tmp_path), "", overwrite=True) == tmp_path and not (tmp_path / "result.json").exists()
+  assert (
+    run_folder.create(str(tmp_path), "", overwrite=True) == tmp_path
+    and not (tmp_path / "result.json").exists()
+  )
 
 
-def test_damaged_artefacts_are_refused(run, tmp_path):
+def test_damaged_artifacts_are_refused(run, tmp_path):
   content = (run[0] / "distilled.npz").read_bytes()
   path = tmp_path / "distilled.npz"
   for size in (0, 10, len(content) // 2, len(content) - 1):
@@ -303,19 +372,35 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
   assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--no_such_flag=1"], ["--steps=many"], ["--loss=hinge"], ["--dataset=no_such_file.npz"], ["stray"],
-    ["--relative_ridge=0"], ["--sampler=best"], ["--uniform_mix=2"], ["--distributed=here"],
-])
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    ["--no_such_flag=1"],
+    ["--steps=many"],
+    ["--loss=hinge"],
+    ["--dataset=no_such_file.npz"],
+    ["stray"],
+    ["--relative_ridge=0"],
+    ["--sampler=best"],
+    ["--uniform_mix=2"],
+    ["--distributed=here"],
+  ],
+)
 def test_wrong_flags_end_in_status_2_and_one_line(arguments, tmp_path):
   done = run_binary("experiments.run_distill", f"--output_dir={tmp_path}/run", *arguments)
-  assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+  assert (
+    done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+  ), done.stderr
 
 
 def test_binaries_distil_and_evaluate(tmp_path):
-  done = run_binary("experiments.run_distill", f"--output_dir={tmp_path}/run", "--steps=20", "--x64")
+  done = run_binary(
+    "experiments.run_distill", f"--output_dir={tmp_path}/run", "--steps=20", "--x64"
+  )
   assert done.returncode == 0, done.stderr
-  assert "points over 10 random real images" in done.stdout and "Unable to initialize" not in done.stderr
+  assert (
+    "points over 10 random real images" in done.stdout and "Unable to initialize" not in done.stderr
+  )
   recorded = json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"]
   done = run_binary("experiments.run_evaluate", f"--artifact={tmp_path}/run/distilled.npz")
   assert done.returncode == 0 and json.loads(done.stdout)["test_accuracy"] == recorded, done.stderr

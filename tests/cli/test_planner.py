@@ -7,24 +7,32 @@ import pytest
 
 import kipcore
 from kipcore import kernels
-from kipcore.io import npz
-from kipcore.datasets import load_dataset
-from kipcore.cli.cost import planner, progress
-from kipcore.cli.runs import loading, pipeline
 from kipcore.cli.config import DataConfig, DistillConfig
+from kipcore.cli.cost import planner, progress
 from kipcore.cli.errors import OutOfMemory, UsageError
+from kipcore.cli.runs import loading, pipeline
+from kipcore.datasets import load_dataset
+from kipcore.io import npz
 
 
 @pytest.mark.parametrize("depth, m, t", [(1, 500, 1000), (5, 100, 2000)])
 def test_the_plan_holds_what_xla_plans(depth, m, t):
   """Scratch of a step: a block as planned, and what the support alone needs."""
-  method = kipcore.kip(kernels.NetworkKernel(kipcore.fc(depth), "ntk"), kipcore.KIPOptions(learn_labels=True))
+  method = kipcore.kip(
+    kernels.NetworkKernel(kipcore.fc(depth), "ntk"), kipcore.KIPOptions(learn_labels=True)
+  )
   x, y = jax.ShapeDtypeStruct((m, 784), jnp.float32), jax.ShapeDtypeStruct((m, 10), jnp.float32)
 
   def scratch(t):
-    batch = kipcore.Batch(jax.ShapeDtypeStruct((t, 784), jnp.float32), jax.ShapeDtypeStruct((t, 10), jnp.float32))
+    batch = kipcore.Batch(
+      jax.ShapeDtypeStruct((t, 784), jnp.float32), jax.ShapeDtypeStruct((t, 10), jnp.float32)
+    )
     params = {"x": x, "y": y, "log_temperature": jax.ShapeDtypeStruct((), jnp.float32)}
-    step = jax.jit(jax.grad(lambda params, batch: method.loss(params, (), batch, jnp.ones(batch.x.shape[0]), None)[0]))
+    step = jax.jit(
+      jax.grad(
+        lambda params, batch: method.loss(params, (), batch, jnp.ones(batch.x.shape[0]), None)[0]
+      )
+    )
     return step.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
 
   assert 0 < scratch(t) - scratch(8) < planner._ARRAYS_OF_A_BLOCK * m * t * 4
@@ -33,14 +41,24 @@ def test_the_plan_holds_what_xla_plans(depth, m, t):
 def test_blocks_fit_and_leave_the_loss_as_it_is(dtype):
   rng = np.random.default_rng(0)
   x, y = jnp.asarray(rng.normal(size=(6, 5)), dtype), jnp.asarray(rng.normal(size=(6, 2)), dtype)
-  batch = kipcore.Batch(jnp.asarray(rng.normal(size=(21, 5)), dtype), jnp.asarray(rng.normal(size=(21, 2)), dtype))
+  batch = kipcore.Batch(
+    jnp.asarray(rng.normal(size=(21, 5)), dtype), jnp.asarray(rng.normal(size=(21, 2)), dtype)
+  )
   kernel_fn, found = kernels.NetworkKernel(kipcore.fc(2), "ntk"), []
   for block in (None, 4, 21, 100):
     method = kipcore.kip(kernel_fn, kipcore.KIPOptions(1e-3, learn_labels=True, block_size=block))
     params = method.init_params(kipcore.Support(x, y))
-    found.append(jax.value_and_grad(lambda p: method.loss(p, (), batch, jnp.ones(21, dtype), None)[0])(params))
+    found.append(
+      jax.value_and_grad(lambda p: method.loss(p, (), batch, jnp.ones(21, dtype), None)[0])(params)
+    )
   for other in found[1:]:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e3 * jnp.finfo(dtype).eps, atol=1e3 * jnp.finfo(dtype).eps), found[0], other)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=1e3 * jnp.finfo(dtype).eps, atol=1e3 * jnp.finfo(dtype).eps
+      ),
+      found[0],
+      other,
+    )
   with pytest.raises(ValueError, match="block_size: expected a positive integer, got 0"):
     kipcore.kip(kernel_fn, kipcore.KIPOptions(block_size=0))
 
@@ -61,14 +79,20 @@ def test_a_run_in_little_memory_takes_blocks_and_records_them(tmp_path, monkeypa
   assert "3 steps of 200 targets on 1 cpu device(s), 64 at a time" in capsys.readouterr().out
   monkeypatch.undo()
   whole, _ = pipeline.run_distill(config, str(tmp_path / "whole"), verbose=False)
-  assert '"target_block_size": 64' in (folder / "config.json").read_text() and '"target_block_size": 0' in (whole / "config.json").read_text()
+  assert (
+    '"target_block_size": 64' in (folder / "config.json").read_text()
+    and '"target_block_size": 0' in (whole / "config.json").read_text()
+  )
   found = [kipcore.load_artifact(each / "distilled.npz").support for each in (folder, whole)]
   np.testing.assert_allclose(*found, atol=1e-4)
 
 
 def test_rows_that_do_not_fit_are_refused_with_a_number_that_does(monkeypatch):
   monkeypatch.setattr(planner, "free_bytes", lambda: 4e5)
-  with pytest.raises(UsageError, match=r"fit into the 400.0 kB that are free, got 920.1 kB: 1,442 training and 355 test rows .*--train_rows=348 "):
+  with pytest.raises(
+    UsageError,
+    match=r"fit into the 400.0 kB that are free, got 920.1 kB: 1,442 training and 355 test rows .*--train_rows=348 ",
+  ):
     loading.load(DataConfig())
   assert len(loading.load(DataConfig(train_rows=348)).x_train) == 313
   monkeypatch.setattr(planner, "free_bytes", lambda: 1e5)
@@ -80,14 +104,28 @@ def test_rows_that_do_not_fit_are_refused_with_a_number_that_does(monkeypatch):
 def test_steps_that_do_not_fit_are_refused_before_the_first(tmp_path, monkeypatch):
   monkeypatch.setattr(planner, "free_bytes", lambda: 3e6)
   monkeypatch.setattr(planner, "rows_at_a_time", lambda *_: 0)
-  with pytest.raises(OutOfMemory, match=r"a step needs [\d.]+ MB of working memory, and 3.0 MB are free \(training rows .*; less by --target_block_size"):
-    pipeline.run_distill(DistillConfig(steps=3, images_per_class=40, num_devices=1), str(tmp_path / "a"), verbose=False)
+  with pytest.raises(
+    OutOfMemory,
+    match=r"a step needs [\d.]+ MB of working memory, and 3.0 MB are free \(training rows .*; less by --target_block_size",
+  ):
+    pipeline.run_distill(
+      DistillConfig(steps=3, images_per_class=40, num_devices=1), str(tmp_path / "a"), verbose=False
+    )
   assert not (tmp_path / "a" / "result.json").exists()
 
 
-@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nmore")])
+@pytest.mark.parametrize(
+  "error",
+  [
+    MemoryError(),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nmore"),
+  ],
+)
 def test_memory_that_runs_out_is_reported_with_the_part_and_what_helps(error):
-  with pytest.raises(OutOfMemory, match="out of memory in the part 'scoring' .*(5 bytes|MemoryError).*; less by --test_rows") as caught:
+  with pytest.raises(
+    OutOfMemory,
+    match="out of memory in the part 'scoring' .*(5 bytes|MemoryError).*; less by --test_rows",
+  ) as caught:
     with progress.working("scoring", shown=False, remedy="--test_rows"):
       raise error
   assert "\n" not in str(caught.value)
@@ -103,8 +141,12 @@ def test_memory_that_runs_out_is_reported_with_the_part_and_what_helps(error):
 
 
 def arrays(rng, n=60):
-  return dict(x_train=rng.integers(0, 256, (n, 3, 3, 1)).astype(np.uint8), y_train=np.repeat([0, 1, 2], [n // 2, n // 3, n // 6]),
-              x_test=rng.integers(0, 256, (6, 3, 3, 1)).astype(np.uint8), y_test=np.array([0, 1, 2, 0, 1, 2]))
+  return dict(
+    x_train=rng.integers(0, 256, (n, 3, 3, 1)).astype(np.uint8),
+    y_train=np.repeat([0, 1, 2], [n // 2, n // 3, n // 6]),
+    x_test=rng.integers(0, 256, (6, 3, 3, 1)).astype(np.uint8),
+    y_test=np.array([0, 1, 2, 0, 1, 2]),
+  )
 
 
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
@@ -114,11 +156,18 @@ def test_a_part_of_an_npz_is_that_of_the_whole(tmp_path, monkeypatch, write):
   monkeypatch.setattr(npz, "_BLOCK_BYTES", 70)  # seven rows
   found = load_dataset(str(tmp_path / "a.npz"), validation_fraction=0, train_rows=18)
   np.testing.assert_array_equal(np.bincount(found.y_train), [9, 6, 3])
-  where = [int(np.flatnonzero((given["x_train"] == row).all((1, 2, 3)))[0]) for row in found.x_train]
+  where = [
+    int(np.flatnonzero((given["x_train"] == row).all((1, 2, 3)))[0]) for row in found.x_train
+  ]
   assert where == sorted(where) and np.array_equal(given["y_train"][where], found.y_train)
   assert np.array_equal(found.x_test, given["x_test"])
-  again, other = (load_dataset(str(tmp_path / "a.npz"), train_rows=18, seed=seed, validation_fraction=0).hashes for seed in (0, 1))
-  assert again == found.hashes and other["train"] != again["train"] and other["test"] == again["test"]
+  again, other = (
+    load_dataset(str(tmp_path / "a.npz"), train_rows=18, seed=seed, validation_fraction=0).hashes
+    for seed in (0, 1)
+  )
+  assert (
+    again == found.hashes and other["train"] != again["train"] and other["test"] == again["test"]
+  )
   all_rows = load_dataset(str(tmp_path / "a.npz"), train_rows=10**9)
   assert all_rows.hashes == load_dataset(str(tmp_path / "a.npz")).hashes
 
@@ -136,17 +185,24 @@ def test_only_the_part_is_held(tmp_path, monkeypatch):
   """More training rows than the machine has memory for, as far as the reader knows."""
   np.savez_compressed(tmp_path / "a.npz", **arrays(np.random.default_rng(0), 6000))
   monkeypatch.setattr(npz, "_memory", lambda: 50_000)
-  with pytest.raises(kipcore.datasets.DatasetError, match="expected arrays that fit into the 50000 bytes"):
+  with pytest.raises(
+    kipcore.datasets.DatasetError, match="expected arrays that fit into the 50000 bytes"
+  ):
     load_dataset(str(tmp_path / "a.npz"))
-  assert len(load_dataset(str(tmp_path / "a.npz"), train_rows=100, validation_fraction=0).x_train) == 100
+  assert (
+    len(load_dataset(str(tmp_path / "a.npz"), train_rows=100, validation_fraction=0).x_train) == 100
+  )
 
 
-@pytest.mark.parametrize("spoil, message", [
+@pytest.mark.parametrize(
+  "spoil, message",
+  [
     (dict(x_train=np.zeros((3, 2, 2, 1), np.uint8)), "expected an array in C order of"),
     (dict(x_train=np.asfortranarray(np.zeros((60, 3, 3, 2), np.uint8))), "in Fortran order"),
     (dict(x_train=np.zeros((), np.uint8)), "expected an array in C order of"),
     (dict(y_train=np.zeros(60, np.int32), y_test=np.zeros(6, np.int32)), "at least 2 classes"),
-])
+  ],
+)
 def test_spoiled_files_are_refused(tmp_path, spoil, message):
   np.savez(tmp_path / "a.npz", **{**arrays(np.random.default_rng(0)), **spoil})
   with pytest.raises(kipcore.datasets.DatasetError, match=message):
@@ -163,10 +219,13 @@ def test_a_damaged_row_that_is_not_wanted_is_found_all_the_same(tmp_path):
 
 
 def test_a_run_on_a_part_is_evaluated_on_it(tmp_path):
-  folder, result = pipeline.run_distill(DistillConfig(train_rows=200, steps=3, num_devices=1), str(tmp_path / "a"), verbose=False)
+  folder, result = pipeline.run_distill(
+    DistillConfig(train_rows=200, steps=3, num_devices=1), str(tmp_path / "a"), verbose=False
+  )
   stored = kipcore.load_artifact(folder / "distilled.npz")
   assert stored.metadata["config"]["train_rows"] == 200
-  from kipcore.cli.runs import evaluation
   from kipcore.cli.config import EvaluateConfig
+  from kipcore.cli.runs import evaluation
+
   prepared = evaluation.prepare(stored, EvaluateConfig(baselines=("uniform",), num_seeds=2))
   assert len(prepared.data.x_train) == 180

@@ -1,4 +1,4 @@
-"""Two real processes on loopback distil what one process with as many devices distils."""
+"""Two real processes on loopback distill what one process with as many devices distills."""
 
 import os
 import socket
@@ -16,7 +16,6 @@ from kipcore.distillation.methods import kip
 from kipcore.types import Support
 
 
-
 def problem():
   """203 rows of three classes: no number of devices divides them."""
   rng = np.random.default_rng(0)
@@ -30,7 +29,9 @@ def problem():
 def run(devices=None):
   support, x, y = problem()
   method = kip.kip(kipcore.ntk_fn(kipcore.fc(1)), kip.KIPOptions(1e-3, learn_labels=True))
-  distiller = loop.Distiller(method, importance.importance("squared_error", least_gain=1.0), optax.adam(0.02), 42)
+  distiller = loop.Distiller(
+    method, importance.importance("squared_error", least_gain=1.0), optax.adam(0.02), 42
+  )
   return loop.distill(0, distiller, support, x, y, 6, devices=devices, log_steps=[1, 6])
 
 
@@ -43,7 +44,9 @@ def worker(index: int, port: str, path: str) -> None:
   with pytest.raises(ValueError, match="devices: expected None"):
     run(jax.local_devices())
   result = run()
-  np.savez(path, x=result.support.x, y=result.support.y, loss=[r["loss"] for r in result.history[1:]])
+  np.savez(
+    path, x=result.support.x, y=result.support.y, loss=[r["loss"] for r in result.history[1:]]
+  )
 
 
 def free_port() -> int:
@@ -55,11 +58,23 @@ def free_port() -> int:
 def test_two_processes_equal_one(tmp_path):
   here = os.path.dirname(os.path.abspath(__file__))
   code = "import sys, test_processes as t; t.worker(int(sys.argv[1]), *sys.argv[2:])"
-  env = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)]), "CUDA_VISIBLE_DEVICES": "",
-         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
+  env = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)]),
+    "CUDA_VISIBLE_DEVICES": "",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+  }
   port = str(free_port())
-  workers = [subprocess.Popen([sys.executable, "-c", code, str(i), port, str(tmp_path / f"{i}.npz")], env=env,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(2)]
+  workers = [
+    subprocess.Popen(
+      [sys.executable, "-c", code, str(i), port, str(tmp_path / f"{i}.npz")],
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for i in range(2)
+  ]
   try:
     outputs = [w.communicate(timeout=240)[0] for w in workers]
   finally:

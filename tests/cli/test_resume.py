@@ -13,17 +13,17 @@ import time
 
 import numpy as np
 import pytest
+from test_processes import free_port
 
 import kipcore
 from kipcore.cli import recipes
+from kipcore.cli.config import CheckpointConfig, DistillConfig
+from kipcore.cli.errors import Stopped, UsageError
 from kipcore.cli.folder import resume
 from kipcore.cli.runs import pipeline
-from kipcore.cli.config import DistillConfig, Upkeep
-from kipcore.cli.errors import Stopped, UsageError
-from test_processes import free_port
 
 CONFIG = DistillConfig(steps=40, target_batch_size=60, num_devices=1, refresh_every=10)
-EVERY = Upkeep(checkpoint_seconds=1e-9)
+EVERY = CheckpointConfig(checkpoint_seconds=1e-9)
 GO_ON = dataclasses.replace(EVERY, resume=True)
 
 
@@ -37,6 +37,7 @@ def stopped_after(calls: int):
     def came():
       left[0] -= 1
       return left[0] < 0
+
     yield came
 
   with pytest.MonkeyPatch.context() as patch:
@@ -44,25 +45,32 @@ def stopped_after(calls: int):
     yield
 
 
-def artefact(folder) -> bytes:
+def artifact(folder) -> bytes:
   return pathlib.Path(folder, "distilled.npz").read_bytes()
 
 
 def untimed(folder) -> list:
   lines = pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()
-  return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+  return [
+    {name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines
+  ]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
   """A run that nobody touched."""
-  return pipeline.run_distill(CONFIG, str(tmp_path_factory.mktemp("whole") / "run"), verbose=False)[0]
+  return pipeline.run_distill(CONFIG, str(tmp_path_factory.mktemp("whole") / "run"), verbose=False)[
+    0
+  ]
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
   folder = tmp_path_factory.mktemp("stopped") / "run"
-  with stopped_after(4), pytest.raises(Stopped, match="stopped at step [1-9][0-9]* of 40, as asked; --resume"):
+  with (
+    stopped_after(4),
+    pytest.raises(Stopped, match="stopped at step [1-9][0-9]* of 40, as asked; --resume"),
+  ):
     pipeline.run_distill(CONFIG, str(folder), verbose=False, upkeep=EVERY)
   return folder
 
@@ -76,7 +84,7 @@ def begun(stopped, tmp_path):
 def test_a_stopped_run_ends_with_the_same_bytes(begun, whole):
   assert not (begun / "result.json").exists() and (begun / "checkpoints").exists()
   folder, result = pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)
-  assert artefact(folder) == artefact(whole) and untimed(folder) == untimed(whole)
+  assert artifact(folder) == artifact(whole) and untimed(folder) == untimed(whole)
   assert not (folder / "checkpoints").exists() and not (folder / ".lock").exists()
   with pytest.raises(UsageError, match="has its result; nothing is left to do"):
     pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)
@@ -84,24 +92,42 @@ def test_a_stopped_run_ends_with_the_same_bytes(begun, whole):
 
 @pytest.mark.parametrize("method", ["mtt", "frepo"])
 def test_methods_with_files_and_networks_of_their_own(tmp_path, method):
-  config = recipes.resolve(method=method, architecture="conv1", width=8, steps=6, target_batch_size=20, num_experts=1, expert_epochs=2,
-                           expert_rows=40, network_seeds=0, test_rows=50, num_devices=1,
-                           options="syn_steps=2,max_start_epoch=1" if method == "mtt" else "pool_size=2")
+  config = recipes.resolve(
+    method=method,
+    architecture="conv1",
+    width=8,
+    steps=6,
+    target_batch_size=20,
+    num_experts=1,
+    expert_epochs=2,
+    expert_rows=40,
+    network_seeds=0,
+    test_rows=50,
+    num_devices=1,
+    options="syn_steps=2,max_start_epoch=1" if method == "mtt" else "pool_size=2",
+  )
   folder, _ = pipeline.run_distill(config, str(tmp_path / "whole"), verbose=False)
   with stopped_after(2), pytest.raises(Stopped):
     pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, upkeep=EVERY)
   began = resume.config_of(tmp_path / "run", {})
   pipeline.run_distill(began, str(tmp_path / "run"), verbose=False, upkeep=GO_ON)
   assert untimed(folder) == untimed(tmp_path / "run")
-  first, second = (kipcore.load_artifact(each / "distilled.npz") for each in (folder, tmp_path / "run"))
-  assert first.support.tobytes() == second.support.tobytes() and first.labels.tobytes() == second.labels.tobytes()
+  first, second = (
+    kipcore.load_artifact(each / "distilled.npz") for each in (folder, tmp_path / "run")
+  )
+  assert (
+    first.support.tobytes() == second.support.tobytes()
+    and first.labels.tobytes() == second.labels.tobytes()
+  )
 
 
 def test_another_number_of_devices_goes_on(begun, whole):
   config = resume.config_of(begun, {"num_devices": 3})
   pipeline.run_distill(config, str(begun), verbose=False, upkeep=GO_ON)
   ends = [untimed(folder)[-1] for folder in (begun, whole)]
-  assert ends[0]["step"] == ends[1]["step"] == 40 and ends[0]["loss"] == pytest.approx(ends[1]["loss"], rel=0.5)
+  assert ends[0]["step"] == ends[1]["step"] == 40 and ends[0]["loss"] == pytest.approx(
+    ends[1]["loss"], rel=0.5
+  )
 
 
 def test_flags_that_differ_are_refused_with_the_difference(begun):
@@ -114,15 +140,23 @@ def test_flags_that_differ_are_refused_with_the_difference(begun):
   with pytest.raises(UsageError, match="ended before it recorded its flags; begin it again"):
     resume.config_of(begun, {})
   with pytest.raises(UsageError, match="steps: 40 then, 50 now"):  # and by who calls the library
-    pipeline.run_distill(dataclasses.replace(CONFIG, steps=50), str(begun), verbose=False, upkeep=GO_ON)
+    pipeline.run_distill(
+      dataclasses.replace(CONFIG, steps=50), str(begun), verbose=False, upkeep=GO_ON
+    )
 
 
 def test_other_data_under_the_same_name_are_refused(tmp_path):
   rng = np.random.default_rng(0)
-  arrays = dict(x_train=rng.integers(0, 255, (60, 3, 3, 1)).astype(np.uint8), y_train=np.arange(60) % 2,
-                x_test=rng.integers(0, 255, (6, 3, 3, 1)).astype(np.uint8), y_test=np.arange(6) % 2)
+  arrays = dict(
+    x_train=rng.integers(0, 255, (60, 3, 3, 1)).astype(np.uint8),
+    y_train=np.arange(60) % 2,
+    x_test=rng.integers(0, 255, (6, 3, 3, 1)).astype(np.uint8),
+    y_test=np.arange(6) % 2,
+  )
   np.savez(tmp_path / "a.npz", **arrays)
-  config = DistillConfig(dataset=str(tmp_path / "a.npz"), steps=20, target_batch_size=10, num_devices=1)
+  config = DistillConfig(
+    dataset=str(tmp_path / "a.npz"), steps=20, target_batch_size=10, num_devices=1
+  )
   with stopped_after(3), pytest.raises(Stopped):
     pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, upkeep=EVERY)
   arrays["x_train"][0] += 1
@@ -148,11 +182,19 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_kept(begun, whole, monkeyp
     with pytest.raises((UsageError, OSError), match="No space left"):
       pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)
   with monkeypatch.context() as patch:  # as tensorstore says it
-    patch.setattr(kipcore.Checkpoints, "save", lambda *_: (_ for _ in ()).throw(kipcore.CheckpointError("expected a checkpoint to be written")))
+    patch.setattr(
+      kipcore.Checkpoints,
+      "save",
+      lambda *_: (_ for _ in ()).throw(
+        kipcore.CheckpointError("expected a checkpoint to be written")
+      ),
+    )
     with pytest.raises(UsageError, match="expected a checkpoint to be written"):
       pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)
   assert set(kept) <= {path.name for path in (begun / "checkpoints").iterdir()}
-  assert artefact(pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)[0]) == artefact(whole)
+  assert artifact(
+    pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)[0]
+  ) == artifact(whole)
 
 
 def test_a_folder_is_for_one_run_at_a_time(tmp_path):
@@ -166,7 +208,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path):
   (tmp_path / "file").write_text("")
   started = time.monotonic()
   with pytest.raises(UsageError, match="--output_dir: cannot write to .*file"):
-    pipeline.run_distill(dataclasses.replace(CONFIG, steps=10**6), str(tmp_path / "file" / "run"), verbose=False)
+    pipeline.run_distill(
+      dataclasses.replace(CONFIG, steps=10**6), str(tmp_path / "file" / "run"), verbose=False
+    )
   assert time.monotonic() - started < 60
 
 
@@ -179,13 +223,18 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, whole, monkeypatc
 
   monkeypatch.setattr(time, "time", back)
   folder, result = pipeline.run_distill(CONFIG, str(tmp_path / "run"), verbose=False, upkeep=EVERY)
-  assert artefact(folder) == artefact(whole) and result["wall_seconds"] > 0
+  assert artifact(folder) == artifact(whole) and result["wall_seconds"] > 0
 
 
 def test_numbers_that_fail_step_back_and_go_on_more_slowly(tmp_path, monkeypatch):
   """A rate that explodes: without retries the run ends with advice, with them it ends well."""
-  wild = dataclasses.replace(CONFIG, learning_rate=1e18, schedule="constant", steps=60, refresh_every=0)
-  with pytest.raises(kipcore.NumericalError, match="(?s)distillation at step [0-9]+.*The state before that step is kept.*--retries=3.*--x64"):
+  wild = dataclasses.replace(
+    CONFIG, learning_rate=1e18, schedule="constant", steps=60, refresh_every=0
+  )
+  with pytest.raises(
+    kipcore.NumericalError,
+    match="(?s)distillation at step [0-9]+.*The state before that step is kept.*--retries=3.*--x64",
+  ):
     pipeline.run_distill(wild, str(tmp_path / "a"), verbose=False, upkeep=EVERY)
   assert (tmp_path / "a" / "checkpoints").exists()
 
@@ -194,13 +243,23 @@ def test_numbers_that_fail_step_back_and_go_on_more_slowly(tmp_path, monkeypatch
 
 
 def environment(devices: int = 1) -> dict:
-  return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0", "CUDA_VISIBLE_DEVICES": ""}
+  return {
+    **os.environ,
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+    "CUDA_VISIBLE_DEVICES": "",
+  }
 
 
 def binary(*arguments, devices: int = 1) -> subprocess.Popen:
   root = pathlib.Path(__file__).parent.parent
-  return subprocess.Popen([sys.executable, "-m", "experiments.run_distill", *arguments], cwd=root, env=environment(devices), text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  return subprocess.Popen(
+    [sys.executable, "-m", "experiments.run_distill", *arguments],
+    cwd=root,
+    env=environment(devices),
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+  )
 
 
 def wait_for(path: pathlib.Path, process) -> None:
@@ -223,14 +282,29 @@ def test_a_killed_binary_goes_on_to_the_same_bytes(tmp_path, number, status):
   again = binary("--resume", f"--output_dir={tmp_path / 'run'}")
   out = again.communicate(timeout=240)[0]
   assert again.returncode == 0 and "going on from step" in out, out
-  expected, _ = pipeline.run_distill(DistillConfig(steps=300, target_batch_size=60, num_devices=1), str(tmp_path / "whole"), verbose=False)
-  first, second = (kipcore.load_artifact(each / "distilled.npz") for each in (tmp_path / "run", expected))
-  assert first.support.tobytes() == second.support.tobytes() and first.labels.tobytes() == second.labels.tobytes()
+  expected, _ = pipeline.run_distill(
+    DistillConfig(steps=300, target_batch_size=60, num_devices=1),
+    str(tmp_path / "whole"),
+    verbose=False,
+  )
+  first, second = (
+    kipcore.load_artifact(each / "distilled.npz") for each in (tmp_path / "run", expected)
+  )
+  assert (
+    first.support.tobytes() == second.support.tobytes()
+    and first.labels.tobytes() == second.labels.tobytes()
+  )
 
 
 def test_a_process_that_is_lost_ends_the_others_and_all_go_on(tmp_path):
   """Two processes on loopback, one of which is killed: the other says so within a minute, and both resume."""
-  flags = ["--steps=150", "--target_batch_size=60", "--sampler=uniform", "--checkpoint_seconds=0.000001", f"--output_dir={tmp_path / 'run'}"]
+  flags = [
+    "--steps=150",
+    "--target_batch_size=60",
+    "--sampler=uniform",
+    "--checkpoint_seconds=0.000001",
+    f"--output_dir={tmp_path / 'run'}",
+  ]
 
   def pair(*arguments):
     port = free_port()
@@ -242,11 +316,23 @@ def test_a_process_that_is_lost_ends_the_others_and_all_go_on(tmp_path):
   killed = time.monotonic()
   out = first.communicate(timeout=120)[0]
   assert time.monotonic() - killed < 60 and first.returncode == 4, out
-  assert "a process of this run was lost" in out and "Traceback" not in out and not (tmp_path / "run" / "result.json").exists()
+  assert (
+    "a process of this run was lost" in out
+    and "Traceback" not in out
+    and not (tmp_path / "run" / "result.json").exists()
+  )
   second.communicate()
   both = pair("--resume", f"--output_dir={tmp_path / 'run'}")
   outs = [process.communicate(timeout=240)[0] for process in both]
-  assert [process.returncode for process in both] == [0, 0] and "going on from step" in outs[0], outs
-  alone, _ = pipeline.run_distill(DistillConfig(steps=150, target_batch_size=60, sampler="uniform", num_devices=2), str(tmp_path / "alone"), verbose=False)
-  found = [kipcore.load_artifact(folder / "distilled.npz").support for folder in (tmp_path / "run", alone)]
+  assert [process.returncode for process in both] == [0, 0] and "going on from step" in outs[0], (
+    outs
+  )
+  alone, _ = pipeline.run_distill(
+    DistillConfig(steps=150, target_batch_size=60, sampler="uniform", num_devices=2),
+    str(tmp_path / "alone"),
+    verbose=False,
+  )
+  found = [
+    kipcore.load_artifact(folder / "distilled.npz").support for folder in (tmp_path / "run", alone)
+  ]
   np.testing.assert_allclose(*found, rtol=1e-2, atol=1e-2)

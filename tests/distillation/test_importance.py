@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_close
 from scipy import optimize, special
 
 import kipcore
-from helpers import assert_close
 from kipcore.distillation import importance, loop, samplers
-from kipcore.distillation.methods import kip
 from kipcore.distillation.method import LossInfo
+from kipcore.distillation.methods import kip
 from kipcore.types import NumericalError, Support
 
 COUNTS = jnp.asarray([30, 50, 11, 0], jnp.int32)
@@ -24,16 +24,22 @@ def scored(sampler, uniform_mix, size, seed=0, share=0.7):
   scores = rng.pareto(1.2, CAPACITY).astype(np.float32)
   known = (rng.random(CAPACITY) < share) & (np.arange(CAPACITY) < 91)
   state = sampler.init(COUNTS, CAPACITY)
-  state = state._replace(scores=jnp.asarray(np.where(known, scores, 0), jnp.float32), known=jnp.asarray(known))
+  state = state._replace(
+    scores=jnp.asarray(np.where(known, scores, 0), jnp.float32), known=jnp.asarray(known)
+  )
   return importance.with_law(state, uniform_mix, size)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
 def test_full_weights_are_unbiased_whatever_the_scores(balanced):
-  sampler = importance.importance(uniform_mix=0.3, weight_exponent=1.0, least_gain=1.0, balanced=balanced)
+  sampler = importance.importance(
+    uniform_mix=0.3, weight_exponent=1.0, least_gain=1.0, balanced=balanced
+  )
   state = scored(sampler, 0.3, 12)
-  values = jnp.asarray(np.random.default_rng(1).normal(size=CAPACITY) + np.repeat([0, 3, -5, 9], [30, 50, 11, 6]),
-                       jnp.float32)
+  values = jnp.asarray(
+    np.random.default_rng(1).normal(size=CAPACITY) + np.repeat([0, 3, -5, 9], [30, 50, 11, 6]),
+    jnp.float32,
+  )
 
   @jax.jit
   def estimate(key):
@@ -42,12 +48,19 @@ def test_full_weights_are_unbiased_whatever_the_scores(balanced):
 
   means, rows, weights = jax.vmap(estimate)(jax.random.split(jax.random.key(0), 4000))
   exact = np.asarray(values[:91], np.float64)
-  expected = np.mean([exact[:30].mean(), exact[30:80].mean(), exact[80:].mean()]) if balanced else exact.mean()
+  expected = (
+    np.mean([exact[:30].mean(), exact[30:80].mean(), exact[80:].mean()])
+    if balanced
+    else exact.mean()
+  )
   error = float(jnp.std(means)) / np.sqrt(4000)
   assert abs(float(jnp.mean(means)) - expected) < 4 * error
   assert int(rows.max()) < 91  # padding is never drawn
   assert all(len(set(batch)) == 12 for batch in np.asarray(rows[:50]).tolist())
-  assert float(weights.max()) <= 1 / 0.3 * (11 if balanced else 1) / (3 / 91 * 91 if balanced else 1) * 1.001
+  assert (
+    float(weights.max())
+    <= 1 / 0.3 * (11 if balanced else 1) / (3 / 91 * 91 if balanced else 1) * 1.001
+  )
 
 
 def test_the_law_is_the_documented_one(x64):
@@ -65,7 +78,10 @@ def test_the_law_is_the_documented_one(x64):
   assert_close(squared.probabilities[:91], 0.75 * p2 + 0.25 / 91, 1e-5)
   assert_close(squared.gain, 91 * (p2**2).sum(), 1e-5)
   # Batches of 12 distinct rows: min(1, c p) with c such that it sums to 12.
-  pi, law = np.asarray(state.plan.inclusion, np.float64), np.asarray(law.probabilities[:91], np.float64)
+  pi, law = (
+    np.asarray(state.plan.inclusion, np.float64),
+    np.asarray(law.probabilities[:91], np.float64),
+  )
   c = optimize.brentq(lambda c: np.minimum(1, c * law).sum() - 12, 1, 1e6)
   assert_close(pi[:91], np.minimum(1, c * law), 1e-4)
   assert not pi[91:].any() and (pi == 1).sum() > 0
@@ -73,7 +89,10 @@ def test_the_law_is_the_documented_one(x64):
 
 def test_a_law_serves_until_a_quarter_of_the_rows_has_been_scored():
   sampler = importance.importance("squared_error", uniform_mix=0.2, least_gain=1.0)
-  labels, predictions = jnp.zeros((10, 4)), jnp.asarray(np.random.default_rng(0).pareto(1.0, (10, 4)), jnp.float32)
+  labels, predictions = (
+    jnp.zeros((10, 4)),
+    jnp.asarray(np.random.default_rng(0).pareto(1.0, (10, 4)), jnp.float32),
+  )
   state, rows = sampler.init(COUNTS, CAPACITY), jnp.arange(10, dtype=jnp.int32)
   made, update = [], jax.jit(sampler.update)
   for step in range(7):
@@ -82,11 +101,15 @@ def test_a_law_serves_until_a_quarter_of_the_rows_has_been_scored():
   assert made == [0, 0, 1, 1, 1, 2, 2]  # of 91 rows, 30 are the first that make a quarter
   assert int(jnp.sum(state.known)) == 70
   # The last row scored is not in the law yet, and then it is.
-  assert not np.array_equal(importance.with_law(state, 0.2, 10).plan.inclusion, state.plan.inclusion)
+  assert not np.array_equal(
+    importance.with_law(state, 0.2, 10).plan.inclusion, state.plan.inclusion
+  )
 
 
 def test_exponent_is_a_power_of_the_weights():
-  full, half, none = (importance.importance(weight_exponent=e, least_gain=1.0) for e in (1.0, 0.5, 0.0))
+  full, half, none = (
+    importance.importance(weight_exponent=e, least_gain=1.0) for e in (1.0, 0.5, 0.0)
+  )
   key, state = jax.random.key(3), scored(full, 0.5, 20)
   (rows, w), (rows_half, w_half), (_, w_none) = (s.draw(key, state, 20) for s in (full, half, none))
   assert (rows == rows_half).all()
@@ -103,12 +126,18 @@ def test_flat_scores_draw_like_the_plain_sampler(balanced):
   flat = state._replace(scores=jnp.where(state.base > 0, 0.5, 0.0), known=state.base > 0)
   key = jax.random.key(5)
   expected = plain.draw(key, plain.init(counts, CAPACITY), 20)
-  for before in (state, flat, state._replace(known=state.base > 0)):  # nothing known, all equal, all zero
+  for before in (
+    state,
+    flat,
+    state._replace(known=state.base > 0),
+  ):  # nothing known, all equal, all zero
     for got, want in zip(ours.draw(key, importance.with_law(before, 0.5, 20), 20), expected):
       np.testing.assert_array_equal(got, want)
   heavy = importance.with_law(flat._replace(scores=flat.scores.at[7].set(100.0)), 0.5, 20)
   # A law holds for batches of one size.
-  for got, want in zip(ours.draw(key, heavy, 19), plain.draw(key, plain.init(counts, CAPACITY), 19)):
+  for got, want in zip(
+    ours.draw(key, heavy, 19), plain.draw(key, plain.init(counts, CAPACITY), 19)
+  ):
     np.testing.assert_array_equal(got, want)
   assert not np.array_equal(ours.draw(key, heavy, 20)[0], expected[0])
   # All rows or more: nothing to choose.
@@ -126,17 +155,23 @@ def test_scores_follow_their_definitions():
   predictions = (0.6 * labels + 0.2 * rng.normal(size=labels.shape)).astype(np.float32)
   own = predictions[labels > 0]
   other = np.where(labels > 0, -np.inf, predictions).max(1)
-  expected = {"squared_error": ((predictions - labels) ** 2).sum(1),
-              "residual_norm": np.linalg.norm(predictions - labels, axis=1),
-              "margin": np.maximum(1 - own + other, 0)}
+  expected = {
+    "squared_error": ((predictions - labels) ** 2).sum(1),
+    "residual_norm": np.linalg.norm(predictions - labels, axis=1),
+    "margin": np.maximum(1 - own + other, 0),
+  }
   rows = jnp.asarray(rng.permutation(91)[:40], jnp.int32)
   for name, values in expected.items():
     sampler = importance.importance(name)
-    state = sampler.update(sampler.init(COUNTS, CAPACITY), rows, jnp.asarray(labels), info(jnp.asarray(predictions)))
+    state = sampler.update(
+      sampler.init(COUNTS, CAPACITY), rows, jnp.asarray(labels), info(jnp.asarray(predictions))
+    )
     assert_close(state.scores[rows], values, 1e-5)
     assert int(state.known.sum()) == 40
   mine = importance.importance(lambda p, y: jnp.abs(p - y).sum(axis=1))
-  state = mine.update(mine.init(COUNTS, CAPACITY), rows, jnp.asarray(labels), info(jnp.asarray(predictions)))
+  state = mine.update(
+    mine.init(COUNTS, CAPACITY), rows, jnp.asarray(labels), info(jnp.asarray(predictions))
+  )
   assert_close(state.scores[rows], np.abs(predictions - labels).sum(1), 1e-5)
 
 
@@ -151,7 +186,11 @@ def test_temperature_is_the_best_one(x64):
     return np.sum(weights * (special.logsumexp(z, axis=1) - z[labels > 0]))
 
   best = optimize.minimize_scalar(mean, bounds=(-4, 8), method="bounded", options={"xatol": 1e-8}).x
-  got = float(importance.calibrated_temperature(jnp.asarray(predictions), jnp.asarray(labels), jnp.asarray(weights)))
+  got = float(
+    importance.calibrated_temperature(
+      jnp.asarray(predictions), jnp.asarray(labels), jnp.asarray(weights)
+    )
+  )
   assert abs(got - best) < 2e-3
   # Predictions that are always right want no end of it (from e^4 on their loss is 0 to rounding); always wrong ones, none.
   assert float(importance.calibrated_temperature(jnp.asarray(labels), jnp.asarray(labels))) > 4
@@ -166,7 +205,9 @@ def test_calibration_cures_flat_cross_entropy():
   sampler = importance.importance("cross_entropy")
   state = sampler.init(jnp.full((10,), 20, jnp.int32), 200)
   rows = jnp.arange(200, dtype=jnp.int32)
-  flat = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(predictions), jnp.argmax(jnp.asarray(labels), axis=1))
+  flat = optax.softmax_cross_entropy_with_integer_labels(
+    jnp.asarray(predictions), jnp.argmax(jnp.asarray(labels), axis=1)
+  )
   assert float(200 * jnp.sum(flat**2) / jnp.sum(flat) ** 2) < 1.03
   update = jax.jit(sampler.update)
   for _ in range(40):
@@ -179,8 +220,12 @@ def test_two_million_rows_and_never_one_without_a_score():
   scores = np.where(np.arange(n) % 2, np.random.default_rng(0).pareto(1.5, n), 0).astype(np.float32)
   sampler = importance.importance("squared_error", uniform_mix=0.0, weight_exponent=1.0)
   state = sampler.init(jnp.asarray([n // 2, n // 2], jnp.int32), n)
-  state = importance.with_law(state._replace(scores=jnp.asarray(scores), known=state.base > 0), 0.0, size)
-  rows, weights = jax.jit(jax.vmap(lambda key: sampler.draw(key, state, size)))(jax.random.split(jax.random.key(0), 300))
+  state = importance.with_law(
+    state._replace(scores=jnp.asarray(scores), known=state.base > 0), 0.0, size
+  )
+  rows, weights = jax.jit(jax.vmap(lambda key: sampler.draw(key, state, size)))(
+    jax.random.split(jax.random.key(0), 300)
+  )
   assert (scores[np.asarray(rows)] > 0).all()
   assert all(len(set(batch)) == size for batch in np.asarray(rows[:20]).tolist())
   # mean(w f) is the mean over the rows that can be drawn of any f, here 1 (and the score, without variance but for certain rows).
@@ -222,8 +267,10 @@ def test_the_loop_learns_with_every_score(score, num_devices):
   support, x, y = problem()
   d = distiller(importance.importance(score, least_gain=1.0))
   result = loop.distill(0, d, support, x, y, 60, devices=jax.devices()[:num_devices])
-  before, after = (float(kipcore.evaluate_krr(KERNEL, s, x, y, relative_ridge=1e-3).loss)
-                   for s in (support, result.support))
+  before, after = (
+    float(kipcore.evaluate_krr(KERNEL, s, x, y, relative_ridge=1e-3).loss)
+    for s in (support, result.support)
+  )
   assert after < 0.9 * before
   assert int(result.state.sampler.known.sum()) > (200 if num_devices == 1 else 25)
   again = loop.distill(0, d, support, x, y, 60, devices=jax.devices()[:num_devices])
@@ -234,7 +281,9 @@ def test_gradient_is_the_same_on_any_number_of_devices_when_all_rows_are_drawn()
   """With unbiased weights and a batch of all rows, sharding changes nothing, uneven shards included."""
   support, x, y = problem(n=203)
   d = distiller(importance.importance("squared_error", weight_exponent=1.0), batch_size=203)
-  losses = [loop.distill(0, d, support, x, y, 1, devices=jax.devices()[:n]).history[-1] for n in (1, 2, 8)]
+  losses = [
+    loop.distill(0, d, support, x, y, 1, devices=jax.devices()[:n]).history[-1] for n in (1, 2, 8)
+  ]
   for other in losses[1:]:
     for name in ("loss", "gradient_norm"):
       assert abs(other[name] - losses[0][name]) <= 2e-5 * abs(losses[0][name])
@@ -248,17 +297,31 @@ def test_a_refresh_scores_every_row_with_the_current_set(num_devices):
   before = loop.distill(0, d, support, x, y, 5, devices=devices)
   # Step 6 refreshes with what five steps have learned, and then brings its own batch up to date.
   after = loop.distill(0, d, support, x, y, 6, devices=devices)
-  targets = jax.tree.map(lambda a: a[0], loop.arrange_targets(
-      x, y, num_devices, kipcore.keys.stream(kipcore.keys.canonical_key(0), "arrange")))
+  targets = jax.tree.map(
+    lambda a: a[0],
+    loop.arrange_targets(
+      x, y, num_devices, kipcore.keys.stream(kipcore.keys.canonical_key(0), "arrange")
+    ),
+  )
   rows = int(targets.class_counts.sum())
   known = np.asarray(after.state.sampler.known)[:rows]
-  assert known.all() and (num_devices == 8 or not np.asarray(before.state.sampler.known)[:rows].all())
+  assert known.all() and (
+    num_devices == 8 or not np.asarray(before.state.sampler.known)[:rows].all()
+  )
   k = KERNEL(before.support.x, None)
   fit = kipcore.krr_fit(k, before.support.y, kipcore.relative_ridge(k, 1e-3))
-  expected = np.sum((np.asarray(kipcore.krr_predict(fit, KERNEL(jnp.asarray(targets.x), before.support.x)))
-                     - targets.y) ** 2, axis=1)[:rows]
+  expected = np.sum(
+    (
+      np.asarray(kipcore.krr_predict(fit, KERNEL(jnp.asarray(targets.x), before.support.x)))
+      - targets.y
+    )
+    ** 2,
+    axis=1,
+  )[:rows]
   assert_close(np.asarray(after.state.sampler.scores)[:rows], expected, 1e-3)
-  assert loop.scoring_evaluations(d, 203, 5) == 0 and loop.scoring_evaluations(d, 203, 11) == 2 * 203
+  assert (
+    loop.scoring_evaluations(d, 203, 5) == 0 and loop.scoring_evaluations(d, 203, 11) == 2 * 203
+  )
 
 
 def test_bad_input():
@@ -273,9 +336,20 @@ def test_bad_input():
   with pytest.raises(ValueError, match="sampler: expected one of uniform"):
     importance.sampler("best")
   support, x, y = problem()
-  with pytest.raises(ValueError, match=r"score: expected one value a target, shape \(40,\), got \(40, 3\)"):
+  with pytest.raises(
+    ValueError, match=r"score: expected one value a target, shape \(40,\), got \(40, 3\)"
+  ):
     loop.distill(0, distiller(importance.importance(lambda p, y: p - y)), support, x, y, 2)
   with pytest.raises(ValueError, match="x: expected finite values, got 240 NaN"):
-    loop.distill(0, distiller(importance.importance()), support, np.where(np.arange(6) == 1, np.nan, x), y, 2)
+    loop.distill(
+      0, distiller(importance.importance()), support, np.where(np.arange(6) == 1, np.nan, x), y, 2
+    )
   with pytest.raises(NumericalError, match="step 1"):  # losses that are not numbers
-    loop.distill(0, distiller(importance.importance()), support._replace(y=jnp.full_like(support.y, jnp.nan)), x, y, 2)
+    loop.distill(
+      0,
+      distiller(importance.importance()),
+      support._replace(y=jnp.full_like(support.y, jnp.nan)),
+      x,
+      y,
+      2,
+    )

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import RTOL, assert_close, check_gradient, same_on_devices
 
 import kipcore
 from kipcore.distillation import importance, loop, samplers
-from kipcore.distillation.methods import kip
 from kipcore.distillation.method import Batch
+from kipcore.distillation.methods import kip
 from kipcore.kernels.stax import to_stax
 from kipcore.types import Support
-from helpers import RTOL, assert_close, check_gradient, same_on_devices
 
 
 def problem(dtype=np.float32, n=200, m=6, c=3, d=8, seed=0):
@@ -21,13 +21,20 @@ def problem(dtype=np.float32, n=200, m=6, c=3, d=8, seed=0):
   labels = np.sort(rng.integers(0, c, n))
   x = (means[labels] + rng.normal(size=(n, d))).astype(dtype)
   y = (np.eye(c)[labels] - 1 / c).astype(dtype)
-  rows = np.concatenate([np.flatnonzero(labels == k)[:m // c] for k in range(c)])
+  rows = np.concatenate([np.flatnonzero(labels == k)[: m // c] for k in range(c)])
   return Support(jnp.asarray(x[rows]), jnp.asarray(y[rows])), x, y
 
 
-def distiller(options=kip.KIPOptions(relative_ridge=1e-3), batch_size=60, sampler="uniform", rate=0.05,
-              kernel=kipcore.ntk_fn(kipcore.fc(1))):
-  return loop.Distiller(kip.kip(kernel, options), importance.sampler(sampler), optax.adam(rate), batch_size)
+def distiller(
+  options=kip.KIPOptions(relative_ridge=1e-3),
+  batch_size=60,
+  sampler="uniform",
+  rate=0.05,
+  kernel=kipcore.ntk_fn(kipcore.fc(1)),
+):
+  return loop.Distiller(
+    kip.kip(kernel, options), importance.sampler(sampler), optax.adam(rate), batch_size
+  )
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
@@ -56,11 +63,16 @@ def test_loss_equals_numpy_and_gradient_finite_differences(loss, x64):
 
 def test_only_what_is_asked_is_learned(dtype):
   support, x, y = problem(dtype)
-  for options, learned in ((kip.KIPOptions(1e-3), {"x"}), (kip.KIPOptions(1e-3, learn_labels=True), {"x", "y"}),
-                           (kip.KIPOptions(1e-3, "cross_entropy"), {"x", "log_temperature"})):
+  for options, learned in (
+    (kip.KIPOptions(1e-3), {"x"}),
+    (kip.KIPOptions(1e-3, learn_labels=True), {"x", "y"}),
+    (kip.KIPOptions(1e-3, "cross_entropy"), {"x", "log_temperature"}),
+  ):
     result = loop.distill(0, distiller(options), support, x, y, 3)
     start = kip.kip(None, options).init_params(support)
-    changed = {name for name, value in result.state.params.items() if not np.array_equal(value, start[name])}
+    changed = {
+      name for name, value in result.state.params.items() if not np.array_equal(value, start[name])
+    }
     assert changed == learned
 
 
@@ -70,7 +82,9 @@ def test_distilling_teaches(loss, dtype):
   options = kip.KIPOptions(1e-3, loss, True)
   result = loop.distill(1, distiller(options), support, x, y, 150)
   kernel = kipcore.ntk_fn(kipcore.fc(1))
-  before, after = (kipcore.evaluate_krr(kernel, s, x, y, relative_ridge=1e-3) for s in (support, result.support))
+  before, after = (
+    kipcore.evaluate_krr(kernel, s, x, y, relative_ridge=1e-3) for s in (support, result.support)
+  )
   assert after.accuracy > before.accuracy + 0.05
   assert result.history[-1]["loss"] < 0.7 * result.history[1]["loss"]
   assert [r["step"] for r in result.history] == [0, 1, 2, 5, 10, 20, 50, 100, 150]
@@ -95,7 +109,10 @@ def test_loss_and_gradient_of_a_batch_do_not_depend_on_the_number_of_devices(x64
 @pytest.mark.parametrize("num_devices", [1, 8])
 def test_same_seed_same_run_and_other_seed_other_run(num_devices):
   support, x, y = problem()
-  runs = [loop.distill(seed, distiller(), support, x, y, 12, devices=jax.devices()[:num_devices]) for seed in (0, 0, 1)]
+  runs = [
+    loop.distill(seed, distiller(), support, x, y, 12, devices=jax.devices()[:num_devices])
+    for seed in (0, 0, 1)
+  ]
   assert np.array_equal(runs[0].support.x, runs[1].support.x)
   assert not np.array_equal(runs[0].support.x, runs[2].support.x)
 
@@ -105,7 +122,9 @@ def test_mapped_loop_equals_plain_steps(dtype):
   support, x, y = problem(dtype)
   d, key = distiller(), jax.random.key(3)
   result = loop.distill(key, d, support, x, y, 7)
-  targets = jax.tree.map(lambda a: jnp.asarray(a[0]), loop.arrange_targets(x, y, 1, kipcore.keys.stream(key, "arrange")))
+  targets = jax.tree.map(
+    lambda a: jnp.asarray(a[0]), loop.arrange_targets(x, y, 1, kipcore.keys.stream(key, "arrange"))
+  )
   state = loop.distill_init(key, d, support, targets.class_counts, targets.x.shape[0])
   step = jax.jit(lambda s: loop.distill_step(key, d, s, targets))
   for _ in range(7):
@@ -118,12 +137,14 @@ def test_arranged_shards_hold_every_row_once():
   _, x, y = problem(n=203)
   targets = loop.arrange_targets(x, y, 8, jax.random.key(0))
   counts = targets.class_counts.sum(1)
-  rows = np.concatenate([targets.x[d, :counts[d]] for d in range(8)])
+  rows = np.concatenate([targets.x[d, : counts[d]] for d in range(8)])
   assert sorted(map(tuple, rows)) == sorted(map(tuple, x))
   assert counts.max() - counts.min() <= 1 and np.isclose(targets.share.mean(), 1.0)
   for d in range(8):
-    labels = targets.y[d, :counts[d]].argmax(1)
-    assert (np.diff(labels) >= 0).all() and (np.bincount(labels, minlength=3) == targets.class_counts[d]).all()
+    labels = targets.y[d, : counts[d]].argmax(1)
+    assert (np.diff(labels) >= 0).all() and (
+      np.bincount(labels, minlength=3) == targets.class_counts[d]
+    ).all()
 
 
 @pytest.mark.parametrize("size", [1, 7, 50, 203, 300])
@@ -159,24 +180,38 @@ def test_a_failure_names_the_step():
   with pytest.raises(kipcore.NumericalError, match=r"distillation at step \d+ failed .*NOT_FINITE"):
     loop.distill(0, distiller(rate=1e30), support, x, y, 50)
   repeated = Support(jnp.concatenate([support.x] * 2), jnp.concatenate([support.y] * 2))
-  with pytest.raises(kipcore.NumericalError, match=r"step 1 failed \(NOT_POSITIVE_DEFINITE\).*larger ridge"):
+  with pytest.raises(
+    kipcore.NumericalError, match=r"step 1 failed \(NOT_POSITIVE_DEFINITE\).*larger ridge"
+  ):
     loop.distill(0, distiller(kip.KIPOptions(1e-12), kernel=kipcore.linear_fn()), repeated, x, y, 5)
 
 
-@pytest.mark.parametrize("call, message", [
+@pytest.mark.parametrize(
+  "call, message",
+  [
     (lambda s, x, y: loop.distill(0, distiller(), s, x[:, :3], y, 1), "x_target: expected shape"),
     (lambda s, x, y: loop.distill(0, distiller(), s, x, y[:, :2], 1), "y_target: expected shape"),
     (lambda s, x, y: loop.distill(0, distiller(), s, x[:9], y, 1), "same number of rows"),
     (lambda s, x, y: loop.distill(0, distiller(), s, x, y, -1), "num_steps"),
     (lambda s, x, y: loop.distill(0, distiller(batch_size=0), s, x, y, 1), "batch_size"),
-    (lambda s, x, y: loop.distill(0, distiller(), Support(s.x, s.y[:2]), x, y, 1), "same number of rows"),
-    (lambda s, x, y: loop.distill(0, distiller(), s, x[:3], y[:3], 1, devices=jax.devices()), "3 rows for 8 devices"),
+    (
+      lambda s, x, y: loop.distill(0, distiller(), Support(s.x, s.y[:2]), x, y, 1),
+      "same number of rows",
+    ),
+    (
+      lambda s, x, y: loop.distill(0, distiller(), s, x[:3], y[:3], 1, devices=jax.devices()),
+      "3 rows for 8 devices",
+    ),
     (lambda s, x, y: kip.kip(None, kip.KIPOptions(relative_ridge=0.0)), "relative_ridge"),
-    (lambda s, x, y: kip.kip(None, kip.KIPOptions(loss="hinge")), "expected one of mse, cross_entropy"),
+    (
+      lambda s, x, y: kip.kip(None, kip.KIPOptions(loss="hinge")),
+      "expected one of mse, cross_entropy",
+    ),
     (lambda s, x, y: importance.sampler("best"), "expected one of uniform, class_balanced"),
     (lambda s, x, y: loop.adam(-1.0, 3), "learning_rate"),
     (lambda s, x, y: loop.adam(1.0, 3, "linear"), "schedule"),
-])
+  ],
+)
 def test_wrong_input_is_named(call, message):
   with pytest.raises(ValueError, match=message):
     call(*problem())

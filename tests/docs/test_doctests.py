@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import standard_promotion
 
 import kipcore
 from experiments.docs import reference
 from kipcore.cli.errors import UsageError
-from helpers import standard_promotion
 
 PACKAGE = pathlib.Path(kipcore.__file__).parent
 # What every example may use without importing it, as the front page of the reference says.
@@ -27,7 +27,9 @@ def examples() -> dict[str, list[doctest.DocTest]]:
   """The examples of each module that has some."""
   found = {}
   for path in sorted(PACKAGE.rglob("*.py")):
-    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+      ".__init__"
+    )
     module = importlib.import_module(name)
     tests = doctest.DocTestFinder(exclude_empty=True).find(module, name, globs=NAMES)
     if tests := [test for test in tests if test.examples]:
@@ -50,15 +52,40 @@ def test_examples_run(module):
 
 # What people call first.
 MAIN = (
-    "approximate_krr_sensitivities", "architecture", "conv_net", "effective_dimension", "fc", "fit_preprocess", "gram",
-    "guarantee_at", "importance_sample", "kip", "kmeans", "kmeans_plusplus", "krr_fit", "krr_loss", "krr_predict",
-    "krr_sensitivities", "label_solve", "measure_coreset", "nngp_fn", "ntk_fn", "one_hot_centred", "rbf_fn",
-    "relative_ridge", "ridge_leverage_scores", "sample_size", "sensitivity_sample")
+  "approximate_krr_sensitivities",
+  "architecture",
+  "conv_net",
+  "effective_dimension",
+  "fc",
+  "fit_preprocess",
+  "gram",
+  "guarantee_at",
+  "importance_sample",
+  "kip",
+  "kmeans",
+  "kmeans_plusplus",
+  "krr_fit",
+  "krr_loss",
+  "krr_predict",
+  "krr_sensitivities",
+  "label_solve",
+  "measure_coreset",
+  "nngp_fn",
+  "ntk_fn",
+  "one_hot_centered",
+  "rbf_fn",
+  "relative_ridge",
+  "ridge_leverage_scores",
+  "sample_size",
+  "sensitivity_sample",
+)
 
 
 @pytest.mark.parametrize("name", MAIN)
 def test_main_functions_have_an_example(name):
-  assert "Example:\n" in inspect.getdoc(getattr(kipcore, name)) and ">>> " in inspect.getdoc(getattr(kipcore, name))
+  assert "Example:\n" in inspect.getdoc(getattr(kipcore, name)) and ">>> " in inspect.getdoc(
+    getattr(kipcore, name)
+  )
 
 
 def test_each_public_name_has_one_place_in_the_reference():
@@ -67,7 +94,10 @@ def test_each_public_name_has_one_place_in_the_reference():
   assert sorted(listed) == sorted(rooms)
   for room, names in rooms.items():
     assert names == sorted(set(names), key=names.index)
-    assert all(getattr(importlib.import_module(f"kipcore.{room}"), name).__module__ == f"kipcore.{room}" for name in names)
+    assert all(
+      getattr(importlib.import_module(f"kipcore.{room}"), name).__module__ == f"kipcore.{room}"
+      for name in names
+    )
   shown = [name for names in rooms.values() for name in names]
   for name in kipcore.__all__:
     assert name == "__version__" or shown.count(name) == 1, name
@@ -93,9 +123,10 @@ def test_docstrings_become_markdown():
 
   text = reference.to_markdown(inspect.getdoc(documented), lambda code: f"<{code}>")
   assert html.unescape(text) == (
-      "Solves for <krr_fit> where 0 <= a * b < |c*|, with *the same* [ridge].\n\n```text\na_i = b*_i <y, z>\n```\n\n"
-      "- one: goes on.\n\n###### Args\n\n- **x, y**: <(n,)>, a:b.\n- **z**: none.\n\n"
-      "###### Example\n\n```pycon\n>>> print(\"<\")\n<\n```")
+    "Solves for <krr_fit> where 0 <= a * b < |c*|, with *the same* [ridge].\n\n```text\na_i = b*_i <y, z>\n```\n\n"
+    "- one: goes on.\n\n###### Args\n\n- **x, y**: <(n,)>, a:b.\n- **z**: none.\n\n"
+    '###### Example\n\n```pycon\n>>> print("<")\n<\n```'
+  )
   assert text.count("*") == 2 + 8 + 1 and "|" not in text and "[" not in text
 
 
@@ -106,9 +137,16 @@ def test_the_reference_is_built_or_says_what_is_missing(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
   monkeypatch.undo()
   pytest.importorskip("pdoc")
-  written = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in reference.build(tmp_path)}
-  assert "kipcore/krr.html#krr_fit" in written["kipcore.html"] and 'id="krr_fit"' in written["kipcore/krr.html"]
+  written = {
+    path.relative_to(tmp_path).as_posix(): path.read_text() for path in reference.build(tmp_path)
+  }
+  assert (
+    "kipcore/krr.html#krr_fit" in written["kipcore.html"]
+    and 'id="krr_fit"' in written["kipcore/krr.html"]
+  )
   for name, text in written.items():
-    assert not re.search(r'(?:src|rel="stylesheet" href)="?https?:', text), f"{name} needs a network"
+    assert not re.search(r'(?:src|rel="stylesheet" href)="?https?:', text), (
+      f"{name} needs a network"
+    )
     for target in re.findall(r'href="([^":#]+\.html)', text):
       assert (tmp_path / name).parent.joinpath(target).resolve().exists(), f"{name}: {target}"

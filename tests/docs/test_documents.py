@@ -6,14 +6,18 @@ import re
 
 import numpy as np
 import pytest
-
-import kipcore
 from binaries import run_binary
 from helpers import standard_promotion
 
+import kipcore
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "experiments" / "results" / "README.md", ROOT / "tests" / "README.md"]
+DOCUMENTS = [
+  *ROOT.glob("*.md"),
+  ROOT / "experiments" / "results" / "README.md",
+  ROOT / "tests" / "README.md",
+]
 
 
 def test_python_in_the_readme_runs(capsys):
@@ -29,9 +33,9 @@ def test_python_in_the_readme_runs(capsys):
   assert distilled > real + 10
 
 
-@pytest.mark.parametrize("marker", ["distil", "test"])
+@pytest.mark.parametrize("marker", ["distill", "test"])
 def test_each_command_is_one_line(marker):
-  block, = re.findall(rf"<!-- {marker} -->\n```bash\n(.*?)\n```", README, flags=re.S)
+  (block,) = re.findall(rf"<!-- {marker} -->\n```bash\n(.*?)\n```", README, flags=re.S)
   assert "\n" not in block and block.startswith("python3 -m venv")
 
 
@@ -67,8 +71,12 @@ def test_notebooks_run_and_hold_no_outputs(path):
 
 
 def test_notebooks_install_alike():
-  cells = {"".join(cell["source"]) for path in (ROOT / "notebooks").glob("*.ipynb") for cell in json.loads(path.read_text())["cells"]
-           if "KIPCORE_SOURCE" in "".join(cell["source"])}
+  cells = {
+    "".join(cell["source"])
+    for path in (ROOT / "notebooks").glob("*.ipynb")
+    for cell in json.loads(path.read_text())["cells"]
+    if "KIPCORE_SOURCE" in "".join(cell["source"])
+  }
   assert len(cells) == 1
 
 
@@ -80,7 +88,11 @@ def test_links_lead_somewhere():
       there = path.parent / name if name else path
       assert there.exists(), f"{path.name}: {target}"
       if heading:
-        slugs = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in there.read_text().splitlines() if line.startswith("#")}
+        slugs = {
+          re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+          for line in there.read_text().splitlines()
+          if line.startswith("#")
+        }
         assert heading in slugs, f"{path.name}: {target}"
 
 
@@ -92,16 +104,24 @@ def test_documents_speak_of_the_software_alone():
 def test_results_carry_their_origin():
   for path in (ROOT / "experiments" / "results").rglob("*.json"):
     origin = json.loads(path.read_text())["environment"]
-    assert origin["commit"] and origin["hardware"]["backend"] and origin["versions"]["jax"], path.name
+    assert origin["commit"] and origin["hardware"]["backend"] and origin["versions"]["jax"], (
+      path.name
+    )
 
 
 def test_promises_are_held_by_tests_that_exist():
   text = (ROOT / "tests" / "README.md").read_text()
   for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
-    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), flags=re.M), f"{file} has no {name}"
+    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), flags=re.M), (
+      f"{file} has no {name}"
+    )
   for name in re.findall(r"`(\w+\.json)`", text):
     assert (ROOT / "experiments" / "results" / name).exists(), name
-  rows = [line for line in text.splitlines() if line.startswith("|") and not line.startswith(("| promise", "| ---"))]
+  rows = [
+    line
+    for line in text.splitlines()
+    if line.startswith("|") and not line.startswith(("| promise", "| ---"))
+  ]
   assert len(rows) > 20 and all("`" in row.split("|")[2] for row in rows)
 
 
@@ -111,6 +131,7 @@ def test_version_is_the_installed_one():
 
 def test_tables_come_from_the_result_files():
   from experiments.docs import tables
+
   for name in tables.DOCUMENTS:
     text = (ROOT / name).read_text()
     assert tables.rendered(text) == text, "run python -m experiments.docs.tables"
@@ -120,30 +141,45 @@ def test_tables_come_from_the_result_files():
 def place(tmp_path_factory):
   """Where the commands of the README find what they name: a run, an .npz, a folder of images."""
   from PIL import Image
+
   path = tmp_path_factory.mktemp("readme")
   data = kipcore.datasets.load_dataset("digits")
   arrays = {name: getattr(data, name)[:300] for name in ("x_train", "y_train", "x_test", "y_test")}
   np.savez(path / "data.npz", **arrays)
-  for name, images, labels in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
+  for name, images, labels in (
+    ("train", data.x_train, data.y_train),
+    ("test", data.x_test, data.y_test),
+  ):
     for i in range(100):
       folder = path / "folder" / name / str(labels[i])
       folder.mkdir(parents=True, exist_ok=True)
       Image.fromarray((15 * images[i, ..., 0]).astype(np.uint8)).save(folder / f"{i}.png")
-  assert run_binary("experiments.run_distill", f"--output_dir={path}/RUN", "--steps=2").returncode == 0
+  assert (
+    run_binary("experiments.run_distill", f"--output_dir={path}/RUN", "--steps=2").returncode == 0
+  )
   return path
 
 
 SMALL_NETWORKS = " --architecture=conv1 --width=4 --network_seeds=0 --test_rows=50"
-SMALL = {"run_distill": " --steps=2", "run_compare": " --num_seeds=1 --inits=uniform --samplers=uniform --evaluations=250 --network_seeds=0 --architecture=conv1 --set=width=4",
-         "run_evaluate": " --baselines=uniform --num_seeds=2 --network_steps=2 --width=4 --test_rows=50"}
-COMMANDS = re.findall(r"^python -m (.+)$", "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S)), flags=re.M)
+SMALL = {
+  "run_distill": " --steps=2",
+  "run_compare": " --num_seeds=1 --inits=uniform --samplers=uniform --evaluations=250 --network_seeds=0 --architecture=conv1 --set=width=4",
+  "run_evaluate": " --baselines=uniform --num_seeds=2 --network_steps=2 --width=4 --test_rows=50",
+}
+COMMANDS = re.findall(
+  r"^python -m (.+)$", "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S)), flags=re.M
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_readme_run(place, command):
   """Each as written, but on digits for named datasets, and with few steps; none needs a network."""
   module = command.split()[0].removeprefix("experiments.")
-  command = re.sub(r"--dataset=(mnist|cifar10)|--data_dir=DIR", "", command.replace("path/to", str(place)).replace("runs/", f"{place}/"))
+  command = re.sub(
+    r"--dataset=(mnist|cifar10)|--data_dir=DIR",
+    "",
+    command.replace("path/to", str(place)).replace("runs/", f"{place}/"),
+  )
   if module in ("run_distill", "run_select", "run_export") and "--output_dir" not in command:
     command += f" --output_dir={place}/{len(list(place.iterdir()))}"
   small = SMALL.get(module, "") + (SMALL_NETWORKS if "--method=" in command else "")

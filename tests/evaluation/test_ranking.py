@@ -6,17 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close, image_problem
 from scipy import stats
 
 import kipcore
-from kipcore import keys
+from kipcore import augment, keys
+from kipcore.cli.config import DistillConfig, EvaluateConfig
+from kipcore.cli.runs import evaluation, pipeline
 from kipcore.evaluation import ranking
 from kipcore.selection import representatives
-from kipcore import augment
 from kipcore.types import Support
-from kipcore.cli.runs import evaluation, pipeline
-from kipcore.cli.config import DistillConfig, EvaluateConfig
-from helpers import assert_close, image_problem
 
 
 def rows(n=40, d=5, seed=0):
@@ -28,7 +27,10 @@ def test_herding_is_greedy_for_the_mean(dtype):
   chosen = np.asarray(kipcore.herding(x, 8))
   x64, mean, expected = x.astype(np.float64), x.astype(np.float64).mean(0), []
   for k in range(1, 9):
-    errors = [np.inf if i in expected else np.linalg.norm(mean - (x64[i] + x64[expected].sum(0)) / k) for i in range(len(x))]
+    errors = [
+      np.inf if i in expected else np.linalg.norm(mean - (x64[i] + x64[expected].sum(0)) / k)
+      for i in range(len(x))
+    ]
     expected.append(int(np.argmin(errors)))
   assert chosen.tolist() == expected
 
@@ -63,13 +65,20 @@ def test_resnet_is_its_definition():
   x = np.random.default_rng(0).normal(size=(2, 5, 6, 3)).astype(np.float32)
   module = kipcore.ResNet(4, 3, (1, 1))
   variables = jax.jit(module.init)(keys.canonical_key(0), x)
-  p = {name: {k: np.asarray(v, np.float64) for k, v in leaf.items()} for name, leaf in variables["params"].items()}
+  p = {
+    name: {k: np.asarray(v, np.float64) for k, v in leaf.items()}
+    for name, leaf in variables["params"].items()
+  }
 
   def conv(name, x):
     kernel = p[name]["kernel"]
     size = kernel.shape[0]
     padded = np.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
-    return sum(padded[:, i:i + x.shape[1], j:j + x.shape[2]] @ kernel[i, j] for i in range(size) for j in range(size))
+    return sum(
+      padded[:, i : i + x.shape[1], j : j + x.shape[2]] @ kernel[i, j]
+      for i in range(size)
+      for j in range(size)
+    )
 
   def norm(name, x):
     mean, variance = x.mean((1, 2), keepdims=True), x.var((1, 2), keepdims=True)
@@ -108,13 +117,35 @@ def test_table_holds_what_the_evaluators_give():
   kernel = kipcore.ntk_fn(kipcore.fc(1))
   network = kipcore.NetworkEvaluator(kipcore.fc(1), width=8, num_steps=3)
   seen = []
-  table = kipcore.evaluation_table(0, sets, {"krr": kipcore.KernelEvaluator(kernel, 1e-3), "network": network}, x, y, 2, progress=seen.append)
+  table = kipcore.evaluation_table(
+    0,
+    sets,
+    {"krr": kipcore.KernelEvaluator(kernel, 1e-3), "network": network},
+    x,
+    y,
+    2,
+    progress=seen.append,
+  )
   assert seen == table and [(e.set, e.evaluator, len(e.accuracies)) for e in table] == [
-      ("one", "krr", 1), ("one", "network", 2), ("drawn", "krr", 2), ("drawn", "network", 2)]
-  expected = [float(kipcore.evaluate_krr(kernel, s, x, y, relative_ridge=1e-3).accuracy) for s in sets["drawn"]]
-  assert list(table[2].accuracies) == expected and table[2].mean == np.mean(expected) and table[0].half_width is None
+    ("one", "krr", 1),
+    ("one", "network", 2),
+    ("drawn", "krr", 2),
+    ("drawn", "network", 2),
+  ]
+  expected = [
+    float(kipcore.evaluate_krr(kernel, s, x, y, relative_ridge=1e-3).accuracy)
+    for s in sets["drawn"]
+  ]
+  assert (
+    list(table[2].accuracies) == expected
+    and table[2].mean == np.mean(expected)
+    and table[0].half_width is None
+  )
   text = ranking.markdown(table)
-  assert text.splitlines()[0] == "| set | `krr` | `network` |" and f"| {100 * table[0].mean:.1f} |" in text
+  assert (
+    text.splitlines()[0] == "| set | `krr` | `network` |"
+    and f"| {100 * table[0].mean:.1f} |" in text
+  )
   with pytest.raises(ValueError, match="expected 1 or 3 supports of 'drawn', got 2"):
     kipcore.evaluation_table(0, sets, {"krr": kipcore.KernelEvaluator(kernel)}, x, y, 3)
 
@@ -122,11 +153,17 @@ def test_table_holds_what_the_evaluators_give():
 def test_networks_train_with_augmentation_and_on_batches():
   support, x, y = image_problem()
   options = dict(num_seeds=1, width=8, num_steps=2)
-  plain, augmented = (kipcore.evaluate_network(0, kipcore.conv_net(1), support, x, y, augmentation=a, **options) for a in ("", augment.DSA))
+  plain, augmented = (
+    kipcore.evaluate_network(0, kipcore.conv_net(1), support, x, y, augmentation=a, **options)
+    for a in ("", augment.DSA)
+  )
   assert 0 <= plain[0] <= 1 and 0 <= augmented[0] <= 1
   # Of equal rows any batch is like all of them.
   doubled = Support(jnp.concatenate([support.x[:1]] * 4), jnp.concatenate([support.y[:1]] * 4))
-  whole, part = (kipcore.evaluate_network(0, kipcore.fc(1), doubled, x, y, batch_size=size, **options) for size in (4, 2))
+  whole, part = (
+    kipcore.evaluate_network(0, kipcore.fc(1), doubled, x, y, batch_size=size, **options)
+    for size in (4, 2)
+  )
   assert whole[0] == part[0]
   with pytest.raises(ValueError, match="augmentation"):
     kipcore.evaluate_network(0, kipcore.fc(1), support, x, y, augmentation="mirror", **options)
@@ -134,13 +171,23 @@ def test_networks_train_with_augmentation_and_on_batches():
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-  folder, _ = pipeline.run_distill(DistillConfig(method="label_solve", init="uniform", test_rows=60), tmp_path_factory.mktemp("run"), verbose=False)
+  folder, _ = pipeline.run_distill(
+    DistillConfig(method="label_solve", init="uniform", test_rows=60),
+    tmp_path_factory.mktemp("run"),
+    verbose=False,
+  )
   return kipcore.load_artifact(folder / "distilled.npz")
 
 
 def test_run_and_library_give_the_same_table(stored):
-  config = EvaluateConfig(("krr", "krr:fc1:nngp", "network:mlp"), ("uniform", "uniform_solved", "kmeans", "herding", "k_center", "leverage", "full"),
-                          num_seeds=2, width=8, network_steps=3, full_rows=100)
+  config = EvaluateConfig(
+    ("krr", "krr:fc1:nngp", "network:mlp"),
+    ("uniform", "uniform_solved", "kmeans", "herding", "k_center", "leverage", "full"),
+    num_seeds=2,
+    width=8,
+    network_steps=3,
+    full_rows=100,
+  )
   result = evaluation.run_evaluate(stored, config)
   json.dumps(result)
   assert result["test_accuracy"] == stored.metadata["result"]["test_accuracy"]
@@ -155,24 +202,50 @@ def test_run_and_library_give_the_same_table(stored):
         classes = np.asarray(support.y).argmax(1)
         assert len(classes) == 10 and (name in with_labels or sorted(classes) == list(range(10)))
   own = kipcore.KernelEvaluator(stored.kernel_fn(), stored.relative_ridge)
-  library = kipcore.evaluation_table(0, {"distilled": prepared.sets["distilled"], "k_center": prepared.sets["k_center"]}, {"krr": own},
-                                     prepared.data.x_test, prepared.data.y_test, 2)
+  library = kipcore.evaluation_table(
+    0,
+    {"distilled": prepared.sets["distilled"], "k_center": prepared.sets["k_center"]},
+    {"krr": own},
+    prepared.data.x_test,
+    prepared.data.y_test,
+    2,
+  )
   assert [e.mean for e in library] == [means["distilled", "krr"], means["k_center", "krr"]]
   scores = result["scores"]["krr"]
   assert scores["gain_over_random"] == means["distilled", "krr"] - means["uniform", "krr"]
-  assert means["uniform_solved", "krr"] > means["uniform", "krr"] and means["full", "krr"] > means["kmeans", "krr"]
+  assert (
+    means["uniform_solved", "krr"] > means["uniform", "krr"]
+    and means["full", "krr"] > means["kmeans", "krr"]
+  )
 
 
 def test_evaluators_by_name(stored):
   config = EvaluateConfig(width=8, network_steps=3, num_seeds=1)
   named = lambda name: evaluation.evaluator_of(name, stored, DistillConfig(), config)
-  assert named("krr").kernel_fn == stored.kernel_fn() and named("krr:conv2:nngp").kernel_fn.get == "nngp"
-  assert named("network").network == stored.arch and isinstance(named("network:resnet").network, kipcore.ResNet)
+  assert (
+    named("krr").kernel_fn == stored.kernel_fn() and named("krr:conv2:nngp").kernel_fn.get == "nngp"
+  )
+  assert named("network").network == stored.arch and isinstance(
+    named("network:resnet").network, kipcore.ResNet
+  )
   convnet = named("network:convnet:dsa")
-  assert convnet.norm == "instance" and convnet.augmentation == augment.DSA and convnet.network.name == "conv3"
-  for name, message in [("krr:fc1:cntk", "ntk"), ("network:lenet", "lenet"), ("network:mlp:mixup", "dsa"), ("krr:fc1:ntk:x", "colons")]:
+  assert (
+    convnet.norm == "instance"
+    and convnet.augmentation == augment.DSA
+    and convnet.network.name == "conv3"
+  )
+  for name, message in [
+    ("krr:fc1:cntk", "ntk"),
+    ("network:lenet", "lenet"),
+    ("network:mlp:mixup", "dsa"),
+    ("krr:fc1:ntk:x", "colons"),
+  ]:
     with pytest.raises(ValueError, match=message):
       named(name)
-  for changes, message in [({"evaluators": ("svm",)}, "krr"), ({"baselines": ("best",)}, "herding"), ({"evaluators": ()}, "at least one")]:
+  for changes, message in [
+    ({"evaluators": ("svm",)}, "krr"),
+    ({"baselines": ("best",)}, "herding"),
+    ({"evaluators": ()}, "at least one"),
+  ]:
     with pytest.raises(ValueError, match=message):
       evaluation.run_evaluate(stored, EvaluateConfig(**changes))

@@ -5,12 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import SHARED_DATA, needs, read_idx
 
 import kipcore
 from experiments.docs import tables
 from experiments.studies import starting_points
 from kipcore.cli.config import SelectConfig
-from helpers import SHARED_DATA, needs, read_idx
 from kipcore.selection import coreset
 from kipcore.types import Support
 
@@ -21,11 +21,20 @@ NTK = kipcore.ntk_fn(kipcore.fc(1))
 def mnist():
   """3,000 training rows of MNIST and its test rows."""
   folder = needs(SHARED_DATA / "mnist")
-  images, labels, x_test, y_test = (read_idx(folder / f"{name}-ubyte.gz")[:n] for name, n in (
-      ("train-images-idx3", 3000), ("train-labels-idx1", 3000), ("t10k-images-idx3", 10_000), ("t10k-labels-idx1", 10_000)))
+  images, labels, x_test, y_test = (
+    read_idx(folder / f"{name}-ubyte.gz")[:n]
+    for name, n in (
+      ("train-images-idx3", 3000),
+      ("train-labels-idx1", 3000),
+      ("t10k-images-idx3", 10_000),
+      ("t10k-labels-idx1", 10_000),
+    )
+  )
   fitted = kipcore.fit_preprocess(images[..., None], "standardize")
-  prepare = lambda x, y: (jnp.asarray(fitted.apply(x[..., None])).reshape(len(x), -1),
-                          jnp.asarray(kipcore.one_hot_centred(y, 10)))
+  prepare = lambda x, y: (
+    jnp.asarray(fitted.apply(x[..., None])).reshape(len(x), -1),
+    jnp.asarray(kipcore.one_hot_centered(y, 10)),
+  )
   return *prepare(images, labels), *prepare(x_test, y_test)
 
 
@@ -61,12 +70,20 @@ def test_the_experiment_measures_every_strategy(tmp_path):
     by_strategy = run["strategies"]
     best = by_strategy["auto"]["chosen"]
     assert by_strategy["auto"]["one_hot"] == by_strategy[best]["one_hot"]
-    chosen = kipcore.select_coreset(run["seed"], data.x_train, data.y_train, 2, "auto", data.kernel_fn, num_candidates=60)
+    chosen = kipcore.select_coreset(
+      run["seed"], data.x_train, data.y_train, 2, "auto", data.kernel_fn, num_candidates=60
+    )
     assert chosen.strategy == best
-    assert chosen.objectives == {name: by_strategy[name]["objective"] for name in coreset.AUTO_CANDIDATES}
-  cells = {f"digits-fc1-{20 * k}": {**cell, "config": dataclasses.asdict(config), "training_rows": 300} for k in (1, 2)}
+    assert chosen.objectives == {
+      name: by_strategy[name]["objective"] for name in coreset.AUTO_CANDIDATES
+    }
+  cells = {
+    f"digits-fc1-{20 * k}": {**cell, "config": dataclasses.asdict(config), "training_rows": 300}
+    for k in (1, 2)
+  }
   starting_points.save_picture(tmp_path / "picture.png", cells)
   assert (tmp_path / "picture.png").stat().st_size > 10_000
-  table = tables.starting_points_table({"cells": cells, "environment": {
-      "hardware": {"cpu_cores": 2}, "versions": {"jax": "x"}}})
+  table = tables.starting_points_table(
+    {"cells": cells, "environment": {"hardware": {"cpu_cores": 2}, "versions": {"jax": "x"}}}
+  )
   assert f"{cell['summary']['auto']['one_hot']['mean']:.1f}" in table

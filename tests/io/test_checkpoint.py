@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import resumes_exactly, untimed
 
 import kipcore
-from helpers import resumes_exactly, untimed
 
 DEVICES = jax.devices()
 
@@ -19,16 +19,22 @@ def problem(n=203):
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 3, n)
   x = (rng.normal(size=(n, 6)) + 1.5 * np.eye(3, 6)[labels]).astype(np.float32)
-  y = np.asarray(kipcore.one_hot_centred(labels, 3))
+  y = np.asarray(kipcore.one_hot_centered(labels, 3))
   rows = kipcore.class_balanced_indices(0, labels, 2, 3)
   return kipcore.Support(jnp.asarray(x[rows]), jnp.asarray(y[rows])), x, y
 
 
-METHOD = kipcore.kip(kipcore.ntk_fn(kipcore.fc(1)), kipcore.KIPOptions(relative_ridge=1e-3, learn_labels=True))
+METHOD = kipcore.kip(
+  kipcore.ntk_fn(kipcore.fc(1)), kipcore.KIPOptions(relative_ridge=1e-3, learn_labels=True)
+)
 
 
 def distiller(sampler="cross_entropy", batch_size=48):
-  sampler = kipcore.sampler(sampler, least_gain=1.0, refresh_every=7) if isinstance(sampler, str) else sampler
+  sampler = (
+    kipcore.sampler(sampler, least_gain=1.0, refresh_every=7)
+    if isinstance(sampler, str)
+    else sampler
+  )
   return kipcore.Distiller(METHOD, sampler, kipcore.adam(0.02, 30, "cosine"), batch_size)
 
 
@@ -37,11 +43,22 @@ def kept():
   """The snapshots of a run on two devices after every call, and its result."""
   snapshots = []
   support, x, y = problem()
-  result = kipcore.distill(0, distiller(), support, x, y, 20, devices=DEVICES[:2], keeping=kipcore.Keeping(snapshots.append, 0.0))
+  result = kipcore.distill(
+    0,
+    distiller(),
+    support,
+    x,
+    y,
+    20,
+    devices=DEVICES[:2],
+    checkpoint_policy=kipcore.CheckpointPolicy(snapshots.append, 0.0),
+  )
   return snapshots, result
 
 
-@pytest.mark.parametrize("sampler", ["uniform", "class_balanced", "cross_entropy", "squared_error", "margin"])
+@pytest.mark.parametrize(
+  "sampler", ["uniform", "class_balanced", "cross_entropy", "squared_error", "margin"]
+)
 @pytest.mark.parametrize("num_devices", [1, 3])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(sampler, num_devices):
   resumes_exactly(distiller(sampler), *problem(), DEVICES[:num_devices], num_steps=12)
@@ -52,19 +69,27 @@ def test_keeping_changes_nothing_and_has_the_scores_of_all_rows(kept):
   support, x, y = problem()
   plain = kipcore.distill(0, distiller(), support, x, y, 20, devices=DEVICES[:2])
   np.testing.assert_array_equal(plain.support.x, result.support.x)
-  assert [s.step for s in snapshots] == sorted({s.step for s in snapshots}) and snapshots[-1].step == 20
+  assert [s.step for s in snapshots] == sorted({s.step for s in snapshots}) and snapshots[
+    -1
+  ].step == 20
   assert snapshots[-1].num_devices == 2 and untimed(snapshots[-1].history) == untimed(plain.history)
-  resumed = kipcore.distill(0, distiller(), support, x, y, 20, devices=DEVICES[:2], resume=snapshots[0])
+  resumed = kipcore.distill(
+    0, distiller(), support, x, y, 20, devices=DEVICES[:2], resume=snapshots[0]
+  )
   np.testing.assert_array_equal(resumed.scores, plain.scores)
 
 
 def test_it_stops_where_it_is_asked_to_and_goes_on(kept):
   support, x, y = problem()
   asked, snapshots = iter([False, False, True]), []
-  keeping = kipcore.Keeping(snapshots.append, 1e9, lambda: next(asked))
-  stopped = kipcore.distill(0, distiller(), support, x, y, 20, devices=DEVICES[:2], keeping=keeping)
+  checkpoint_policy = kipcore.CheckpointPolicy(snapshots.append, 1e9, lambda: next(asked))
+  stopped = kipcore.distill(
+    0, distiller(), support, x, y, 20, devices=DEVICES[:2], checkpoint_policy=checkpoint_policy
+  )
   assert [s.step for s in snapshots] == [int(stopped.state.step)] == [2]
-  resumed = kipcore.distill(0, distiller(), support, x, y, 20, devices=DEVICES[:2], resume=snapshots[0])
+  resumed = kipcore.distill(
+    0, distiller(), support, x, y, 20, devices=DEVICES[:2], resume=snapshots[0]
+  )
   np.testing.assert_array_equal(resumed.support.x, kept[1].support.x)
 
 
@@ -74,21 +99,49 @@ def test_another_number_of_devices_goes_on_with_the_same_scores(kept, num_device
   snapshots, result = kept
   support, x, y = problem()
   before, caught = snapshots[-2], []
-  keeping = kipcore.Keeping(caught.append, 1e9, lambda: True)
-  moved = kipcore.distill(0, distiller(), support, x, y, 20, devices=DEVICES[:num_devices], resume=before, keeping=keeping)
-  there = kipcore.distill(0, distiller(), support, x, y, 20, devices=DEVICES[:2], resume=before, keeping=keeping)
+  checkpoint_policy = kipcore.CheckpointPolicy(caught.append, 1e9, lambda: True)
+  moved = kipcore.distill(
+    0,
+    distiller(),
+    support,
+    x,
+    y,
+    20,
+    devices=DEVICES[:num_devices],
+    resume=before,
+    checkpoint_policy=checkpoint_policy,
+  )
+  there = kipcore.distill(
+    0,
+    distiller(),
+    support,
+    x,
+    y,
+    20,
+    devices=DEVICES[:2],
+    resume=before,
+    checkpoint_policy=checkpoint_policy,
+  )
   np.testing.assert_array_equal(moved.scores, there.scores)
   assert np.isfinite(moved.scores).sum() > 100
   np.testing.assert_array_equal(moved.support.x, there.support.x)
-  done = kipcore.distill(0, distiller(), support, x, y, 20, devices=DEVICES[:num_devices], resume=before)
-  assert int(done.state.step) == 20 and abs(done.history[-1]["loss"] / result.history[-1]["loss"] - 1) < 0.5
+  done = kipcore.distill(
+    0, distiller(), support, x, y, 20, devices=DEVICES[:num_devices], resume=before
+  )
+  assert (
+    int(done.state.step) == 20
+    and abs(done.history[-1]["loss"] / result.history[-1]["loss"] - 1) < 0.5
+  )
 
 
-@pytest.mark.parametrize("change, message", [
+@pytest.mark.parametrize(
+  "change, message",
+  [
     (lambda s, x, y: (kipcore.Support(s.x[:3], s.y[:3]), x, y, 20), "snapshot: expected"),
     (lambda s, x, y: (s, x[:100], y[:100], 20), "snapshot: expected"),
     (lambda s, x, y: (s, x, y, 3), "at most 3 steps"),
-])
+  ],
+)
 def test_a_snapshot_of_another_run_is_refused(kept, change, message):
   support, x, y, steps = change(*problem())
   with pytest.raises(ValueError, match=message):
@@ -103,14 +156,30 @@ def test_a_step_that_fails_leaves_the_state_before_it():
     value, info = METHOD.loss(params, (), batch, weights, key)
     return jnp.where(aux >= 4, jnp.nan, 1.0) * value, info
 
-  method = METHOD._replace(loss=loss, init_aux=lambda key, params: jnp.int32(0), update_aux=lambda key, params, aux, step: aux + 1)
+  method = METHOD._replace(
+    loss=loss,
+    init_aux=lambda key, params: jnp.int32(0),
+    update_aux=lambda key, params, aux, step: aux + 1,
+  )
   snapshots = []
   failing = distiller("uniform")._replace(method=method)
   with pytest.raises(kipcore.NumericalError, match="step 5 .*NOT_FINITE"):
-    kipcore.distill(0, failing, support, x, y, 20, devices=DEVICES[:1], keeping=kipcore.Keeping(snapshots.append))
+    kipcore.distill(
+      0,
+      failing,
+      support,
+      x,
+      y,
+      20,
+      devices=DEVICES[:1],
+      checkpoint_policy=kipcore.CheckpointPolicy(snapshots.append),
+    )
   four = kipcore.distill(0, failing, support, x, y, 4, devices=DEVICES[:1])
   assert [s.step for s in snapshots] == [4]
-  assert all(np.array_equal(np.ravel(a), np.ravel(b)) for a, b in zip(snapshots[0].arrays, jax.tree.leaves(four.state), strict=True))
+  assert all(
+    np.array_equal(np.ravel(a), np.ravel(b))
+    for a, b in zip(snapshots[0].arrays, jax.tree.leaves(four.state), strict=True)
+  )
 
 
 def test_a_run_whose_numbers_fail_goes_on_more_slowly():
@@ -120,15 +189,26 @@ def test_a_run_whose_numbers_fail_goes_on_more_slowly():
   def loss(params, aux, batch, weights, key):
     return jnp.sum(params["x"] ** 4), METHOD.loss(params, aux, batch, weights, key)[1]
 
-  wild = kipcore.Distiller(METHOD._replace(loss=loss), kipcore.sampler("uniform"), optax.sgd(1.0), 48)
+  wild = kipcore.Distiller(
+    METHOD._replace(loss=loss), kipcore.sampler("uniform"), optax.sgd(1.0), 48
+  )
   snapshots = []
   with pytest.raises(kipcore.NumericalError):
-    kipcore.distill(0, wild, support, x, y, 200, devices=DEVICES[:1], keeping=kipcore.Keeping(snapshots.append, 0.0))
-  slower = kipcore.slowed(snapshots[0], 1e-6)
+    kipcore.distill(
+      0,
+      wild,
+      support,
+      x,
+      y,
+      200,
+      devices=DEVICES[:1],
+      checkpoint_policy=kipcore.CheckpointPolicy(snapshots.append, 0.0),
+    )
+  slower = kipcore.scale_learning_rate(snapshots[0], 1e-6)
   done = kipcore.distill(0, wild, support, x, y, 200, devices=DEVICES[:1], resume=slower)
   assert int(done.state.step) == 200 and float(done.state.rate_scale) == np.float32(1e-6)
   with pytest.raises(ValueError, match="factor: expected"):
-    kipcore.slowed(snapshots[0], 0.0)
+    kipcore.scale_learning_rate(snapshots[0], 0.0)
 
 
 def test_files_hold_the_same_bits_and_the_last_few_are_kept(kept, tmp_path):
@@ -139,7 +219,9 @@ def test_files_hold_the_same_bits_and_the_last_few_are_kept(kept, tmp_path):
   assert checkpoints.steps() == [s.step for s in snapshots[-2:]]
   for step, snapshot in zip(checkpoints.steps(), snapshots[-2:]):
     read = kipcore.Checkpoints(tmp_path / "kept", {"seed": 0}).restore(step)
-    assert [(a.dtype, a.shape, a.tobytes()) for a in read.arrays] == [(a.dtype, a.shape, a.tobytes()) for a in snapshot.arrays]
+    assert [(a.dtype, a.shape, a.tobytes()) for a in read.arrays] == [
+      (a.dtype, a.shape, a.tobytes()) for a in snapshot.arrays
+    ]
     assert read[1:] == snapshot[1:]
   support, x, y = problem()
   read = checkpoints.restore(checkpoints.steps()[0])
@@ -156,7 +238,9 @@ def test_what_cannot_be_used_is_said_in_one_line(kept, tmp_path):
     checkpoints.restore()
   for snapshot in snapshots[-2:]:
     checkpoints.save(snapshot)
-  with pytest.raises(kipcore.CheckpointError, match="learning_rate: 0.1 then, 0.2 now; steps: 'nothing' then, 3 now"):
+  with pytest.raises(
+    kipcore.CheckpointError, match="learning_rate: 0.1 then, 0.2 now; steps: 'nothing' then, 3 now"
+  ):
     kipcore.Checkpoints(tmp_path / "kept", {"learning_rate": 0.2, "seed": 0, "steps": 3}).restore()
   with pytest.raises(kipcore.CheckpointError, match="of step 7, found those of"):
     checkpoints.restore(7)
@@ -173,12 +257,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(kept, tmp_path):
     checkpoints = kipcore.Checkpoints(tmp_path / str(attempt), {})
     for snapshot in (first, last):
       checkpoints.save(snapshot)
-    files = [path for path in (tmp_path / str(attempt) / str(last.step)).rglob("*") if path.is_file() and "/d/" in str(path)]
+    files = [
+      path
+      for path in (tmp_path / str(attempt) / str(last.step)).rglob("*")
+      if path.is_file() and "/d/" in str(path)
+    ]
     largest = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     for at in rng.integers(len(content) // 4, len(content) // 2, 200):
       content[at] ^= 85
-    largest.write_bytes(content[:len(content) // 2] if cut else content)
+    largest.write_bytes(content[: len(content) // 2] if cut else content)
     with pytest.warns(UserWarning, match=f"whole checkpoint of step {last.step}"):
       read = checkpoints.restore()
     assert read.step == first.step and checkpoints.steps() == [first.step]
@@ -197,8 +285,17 @@ def test_a_write_that_fails_stops_the_run_and_leaves_what_was_there(kept, tmp_pa
   monkeypatch.setattr(os, "rename", full)
   monkeypatch.setattr(os, "replace", full)
   with pytest.raises(kipcore.CheckpointError, match="to be written, got OSError.*No space left"):
-    kipcore.distill(0, distiller(), support, x, y, 20, devices=DEVICES[:2], keeping=kipcore.Keeping(checkpoints.save, 0.0),
-                    resume=snapshots[0])
+    kipcore.distill(
+      0,
+      distiller(),
+      support,
+      x,
+      y,
+      20,
+      devices=DEVICES[:2],
+      checkpoint_policy=kipcore.CheckpointPolicy(checkpoints.save, 0.0),
+      resume=snapshots[0],
+    )
   monkeypatch.undo()
   assert all(path.read_bytes() == content for path, content in before.items())
   again = kipcore.Checkpoints(tmp_path / "kept", {})

@@ -13,34 +13,48 @@ import types
 
 import numpy as np
 import pytest
+from binaries import run_binary
 
 import kipcore
-from kipcore.io import export
 from experiments.studies import pytorch_training
-from binaries import run_binary
+from kipcore.io import export
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NAMES = ("air plane", "b/c", "2", "dog")
 
 
-def make(kind="zca", shape=(5, 6, 3), pixel_max=255.0, whole=False, dtype=np.float32, names=NAMES, m=7):
-  """An artefact of m random images and learned labels; one class has no image, and pixels leave their range unless `whole`."""
+def make(
+  kind="zca", shape=(5, 6, 3), pixel_max=255.0, whole=False, dtype=np.float32, names=NAMES, m=7
+):
+  """An artifact of m random images and learned labels; one class has no image, and pixels leave their range unless `whole`."""
   rng = np.random.default_rng(0)
   x_train = np.rint(rng.uniform(0, pixel_max, (40, *shape)))
   fitted = kipcore.fit_preprocess(x_train, kind, pixel_max)
-  images = np.rint(rng.uniform(0, pixel_max, (m, *shape))) if whole else rng.uniform(-0.2, 1.2, (m, *shape)) * pixel_max
+  images = (
+    np.rint(rng.uniform(0, pixel_max, (m, *shape)))
+    if whole
+    else rng.uniform(-0.2, 1.2, (m, *shape)) * pixel_max
+  )
   labels = rng.normal(0, 0.1, (m, 4)) + np.eye(4)[np.arange(m) % 3]
   support = fitted.apply(images, dtype)
-  dataset = {"name": "made", "pixel_max": pixel_max, "class_names": names, "hashes": {"test": "0f"}, "test_rows": 9}
+  dataset = {
+    "name": "made",
+    "pixel_max": pixel_max,
+    "class_names": names,
+    "hashes": {"test": "0f"},
+    "test_rows": 9,
+  }
   metadata = {"dataset": dataset, "result": {"test_accuracy": 0.5}}
   images = images.astype(dtype) if whole else fitted.invert(support, dtype)
-  return kipcore.Artifact(images, labels.astype(dtype), support, fitted, kipcore.fc(1), "ntk", 1e-6, metadata)
+  return kipcore.Artifact(
+    images, labels.astype(dtype), support, fitted, kipcore.fc(1), "ntk", 1e-6, metadata
+  )
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
   """Saved and loaded, as users have it."""
-  path = tmp_path_factory.mktemp("artefact") / "distilled.npz"
+  path = tmp_path_factory.mktemp("artifact") / "distilled.npz"
   kipcore.save_artifact(path, make())
   return kipcore.load_artifact(path)
 
@@ -48,15 +62,21 @@ def stored(tmp_path_factory):
 def same(actual, expected):
   """Bit for bit, dtype and shape included."""
   actual, expected = np.asarray(actual), np.asarray(expected)
-  assert actual.dtype == expected.dtype and actual.shape == expected.shape and actual.tobytes() == expected.tobytes()
+  assert (
+    actual.dtype == expected.dtype
+    and actual.shape == expected.shape
+    and actual.tobytes() == expected.tobytes()
+  )
 
 
 def content(folder):
   """Every file below a folder, hidden ones too, by name."""
-  return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+  return {
+    str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+  }
 
 
-def test_arrays_say_what_the_artefact_says(stored):
+def test_arrays_say_what_the_artifact_says(stored):
   arrays = stored.as_numpy()
   same(arrays["images"], stored.images)
   same(arrays["labels"], stored.labels)
@@ -71,6 +91,7 @@ def test_arrays_say_what_the_artefact_says(stored):
 @pytest.mark.parametrize("space", export.SPACES)
 def test_numpy_and_safetensors_hold_every_bit(tmp_path, dtype, space):
   import safetensors
+
   stored = make(dtype=dtype)
   arrays = stored.as_numpy(space)
   stored.export(tmp_path / "set.npz", "numpy", space)
@@ -95,7 +116,9 @@ def test_numpy_and_safetensors_hold_every_bit(tmp_path, dtype, space):
   assert kipcore.Architecture.from_json(json.dumps(said["kernel"]["architecture"])) == stored.arch
 
 
-@pytest.mark.parametrize("kind", ["none", "standardize", "zca", "zca_kip", "zca_dcbench", "zca_absolute"])
+@pytest.mark.parametrize(
+  "kind", ["none", "standardize", "zca", "zca_kip", "zca_dcbench", "zca_absolute"]
+)
 def test_conventions_are_enough_to_make_the_inputs(tmp_path, kind):
   stored = make(kind)
   stored.export(tmp_path / "set.npz", "numpy")
@@ -111,16 +134,24 @@ def test_conventions_are_enough_to_make_the_inputs(tmp_path, kind):
 def read_png(folder, stored):
   """The images by the conventions of the folder, in the order of labels.csv, and the labels."""
   from PIL import Image
+
   said = json.loads((folder / "conventions.json").read_text())["png"]
   rows = list(csv.reader((folder / "labels.csv").read_text().splitlines()))[1:]
   images = np.stack([np.asarray(Image.open(folder / row[0])) for row in rows]) * said["unit"]
   images = images.reshape(stored.images.shape)
-  return said, np.rint(images) if "rounded" in said["pixel"] else images, np.array([row[2:] for row in rows], np.float32), rows
+  return (
+    said,
+    np.rint(images) if "rounded" in said["pixel"] else images,
+    np.array([row[2:] for row in rows], np.float32),
+    rows,
+  )
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 3), (5, 6, 1)])
 @pytest.mark.parametrize("pixel_max", [255.0, 16.0, 1.0])
-def test_png_is_exact_for_whole_pixels_and_within_half_a_level_otherwise(tmp_path, shape, pixel_max):
+def test_png_is_exact_for_whole_pixels_and_within_half_a_level_otherwise(
+  tmp_path, shape, pixel_max
+):
   for whole in (True, False):
     stored = make("none", shape, pixel_max, whole)
     folder = tmp_path / f"{whole}"
@@ -135,7 +166,12 @@ def test_png_is_exact_for_whole_pixels_and_within_half_a_level_otherwise(tmp_pat
     assert np.isclose(said["largest_error"], np.abs(images - stored.images).max(), rtol=1e-9)
     assert (said["clipped_share"] > 0.1) != whole
   # As readers of folders number classes: by their sorted names, the empty one among them.
-  assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["0_air-plane", "1_b-c", "2", "3_dog"]
+  assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == [
+    "0_air-plane",
+    "1_b-c",
+    "2",
+    "3_dog",
+  ]
   assert not list((folder / "3_dog").iterdir())
 
 
@@ -144,6 +180,7 @@ def test_tfds_reads_it_back(tmp_path, stored):
   stored.export(tmp_path / "learned" / "1.0.0", "tfds")
   plain.export(tmp_path / "Plain set", "tfds")
   from kipcore.io.quiet_tensorflow import quiet_tensorflow
+
   with quiet_tensorflow() as (_, tfds):
 
     def read(dataset):
@@ -151,16 +188,26 @@ def test_tfds_reads_it_back(tmp_path, stored):
       return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     builder = tfds.builder_from_directory(str(tmp_path / "learned" / "1.0.0"))
-    found = [read(builder.as_dataset(split="train")), read(tfds.load("learned", data_dir=str(tmp_path), split="train")),
-             read(tfds.builder_from_directory(str(tmp_path / "Plain set")).as_dataset(split="train"))]
+    found = [
+      read(builder.as_dataset(split="train")),
+      read(tfds.load("learned", data_dir=str(tmp_path), split="train")),
+      read(tfds.builder_from_directory(str(tmp_path / "Plain set")).as_dataset(split="train")),
+    ]
     whole = read(stored.as_tfds())
-  for rows, source, dtype in zip(found, (stored, stored, plain), (np.float32, np.float32, np.uint8)):
+  for rows, source, dtype in zip(
+    found, (stored, stored, plain), (np.float32, np.float32, np.uint8)
+  ):
     arrays = source.as_numpy()
     same(rows["image"], arrays["images"].astype(dtype))
     same(rows["soft_label"], arrays["one_hot"])
     same(rows["label"], arrays["classes"])
-  assert builder.info.features["label"].names == list(NAMES) and builder.info.supervised_keys == ("image", "label")
-  assert np.load(tmp_path / "learned" / "1.0.0" / "preprocess.npz")["preprocess/2_zca_whitening"].shape == (90, 90)
+  assert builder.info.features["label"].names == list(NAMES) and builder.info.supervised_keys == (
+    "image",
+    "label",
+  )
+  assert np.load(tmp_path / "learned" / "1.0.0" / "preprocess.npz")[
+    "preprocess/2_zca_whitening"
+  ].shape == (90, 90)
   for name, array in stored.as_numpy().items():
     same(whole[name], array)
 
@@ -169,7 +216,9 @@ def test_torch_gets_float32_channels_first(tmp_path, monkeypatch):
   """Against a stand-in that keeps arrays; `test_pytorch_reads_it_back` has the true one."""
   written = {}
   save = lambda tensors, file: (written.update(tensors), file.write(b"tensors"))
-  monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(from_numpy=lambda array: array, save=save))
+  monkeypatch.setitem(
+    sys.modules, "torch", types.SimpleNamespace(from_numpy=lambda array: array, save=save)
+  )
   stored = make(dtype=np.float64)
   stored.export(tmp_path / "set.pt", "torch")
   for tensors in (stored.as_torch(), written):
@@ -187,20 +236,26 @@ def test_pytorch_reads_it_back(tmp_path, stored):
   stored.export(tmp_path / "set.pt", "torch")
   arrays, conventions = pytorch_training.load(tmp_path / "set.pt")
   same(arrays["images"].transpose(0, 2, 3, 1), stored.images)
-  np.testing.assert_allclose(pytorch_training.inputs_of(stored.images, conventions, arrays), stored.support, atol=1e-4)
+  np.testing.assert_allclose(
+    pytorch_training.inputs_of(stored.images, conventions, arrays), stored.support, atol=1e-4
+  )
 
 
 def test_without_pytorch_one_line_says_what_is_missing(tmp_path, monkeypatch, stored):
   monkeypatch.setitem(sys.modules, "torch", None)
   for call in (stored.as_torch, lambda: stored.export(tmp_path / "set.pt", "torch")):
-    with pytest.raises(ImportError, match=r"expected PyTorch to be installed, got .*pip install 'kipcore\[torch\]'"):
+    with pytest.raises(
+      ImportError, match=r"expected PyTorch to be installed, got .*pip install 'kipcore\[torch\]'"
+    ):
       call()
   assert not content(tmp_path)
 
 
 def test_the_program_without_kipcore_imports_none_of_it():
   tree = ast.parse((ROOT / "experiments" / "pytorch_training.py").read_text())
-  modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+  modules = {
+    alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+  }
   modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
   assert modules <= {"copy", "json", "math", "numpy", "torch"}
 
@@ -230,7 +285,12 @@ def test_what_is_no_export_is_never_replaced(tmp_path, stored):
   (folder / "conventions.json").write_text('{"format": "of mine"}')
   (tmp_path / "set.npz.json").write_text("[]")
   before = content(tmp_path)
-  for path, format in ((folder, "png"), (folder, "numpy"), (tmp_path / "set.npz", "numpy"), (folder / "conventions.json", "png")):
+  for path, format in (
+    (folder, "png"),
+    (folder, "numpy"),
+    (tmp_path / "set.npz", "numpy"),
+    (folder / "conventions.json", "png"),
+  ):
     for overwrite, message in ((False, "a name that is free"), (True, "an earlier export")):
       with pytest.raises(FileExistsError, match=message):
         stored.export(path, format, overwrite=overwrite)
@@ -240,19 +300,32 @@ def test_what_is_no_export_is_never_replaced(tmp_path, stored):
   assert (tmp_path / "empty" / "labels.csv").is_file()
 
 
-@pytest.mark.parametrize("format, broken", [
-    ("numpy", "numpy.savez_compressed"), ("safetensors", "safetensors.numpy.save"), ("numpy", "os.fsync"),
-    ("png", "PIL.Image.Image.save"), ("png", "pathlib.Path.write_text"), ("png", "pathlib.Path.rename")])
-def test_an_interrupted_export_leaves_the_earlier_one(tmp_path, monkeypatch, stored, format, broken):
+@pytest.mark.parametrize(
+  "format, broken",
+  [
+    ("numpy", "numpy.savez_compressed"),
+    ("safetensors", "safetensors.numpy.save"),
+    ("numpy", "os.fsync"),
+    ("png", "PIL.Image.Image.save"),
+    ("png", "pathlib.Path.write_text"),
+    ("png", "pathlib.Path.rename"),
+  ],
+)
+def test_an_interrupted_export_leaves_the_earlier_one(
+  tmp_path, monkeypatch, stored, format, broken
+):
   stored.export(tmp_path / "out", format)
   before = content(tmp_path)
-  import safetensors.numpy  # noqa: F401, so that there is something to break
   import PIL.Image  # noqa: F401
+  import safetensors.numpy  # noqa: F401, so that there is something to break
+
   calls, working = [], pkgutil.resolve_name(broken)
 
   def interrupted(*args, **kwargs):
     calls.append(args)
-    if broken.endswith("rename") and len(calls) != 2:  # the first moves the earlier folder away, the third back
+    if (
+      broken.endswith("rename") and len(calls) != 2
+    ):  # the first moves the earlier folder away, the third back
       return working(*args, **kwargs)
     raise KeyboardInterrupt
 
@@ -260,7 +333,11 @@ def test_an_interrupted_export_leaves_the_earlier_one(tmp_path, monkeypatch, sto
   with pytest.raises(KeyboardInterrupt):
     make("none").export(tmp_path / "out", format, overwrite=True)
   monkeypatch.undo()
-  assert calls and content(tmp_path) == before and len(list(tmp_path.iterdir())) == (1 if format == "png" else 2)
+  assert (
+    calls
+    and content(tmp_path) == before
+    and len(list(tmp_path.iterdir())) == (1 if format == "png" else 2)
+  )
 
 
 def test_wrong_arguments_are_named_before_anything_is_written(tmp_path, stored):
@@ -268,22 +345,34 @@ def test_wrong_arguments_are_named_before_anything_is_written(tmp_path, stored):
   unknown = dataclasses.replace(stored, metadata={})
   path = tmp_path / "out"
   for call, message in (
-      (lambda: stored.export(path, "jpeg"), "format: expected one of numpy, png, safetensors, torch, tfds; got 'jpeg'"),
-      (lambda: stored.export(path, "numpy", "latent"), "space: expected one of pixels, inputs; got 'latent'"),
-      (lambda: stored.export(path, "png", "inputs"), "format png: expected space pixels, got inputs"),
-      (lambda: tabular.export(path, "png"), r"format png: expected images .*, got shape \(7, 6\)"),
-      (lambda: unknown.export(path, "png"), "format png: expected pixel_max"),
-      (lambda: stored.export(path, "png", pixel_max=-1.0), "pixel_max: expected values > 0, got -1"),
-      (lambda: export.as_numpy(np.zeros((3, 2)), np.zeros((2, 2))), "same number of rows"),
-      (lambda: export.write(path, "numpy", stored.distilled_set()._replace(labels=np.full((7, 4), np.nan))),
-       "labels: expected finite"),
+    (
+      lambda: stored.export(path, "jpeg"),
+      "format: expected one of numpy, png, safetensors, torch, tfds; got 'jpeg'",
+    ),
+    (
+      lambda: stored.export(path, "numpy", "latent"),
+      "space: expected one of pixels, inputs; got 'latent'",
+    ),
+    (lambda: stored.export(path, "png", "inputs"), "format png: expected space pixels, got inputs"),
+    (lambda: tabular.export(path, "png"), r"format png: expected images .*, got shape \(7, 6\)"),
+    (lambda: unknown.export(path, "png"), "format png: expected pixel_max"),
+    (lambda: stored.export(path, "png", pixel_max=-1.0), "pixel_max: expected values > 0, got -1"),
+    (lambda: export.as_numpy(np.zeros((3, 2)), np.zeros((2, 2))), "same number of rows"),
+    (
+      lambda: export.write(
+        path, "numpy", stored.distilled_set()._replace(labels=np.full((7, 4), np.nan))
+      ),
+      "labels: expected finite",
+    ),
   ):
     with pytest.raises(ValueError, match=message):
       call()
   assert not content(tmp_path)
   unknown.export(path, "png", pixel_max=255.0)
   tabular.export(tmp_path / "rows.npz", "numpy")
-  assert json.loads((tmp_path / "rows.npz.json").read_text())["images"]["layout"] == "rows of features"
+  assert (
+    json.loads((tmp_path / "rows.npz.json").read_text())["images"]["layout"] == "rows of features"
+  )
   assert json.loads((path / "conventions.json").read_text())["accuracy"] is None
 
 
@@ -311,4 +400,7 @@ def test_the_binary_exports_and_refuses(tmp_path, stored):
   wrong = tmp_path / "export" / "distilled_pixels.npz"
   done = run(f"--artifact={wrong}")
   assert done.returncode == 2 and not done.stdout
-  assert done.stderr.startswith(f"error: {wrong}: expected arrays images") and done.stderr.count("\n") == 1
+  assert (
+    done.stderr.startswith(f"error: {wrong}: expected arrays images")
+    and done.stderr.count("\n") == 1
+  )

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import serialization
+from helpers import SHARED_DATA, assert_close, needs
 
 import kipcore
-from helpers import SHARED_DATA, assert_close, needs
 from kipcore import PublishedError, load_published, read_torch_file
 
 DATA = pathlib.Path(__file__).parent / "data"  # made by make_torch_files.py there
@@ -34,7 +34,11 @@ def fault(pattern, path, *args, read=load_published, error=PublishedError):
   """The error comes, with this message, names the file, and is one line."""
   with pytest.raises(error, match=pattern) as caught:
     read(path, *args)
-  assert "\n" not in str(caught.value) and str(caught.value).startswith(str(path)) and "expected" in str(caught.value)
+  assert (
+    "\n" not in str(caught.value)
+    and str(caught.value).startswith(str(path))
+    and "expected" in str(caught.value)
+  )
 
 
 # --- files of torch.save ---
@@ -44,15 +48,31 @@ def test_torch_writes_what_is_read():
   got = read_torch_file(DATA / "torch_layouts.pt")
   whole = np.arange(24.0).reshape(4, 6)
   expected = {
-      "transposed": whole.T, "strided": whole[1::2, ::3], "whole": whole, "bfloat16": np.array([1.5, -2, 3e38], ml_dtypes.bfloat16),
-      "half": np.array([0.5], np.float16), "bool": np.array([True, False]), "empty": np.empty((0, 3), np.float32),
-      "scalar": np.array(7, np.int32), "parameter": np.ones((2, 2), np.float32), "array": np.arange(6, dtype=np.int16).reshape(2, 3)}
+    "transposed": whole.T,
+    "strided": whole[1::2, ::3],
+    "whole": whole,
+    "bfloat16": np.array([1.5, -2, 3e38], ml_dtypes.bfloat16),
+    "half": np.array([0.5], np.float16),
+    "bool": np.array([True, False]),
+    "empty": np.empty((0, 3), np.float32),
+    "scalar": np.array(7, np.int32),
+    "parameter": np.ones((2, 2), np.float32),
+    "array": np.arange(6, dtype=np.int16).reshape(2, 3),
+  }
   for name, value in expected.items():
-    assert got[name].dtype == value.dtype and got[name].shape == value.shape and np.array_equal(got[name], value), name
-  assert np.shares_memory(got["transposed"], got["whole"]) and np.shares_memory(got["strided"], got["whole"])
+    assert (
+      got[name].dtype == value.dtype
+      and got[name].shape == value.shape
+      and np.array_equal(got[name], value)
+    ), name
+  assert np.shares_memory(got["transposed"], got["whole"]) and np.shares_memory(
+    got["strided"], got["whole"]
+  )
   assert not got["whole"].flags.writeable
   assert got["nested"] == (1, [2.5, "three", None]) and got["size"] == (4, 6)
-  assert type(got["state"]) is collections.OrderedDict and np.array_equal(got["state"]["w"], np.zeros(1))
+  assert type(got["state"]) is collections.OrderedDict and np.array_equal(
+    got["state"]["w"], np.zeros(1)
+  )
   assert set(got) == {*expected, "nested", "size", "state"}
 
 
@@ -70,15 +90,27 @@ def several(*items):
 
 def tensor(size, stride, offset=0, count=6, kind="FloatStorage", key="0"):
   """The pickle of a tensor in a storage of `count` numbers."""
-  storage = several(const("storage"), name_of("torch", kind), const(key), const("cpu"), const(count)) + b"Q"
+  storage = (
+    several(const("storage"), name_of("torch", kind), const(key), const("cpu"), const(count)) + b"Q"
+  )
   hooks = name_of("collections", "OrderedDict") + b")R"
   args = several(storage, const(offset), const(size), const(stride), const(False), hooks)
   return name_of("torch._utils", "_rebuild_tensor_v2") + args + b"R"
 
 
-def torch_file(path, layout, storage=np.arange(6, dtype="<f4").tobytes(), compression=zipfile.ZIP_STORED, **members):
+def torch_file(
+  path,
+  layout,
+  storage=np.arange(6, dtype="<f4").tobytes(),
+  compression=zipfile.ZIP_STORED,
+  **members,
+):
   with zipfile.ZipFile(path, "w", compression) as archive:
-    for name, content in {"data.pkl": b"\x80\x02" + layout + b".", "data/0": storage, **members}.items():
+    for name, content in {
+      "data.pkl": b"\x80\x02" + layout + b".",
+      "data/0": storage,
+      **members,
+    }.items():
       archive.writestr(f"archive/{name}", content)
   return path
 
@@ -87,19 +119,28 @@ def test_handwritten_tensors_are_read(tmp_path):
   path = torch_file(tmp_path / "a.pt", tensor((2, 2), (1, 3), 1))
   assert np.array_equal(read_torch_file(path), [[1, 4], [2, 5]])
   path = torch_file(path, tensor((6,), (1,)), np.arange(6, dtype=">f4").tobytes(), byteorder=b"big")
-  assert np.array_equal(read_torch_file(path), np.arange(6)) and read_torch_file(path).dtype == np.float32
+  assert (
+    np.array_equal(read_torch_file(path), np.arange(6))
+    and read_torch_file(path).dtype == np.float32
+  )
   # Shared parts are read once: this would be 2^60 lists.
-  doubled = b"]q\x00" + b"".join(bytes([0x5d, 0x71, i, 0x28, 0x68, i - 1, 0x68, i - 1, 0x65]) for i in range(1, 60))
+  doubled = b"]q\x00" + b"".join(
+    bytes([0x5D, 0x71, i, 0x28, 0x68, i - 1, 0x68, i - 1, 0x65]) for i in range(1, 60)
+  )
   assert len(read_torch_file(torch_file(path, doubled))) == 2
 
 
 CALLS = {
-    "os.system": name_of("os", "system") + several(const("touch harmed")) + b"R",
-    "builtins.eval": name_of("builtins", "eval") + several(const("open('harmed', 'w')")) + b"R",
-    "posix.system": const("posix") + const("system") + b"\x93" + several(const("touch harmed")) + b"R",
-    "subprocess.Popen": b"(isubprocess\nPopen\n",
-    "torch._utils._rebuild_xla_tensor": name_of("torch._utils", "_rebuild_xla_tensor") + b")R",
-    "collections.OrderedDict.__class__": name_of("collections", "OrderedDict.__class__"),
+  "os.system": name_of("os", "system") + several(const("touch harmed")) + b"R",
+  "builtins.eval": name_of("builtins", "eval") + several(const("open('harmed', 'w')")) + b"R",
+  "posix.system": const("posix")
+  + const("system")
+  + b"\x93"
+  + several(const("touch harmed"))
+  + b"R",
+  "subprocess.Popen": b"(isubprocess\nPopen\n",
+  "torch._utils._rebuild_xla_tensor": name_of("torch._utils", "_rebuild_xla_tensor") + b")R",
+  "collections.OrderedDict.__class__": name_of("collections", "OrderedDict.__class__"),
 }
 
 
@@ -114,34 +155,52 @@ def test_nothing_is_run(name, tmp_path, monkeypatch):
 
 
 BAD_LAYOUTS = {
-    "past the end": (tensor((2, 3), (3, 2), 2), {}, "within their storage"),
-    "a negative stride": (tensor((6,), (-1,), 5), {}, "storage, offset, size and stride"),
-    "a repeated number": (tensor((2**40,), (0,)), {}, "within their storage"),
-    "a storage that claims more": (tensor((6,), (1,), count=2**40), {}, "numbers in storage"),
-    "no such storage": (tensor((6,), (1,), key="../data.pkl"), {}, "no such member"),
-    "half a number": (tensor((6,), (1,)), {"storage": bytes(23)}, "whole numbers of 4 bytes"),
-    "another byte order": (tensor((6,), (1,)), {"byteorder": b"middle"}, "byte order"),
-    "a large index": (b"]r\xff\xff\xff\x7f", {}, "indices of memory"),
-    "a list in itself": (b"]q\x00h\x00a", {}, "contains itself"),
-    "a name, not a value": (name_of("torch", "FloatStorage"), {}, "tensors, numbers and containers"),
-    "a change to a stand-in": (name_of("collections", "OrderedDict") + b"}" + const("build") + const(1) + b"sb", {}, "whole file"),
-    "Python objects in an array": (name_of("numpy.core.multiarray", "scalar") + several(
-        name_of("numpy", "dtype") + several(const("O8")) + b"R", const(b"12345678")) + b"R", {}, "are numbers|whole file"),
-    "an end in the middle": (b"(", {}, "whole file"),
-    "compressed members": (tensor((6,), (1,)), {"compression": zipfile.ZIP_DEFLATED}, "not compressed"),
+  "past the end": (tensor((2, 3), (3, 2), 2), {}, "within their storage"),
+  "a negative stride": (tensor((6,), (-1,), 5), {}, "storage, offset, size and stride"),
+  "a repeated number": (tensor((2**40,), (0,)), {}, "within their storage"),
+  "a storage that claims more": (tensor((6,), (1,), count=2**40), {}, "numbers in storage"),
+  "no such storage": (tensor((6,), (1,), key="../data.pkl"), {}, "no such member"),
+  "half a number": (tensor((6,), (1,)), {"storage": bytes(23)}, "whole numbers of 4 bytes"),
+  "another byte order": (tensor((6,), (1,)), {"byteorder": b"middle"}, "byte order"),
+  "a large index": (b"]r\xff\xff\xff\x7f", {}, "indices of memory"),
+  "a list in itself": (b"]q\x00h\x00a", {}, "contains itself"),
+  "a name, not a value": (name_of("torch", "FloatStorage"), {}, "tensors, numbers and containers"),
+  "a change to a stand-in": (
+    name_of("collections", "OrderedDict") + b"}" + const("build") + const(1) + b"sb",
+    {},
+    "whole file",
+  ),
+  "Python objects in an array": (
+    name_of("numpy.core.multiarray", "scalar")
+    + several(name_of("numpy", "dtype") + several(const("O8")) + b"R", const(b"12345678"))
+    + b"R",
+    {},
+    "are numbers|whole file",
+  ),
+  "an end in the middle": (b"(", {}, "whole file"),
+  "compressed members": (
+    tensor((6,), (1,)),
+    {"compression": zipfile.ZIP_DEFLATED},
+    "not compressed",
+  ),
 }
 
 
 @pytest.mark.parametrize("what", BAD_LAYOUTS)
 def test_claims_that_do_not_hold_are_refused(what, tmp_path):
   layout, options, pattern = BAD_LAYOUTS[what]
-  fault(pattern, torch_file(tmp_path / "a.pt", layout, **options), read=read_torch_file, error=ValueError)
+  fault(
+    pattern,
+    torch_file(tmp_path / "a.pt", layout, **options),
+    read=read_torch_file,
+    error=ValueError,
+  )
 
 
 def test_other_files_are_not_torch_files(tmp_path):
   path = tmp_path / "a.pt"
   fault("no such file", path, read=read_torch_file, error=ValueError)
-  path.write_bytes(pickle.dumps(0x1950a86a20f9469cfc6c, 2) + b"rest")
+  path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"rest")
   fault("before torch 1.6", path, read=read_torch_file, error=ValueError)
   write(tmp_path / "a.npz", ".npz", {"x": HOT})
   fault("one data.pkl", tmp_path / "a.npz", read=read_torch_file, error=ValueError)
@@ -153,16 +212,50 @@ PARAMS = {"x_proto": IMAGES, "y_proto": LEARNED, "log_temp": np.float32(0.5)}
 RCIG = {"step": 15000, "params": {**PARAMS, "x_proto": 0 * IMAGES}, "ema_average": PARAMS}
 FREPO = {"step": 7, "params": {"x_proto": IMAGES, "y_proto": LEARNED}}
 NCHW = IMAGES.transpose(0, 3, 1, 2)
-RFAD = {"images": NCHW, "labels": HOT - 0.25, "k": np.float64(2.0), "jit": np.float64(5e-3), "valid_loss": np.float64(1.5)}
+RFAD = {
+  "images": NCHW,
+  "labels": HOT - 0.25,
+  "k": np.float64(2.0),
+  "jit": np.float64(5e-3),
+  "valid_loss": np.float64(1.5),
+}
 # name of the file -> (form, content, kind, labels, recipe, mirrored)
 SETS = {
-    "kip.npz": (".npz", {"images": IMAGES.astype(np.float64), "labels": LEARNED}, "kip", LEARNED, None, False),
-    "cifar10_zca_10.npz": (".npz", {"images": IMAGES, "labels": HOT}, "kip", HOT - 0.25, "zca_kip", False),
-    "cifar10_nozca_10.npz": (".npz", {"images": IMAGES, "labels": HOT - 0.25}, "kip", HOT - 0.25, "standardize", False),
-    "best.npz": (".npz", RFAD, "rfad", HOT - 0.25, "zca_rfad", False),
-    "frepo.npz": (".npz", {"image": IMAGES, "label": (HOT - 0.25) / np.sqrt(np.float32(0.4))}, "frepo", HOT - 0.25, "zca", True),
-    "checkpoint_7": ("Flax", FREPO, "frepo", LEARNED, "zca", True),
-    "checkpoint_15000": ("Flax", RCIG, "rcig", LEARNED, "zca", True),
+  "kip.npz": (
+    ".npz",
+    {"images": IMAGES.astype(np.float64), "labels": LEARNED},
+    "kip",
+    LEARNED,
+    None,
+    False,
+  ),
+  "cifar10_zca_10.npz": (
+    ".npz",
+    {"images": IMAGES, "labels": HOT},
+    "kip",
+    HOT - 0.25,
+    "zca_kip",
+    False,
+  ),
+  "cifar10_nozca_10.npz": (
+    ".npz",
+    {"images": IMAGES, "labels": HOT - 0.25},
+    "kip",
+    HOT - 0.25,
+    "standardize",
+    False,
+  ),
+  "best.npz": (".npz", RFAD, "rfad", HOT - 0.25, "zca_rfad", False),
+  "frepo.npz": (
+    ".npz",
+    {"image": IMAGES, "label": (HOT - 0.25) / np.sqrt(np.float32(0.4))},
+    "frepo",
+    HOT - 0.25,
+    "zca",
+    True,
+  ),
+  "checkpoint_7": ("Flax", FREPO, "frepo", LEARNED, "zca", True),
+  "checkpoint_15000": ("Flax", RCIG, "rcig", LEARNED, "zca", True),
 }
 
 
@@ -171,21 +264,32 @@ def test_sets_are_read_as_they_were_written(name, tmp_path):
   form, content, kind, labels, recipe, mirrored = SETS[name]
   path = write(tmp_path / name, form, content)
   got = load_published(path)
-  assert (got.kind, got.preprocess, got.mirrored, got.source["file"]) == (kind, recipe, mirrored, name)
+  assert (got.kind, got.preprocess, got.mirrored, got.source["file"]) == (
+    kind,
+    recipe,
+    mirrored,
+    name,
+  )
   assert np.array_equal(got.images, IMAGES) and got.images.dtype == got.labels.dtype == np.float32
   assert_close(got.labels, labels, 1e-6)
   assert np.array_equal(got.classes, np.argmax(labels, axis=1))
-  assert (got.relative_ridge, got.source.get("valid_loss")) == ((5e-3, 1.5) if kind == "rfad" else (None, None))
-  np.testing.assert_allclose(got.temperature or 0, {"rfad": np.exp(2.0), "rcig": np.exp(0.5)}.get(kind, 0), rtol=1e-7)
+  assert (got.relative_ridge, got.source.get("valid_loss")) == (
+    (5e-3, 1.5) if kind == "rfad" else (None, None)
+  )
+  np.testing.assert_allclose(
+    got.temperature or 0, {"rfad": np.exp(2.0), "rcig": np.exp(0.5)}.get(kind, 0), rtol=1e-7
+  )
   assert np.array_equal(load_published(path, kind).images, got.images)
   support, twice = got.support(), got.support(mirrored=True)
   assert len(support.x) == len(support.y) == (8 if mirrored else 4)
-  assert np.array_equal(twice.x[4:, :, 0], IMAGES[:, :, 3]) and np.array_equal(twice.y[4:], got.labels)
+  assert np.array_equal(twice.x[4:, :, 0], IMAGES[:, :, 3]) and np.array_equal(
+    twice.y[4:], got.labels
+  )
 
 
 def test_grey_and_large_sets_have_no_mirror_images(tmp_path):
-  grey = {**FREPO, "params": {"x_proto": IMAGES[..., :1], "y_proto": LEARNED}}
-  got = load_published(write(tmp_path / "a", "Flax", grey))
+  gray = {**FREPO, "params": {"x_proto": IMAGES[..., :1], "y_proto": LEARNED}}
+  got = load_published(write(tmp_path / "a", "Flax", gray))
   assert (got.mirrored, got.preprocess) == (False, "standardize")
   large = {**PARAMS, "x_proto": np.zeros((4, 1024, 1024, 3), np.float16)}
   got = load_published(write(tmp_path / "a", "Flax", {"params": large, "ema_average": large}))
@@ -197,12 +301,21 @@ def test_sets_of_torch(tmp_path):
   labels = np.eye(2)[[0, 0, 1, 1]] - 0.5
   for experiment, sign in enumerate((1, -1)):
     got = load_published(DATA / "torch_dc.pt", experiment=experiment)
-    assert np.array_equal(got.images, sign * images) and np.array_equal(got.labels, labels) and not got.mirrored
+    assert (
+      np.array_equal(got.images, sign * images)
+      and np.array_equal(got.labels, labels)
+      and not got.mirrored
+    )
     assert (got.kind, got.preprocess, got.source["experiments"]) == ("dc", "standardize", 2)
     assert got.source["accuracies_of_all_experiments"] == {"ConvNet": [0.25, 0.5]}
   fault(r"experiment in 0\.\.1, got 2", DATA / "torch_dc.pt", "dc", 2)
   got = load_published(DATA / "images_best.pt")
-  assert got.kind == "mtt" and got.preprocess is None and np.array_equal(got.images, images - 20) and np.array_equal(got.labels, labels)
+  assert (
+    got.kind == "mtt"
+    and got.preprocess is None
+    and np.array_equal(got.images, images - 20)
+    and np.array_equal(got.labels, labels)
+  )
   path = shutil.copy(DATA / "images_best.pt", tmp_path / "images_1.pt")
   fault("labels_1.pt beside it", path)
   shutil.copy(DATA / "labels_best.pt", tmp_path / "labels_1.pt")
@@ -214,9 +327,13 @@ def test_sets_of_torch(tmp_path):
 def test_pixels_go_through_the_preprocessing_of_the_publisher(tmp_path):
   x = RNG.integers(0, 256, (60, 4, 4, 3)).astype(np.uint8)
   rfad = load_published(write(tmp_path / "best.npz", ".npz", RFAD))
-  assert np.array_equal(rfad.fit_preprocess(x).apply(x), kipcore.fit_preprocess(x, "zca_rfad").apply(x))
+  assert np.array_equal(
+    rfad.fit_preprocess(x).apply(x), kipcore.fit_preprocess(x, "zca_rfad").apply(x)
+  )
   dc = load_published(DATA / "torch_dc.pt")
-  assert np.array_equal(dc.fit_preprocess(x).apply(x), kipcore.fit_preprocess(x, "standardize").apply(x))
+  assert np.array_equal(
+    dc.fit_preprocess(x).apply(x), kipcore.fit_preprocess(x, "standardize").apply(x)
+  )
   # With the mean of CIFAR-10, the fixed numbers of DC.
   mean, deviation = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2023, 0.1994, 0.2010])
   near = (255 * mean + RNG.choice([-60.0, 60.0], (4000, 4, 4, 3))).astype(np.float32)
@@ -224,7 +341,9 @@ def test_pixels_go_through_the_preprocessing_of_the_publisher(tmp_path):
   assert_close(fitted.apply(near), (near / 255 - mean) / deviation, 1e-6)
   assert_close(fitted.invert(fitted.apply(near)), near, 1e-6)
   mtt = load_published(DATA / "images_best.pt")
-  with pytest.raises(ValueError, match="kind: expected one of .*, got None; MTT's files do not say"):
+  with pytest.raises(
+    ValueError, match="kind: expected one of .*, got None; MTT's files do not say"
+  ):
     mtt.fit_preprocess(x)
   assert mtt.fit_preprocess(x, "zca_absolute").kind == "zca_absolute"
   with pytest.raises(ValueError, match="x_train: expected shape"):
@@ -237,25 +356,55 @@ def changed(content, **new):
 
 NAN = np.where(np.arange(4 * 48).reshape(IMAGES.shape) == 50, np.nan, IMAGES)
 BAD_SETS = {
-    "NaN": (".npz", changed(RFAD, images=NAN.transpose(0, 3, 1, 2)), None, "images: expected finite"),
-    "infinite labels": (".npz", changed(RFAD, labels=np.where(HOT > 0, np.float32(np.inf), HOT)), None, "labels: expected finite"),
-    "no labels": (".npz", {"images": IMAGES}, None, "kind shows in it"),
-    "no labels, kind given": (".npz", {"images": IMAGES}, "kip", "labels in it"),
-    "other rows": (".npz", changed(RFAD, labels=HOT[:3]), None, "same number of rows"),
-    "flat images": (".npz", changed(RFAD, images=IMAGES.reshape(4, -1)), None, "images: expected an array NCHW"),
-    "channels elsewhere": (".npz", changed(RFAD, images=IMAGES), None, "1 or 3 channels"),
-    "no rows": (".npz", changed(RFAD, images=NCHW[:0], labels=HOT[:0]), None, "at least 2 classes"),
-    "bytes": (".npz", changed(RFAD, images=NCHW.astype(np.uint8)), None, "images: expected floats, got uint8"),
-    "class numbers": (".npz", changed(RFAD, labels=np.arange(4)), None, "labels: expected floats, got int64"),
-    "no positive ridge": (".npz", changed(RFAD, jit=np.float64(-1)), None, "ridge: expected values > 0"),
-    "a ridge a row": (".npz", changed(RFAD, jit=np.ones(4)), None, "jit: expected a finite number"),
-    "a huge temperature": (".npz", changed(RFAD, k=np.float64(1e4)), None, "temperature within 50"),
-    "NHWC or NCHW": (".npz", {"images": np.ones((4, 3, 3, 3)), "labels": HOT}, None, "say kind"),
-    "an artefact of ours": (".npz", {"images": IMAGES, "labels": HOT, "metadata": np.zeros(1)}, None, "use load_artifact"),
-    "objects": (".npz", changed(RFAD, labels=np.array([None] * 4)), None, "never unpickled"),
-    "another form": (".npz", RFAD, "rcig", r"kind rcig \(Flax\), got a .npz file"),
-    "another kind": ("Flax", FREPO, "rcig", "ema_average in it"),
-    "a list": ("Flax", [1, 2], None, "none of them"),
+  "NaN": (".npz", changed(RFAD, images=NAN.transpose(0, 3, 1, 2)), None, "images: expected finite"),
+  "infinite labels": (
+    ".npz",
+    changed(RFAD, labels=np.where(HOT > 0, np.float32(np.inf), HOT)),
+    None,
+    "labels: expected finite",
+  ),
+  "no labels": (".npz", {"images": IMAGES}, None, "kind shows in it"),
+  "no labels, kind given": (".npz", {"images": IMAGES}, "kip", "labels in it"),
+  "other rows": (".npz", changed(RFAD, labels=HOT[:3]), None, "same number of rows"),
+  "flat images": (
+    ".npz",
+    changed(RFAD, images=IMAGES.reshape(4, -1)),
+    None,
+    "images: expected an array NCHW",
+  ),
+  "channels elsewhere": (".npz", changed(RFAD, images=IMAGES), None, "1 or 3 channels"),
+  "no rows": (".npz", changed(RFAD, images=NCHW[:0], labels=HOT[:0]), None, "at least 2 classes"),
+  "bytes": (
+    ".npz",
+    changed(RFAD, images=NCHW.astype(np.uint8)),
+    None,
+    "images: expected floats, got uint8",
+  ),
+  "class numbers": (
+    ".npz",
+    changed(RFAD, labels=np.arange(4)),
+    None,
+    "labels: expected floats, got int64",
+  ),
+  "no positive ridge": (
+    ".npz",
+    changed(RFAD, jit=np.float64(-1)),
+    None,
+    "ridge: expected values > 0",
+  ),
+  "a ridge a row": (".npz", changed(RFAD, jit=np.ones(4)), None, "jit: expected a finite number"),
+  "a huge temperature": (".npz", changed(RFAD, k=np.float64(1e4)), None, "temperature within 50"),
+  "NHWC or NCHW": (".npz", {"images": np.ones((4, 3, 3, 3)), "labels": HOT}, None, "say kind"),
+  "an artifact of ours": (
+    ".npz",
+    {"images": IMAGES, "labels": HOT, "metadata": np.zeros(1)},
+    None,
+    "use load_artifact",
+  ),
+  "objects": (".npz", changed(RFAD, labels=np.array([None] * 4)), None, "never unpickled"),
+  "another form": (".npz", RFAD, "rcig", r"kind rcig \(Flax\), got a .npz file"),
+  "another kind": ("Flax", FREPO, "rcig", "ema_average in it"),
+  "a list": ("Flax", [1, 2], None, "none of them"),
 }
 
 
@@ -266,12 +415,18 @@ def test_bad_sets_have_one_line_that_says_so(what, tmp_path):
 
 
 def test_wrong_labels_and_files_of_torch(tmp_path):
-  pairs = lambda labels: b"}" + const("data") + b"](](" + tensor((1, 1, 2, 3), (6, 6, 3, 1)) + labels + b"ees"
+  pairs = lambda labels: (
+    b"}" + const("data") + b"](](" + tensor((1, 1, 2, 3), (6, 6, 3, 1)) + labels + b"ees"
+  )
   long = np.array([0, 2], "<i8").tobytes()
-  path = torch_file(tmp_path / "a.pt", pairs(tensor((2,), (1,), 0, 2, "LongStorage", "1")), **{"data/1": long})
+  path = torch_file(
+    tmp_path / "a.pt", pairs(tensor((2,), (1,), 0, 2, "LongStorage", "1")), **{"data/1": long}
+  )
   fault(r"every class 0..c-1, got the classes \[0, 2\]", path)
   fault("class numbers .*float32", torch_file(path, pairs(tensor((2,), (1,)))))
-  fault("pair of images and labels", torch_file(path, b"}" + const("data") + b"]" + const(1) + b"as"))
+  fault(
+    "pair of images and labels", torch_file(path, b"}" + const("data") + b"]" + const(1) + b"as")
+  )
   fault("got a torch file with an array of shape", torch_file(path, tensor((6,), (1,))))
   fault("no such file", tmp_path / "b.npz")
   fault("a folder", tmp_path)
@@ -293,10 +448,14 @@ def test_damage_is_found_or_harmless(name, tmp_path):
   for i in range(150):
     damaged = np.frombuffer(whole, np.uint8).copy()
     damaged[rng.integers(0, len(whole), 1 + i % 3)] = rng.integers(0, 256, 1 + i % 3)
-    path.write_bytes(damaged[:rng.integers(0, len(whole))] if i % 5 == 0 else damaged)
+    path.write_bytes(damaged[: rng.integers(0, len(whole))] if i % 5 == 0 else damaged)
     try:
       got = load_published(path)
-      assert np.isfinite(got.images).all() and np.isfinite(got.labels).all() and len(got.images) == len(got.labels)
+      assert (
+        np.isfinite(got.images).all()
+        and np.isfinite(got.labels).all()
+        and len(got.images) == len(got.labels)
+      )
     except PublishedError as error:
       refused += 1
       assert "\n" not in str(error)
@@ -305,8 +464,16 @@ def test_damage_is_found_or_harmless(name, tmp_path):
 
 def test_the_sets_of_rfad_and_rcig():
   rfad = load_published(needs(SHARED_DATA / "peers" / "rfad_cifar10_1ipc.npz"))
-  assert rfad.images.shape == (10, 32, 32, 3) and rfad.relative_ridge == 0.005 and 41 < rfad.temperature < 41.1
+  assert (
+    rfad.images.shape == (10, 32, 32, 3)
+    and rfad.relative_ridge == 0.005
+    and 41 < rfad.temperature < 41.1
+  )
   rcig = load_published(needs(SHARED_DATA / "peers" / "rcig_cifar10_1ipc.msgpack"))
-  assert (rcig.kind, rcig.source["step"], rcig.mirrored) == ("rcig", 15000, True) and rcig.support().x.shape == (20, 32, 32, 3)
+  assert (rcig.kind, rcig.source["step"], rcig.mirrored) == (
+    "rcig",
+    15000,
+    True,
+  ) and rcig.support().x.shape == (20, 32, 32, 3)
   for published in (rfad, rcig):
     assert np.array_equal(published.classes, np.arange(10)) and 0.2 < published.images.std() < 1

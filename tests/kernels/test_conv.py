@@ -4,35 +4,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
+from test_kernels import images, neural_tangents_kernel, value_and_gradient
 
 import kipcore
 from kipcore import linalg
 from kipcore.architectures import (
-    Architecture,
-    AvgPool,
-    Conv,
-    Dense,
-    Flatten,
-    Gelu,
-    GlobalAvgPool,
-    Relu,
-    architecture,
+  Architecture,
+  AvgPool,
+  Conv,
+  Dense,
+  Flatten,
+  Gelu,
+  GlobalAvgPool,
+  Relu,
+  architecture,
 )
 from kipcore.kernels import NetworkKernel, covariance
-from helpers import assert_close
-from test_kernels import images, neural_tangents_kernel, value_and_gradient
 
 UNUSUAL = {
-    "pooled pixels": (AvgPool(2), Conv(3), Conv(3), Relu(), Conv(1), AvgPool(2), Relu(), Flatten(), Dense()),
-    "1x1 first": (Conv(1), Conv(3), Relu(), GlobalAvgPool(), Dense(), Gelu(), Dense()),
-    "only an average": (GlobalAvgPool(), Dense()),
-    "wide windows": (Conv(5), Relu(), AvgPool(3), Flatten(), Dense()),
-    "wide later": (Conv(5), Conv(5), Relu(), AvgPool(2), Conv(3), Relu(), Flatten(), Dense()),
-    "two pools": (Conv(3), AvgPool(2), AvgPool(2), Relu(), Flatten(), Dense(), Relu(), Dense()),
+  "pooled pixels": (
+    AvgPool(2),
+    Conv(3),
+    Conv(3),
+    Relu(),
+    Conv(1),
+    AvgPool(2),
+    Relu(),
+    Flatten(),
+    Dense(),
+  ),
+  "1x1 first": (Conv(1), Conv(3), Relu(), GlobalAvgPool(), Dense(), Gelu(), Dense()),
+  "only an average": (GlobalAvgPool(), Dense()),
+  "wide windows": (Conv(5), Relu(), AvgPool(3), Flatten(), Dense()),
+  "wide later": (Conv(5), Conv(5), Relu(), AvgPool(2), Conv(3), Relu(), Flatten(), Dense()),
+  "two pools": (Conv(3), AvgPool(2), AvgPool(2), Relu(), Flatten(), Dense(), Relu(), Dense()),
 }
 
 
-@pytest.mark.parametrize("name, get", [(name, "ntk") for name in UNUSUAL] + [("1x1 first", "nngp"), ("two pools", "nngp")])
+@pytest.mark.parametrize(
+  "name, get", [(name, "ntk") for name in UNUSUAL] + [("1x1 first", "nngp"), ("two pools", "nngp")]
+)
 def test_unusual_layers_equal_neural_tangents(name, get, x64):
   """On 7 x 5 images, whose rows and columns the windows do not divide."""
   arch = Architecture("unusual", UNUSUAL[name])
@@ -53,7 +65,9 @@ def test_symmetric_half_equals_all_pairs(name, x64):
     one, two = kernel(x[:n]), kernel(x[:n], x[:n])
     off = ~np.eye(n, dtype=bool)
     np.testing.assert_allclose(np.asarray(one)[off], np.asarray(two)[off], rtol=1e-12)
-    np.testing.assert_allclose(one, two, rtol=1e-6)  # at an angle of 0 an arc cosine loses half of the digits
+    np.testing.assert_allclose(
+      one, two, rtol=1e-6
+    )  # at an angle of 0 an arc cosine loses half of the digits
     np.testing.assert_array_equal(one, one.T)
 
 
@@ -67,7 +81,11 @@ def test_duplicated_rescaled_and_constant_images():
   np.testing.assert_allclose(k[0, 1], k[0, 0], rtol=2e-3)
   assert np.isfinite(k).all() and np.linalg.eigvalsh(k).min() > -1e-5 * k.trace()
   free = NetworkKernel(kipcore.conv_net(2, b_std=0.0), "ntk")
-  assert_close(free(2.0 * jnp.asarray(x), 0.5 * jnp.asarray(x[2:])), free(jnp.asarray(x), jnp.asarray(x[2:])), rtol=1e-5)
+  assert_close(
+    free(2.0 * jnp.asarray(x), 0.5 * jnp.asarray(x[2:])),
+    free(jnp.asarray(x), jnp.asarray(x[2:])),
+    rtol=1e-5,
+  )
 
 
 def test_every_transformation_of_jax(x64):
@@ -83,7 +101,11 @@ def test_every_transformation_of_jax(x64):
   curvature = (gradient(x + h * v) - gradient(x - h * v)) / (2 * h)
   assert_close(jax.jvp(gradient, (x,), (v,))[1], curvature, rtol=1e-5)
   stack = jnp.stack([x, 2 * x])
-  assert_close(jax.vmap(lambda x: kernel(x, other))(stack), jnp.stack([kernel(x, other), kernel(2 * x, other)]), rtol=1e-12)
+  assert_close(
+    jax.vmap(lambda x: kernel(x, other))(stack),
+    jnp.stack([kernel(x, other), kernel(2 * x, other)]),
+    rtol=1e-12,
+  )
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4), (2, 5, 4, 5, 4)], ids=["diagonal", "whole"])
@@ -92,13 +114,24 @@ def test_box_equals_its_definition_and_is_its_own_adjoint(shape, size, x64):
   rng = np.random.default_rng(0)
   k, other = rng.normal(size=shape), rng.normal(size=shape)
   r, padded = size // 2, np.pad(k, [(0, 0)] + [(size // 2,) * 2] * (k.ndim - 1))
-  expected = sum(np.roll(padded, (d, e) * (k.ndim // 2), axis=tuple(range(1, k.ndim)))
-                 for d in range(-r, r + 1) for e in range(-r, r + 1)) / size**2
+  expected = (
+    sum(
+      np.roll(padded, (d, e) * (k.ndim // 2), axis=tuple(range(1, k.ndim)))
+      for d in range(-r, r + 1)
+      for e in range(-r, r + 1)
+    )
+    / size**2
+  )
   crop = (slice(None),) + (slice(r, r + 5), slice(r, r + 4)) * (k.ndim // 2)
   box = lambda k: covariance.box(k, size)
   assert_close(box(jnp.asarray(k)), expected[crop], rtol=1e-13)
-  np.testing.assert_allclose(np.vdot(other, box(jnp.asarray(k))), np.vdot(box(jnp.asarray(other)), k), rtol=1e-11)
-  for tangent in (jax.jvp(box, (jnp.asarray(k),), (jnp.asarray(other),))[1], jax.vjp(box, jnp.asarray(k))[1](jnp.asarray(other))[0]):
+  np.testing.assert_allclose(
+    np.vdot(other, box(jnp.asarray(k))), np.vdot(box(jnp.asarray(other)), k), rtol=1e-11
+  )
+  for tangent in (
+    jax.jvp(box, (jnp.asarray(k),), (jnp.asarray(other),))[1],
+    jax.vjp(box, jnp.asarray(k))[1](jnp.asarray(other))[0],
+  ):
     assert_close(tangent, box(jnp.asarray(other)), rtol=1e-13)
 
 
@@ -143,7 +176,9 @@ def test_narrow_products_have_the_stated_error(name):
 def test_float64_ignores_the_precision(x64):
   x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 1)))
   for name in ("fc1", "conv1"):
-    np.testing.assert_array_equal(*(kipcore.ntk_fn(architecture(name), p)(x) for p in ("float32", "bfloat16")))
+    np.testing.assert_array_equal(
+      *(kipcore.ntk_fn(architecture(name), p)(x) for p in ("float32", "bfloat16"))
+    )
 
 
 def test_batches_of_products_change_nothing(x64, monkeypatch):
@@ -162,16 +197,28 @@ def test_gram_over_devices_equals_gram_on_one(name, x64):
   kernel = NetworkKernel(architecture(name), "ntk")
   for n in (11, 3, 1):
     for block_size in (None, 1):
-      assert_close(kipcore.gram(kernel, x[:n], other, block_size, jax.devices()), kernel(x[:n], other), rtol=1e-13)
-    assert_close(kipcore.gram(kernel, x[:n], None, None, jax.devices()[:2]), kernel(x[:n]), rtol=1e-7)
+      assert_close(
+        kipcore.gram(kernel, x[:n], other, block_size, jax.devices()),
+        kernel(x[:n], other),
+        rtol=1e-13,
+      )
+    assert_close(
+      kipcore.gram(kernel, x[:n], None, None, jax.devices()[:2]), kernel(x[:n]), rtol=1e-7
+    )
   assert kipcore.gram(kernel, x[:0], other, None, jax.devices()).shape == (0, 3)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: kipcore.ntk_fn(kipcore.fc(1), "float16"), "precision: expected one of float32, tensorfloat32, bfloat16"),
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (
+      lambda: kipcore.ntk_fn(kipcore.fc(1), "float16"),
+      "precision: expected one of float32, tensorfloat32, bfloat16",
+    ),
     (lambda: NetworkKernel(kipcore.fc(1), "both"), "get: expected one of ntk, nngp"),
     (lambda: NetworkKernel(kipcore.fc(1), "ntk", 0), "tile_elements"),
-])
+  ],
+)
 def test_wrong_options_are_named(call, message):
   with pytest.raises(ValueError, match=message):
     call()

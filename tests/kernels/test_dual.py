@@ -1,31 +1,33 @@
 """Duals of activations against quadrature and neural-tangents, and the kernels made of them."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import RTOL, assert_close, standard_promotion
 from scipy import special
+from test_kernels import images, neural_tangents_kernel, value_and_gradient
 
 import kipcore
 from kipcore.architectures import (
-    ACTIVATIONS,
-    Architecture,
-    Dense,
-    Flatten,
-    Identity,
-    LeakyRelu,
-    Relu,
-    architecture,
+  ACTIVATIONS,
+  Architecture,
+  Dense,
+  Flatten,
+  Identity,
+  LeakyRelu,
+  Relu,
+  architecture,
 )
 from kipcore.kernels import NetworkKernel, dual, finite
-from helpers import RTOL, assert_close, standard_promotion
-from test_kernels import images, neural_tangents_kernel, value_and_gradient
 
 SMOOTH = {
-    "erf": (special.erf, lambda x: 2 / np.sqrt(np.pi) * np.exp(-x * x)),
-    "gelu": (lambda x: x * special.ndtr(x), lambda x: special.ndtr(x) + x * np.exp(-x * x / 2) / np.sqrt(2 * np.pi)),
-    "identity": (lambda x: x, np.ones_like),
+  "erf": (special.erf, lambda x: 2 / np.sqrt(np.pi) * np.exp(-x * x)),
+  "gelu": (
+    lambda x: x * special.ndtr(x),
+    lambda x: special.ndtr(x) + x * np.exp(-x * x / 2) / np.sqrt(2 * np.pi),
+  ),
+  "identity": (lambda x: x, np.ones_like),
 }
 
 
@@ -38,13 +40,19 @@ def gauss_hermite(fn, c, v1, v2, nodes=120):
 
 
 def cases():
-  return [(c, v1, v2) for c in (-0.95, -0.3, 0.0, 0.6, 0.99) for v1, v2 in ((1.3, 0.7), (0.05, 2.0), (3.0, 3.0))]
+  return [
+    (c, v1, v2)
+    for c in (-0.95, -0.3, 0.0, 0.6, 0.99)
+    for v1, v2 in ((1.3, 0.7), (0.05, 2.0), (3.0, 3.0))
+  ]
 
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_smooth_duals_equal_quadrature(name, x64):
   for c, v1, v2 in cases():
-    ours = dual.activation(ACTIVATIONS[name], *(jnp.float64(a) for a in (c * np.sqrt(v1 * v2), v1, v2)))
+    ours = dual.activation(
+      ACTIVATIONS[name], *(jnp.float64(a) for a in (c * np.sqrt(v1 * v2), v1, v2))
+    )
     expected = [gauss_hermite(fn, c, v1, v2) for fn in SMOOTH[name]]
     np.testing.assert_allclose(np.array(ours, float), expected, rtol=1e-6, atol=1e-9)
 
@@ -54,21 +62,40 @@ def test_leaky_relu_dual_equals_quadrature_over_the_angle(slope, x64):
   angle = np.linspace(0, 2 * np.pi, 200_001)[:-1]
   for c, v1, v2 in cases():
     u, v = np.cos(angle), c * np.cos(angle) + np.sqrt(1 - c * c) * np.sin(angle)
-    value = 2 * np.sqrt(v1 * v2) * np.mean(np.where(u > 0, u, slope * u) * np.where(v > 0, v, slope * v))
+    value = (
+      2 * np.sqrt(v1 * v2) * np.mean(np.where(u > 0, u, slope * u) * np.where(v > 0, v, slope * v))
+    )
     derivative = np.mean(np.where(u > 0, 1, slope) * np.where(v > 0, 1, slope))
-    ours = dual.activation(LeakyRelu(slope), *(jnp.float64(a) for a in (c * np.sqrt(v1 * v2), v1, v2)))
+    ours = dual.activation(
+      LeakyRelu(slope), *(jnp.float64(a) for a in (c * np.sqrt(v1 * v2), v1, v2))
+    )
     np.testing.assert_allclose(ours, (value, derivative), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_duals_of_a_point_with_itself(name, x64):
   v = jnp.asarray([0.0, 1e-6, 0.3, 2.0, 50.0])
-  np.testing.assert_allclose(*(np.broadcast_to(a[0], v.shape) for a in (
-      dual.activation(ACTIVATIONS[name], v, v, v), dual.activation_diag(ACTIVATIONS[name], v))), rtol=1e-12)
+  np.testing.assert_allclose(
+    *(
+      np.broadcast_to(a[0], v.shape)
+      for a in (
+        dual.activation(ACTIVATIONS[name], v, v, v),
+        dual.activation_diag(ACTIVATIONS[name], v),
+      )
+    ),
+    rtol=1e-12,
+  )
   positive = v[1:]
-  np.testing.assert_allclose(*(np.broadcast_to(a[1], positive.shape) for a in (
-      dual.activation(ACTIVATIONS[name], positive, positive, positive), dual.activation_diag(ACTIVATIONS[name], positive))),
-      rtol=1e-12)
+  np.testing.assert_allclose(
+    *(
+      np.broadcast_to(a[1], positive.shape)
+      for a in (
+        dual.activation(ACTIVATIONS[name], positive, positive, positive),
+        dual.activation_diag(ACTIVATIONS[name], positive),
+      )
+    ),
+    rtol=1e-12,
+  )
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -79,14 +106,18 @@ def test_second_dual_is_the_derivative_of_the_first(name, x64):
     np.testing.assert_allclose((f(k + 1e-6)[0] - f(k - 1e-6)[0]) / 2e-6, f(k)[1], rtol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["fc2_leaky_relu", "fc2_erf", "fc2_gelu", "fc1_identity", "conv1_gelu", "conv1_vec_erf"])
+@pytest.mark.parametrize(
+  "name", ["fc2_leaky_relu", "fc2_erf", "fc2_gelu", "fc1_identity", "conv1_gelu", "conv1_vec_erf"]
+)
 def test_kernels_equal_neural_tangents(name, dtype):
   arch = architecture(name)
   x1, x2 = images(dtype)
   x1 = x1[[0, 3]]  # neural-tangents itself is imprecise at parallel rows
   for other in (None, x2):
     expected, expected_gradient = neural_tangents_kernel(arch, "ntk", x1, other)
-    value, gradient = value_and_gradient(NetworkKernel(arch, "ntk"), jnp.asarray(x1), other if other is None else jnp.asarray(other))
+    value, gradient = value_and_gradient(
+      NetworkKernel(arch, "ntk"), jnp.asarray(x1), other if other is None else jnp.asarray(other)
+    )
     assert_close(value, expected, rtol=RTOL[dtype.name])
     assert_close(gradient, expected_gradient, rtol=4 * RTOL[dtype.name])
 
@@ -117,26 +148,37 @@ def test_flax_networks_use_the_activation(name):
   variables = jax.tree.map(jnp.ones_like, module.init(jax.random.key(0), x))
   bias = {key: 0 * value for key, value in variables["params"].items() if key.startswith("bias")}
   out = module.apply({"params": {**variables["params"], **bias}}, x)
-  numpy = {"relu": lambda a: np.maximum(a, 0), "leaky_relu": lambda a: np.where(a > 0, a, 0.01 * a),
-           **{key: fns[0] for key, fns in SMOOTH.items()}}
+  numpy = {
+    "relu": lambda a: np.maximum(a, 0),
+    "leaky_relu": lambda a: np.where(a > 0, a, 0.01 * a),
+    **{key: fns[0] for key, fns in SMOOTH.items()},
+  }
   np.testing.assert_allclose(out, numpy[name](np.asarray(x)), atol=1e-6)
 
 
 def test_arccos_is_accurate(dtype):
   c = np.linspace(-1, 1, 100_001).astype(dtype)
-  error = np.abs(np.asarray(dual._arccos(jnp.asarray(c)), np.float64) - np.arccos(c.astype(np.float64))).max()
+  error = np.abs(
+    np.asarray(dual._arccos(jnp.asarray(c)), np.float64) - np.arccos(c.astype(np.float64))
+  ).max()
   assert error < (5e-7 if dtype == np.float32 else 1e-15)
 
 
-@pytest.mark.parametrize("call, message", [
+@pytest.mark.parametrize(
+  "call, message",
+  [
     (lambda: architecture("fc1_swish"), "_gelu, _identity"),
     (lambda: kipcore.fc(1, activation="swish"), "activation: expected one of relu"),
     (lambda: architecture("fc1_vec"), "expected fc1"),
     (lambda: architecture("myrtle6_erf"), "myrtle5"),
-    (lambda: Architecture("a", (Flatten(), Dense(), LeakyRelu(1.5), Dense())), r"slope in \[0, 1\]"),
+    (
+      lambda: Architecture("a", (Flatten(), Dense(), LeakyRelu(1.5), Dense())),
+      r"slope in \[0, 1\]",
+    ),
     (lambda: Architecture("a", (Flatten(), Relu(), Dense())), "expected a Dense or Conv in front"),
     (lambda: Architecture("a", (Flatten(), Dense(), Relu(), Identity(), Dense())), "not Gaussian"),
-])
+  ],
+)
 def test_wrong_descriptions_are_named(call, message):
   with pytest.raises(ValueError, match=message):
     call()

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import RTOL, assert_close, enable_x64, standard_promotion
 
 import kipcore
 from kipcore.architectures import architecture
 from kipcore.kernels import NetworkKernel, dual, finite
 from kipcore.kernels.stax import import_neural_tangents, to_stax
-from helpers import RTOL, assert_close, enable_x64, standard_promotion
 
 NAMES = ["fc1", "fc3", "conv2", "conv2_vec", "conv1_vec_gap", "conv2_gap", "myrtle5"]
 
@@ -43,9 +43,16 @@ def combination(shape):
 
 
 # float64 of pooled networks: `test_convolutions.py` has more of them.
-@pytest.mark.parametrize("name, get, dtype", [(name, "ntk", "float32") for name in NAMES] + [
-    (name, "ntk", "float64") for name in ("fc1", "fc3", "conv2", "conv2_vec")] + [
-    ("fc3", "nngp", "float32"), ("conv2_vec", "nngp", "float64"), ("conv2_gap", "nngp", "float32")])
+@pytest.mark.parametrize(
+  "name, get, dtype",
+  [(name, "ntk", "float32") for name in NAMES]
+  + [(name, "ntk", "float64") for name in ("fc1", "fc3", "conv2", "conv2_vec")]
+  + [
+    ("fc3", "nngp", "float32"),
+    ("conv2_vec", "nngp", "float64"),
+    ("conv2_gap", "nngp", "float32"),
+  ],
+)
 def test_equals_neural_tangents(name, get, dtype):
   arch, dtype = architecture(name), np.dtype(dtype)
   x1, x2 = images(dtype)
@@ -53,7 +60,9 @@ def test_equals_neural_tangents(name, get, dtype):
   for other in (None, x2):
     expected, expected_gradient = neural_tangents_kernel(arch, get, x1, other)
     with enable_x64(dtype == np.float64):
-      value, gradient = value_and_gradient(kernel, jnp.asarray(x1), other if other is None else jnp.asarray(other))
+      value, gradient = value_and_gradient(
+        kernel, jnp.asarray(x1), other if other is None else jnp.asarray(other)
+      )
     rtol, coincident = RTOL[dtype.name], RTOL[dtype.name]
     distinct = np.ones(value.shape, bool)
     if other is None:
@@ -70,7 +79,7 @@ def test_equals_neural_tangents(name, get, dtype):
 def test_diagonal_is_exact(depth, dtype):
   """K(x, x) by the recursion at angle 0, in float64 NumPy; equal and rescaled rows agree to what 1 - cos allows."""
   x, _ = images(dtype)
-  q = np.mean(x.astype(np.float64).reshape(4, -1)**2, axis=1)
+  q = np.mean(x.astype(np.float64).reshape(4, -1) ** 2, axis=1)
   q = 2 * q + 0.01
   theta = q
   for _ in range(depth):
@@ -86,7 +95,9 @@ def test_diagonal_and_symmetry(name, dtype):
   kernel = kipcore.ntk_fn(architecture(name))
   x, _ = images(dtype)
   k = np.asarray(kernel(jnp.asarray(x)))
-  np.testing.assert_allclose(np.diag(k), np.asarray(kernel.diag(jnp.asarray(x))), rtol=RTOL[dtype.name])
+  np.testing.assert_allclose(
+    np.diag(k), np.asarray(kernel.diag(jnp.asarray(x))), rtol=RTOL[dtype.name]
+  )
   np.testing.assert_allclose(k, k.T, rtol=RTOL[dtype.name])
   assert np.linalg.eigvalsh(k.astype(np.float64)).min() > -1e-5 * np.trace(k)
 
@@ -125,7 +136,9 @@ def test_gradients_stay_finite_at_degenerate_rows(make, depth, b_std, dtype):
   x, _ = images(dtype, 7)
   x[3], x[4], x[5] = 0.0, -x[0], 1.0
   for other in (None, jnp.asarray(x)):
-    value, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.sum(kernel(x, other) ** 2)))(jnp.asarray(x))
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.sum(kernel(x, other) ** 2)))(
+      jnp.asarray(x)
+    )
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
@@ -155,11 +168,13 @@ def test_bias_free_kernel_is_homogeneous(x64):
 
 
 @pytest.mark.parametrize("name", ["fc2", "conv2", "conv1_vec_gap"])
-def test_monte_carlo_of_the_flax_realisation(name):
+def test_monte_carlo_of_the_flax_realization(name):
   """The mean over random networks is within 5 standard errors (and 3 % for the finite width)."""
   arch = architecture(name)
   x = np.random.default_rng(3).normal(size=(3, 4, 4, 2)).astype(np.float32)
-  one, many = (kipcore.network(arch, width=256, num_outputs=c, parameterization="ntk") for c in (1, 64))
+  one, many = (
+    kipcore.network(arch, width=256, num_outputs=c, parameterization="ntk") for c in (1, 64)
+  )
 
   @jax.jit
   def draw(key):
@@ -175,13 +190,16 @@ def test_monte_carlo_of_the_flax_realisation(name):
     assert np.abs(draws.mean(0) - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_parameterisations_draw_the_same_function_law():
+def test_parameterizations_draw_the_same_function_law():
   arch = kipcore.conv_net(1)
   x = np.random.default_rng(4).normal(size=(2, 4, 4, 2)).astype(np.float32)
   moments = []
   for parameterization in ("ntk", "standard"):
     module = kipcore.network(arch, 64, 256, parameterization)
-    f = [np.asarray(module.apply(module.init(key, x), x)) for key in jax.random.split(jax.random.key(1), 20)]
+    f = [
+      np.asarray(module.apply(module.init(key, x), x))
+      for key in jax.random.split(jax.random.key(1), 20)
+    ]
     moments.append(np.mean(np.square(f), axis=(0, 2)))
   np.testing.assert_allclose(*moments, rtol=0.25)
 
@@ -190,12 +208,15 @@ def test_neural_tangents_leaves_jax_as_it_was():
   """Only while it is being imported are the moved names there; TensorFlow stays out."""
   import subprocess
   import sys
-  code = ("import sys, jax, jax.core\nbefore = set(dir(jax.core)) | set(dir(jax.interpreters.ad))\n"
-          "from kipcore.kernels.stax import import_neural_tangents\n"
-          "assert 'neural_tangents' not in sys.modules\nnt = import_neural_tangents()\n"
-          "assert (set(dir(jax.core)) | set(dir(jax.interpreters.ad))) == before\n"
-          "assert nt.stax.Dense and nt is import_neural_tangents() and 'tensorflow' not in sys.modules\n"
-          "assert 'neural_tangents.experimental' not in sys.modules\n")
+
+  code = (
+    "import sys, jax, jax.core\nbefore = set(dir(jax.core)) | set(dir(jax.interpreters.ad))\n"
+    "from kipcore.kernels.stax import import_neural_tangents\n"
+    "assert 'neural_tangents' not in sys.modules\nnt = import_neural_tangents()\n"
+    "assert (set(dir(jax.core)) | set(dir(jax.interpreters.ad))) == before\n"
+    "assert nt.stax.Dense and nt is import_neural_tangents() and 'tensorflow' not in sys.modules\n"
+    "assert 'neural_tangents.experimental' not in sys.modules\n"
+  )
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -206,16 +227,23 @@ def test_neural_tangents_empirical_kernel_runs(dtype):
   x = images(dtype)[0].reshape(4, -1)
   with standard_promotion():
     _, params = init(jax.random.PRNGKey(0), x.shape)
-    theirs = nt.empirical_ntk_fn(apply, implementation=nt.NtkImplementation.JACOBIAN_CONTRACTION)(x, None, params)
+    theirs = nt.empirical_ntk_fn(apply, implementation=nt.NtkImplementation.JACOBIAN_CONTRACTION)(
+      x, None, params
+    )
   assert_close(finite.empirical_ntk(apply, params, jnp.asarray(x)), theirs, rtol=RTOL[dtype.name])
 
 
 def test_simple_kernels_equal_scikit_learn(dtype):
   from sklearn.metrics import pairwise
+
   x1, x2 = (x.reshape(len(x), -1) for x in images(dtype))
-  assert_close(kipcore.linear_fn()(jnp.asarray(x1), jnp.asarray(x2)), x1 @ x2.T, rtol=RTOL[dtype.name])
+  assert_close(
+    kipcore.linear_fn()(jnp.asarray(x1), jnp.asarray(x2)), x1 @ x2.T, rtol=RTOL[dtype.name]
+  )
   expected = pairwise.rbf_kernel(x1.astype(np.float64), x2, gamma=0.5 / 20.0**2)
-  assert_close(kipcore.rbf_fn(20.0)(jnp.asarray(x1), jnp.asarray(x2)), expected, rtol=RTOL[dtype.name])
+  assert_close(
+    kipcore.rbf_fn(20.0)(jnp.asarray(x1), jnp.asarray(x2)), expected, rtol=RTOL[dtype.name]
+  )
 
 
 def test_zero_rows_give_an_empty_matrix():
@@ -227,7 +255,9 @@ def test_zero_rows_give_an_empty_matrix():
     assert kernel(jnp.asarray(x[:1])).shape == (1, 1)
 
 
-@pytest.mark.parametrize("call, message", [
+@pytest.mark.parametrize(
+  "call, message",
+  [
     (lambda x: kipcore.ntk_fn(kipcore.conv_net(1))(x.reshape(4, -1)), "expected NHWC images"),
     (lambda x: kipcore.ntk_fn(kipcore.conv_net(4))(x), "too small for the pooling"),
     (lambda x: kipcore.ntk_fn(kipcore.fc(1))(x, x[:, :2]), "expected rows of one shape"),
@@ -239,7 +269,8 @@ def test_zero_rows_give_an_empty_matrix():
     (lambda x: kipcore.myrtle(6), "expected one of 5, 7, 10"),
     (lambda x: kipcore.Architecture("a", (kipcore.architectures.Relu(),)), "Dense readout"),
     (lambda x: kipcore.Architecture.from_json("{}"), "expected the JSON of an architecture"),
-])
+  ],
+)
 def test_wrong_input_is_named(call, message):
   with pytest.raises(ValueError, match=message):
     call(jnp.asarray(images(np.float32)[0]))
@@ -263,8 +294,8 @@ def test_many_pairs_without_pooling_equal_few():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(60, 28, 28, 1)), jnp.float32)
   kernel = kipcore.ntk_fn(kipcore.architecture("conv1_vec"))
   many = kernel(x, None)
-  few = jnp.concatenate([kernel(x[i:i + 10], x) for i in range(0, 60, 10)])
+  few = jnp.concatenate([kernel(x[i : i + 10], x) for i in range(0, 60, 10)])
   assert_close(many, few, 1e-5)
   assert_close(many, many.T, 1e-6)
   for i in (0, 41):
-    assert_close(many[i, 40:50], kernel(x[i:i + 1], x[40:50])[0], 1e-5)
+    assert_close(many[i, 40:50], kernel(x[i : i + 1], x[40:50])[0], 1e-5)

@@ -16,23 +16,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-import kipcore
-from kipcore.report import charts, html
-from kipcore.report import pictures as kipcore_report
-from kipcore.distillation import importance, loop, samplers, targets
-from kipcore.distillation.methods import kip
-from kipcore.cli import report
-from kipcore.cli.folder import event_log, outputs, reporting, run_folder
-from kipcore.cli.runs import comparison, pipeline
-from kipcore.cli.config import CompareConfig, DistillConfig
-from kipcore.cli.errors import UsageError
 from helpers import assert_close
 
-CONFIG = DistillConfig(steps=30, num_devices=1)  # as in test_pipeline.py, so that what it compiled is found
+import kipcore
+from kipcore.cli import report as report_command
+from kipcore.cli.config import CompareConfig, DistillConfig
+from kipcore.cli.errors import UsageError
+from kipcore.cli.folder import event_log, outputs, reporting, run_folder
+from kipcore.cli.runs import comparison, pipeline
+from kipcore.distillation import importance, loop, samplers, targets
+from kipcore.distillation.methods import kip
+from kipcore.report import charts, pictures
+from kipcore.report import html as html_report
+
+CONFIG = DistillConfig(
+  steps=30, num_devices=1
+)  # as in test_pipeline.py, so that what it compiled is found
 HOSTILE = "<script>alert(1)</script>" + "&\"'" + 60 * "m"
-SECTIONS = ["Accuracy", "Learning curve", "Images", "Which targets were drawn", "Cost", "Use it elsewhere", "Configuration", "Environment"]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SECTIONS = [
+  "Accuracy",
+  "Learning curve",
+  "Images",
+  "Which targets were drawn",
+  "Cost",
+  "Use it elsewhere",
+  "Configuration",
+  "Environment",
+]
+CHROMIUM = next(
+  filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 class Page(html.parser.HTMLParser):
@@ -61,7 +74,9 @@ class Page(html.parser.HTMLParser):
 
   @property
   def sections(self):
-    return [self.text[i] for i in range(len(self.text)) if self.text[i] in SECTIONS][:len(self.navigation)]
+    return [self.text[i] for i in range(len(self.text)) if self.text[i] in SECTIONS][
+      : len(self.navigation)
+    ]
 
   @property
   def navigation(self):
@@ -84,9 +99,14 @@ def hostile(run, tmp_path_factory):
   folder = shutil.copytree(run[0], tmp_path_factory.mktemp("hostile") / "run")
   stored = kipcore.load_artifact(folder / "distilled.npz")
   about = {**stored.metadata["dataset"], "class_names": [f"{i}{HOSTILE}" for i in range(10)]}
-  kipcore.save_artifact(folder / "distilled.npz", dataclasses.replace(stored, metadata={**stored.metadata, "dataset": about}))
+  kipcore.save_artifact(
+    folder / "distilled.npz",
+    dataclasses.replace(stored, metadata={**stored.metadata, "dataset": about}),
+  )
   config = json.loads((folder / "config.json").read_text())
-  (folder / "config.json").write_text(json.dumps({**config, "dataset": "no<b>path.npz", "note": HOSTILE}))
+  (folder / "config.json").write_text(
+    json.dumps({**config, "dataset": "no<b>path.npz", "note": HOSTILE})
+  )
   reporting.write_report(folder)
   return folder
 
@@ -98,12 +118,22 @@ def report(folder) -> str:
 def test_the_report_is_one_file_that_loads_and_runs_nothing(run):
   text = report(run[0])
   page = Page(text)
-  assert not re.search(r"https?:|//[a-z]|url\(|@import|javascript:", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+  assert not re.search(
+    r"https?:|//[a-z]|url\(|@import|javascript:", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
+  )
   assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
-  assert all(value.startswith("data:image/png;base64,") for name, value in page.attributes if name == "src")
+  assert all(
+    value.startswith("data:image/png;base64,") for name, value in page.attributes if name == "src"
+  )
   assert not any(name.startswith("on") for name, _ in page.attributes)
-  policy = dict(page.attributes)["http-equiv"], next(v for k, v in page.attributes if k == "content" and "src" in v)
-  assert policy == ("Content-Security-Policy", "default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+  policy = (
+    dict(page.attributes)["http-equiv"],
+    next(v for k, v in page.attributes if k == "content" and "src" in v),
+  )
+  assert policy == (
+    "Content-Security-Policy",
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+  )
 
 
 def test_the_report_has_every_section_and_the_figures_of_the_run(run):
@@ -113,24 +143,41 @@ def test_the_report_has_every_section_and_the_figures_of_the_run(run):
   text = " ".join(page.text)
   for name in ("test_accuracy", "init_test_accuracy", "random_baseline_test_accuracy"):
     assert f"{100 * result[name]:.2f} %" in page.text
-  for figure in (f"{result['importance_gain']:.1f}", f"{result['target_evaluations']:,}", f"{result['wall_seconds']:.1f} s",
-                 f"{result['compile_seconds']:.1f} s", f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB", "cross_entropy", jax.__version__):
+  for figure in (
+    f"{result['importance_gain']:.1f}",
+    f"{result['target_evaluations']:,}",
+    f"{result['wall_seconds']:.1f} s",
+    f"{result['compile_seconds']:.1f} s",
+    f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    "cross_entropy",
+    jax.__version__,
+  ):
     assert figure in text, figure
-  assert page.tags.count("polyline") == 3 + 2 + 10, "two accuracies and the loss, gain and share, a line a class"
+  assert page.tags.count("polyline") == 3 + 2 + 10, (
+    "two accuracies and the loss, gain and share, a line a class"
+  )
   assert page.tags.count("img") == 2 * 10 + outputs.HARDEST
 
 
 def test_what_a_run_lacks_is_left_out(copied):
   stored = kipcore.load_artifact(copied / "distilled.npz")
-  flat = dataclasses.replace(stored, images=stored.images.reshape(10, 64), support=stored.support.reshape(10, 64),
-                             preprocess=kipcore.fit_preprocess(stored.images.reshape(10, 64), "none"))
+  flat = dataclasses.replace(
+    stored,
+    images=stored.images.reshape(10, 64),
+    support=stored.support.reshape(10, 64),
+    preprocess=kipcore.fit_preprocess(stored.images.reshape(10, 64), "none"),
+  )
   kipcore.save_artifact(copied / "distilled.npz", flat)
   with np.load(copied / "importance.npz") as file:
     arrays = {name: file[name] for name in file if name != "metadata"}
-  outputs.save_arrays(copied / "importance.npz", **{**arrays, "images": arrays["images"].reshape(-1, 64)})
+  outputs.save_arrays(
+    copied / "importance.npz", **{**arrays, "images": arrays["images"].reshape(-1, 64)}
+  )
   reporting.write_report(copied)
   page = Page(report(copied))
-  assert page.sections == [s for s in SECTIONS if s != "Images"] and "img" not in page.tags, "rows that are no images"
+  assert page.sections == [s for s in SECTIONS if s != "Images"] and "img" not in page.tags, (
+    "rows that are no images"
+  )
   (copied / "importance.npz").unlink()
   (copied / "metrics.jsonl").unlink()
   reporting.write_report(copied)
@@ -145,12 +192,16 @@ def test_text_from_data_is_escaped(hostile):
   page = Page(text)
   assert "<script" not in text and "<b>path" not in text and html.escape(HOSTILE) in text
   assert f"3{HOSTILE}" in page.text, "as text it is what it was"
-  element = html.element("p", "<i>", html.element("b", "&"), title='"><i>')
+  element = html_report.element("p", "<i>", html_report.element("b", "&"), title='"><i>')
   assert element == '<p title="&quot;&gt;&lt;i&gt;">&lt;i&gt;<b>&amp;</b></p>'
-  assert "<i>" not in html.page("<i>", [html.Section("<i>", ["<i>"])], "<i>", "<i>")
-  assert "<i>" not in charts.line_chart("<i>", {"<i>": [(0, 1), (1, 2)]}, "<i>", references={"<i>": 1.5}, unit="<i>")
+  assert "<i>" not in html_report.page("<i>", [html_report.Section("<i>", ["<i>"])], "<i>", "<i>")
+  assert "<i>" not in charts.line_chart(
+    "<i>", {"<i>": [(0, 1), (1, 2)]}, "<i>", references={"<i>": 1.5}, unit="<i>"
+  )
   assert "<i>" not in charts.interval_chart("<i>", {"<i>": {"<i>": (1.0, 0.1)}}, "<i>")
-  assert "<i>" not in html.properties({"<i>": {"<i>": ["<i>"]}}) + html.code("<i>") + html.cards([("<i>",) * 3])
+  assert "<i>" not in html_report.properties({"<i>": {"<i>": ["<i>"]}}) + html_report.code(
+    "<i>"
+  ) + html_report.cards([("<i>",) * 3])
 
 
 def test_the_code_of_the_report_runs(run, monkeypatch):
@@ -158,11 +209,17 @@ def test_the_code_of_the_report_runs(run, monkeypatch):
   monkeypatch.chdir(folder)
   raw = kipcore.datasets.load_dataset("digits")
   scope = {"x": raw.x_test, "y": raw.y_test}
-  snippets = [html.unescape(code) for code in re.findall(r"<pre><code>(.*?)</code></pre>", report(folder), flags=re.S)]
+  snippets = [
+    html.unescape(code)
+    for code in re.findall(r"<pre><code>(.*?)</code></pre>", report(folder), flags=re.S)
+  ]
   assert len(snippets) == 2
   for snippet in snippets:
     exec(compile(snippet, "report.html", "exec"), scope)
-  assert float(scope["accuracy"]) == result["test_accuracy"] and scope["inputs"].shape == raw.x_test.shape
+  assert (
+    float(scope["accuracy"]) == result["test_accuracy"]
+    and scope["inputs"].shape == raw.x_test.shape
+  )
   assert_close(scope["one_hot"], kipcore.load_artifact("distilled.npz").labels + 0.1, 1e-6)
   assert (scope["classes"] == np.arange(10)).all()
 
@@ -170,21 +227,40 @@ def test_the_code_of_the_report_runs(run, monkeypatch):
 def test_importance_is_recorded_over_time_and_its_hardest_rows_are_kept(run):
   folder, result = run
   lines = run_folder.read_metrics(folder)
-  assert lines[0]["importance_gain"] == 1 and lines[-1]["importance_gain"] == result["importance_gain"] > 1
+  assert (
+    lines[0]["importance_gain"] == 1
+    and lines[-1]["importance_gain"] == result["importance_gain"] > 1
+  )
   for line in lines:
-    assert len(line["class_shares"]) == 10 and abs(sum(line["class_shares"]) - 1) < 1e-5 and 0 < line["effective_share"] <= 1 + 1e-6
+    assert (
+      len(line["class_shares"]) == 10
+      and abs(sum(line["class_shares"]) - 1) < 1e-5
+      and 0 < line["effective_share"] <= 1 + 1e-6
+    )
   data = pipeline.load(CONFIG)
   with np.load(folder / "importance.npz", allow_pickle=False) as file:
-    scores, labels, hardest, images, predicted = (file[name] for name in ("scores", "labels", "hardest", "images", "predicted"))
+    scores, labels, hardest, images, predicted = (
+      file[name] for name in ("scores", "labels", "hardest", "images", "predicted")
+    )
   np.testing.assert_array_equal(labels, data.raw.y_train)
   np.testing.assert_array_equal(images, data.raw.x_train[hardest])
   known = np.isfinite(scores)
-  assert 1000 < known.sum() <= len(scores) == len(data.raw.y_train) and len(set(hardest)) == outputs.HARDEST
-  assert (np.diff(scores[hardest]) <= 0).all() and scores[hardest[-1]] >= np.sort(scores[known])[-outputs.HARDEST]
+  assert (
+    1000 < known.sum() <= len(scores) == len(data.raw.y_train)
+    and len(set(hardest)) == outputs.HARDEST
+  )
+  assert (np.diff(scores[hardest]) <= 0).all() and scores[hardest[-1]] >= np.sort(scores[known])[
+    -outputs.HARDEST
+  ]
   stored = kipcore.load_artifact(folder / "distilled.npz")
-  assert float(stored.evaluate(images, predicted).accuracy) == 1, "what the distilled set takes them for"
+  assert float(stored.evaluate(images, predicted).accuracy) == 1, (
+    "what the distilled set takes them for"
+  )
   wrong = predicted != labels[hardest]
-  assert report(folder).count("taken for ") == wrong.sum() > 0 and report(folder).count("right by now") == (~wrong).sum()
+  assert (
+    report(folder).count("taken for ") == wrong.sum() > 0
+    and report(folder).count("right by now") == (~wrong).sum()
+  )
   with np.load(folder / "start.npz", allow_pickle=False) as file:
     start = pipeline.start(CONFIG, data).support
     assert_close(data.preprocess.apply(file["images"]), start.x, 1e-5)
@@ -205,11 +281,15 @@ def test_scores_come_back_in_the_order_of_the_rows():
   """After one step on all rows they are the squared errors of the start, whatever device had a row."""
   support, x, y = problem()
   method = kip.kip(kipcore.linear_fn(), kip.KIPOptions(1e-2))
-  distiller = loop.Distiller(method, importance.importance("squared_error"), optax.sgd(0.1), len(x) + 1)
+  distiller = loop.Distiller(
+    method, importance.importance("squared_error"), optax.sgd(0.1), len(x) + 1
+  )
   result = loop.distill(0, distiller, support, x, y, 1, devices=jax.devices()[:3])
   k = np.asarray(support.x, np.float64) @ np.asarray(support.x, np.float64).T / 6
   dual = np.linalg.solve(k + 1e-2 * np.trace(k) / 6 * np.eye(6), np.asarray(support.y, np.float64))
-  assert_close(result.scores, np.sum((x @ np.asarray(support.x).T / 6 @ dual - y) ** 2, axis=1), 1e-4)
+  assert_close(
+    result.scores, np.sum((x @ np.asarray(support.x).T / 6 @ dual - y) ** 2, axis=1), 1e-4
+  )
   assert_close(result.history[-1]["class_shares"], np.bincount(y.argmax(1)) / len(x), 1e-2)
 
 
@@ -236,13 +316,18 @@ def test_what_is_logged_of_a_sampler_is_its_law(balanced):
   state = sampler.init(jnp.asarray(counts, jnp.int32), capacity)
   labels = np.repeat(np.arange(3), counts)
   base = (100 / (3 * counts))[labels] if balanced else np.ones(100)
-  metrics, with_law = jax.jit(sampler.metrics), jax.jit(lambda state: importance.with_law(state, mix, 5))
+  metrics, with_law = (
+    jax.jit(sampler.metrics),
+    jax.jit(lambda state: importance.with_law(state, mix, 5)),
+  )
   plain = metrics(state)
   expected = np.bincount(labels, base) / base.sum()
   assert_close(plain["class_shares"], expected, 1e-5)
   assert_close(plain["effective_share"], 1 / (100 * np.sum((base / base.sum()) ** 2)), 1e-5)
   scores = np.random.default_rng(0).exponential(size=100) ** 2 * (1 + labels)
-  filled = state._replace(scores=jnp.asarray(np.pad(scores, (0, 4)), jnp.float32), known=jnp.arange(capacity) < 100)
+  filled = state._replace(
+    scores=jnp.asarray(np.pad(scores, (0, 4)), jnp.float32), known=jnp.arange(capacity) < 100
+  )
   found = metrics(with_law(filled))
   p = (1 - mix) * scores * base / np.sum(scores * base) + mix * base / base.sum()
   assert_close(found["class_shares"], np.bincount(labels, p), 1e-4)
@@ -257,14 +342,30 @@ def test_what_is_logged_of_a_sampler_is_its_law(balanced):
 def write_comparison(folder):
   """A grid of two methods, one cell of which failed."""
   folder.mkdir()
-  cells = [dataclasses.asdict(DistillConfig(dataset="mnist", method=method, init=init, seed=seed, steps=steps))
-           for method, steps in (("kip", 7), ("dm", 9)) for init in ("uniform", "kmeans") for seed in range(2)]
+  cells = [
+    dataclasses.asdict(
+      DistillConfig(dataset="mnist", method=method, init=init, seed=seed, steps=steps)
+    )
+    for method, steps in (("kip", 7), ("dm", 9))
+    for init in ("uniform", "kmeans")
+    for seed in range(2)
+  ]
   row = dict.fromkeys(comparison.FIELDS, "")
-  rows = [{**row, **{name: cell[name] for name in ("dataset", "method", "init", "sampler", "seed")}, "target_evaluations": "80",
-           "test_accuracy": str(0.5 + 0.01 * i)} for i, cell in enumerate(cells)]
+  rows = [
+    {
+      **row,
+      **{name: cell[name] for name in ("dataset", "method", "init", "sampler", "seed")},
+      "target_evaluations": "80",
+      "test_accuracy": str(0.5 + 0.01 * i),
+    }
+    for i, cell in enumerate(cells)
+  ]
   rows[-1].update(error=HOSTILE, test_accuracy="")
-  config = {"grid": dataclasses.asdict(CompareConfig(methods=("kip", "dm"), num_seeds=2)), "cells": cells,
-            "environment": run_folder.environment()}
+  config = {
+    "grid": dataclasses.asdict(CompareConfig(methods=("kip", "dm"), num_seeds=2)),
+    "cells": cells,
+    "environment": run_folder.environment(),
+  }
   (folder / "config.json").write_text(json.dumps(config))
   comparison._write(folder, rows)
   return folder
@@ -274,32 +375,52 @@ def test_a_comparison_is_a_table_with_intervals_and_settings(tmp_path):
   folder = write_comparison(tmp_path / "grid")
   text = report(folder)
   page = Page(text)
-  assert page.text.count("50.5 ± 0.7") == 1 and "+2.0 ± 0.0" in page.text and "dm, kmeans, cross_entropy, 1" in page.text
+  assert (
+    page.text.count("50.5 ± 0.7") == 1
+    and "+2.0 ± 0.0" in page.text
+    and "dm, kmeans, cross_entropy, 1" in page.text
+  )
   assert page.tags.count("circle") == 4 and HOSTILE in page.text and "<script" not in text
   assert "Failed cells" in page.text and "8 runs" in " ".join(page.text)
-  differing = text[text.index("<details"):]
-  assert re.search(r"<td>steps</td><td[^>]*>7</td><td[^>]*>9</td>", differing) and "<th>relative_ridge</th><td>1e-06</td>" in differing
-  run_report.write(folder, tmp_path / "again.html")
+  differing = text[text.index("<details") :]
+  assert (
+    re.search(r"<td>steps</td><td[^>]*>7</td><td[^>]*>9</td>", differing)
+    and "<th>relative_ridge</th><td>1e-06</td>" in differing
+  )
+  report_command.write(folder, tmp_path / "again.html")
   assert (tmp_path / "again.html").read_text() == text
 
 
 def test_a_report_is_written_anew_from_its_folder(run, tmp_path):
-  run_report.write(run[0], tmp_path / "again.html")
+  report_command.write(run[0], tmp_path / "again.html")
   assert (tmp_path / "again.html").read_text() == report(run[0])
   with pytest.raises(UsageError, match="--run: expected the folder of a finished run, got"):
-    run_report.write(tmp_path, tmp_path / "none.html")
+    report_command.write(tmp_path, tmp_path / "none.html")
   assert not (tmp_path / "none.html").exists()
   with pytest.raises(UsageError, match="--output: expected a file in a folder that exists, got"):
-    run_report.write(run[0], tmp_path / "none" / "none.html")
+    report_command.write(run[0], tmp_path / "none" / "none.html")
 
 
 def test_charts_take_what_can_be_drawn():
   assert charts.line_chart("none", {"a": [(1, float("nan")), (0, -1)]}, "x", y_scale="log") == ""
   assert charts.interval_chart("none", {}) == ""
   for scale in ("linear", "log", "symlog"):
-    chart = Page(charts.line_chart("a", {"a": [(1, 1e-9), (300, 1e9), (5, float("inf"))], "one": [(2, 3.0)]}, "x", x_scale=scale, y_scale=scale))
+    chart = Page(
+      charts.line_chart(
+        "a",
+        {"a": [(1, 1e-9), (300, 1e9), (5, float("inf"))], "one": [(2, 3.0)]},
+        "x",
+        x_scale=scale,
+        y_scale=scale,
+      )
+    )
     places = [float(value) for name, value in chart.attributes if name in ("cx", "cy", "x", "y")]
-    assert len(places) > 10 and min(places) >= 0 and max(places) <= 420 and chart.tags.count("circle") == 3
+    assert (
+      len(places) > 10
+      and min(places) >= 0
+      and max(places) <= 420
+      and chart.tags.count("circle") == 3
+    )
   axis = charts._Axis("symlog", 0, 4000, 0, 360)
   assert axis.ticks(40) == [0, 10, 100, 1000] or {0, 10, 100, 1000} <= set(axis.ticks(40))
   assert charts._Axis("linear", 17, 23, 0, 200).ticks(30) == [17, 18, 19, 20, 21, 22, 23]
@@ -309,24 +430,33 @@ def test_charts_take_what_can_be_drawn():
 
 
 def test_images_are_inlined_as_they_are():
-  from PIL import Image
   import base64
   import io
+
+  from PIL import Image
+
   x = np.random.default_rng(0).uniform(-1, 2, (5, 7, 3))
   for pixels in (x, x[..., :1]):
-    content = base64.b64decode(re.search(r'base64,([^"]+)"', html.image(pixels, (0.0, 1.0), "an image"))[1])
+    content = base64.b64decode(
+      re.search(r'base64,([^"]+)"', html_report.image(pixels, (0.0, 1.0), "an image"))[1]
+    )
     shown = np.asarray(Image.open(io.BytesIO(content)))
     np.testing.assert_array_equal(shown.reshape(pixels.shape), np.rint(255 * np.clip(pixels, 0, 1)))
-  assert len(html.image(np.random.default_rng(0).uniform(size=(600, 300, 3)), (0, 1))) < 2e5, "large images are made smaller"
+  assert (
+    len(html_report.image(np.random.default_rng(0).uniform(size=(600, 300, 3)), (0, 1))) < 2e5
+  ), "large images are made smaller"
   with pytest.raises(ValueError, match="1 or 3 channels"):
-    html.image(np.zeros((2, 2, 4)), (0, 1))
+    html_report.image(np.zeros((2, 2, 4)), (0, 1))
 
 
 def test_rows_of_images_are_wrapped_and_have_their_captions(tmp_path):
   from matplotlib.image import imread
+
   low, wrapped, longer = (tmp_path / f"{i}.png" for i in range(3))
   x = np.random.default_rng(0).uniform(size=(4, 6, 6, 1))
-  save = lambda path, number, captions: kipcore_report.save_image_rows(path, [("a row", x[:number], captions)], (0, 1), columns=2)
+  save = lambda path, number, captions: pictures.save_image_rows(
+    path, [("a row", x[:number], captions)], (0, 1), columns=2
+  )
   save(low, 2, ["a", "b"])
   save(wrapped, 4, list("abcd"))
   save(longer, 2, ["a\nb", "b"])
@@ -337,8 +467,17 @@ def test_rows_of_images_are_wrapped_and_have_their_captions(tmp_path):
 
 
 def browse(folder, *arguments):
-  flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-           "--disable-component-update", "--disable-sync", f"--user-data-dir={folder}/profile"]
+  flags = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    f"--user-data-dir={folder}/profile",
+  ]
   done = subprocess.run([CHROMIUM, *flags, *arguments], capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr
   return done.stdout
@@ -348,15 +487,26 @@ def browse(folder, *arguments):
 def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(hostile, tmp_path):
   """No page is wider than its window, with names of 90 letters in it and tables that are wider; and it is not blank."""
   from matplotlib.image import imread
+
   pages = [report(hostile), report(write_comparison(tmp_path / "grid"))]
   # A copy of its own, opened up and without the policy that forbids the measuring script.
-  opened = [re.sub(r'<meta http-equiv[^>]*>', "", page).replace("<details", "<details open") for page in pages]
+  opened = [
+    re.sub(r"<meta http-equiv[^>]*>", "", page).replace("<details", "<details open")
+    for page in pages
+  ]
   frames = [(width, page) for width in (390, 1100) for page in opened]
-  body = "".join(f'<iframe width="{width}" height="800" srcdoc="{html.escape(page)}"></iframe>' for width, page in frames)
-  measure = ("onload = () => { document.title = JSON.stringify([...document.querySelectorAll('iframe')].map(f => { const d = f.contentDocument; "
-             "return [d.documentElement.clientWidth, d.documentElement.scrollWidth, Math.max(...[...d.querySelectorAll('.scroll')].map("
-             "e => e.scrollWidth - e.clientWidth))] })) }")
-  (tmp_path / "host.html").write_text(f"<!DOCTYPE html><title></title><script>{measure}</script>{body}")
+  body = "".join(
+    f'<iframe width="{width}" height="800" srcdoc="{html.escape(page)}"></iframe>'
+    for width, page in frames
+  )
+  measure = (
+    "onload = () => { document.title = JSON.stringify([...document.querySelectorAll('iframe')].map(f => { const d = f.contentDocument; "
+    "return [d.documentElement.clientWidth, d.documentElement.scrollWidth, Math.max(...[...d.querySelectorAll('.scroll')].map("
+    "e => e.scrollWidth - e.clientWidth))] })) }"
+  )
+  (tmp_path / "host.html").write_text(
+    f"<!DOCTYPE html><title></title><script>{measure}</script>{body}"
+  )
   shown = browse(tmp_path, "--dump-dom", f"file://{tmp_path}/host.html")
   measured = json.loads(re.search(r"<title>(.*?)</title>", shown)[1])
   assert len(measured) == 4
@@ -364,10 +514,18 @@ def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(hostile, tmp_path):
     assert width - 30 < window <= width and wide <= window, measured
   assert measured[1][2] > 0, "the table of the comparison scrolls in its own box on a phone"
   picture = tmp_path / "page.png"
-  browse(tmp_path, f"--screenshot={picture}", "--window-size=1100,1600", f"file://{hostile}/report.html")
+  browse(
+    tmp_path, f"--screenshot={picture}", "--window-size=1100,1600", f"file://{hostile}/report.html"
+  )
   pixels = imread(picture)[..., :3]
-  assert pixels.shape[1] == 1100 and pixels.std() > 0.05 and len(np.unique(np.rint(255 * pixels).reshape(-1, 3), axis=0)) > 30
-  assert (np.abs(pixels[600:] - pixels[-1, 0]).max(axis=(1, 2)) > 0.1).mean() > 0.5, "something on most lines"
+  assert (
+    pixels.shape[1] == 1100
+    and pixels.std() > 0.05
+    and len(np.unique(np.rint(255 * pixels).reshape(-1, 3), axis=0)) > 30
+  )
+  assert (np.abs(pixels[600:] - pixels[-1, 0]).max(axis=(1, 2)) > 0.1).mean() > 0.5, (
+    "something on most lines"
+  )
 
 
 def test_a_run_logs_to_a_writer(tmp_path, monkeypatch):
@@ -387,14 +545,23 @@ def test_a_run_logs_to_a_writer(tmp_path, monkeypatch):
     def close(self):
       written.append("close")
 
-  monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+  monkeypatch.setitem(
+    sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter)
+  )
   log = event_log.EventLog(tmp_path)
   log.scalars({"step": 3, "loss": 0.5, "class_shares": [0.25, 0.75]})
   from matplotlib.image import imsave
+
   imsave(tmp_path / "images.png", np.zeros((4, 4, 3)))
   log.close(6, [tmp_path / "images.png", tmp_path / "absent.png"])
-  assert written == [("open", "tensorboard"), ("loss", 0.5, 3), ("class_shares/0", 0.25, 3), ("class_shares/1", 0.75, 3),
-                     ("images", 3, 6, "HWC"), "close"]
+  assert written == [
+    ("open", "tensorboard"),
+    ("loss", 0.5, 3),
+    ("class_shares/0", 0.25, 3),
+    ("class_shares/1", 0.75, 3),
+    ("images", 3, 6, "HWC"),
+    "close",
+  ]
   (tmp_path / event_log.FOLDER).mkdir()
   (tmp_path / event_log.FOLDER / "events.out.tfevents.1").write_bytes(b"")
   run_folder.create(str(tmp_path), "", overwrite=True)
@@ -405,6 +572,8 @@ def test_a_run_logs_to_a_writer(tmp_path, monkeypatch):
 
 def test_event_files_without_their_writer_are_named_before_any_work(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  with pytest.raises(UsageError, match="--tensorboard: expected tensorboardX to be installed, got .*; pip install") as error:
+  with pytest.raises(
+    UsageError, match="--tensorboard: expected tensorboardX to be installed, got .*; pip install"
+  ) as error:
     pipeline.run_distill(CONFIG, str(tmp_path / "run"), tensorboard=True)
   assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

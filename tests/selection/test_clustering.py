@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import RTOL, assert_close
 from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.cluster import kmeans_plusplus as sklearn_plusplus
 from sklearn.datasets import load_digits, make_blobs
 
-from helpers import RTOL, assert_close
 from kipcore.selection import clustering
 from kipcore.selection.clustering import (
-    KMeansResult,
-    kernel_kmeans_plusplus,
-    kmeans,
-    kmeans_plusplus,
-    nearest_rows,
+  KMeansResult,
+  kernel_kmeans_plusplus,
+  kmeans,
+  kmeans_plusplus,
+  nearest_rows,
 )
 from kipcore.selection.draws import draw_few_rows
 
@@ -50,7 +50,9 @@ def chi_square_p(counts, probabilities):
   """p-value of counts under a law; entries that the law excludes must be empty."""
   assert counts[probabilities == 0].sum() == 0
   keep = probabilities > 0
-  return stats.chisquare(counts[keep], counts.sum() * probabilities[keep] / probabilities.sum()).pvalue
+  return stats.chisquare(
+    counts[keep], counts.sum() * probabilities[keep] / probabilities.sum()
+  ).pvalue
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -59,7 +61,6 @@ def draw(key, weights, num_draws):
 
 
 class TestDrawRows:
-
   def test_law(self, dtype):
     weights = np.array([0, 3, 0, 1, 2, 0, 5, 0, 0, 0.5, 0])
     draws = np.asarray(draw(jax.random.key(0), jnp.asarray(weights, dtype), 20_000))
@@ -69,8 +70,9 @@ class TestDrawRows:
     n = 2_000_000
     weights = np.random.default_rng(0).uniform(size=n).astype(np.float32)
     weights[::2] = 0
-    draws = np.concatenate([
-        np.asarray(draw(jax.random.key(i), jnp.asarray(weights), 4_000)) for i in range(15)])
+    draws = np.concatenate(
+      [np.asarray(draw(jax.random.key(i), jnp.asarray(weights), 4_000)) for i in range(15)]
+    )
     assert (weights[draws] > 0).all()
     bins = np.bincount(draws // (n // 20), minlength=20)
     assert chi_square_p(bins, weights.reshape(20, -1).sum(1, dtype=np.float64)) > 1e-3
@@ -142,9 +144,15 @@ class TestSeedingLaw:
     expected[:, 1] += expected[:, 4]
     expected[1] += expected[4]
     counts = np.zeros((6, 6))
-    np.add.at(counts, (np.where(drawn[:, 0] == 4, 1, drawn[:, 0]), np.where(drawn[:, 1] == 4, 1, drawn[:, 1])), 1)
+    np.add.at(
+      counts,
+      (np.where(drawn[:, 0] == 4, 1, drawn[:, 0]), np.where(drawn[:, 1] == 4, 1, drawn[:, 1])),
+      1,
+    )
     keep = [0, 1, 2, 3, 5]
-    assert chi_square_p(counts[np.ix_(keep, keep)].ravel(), expected[np.ix_(keep, keep)].ravel()) > 1e-3
+    assert (
+      chi_square_p(counts[np.ix_(keep, keep)].ravel(), expected[np.ix_(keep, keep)].ravel()) > 1e-3
+    )
 
   def test_many_seeds_against_a_plain_loop(self, x64):
     """Past the early blocks too: mean cost after 60 seeds equals that of a sequential NumPy loop."""
@@ -167,7 +175,6 @@ class TestSeedingLaw:
 
 
 class TestSeeding:
-
   def test_basic(self, dtype):
     x = jnp.asarray(blobs(), dtype)
     centers, indices = kmeans_plusplus(jax.random.key(0), x, 25)
@@ -185,7 +192,9 @@ class TestSeeding:
     distinct = rng.normal(size=(8, 40)) + 100
     x = jnp.asarray(np.repeat(distinct, 6, axis=0), dtype)
     for seed in range(10):
-      indices = np.asarray(kmeans_plusplus(jax.random.key(seed), x, 12, num_trials=num_trials).indices)
+      indices = np.asarray(
+        kmeans_plusplus(jax.random.key(seed), x, 12, num_trials=num_trials).indices
+      )
       assert set((indices[:8] // 6).tolist()) == set(range(8))
       assert len(set(indices.tolist())) == 12
 
@@ -226,7 +235,9 @@ class TestSeeding:
       key = jax.random.key(seed)
       euclidean = kmeans_plusplus(key, x, 15, num_trials=num_trials)
       np.testing.assert_array_equal(
-          euclidean.indices, kernel_kmeans_plusplus(key, linear, x, 15, num_trials=num_trials, block_size=70).indices)
+        euclidean.indices,
+        kernel_kmeans_plusplus(key, linear, x, 15, num_trials=num_trials, block_size=70).indices,
+      )
 
   def test_kernel_law(self, x64):
     """The second seed of an RBF kernel follows 2 - 2 k(i, first)."""
@@ -246,11 +257,19 @@ class TestSeeding:
     ours, theirs = [], []
     for seed in range(30):
       trials = num_trials or 2 + int(np.log(k))
-      centers, _ = kmeans_plusplus(jax.random.key(seed), jnp.asarray(x, jnp.float32), k, num_trials=trials)
+      centers, _ = kmeans_plusplus(
+        jax.random.key(seed), jnp.asarray(x, jnp.float32), k, num_trials=trials
+      )
       ours.append(cost(x, centers))
-      theirs.append(cost(x, sklearn_plusplus(x, k, n_local_trials=num_trials, random_state=seed)[0]))
+      theirs.append(
+        cost(x, sklearn_plusplus(x, k, n_local_trials=num_trials, random_state=seed)[0])
+      )
     ratio = np.mean(ours) / np.mean(theirs)
-    error = ratio * np.sqrt(np.var(ours) / np.mean(ours)**2 + np.var(theirs) / np.mean(theirs)**2) / np.sqrt(30)
+    error = (
+      ratio
+      * np.sqrt(np.var(ours) / np.mean(ours) ** 2 + np.var(theirs) / np.mean(theirs) ** 2)
+      / np.sqrt(30)
+    )
     assert abs(ratio - 1) < max(0.05, 3 * error), ratio
 
   def test_expected_cost_bound(self, x64):
@@ -258,13 +277,17 @@ class TestSeeding:
     for instance in range(20):
       x = blobs(150, 3, 3 + instance % 6, seed=instance)
       best = KMeans(6, n_init=5, random_state=0).fit(x).inertia_
-      mean = np.mean([cost(x, c) for c in run(jax.random.split(jax.random.key(instance), 20), jnp.asarray(x))])
+      mean = np.mean(
+        [cost(x, c) for c in run(jax.random.split(jax.random.key(instance), 20), jnp.asarray(x))]
+      )
       assert mean <= 5 * (np.log(6) + 2) * best
 
   def test_rare_cluster(self):
     """5 of 345 rows far away: D^2 seeding finds them; uniform draws would in about 1 of 7 runs."""
     rng = np.random.default_rng(0)
-    x = np.concatenate([rng.normal(size=(340, 4)), rng.normal(size=(5, 4)) + 100]).astype(np.float32)
+    x = np.concatenate([rng.normal(size=(340, 4)), rng.normal(size=(5, 4)) + 100]).astype(
+      np.float32
+    )
     run = jax.vmap(lambda key: kmeans_plusplus(key, jnp.asarray(x), 10).indices)
     found = (np.asarray(run(jax.random.split(jax.random.key(0), 1000))) >= 340).any(1)
     assert found.mean() >= 0.99
@@ -301,7 +324,6 @@ class TestSeeding:
 
 
 class TestLloyd:
-
   def test_result_is_a_fixed_point(self, dtype):
     x = jnp.asarray(blobs(), dtype)
     weights = jnp.asarray(np.random.default_rng(0).integers(0, 4, 300), dtype)
@@ -313,8 +335,12 @@ class TestLloyd:
     assert_close(chosen, distances.min(1), RTOL[dtype.name])
     w = np.asarray(weights, np.float64)
     assert_close(result.inertia, (w * distances.min(1)).sum(), 10 * RTOL[dtype.name])
-    means = np.stack([np.average(np.asarray(x, np.float64)[assignment == c], axis=0, weights=w[assignment == c])
-                      for c in range(10)])
+    means = np.stack(
+      [
+        np.average(np.asarray(x, np.float64)[assignment == c], axis=0, weights=w[assignment == c])
+        for c in range(10)
+      ]
+    )
     assert_close(result.centers, means, 10 * RTOL[dtype.name])
 
   def test_inertia_never_rises(self):
@@ -328,7 +354,9 @@ class TestLloyd:
 
   def test_as_good_as_scikit_learn(self):
     x = load_digits().data
-    ours = [float(kmeans(jax.random.key(s), jnp.asarray(x, jnp.float32), 10).inertia) for s in range(10)]
+    ours = [
+      float(kmeans(jax.random.key(s), jnp.asarray(x, jnp.float32), 10).inertia) for s in range(10)
+    ]
     theirs = [KMeans(10, n_init=1, random_state=s).fit(x).inertia_ for s in range(10)]
     assert 0.97 < np.mean(ours) / np.mean(theirs) < 1.03
 
@@ -346,22 +374,33 @@ class TestLloyd:
     """The optimum of well-separated blobs is found by both, and it is the same."""
     x = make_blobs(40, 2, centers=[[0, 0], [50, 0], [0, 50]], random_state=0)[0]
     copies = np.random.default_rng(0).integers(1, 4, 40)
-    weighted = kmeans(jax.random.key(0), jnp.asarray(x), 3, jnp.asarray(copies, float), tolerance=0.0)
+    weighted = kmeans(
+      jax.random.key(0), jnp.asarray(x), 3, jnp.asarray(copies, float), tolerance=0.0
+    )
     repeated = KMeans(3, n_init=5, random_state=0, tol=0).fit(np.repeat(x, copies, axis=0))
     assert_close(weighted.inertia, repeated.inertia_, 1e-10)
-    assert_close(np.sort(weighted.centers, axis=0), np.sort(repeated.cluster_centers_, axis=0), 1e-10)
+    assert_close(
+      np.sort(weighted.centers, axis=0), np.sort(repeated.cluster_centers_, axis=0), 1e-10
+    )
 
   def test_more_clusters_than_distinct_rows(self, dtype):
     x = jnp.asarray(np.repeat([[0.0, 0.0], [5.0, 5.0], [9.0, 1.0]], [50, 1, 1], axis=0), dtype)
     result = kmeans(jax.random.key(0), x, 6)
-    assert bool(result.converged) and float(result.inertia) <= 1e-6 and bool(jnp.isfinite(result.centers).all())
+    assert (
+      bool(result.converged)
+      and float(result.inertia) <= 1e-6
+      and bool(jnp.isfinite(result.centers).all())
+    )
 
   def test_emptied_cluster_is_reseated(self, x64, monkeypatch):
     """Coinciding seeds leave one of two clusters empty; it moves to a far row, and the optimum is found."""
     x = jnp.asarray(make_blobs(40, 2, centers=[[0, 0], [50, 0]], random_state=0)[0])
-    monkeypatch.setattr(clustering, "_euclidean_seeds", lambda key, x, w, k, t: jnp.zeros(k, jnp.int32))
+    monkeypatch.setattr(
+      clustering, "_euclidean_seeds", lambda key, x, w, k, t: jnp.zeros(k, jnp.int32)
+    )
     result = clustering._kmeans.__wrapped__(
-        jax.random.key(0), x, jnp.ones(40), jnp.asarray(0.0), jnp.int32(50), 2, 1, 1, 256)
+      jax.random.key(0), x, jnp.ones(40), jnp.asarray(0.0), jnp.int32(50), 2, 1, 1, 256
+    )
     assert_close(result.inertia, KMeans(2, n_init=5, random_state=0).fit(x).inertia_, 1e-9)
     assert np.bincount(np.asarray(result.assignment)).tolist() == [20, 20]
 
@@ -380,7 +419,6 @@ class TestLloyd:
 
 
 class TestNearestRows:
-
   def test_nearest_where_there_is_no_conflict(self, dtype):
     x = jnp.asarray(blobs(), dtype)
     centers = kmeans(jax.random.key(0), x, 10).centers
@@ -390,7 +428,7 @@ class TestNearestRows:
     assert_close(distances[rows, np.arange(10)], distances.min(0), RTOL[dtype.name])
 
   def test_conflicts_follow_the_rule(self, x64):
-    """More centres than a block holds; a plain loop in order gives the same rows."""
+    """More centers than a block holds; a plain loop in order gives the same rows."""
     rng = np.random.default_rng(0)
     x, centers = rng.normal(size=(90, 3)), 0.3 * rng.normal(size=(70, 3))
     distances = squared_distances(x, centers)

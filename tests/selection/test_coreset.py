@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 
 import kipcore
 from kipcore.selection import coreset, representatives
 from kipcore.types import Support
-from helpers import assert_close
 
 NTK = kipcore.ntk_fn(kipcore.fc(1))
 
@@ -16,7 +16,9 @@ def blobs(dtype=np.float32, sizes=(60, 25, 40), side=4, seed=0):
   rng = np.random.default_rng(seed)
   labels = np.repeat(np.arange(len(sizes)), sizes)
   modes = rng.normal(size=(len(sizes), 2, side * side))
-  x = 1.5 * modes[labels, rng.integers(0, 2, labels.size)] + rng.normal(size=(labels.size, side * side))
+  x = 1.5 * modes[labels, rng.integers(0, 2, labels.size)] + rng.normal(
+    size=(labels.size, side * side)
+  )
   order = rng.permutation(labels.size)
   y = np.eye(len(sizes))[labels] - 1 / len(sizes)
   return x[order].reshape(-1, side, side, 1).astype(dtype), y[order].astype(dtype)
@@ -35,13 +37,18 @@ def test_contract_of_every_strategy(strategy, dtype):
   assert real.all() == (chosen.strategy not in ("kmeans", "noise"))
   if real.all():
     assert len(set(chosen.indices.tolist())) == 12
-    assert np.array_equal(x[chosen.indices], chosen.x) and np.array_equal(y[chosen.indices], chosen.y)
+    assert np.array_equal(x[chosen.indices], chosen.x) and np.array_equal(
+      y[chosen.indices], chosen.y
+    )
   again = kipcore.select_coreset(3, x, y, 4, strategy, NTK, num_candidates=40)
   assert np.array_equal(chosen.x, again.x) and np.array_equal(chosen.weights, again.weights)
   if strategy in ("herding", "k_center"):
     for c in range(3):  # nothing is drawn: the choice within the class alone
       rows = np.flatnonzero(y.argmax(1) == c)
-      assert (rows[np.asarray(getattr(representatives, strategy)(x[rows], 4))] == chosen.indices[4 * c:4 * c + 4]).all()
+      assert (
+        rows[np.asarray(getattr(representatives, strategy)(x[rows], 4))]
+        == chosen.indices[4 * c : 4 * c + 4]
+      ).all()
   elif strategy not in ("auto", "krr_pursuit"):
     other = kipcore.select_coreset(4, x, y, 4, strategy, NTK)
     assert not np.array_equal(chosen.x, other.x)
@@ -52,7 +59,11 @@ def test_kmeans_weights_count_the_rows_of_each_cluster(x64):
   chosen = kipcore.select_coreset(0, x, y, 3, "kmeans")
   per_class = np.asarray(chosen.weights).reshape(3, 3).sum(1)
   assert (per_class == np.bincount(y.argmax(1))).all()
-  means = (np.asarray(chosen.weights)[:, None] * np.asarray(chosen.x).reshape(9, -1)).reshape(3, 3, -1).sum(1)
+  means = (
+    (np.asarray(chosen.weights)[:, None] * np.asarray(chosen.x).reshape(9, -1))
+    .reshape(3, 3, -1)
+    .sum(1)
+  )
   expected = np.stack([x[y.argmax(1) == c].reshape(-1, 16).sum(0) for c in range(3)])
   assert_close(means, expected, rtol=1e-2)  # Lloyd stops at a tolerance
 
@@ -77,7 +88,9 @@ def test_three_cures_give_one_predictor(b_std, x64):
 
   def predict(how):
     support, ridge = kipcore.absorb_weights(kernel, chosen, chosen.ridge, 1e-4, how)
-    return kipcore.krr_predict(kipcore.krr_fit(kernel(support.x), support.y, ridge), kernel(jnp.asarray(x), support.x))
+    return kipcore.krr_predict(
+      kipcore.krr_fit(kernel(support.x), support.y, ridge), kernel(jnp.asarray(x), support.x)
+    )
 
   for how in ("labels", "ridge"):
     assert_close(predict(how), expected, rtol=1e-8)
@@ -90,7 +103,7 @@ def test_three_cures_give_one_predictor(b_std, x64):
 
 
 def test_solved_labels_are_never_worse_than_the_weighted_coreset(x64):
-  """F over all rows: label solve minimises it over the span, whatever the draw and its weights."""
+  """F over all rows: label solve minimizes it over the span, whatever the draw and its weights."""
   x, y = blobs(np.float64)
   for seed in range(5):
     chosen = kipcore.select_coreset(seed, x, y, 4, "krr_sensitivity", NTK)
@@ -118,17 +131,27 @@ def test_auto_is_never_worse_than_uniform_by_its_measure(dtype):
     np.testing.assert_array_equal(other.x, candidates[strategy].x)
     result = kipcore.evaluate_krr(NTK, Support(other.x, other.y), x, y, relative_ridge=1e-6)
     errors[strategy] = 1 - float(result.accuracy)
-    assert errors[strategy] == kipcore.measured_objective(NTK, other, x, y) == chosen.objectives[strategy]
+    assert (
+      errors[strategy]
+      == kipcore.measured_objective(NTK, other, x, y)
+      == chosen.objectives[strategy]
+    )
   assert errors[chosen.strategy] <= errors["uniform"]
 
 
-@pytest.mark.parametrize("call, message", [
+@pytest.mark.parametrize(
+  "call, message",
+  [
     (lambda x, y: kipcore.select_coreset(0, x, y, 2, "best"), "strategy: expected one of"),
     (lambda x, y: kipcore.select_coreset(0, x, y, 2, "auto"), "kernel_fn: expected a kernel"),
     (lambda x, y: kipcore.select_coreset(0, x, y, 26, "uniform"), "25 rows of the smallest class"),
     (lambda x, y: kipcore.select_coreset(0, x, y[:3], 2, "uniform"), "same number of rows"),
-    (lambda x, y: kipcore.select_coreset(0, x, y, 2, "krr_sensitivity", NTK, score_ridge=0.0), "score_ridge"),
-])
+    (
+      lambda x, y: kipcore.select_coreset(0, x, y, 2, "krr_sensitivity", NTK, score_ridge=0.0),
+      "score_ridge",
+    ),
+  ],
+)
 def test_wrong_input_is_named(call, message):
   with pytest.raises(ValueError, match=message):
     call(*blobs())

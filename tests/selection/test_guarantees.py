@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 
 from kipcore.selection import certificate, guarantees, sampling
-from helpers import assert_close
 
 RIDGE = 30.0
 
@@ -40,7 +40,9 @@ def objective(k, y, ridge, dual, weights=None):
 
 def errors_of(bank, scores, m, draws, seed=0, **options):
   """Errors `(draws, q)` of weighted subsets drawn by the scores."""
-  draw = lambda key: certificate.query_errors(bank, *sampling.sensitivity_sample(key, scores, m, **options))
+  draw = lambda key: certificate.query_errors(
+    bank, *sampling.sensitivity_sample(key, scores, m, **options)
+  )
   return np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(seed), draws)))
 
 
@@ -64,7 +66,9 @@ def test_sizes_invert_and_scale():
       if theorem != "krr_optimum" or epsilon < 0.3:
         assert guarantees.guarantee_at(m - 1, 40.0, 35.0, 0.1, theorem) > epsilon * (1 - 1e-9)
     base, double, safer = (
-        guarantees.sample_size(t, 35.0, 0.1, delta, theorem) for t, delta in ((40.0, 0.1), (80.0, 0.1), (40.0, 0.01)))
+      guarantees.sample_size(t, 35.0, 0.1, delta, theorem)
+      for t, delta in ((40.0, 0.1), (80.0, 0.1), (40.0, 0.01))
+    )
     assert double >= 2 * base - 1 and safer > base
   strong = [guarantees.sample_size(40.0, 35.0, e, 0.1) for e in (0.02, 0.01)]
   optimum = [guarantees.sample_size(40.0, 35.0, e, 0.1, "krr_optimum") for e in (0.002, 0.001)]
@@ -73,19 +77,30 @@ def test_sizes_invert_and_scale():
 
 def test_sizes_by_hand():
   log = math.log(20)
-  assert guarantees.sample_size(10, 1, 0.5, 0.1, "single_query") == math.ceil(80 * (1 + 1 / 6) * log)
+  assert guarantees.sample_size(10, 1, 0.5, 0.1, "single_query") == math.ceil(
+    80 * (1 + 1 / 6) * log
+  )
   assert guarantees.sample_size(10, 6, 0.5, 0.1) == math.ceil(320 * (1 + 1 / 12) * math.log(1000))
   assert guarantees.guarantee_at(50, 40.0, 35.0) == math.inf
   assert guarantees.guarantee_at(50, 40.0, 35.0, theorem="krr_optimum") == math.inf
 
 
-@pytest.mark.parametrize("bad, match", [
-    (dict(epsilon=1.0), "epsilon"), (dict(epsilon=0.0), "epsilon"), (dict(delta=1.0), "delta"),
-    (dict(total_sensitivity=0.0), "total_sensitivity"), (dict(dimension=-1.0), "dimension"),
-    (dict(theorem="x"), "theorem")])
+@pytest.mark.parametrize(
+  "bad, match",
+  [
+    (dict(epsilon=1.0), "epsilon"),
+    (dict(epsilon=0.0), "epsilon"),
+    (dict(delta=1.0), "delta"),
+    (dict(total_sensitivity=0.0), "total_sensitivity"),
+    (dict(dimension=-1.0), "dimension"),
+    (dict(theorem="x"), "theorem"),
+  ],
+)
 def test_size_errors(bad, match):
   with pytest.raises(ValueError, match=match):
-    guarantees.sample_size(**{**dict(total_sensitivity=5.0, dimension=4.0, epsilon=0.5, delta=0.1), **bad})
+    guarantees.sample_size(
+      **{**dict(total_sensitivity=5.0, dimension=4.0, epsilon=0.5, delta=0.1), **bad}
+    )
 
 
 def test_theorems_hold_where_they_apply(x64):
@@ -102,7 +117,10 @@ def test_theorems_hold_where_they_apply(x64):
   for seed in range(20):
     indices, weights = map(np.asarray, sampling.sensitivity_sample(seed, jnp.asarray(scores), m))
     w = np.bincount(indices, weights=weights, minlength=200)
-    ratios.append(objective(k, y, ridge, np.linalg.solve(w[:, None] * k + ridge * np.eye(200), w[:, None] * y)) / best)
+    ratios.append(
+      objective(k, y, ridge, np.linalg.solve(w[:, None] * k + ridge * np.eye(200), w[:, None] * y))
+      / best
+    )
   assert np.mean(np.array(ratios) > 1.2) <= 0.1 and min(ratios) >= 1
 
 
@@ -111,11 +129,16 @@ def test_weighted_objective_is_unbiased(x64):
   _, k, y = heavy_tailed(100)
   scores, _, _ = closed_form(k, y, RIDGE)
   rng = np.random.default_rng(1)
-  duals = [np.linalg.solve(k + RIDGE * np.eye(100), y + s * rng.normal(size=y.shape)) for s in (0, 0.1, 1, 3, 10)]
+  duals = [
+    np.linalg.solve(k + RIDGE * np.eye(100), y + s * rng.normal(size=y.shape))
+    for s in (0, 0.1, 1, 3, 10)
+  ]
   losses = np.stack([np.sum((k @ a - y) ** 2, axis=1) for a in duals], axis=1)
   for replace in (True, False):
     draw = lambda key: sampling.sensitivity_sample(key, jnp.asarray(scores), 30, replace=replace)
-    indices, weights = map(np.asarray, jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(2), 2000)))
+    indices, weights = map(
+      np.asarray, jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(2), 2000))
+    )
     sums = np.einsum("dm,dmq->dq", weights, losses[indices])
     assert np.all(np.abs(sums.mean(0) - losses.sum(0)) <= 4 * sums.std(0, ddof=1) / np.sqrt(2000))
 
@@ -126,8 +149,9 @@ def test_sensitivity_beats_uniform_on_heavy_tails(x64):
   scores, _, _ = closed_form(k, y, RIDGE)
   bank, scores = bank_of(k, y), jnp.asarray(scores)
   uniform, exact, mixed = (
-      errors_of(bank, s, 150, 60, uniform_mix=g).max(1).mean()
-      for s, g in ((jnp.ones(400), 0.0), (scores, 0.0), (scores, 0.1)))
+    errors_of(bank, s, 150, 60, uniform_mix=g).max(1).mean()
+    for s, g in ((jnp.ones(400), 0.0), (scores, 0.0), (scores, 0.1))
+  )
   assert exact <= 0.6 * uniform and mixed <= 0.6 * uniform
 
 
@@ -178,7 +202,15 @@ def test_certificate_against_direct_formulas(x64):
   sample = sampling.sensitivity_sample(0, jnp.asarray(scores), 120)
   weights = sample.weights.at[0].set(0)
   found = certificate.measure_coreset(
-      1, jnp.asarray(k), None, jnp.asarray(y), RIDGE, sample.indices, weights, total_sensitivity=scores.sum())
+    1,
+    jnp.asarray(k),
+    None,
+    jnp.asarray(y),
+    RIDGE,
+    sample.indices,
+    weights,
+    total_sensitivity=scores.sum(),
+  )
   w = np.bincount(np.asarray(sample.indices), weights=np.asarray(weights), minlength=150)
   dual = np.linalg.solve(w[:, None] * k + RIDGE * np.eye(150), w[:, None] * y)
   value = objective(k, y, RIDGE, dual)
@@ -187,14 +219,26 @@ def test_certificate_against_direct_formulas(x64):
   assert_close(found.objective_reference, best, 1e-9)
   assert_close(found.objective_subset, value, 1e-9)
   assert_close(found.objective_ratio, value / best, 1e-9)
-  assert_close([found.effective_dimension_lower, found.effective_dimension_upper], [dimension] * 2, 1e-8)
+  assert_close(
+    [found.effective_dimension_lower, found.effective_dimension_upper], [dimension] * 2, 1e-8
+  )
   assert_close(found.label_mass, scores.sum() - dimension, 1e-8)
   optimum = np.linalg.solve(k + RIDGE * np.eye(150), y)
-  assert_close(found.epsilon_at_optimum, abs(objective(k, y, RIDGE, optimum, w) / best - 1), 0, 1e-9)
+  assert_close(
+    found.epsilon_at_optimum, abs(objective(k, y, RIDGE, optimum, w) / best - 1), 0, 1e-9
+  )
   assert found.measured_epsilon >= found.epsilon_at_optimum and found.promised_epsilon is None
   assert json.loads(json.dumps(found.as_dict(), allow_nan=False)) == found.as_dict()
   again = certificate.measure_coreset(
-      1, jnp.asarray(k), None, jnp.asarray(y), RIDGE, sample.indices, weights, total_sensitivity=scores.sum())
+    1,
+    jnp.asarray(k),
+    None,
+    jnp.asarray(y),
+    RIDGE,
+    sample.indices,
+    weights,
+    total_sensitivity=scores.sum(),
+  )
   assert again == found
 
 
@@ -215,7 +259,8 @@ def test_whole_set_is_without_error_in_float32():
   x = jnp.asarray(np.random.default_rng(6).normal(size=(90, 3)), dtype)
   y = jnp.sin(x[:, :2])
   found = certificate.measure_coreset(
-      0, rbf, x, y, 1.0, jnp.arange(90), jnp.ones(90, dtype), num_queries=5, total_sensitivity=10.0)
+    0, rbf, x, y, 1.0, jnp.arange(90), jnp.ones(90, dtype), num_queries=5, total_sensitivity=10.0
+  )
   assert found.measured_epsilon < 2e-4 and abs(found.objective_ratio - 1) < 2e-4
 
 
@@ -228,29 +273,55 @@ def test_landmarks_bracket_the_truth(dtype):
   k = np.exp(-0.5 * np.sum((wide[:, None] - wide[None]) ** 2, axis=-1) / 9)
   scores, best, dimension = closed_form(k, y.astype(np.float64), 1.0)
   sample = sampling.sensitivity_sample(0, jnp.asarray(scores, dtype), 150)
-  one, three = (certificate.measure_coreset(
-      2, rbf, jnp.asarray(x), jnp.asarray(y), 1.0, *sample, num_landmarks=30, num_queries=8, dual_steps=steps,
-      block_size=128) for steps in (1, 3))
+  one, three = (
+    certificate.measure_coreset(
+      2,
+      rbf,
+      jnp.asarray(x),
+      jnp.asarray(y),
+      1.0,
+      *sample,
+      num_landmarks=30,
+      num_queries=8,
+      dual_steps=steps,
+      block_size=128,
+    )
+    for steps in (1, 3)
+  )
   slack = {"float32": 1e-4, "float64": 1e-9}[dtype.name]
   assert not one.exact and one.num_landmarks == 30
   assert one.objective_lower <= best * (1 + slack) and three.objective_lower <= best * (1 + slack)
-  assert one.objective_lower <= three.objective_lower * (1 + slack) and three.objective_lower > 0.999 * best
+  assert (
+    one.objective_lower <= three.objective_lower * (1 + slack)
+    and three.objective_lower > 0.999 * best
+  )
   assert one.objective_ratio >= three.objective_ratio * (1 - slack)
   assert three.objective_reference >= best * (1 - slack)
-  w = np.bincount(np.asarray(sample.indices), weights=np.asarray(sample.weights, np.float64), minlength=500)
+  w = np.bincount(
+    np.asarray(sample.indices), weights=np.asarray(sample.weights, np.float64), minlength=500
+  )
   value = objective(k, y, 1.0, np.linalg.solve(w[:, None] * k + np.eye(500), w[:, None] * y))
   assert_close(one.objective_subset, value, 10 * slack)
-  assert one.effective_dimension_lower <= dimension * (1 + slack) <= one.effective_dimension_upper * (1 + 2 * slack)
+  assert (
+    one.effective_dimension_lower
+    <= dimension * (1 + slack)
+    <= one.effective_dimension_upper * (1 + 2 * slack)
+  )
 
 
 def test_measure_errors():
   y, k = jnp.ones((5, 1)), jnp.eye(5)
   good = dict(key=0, kernel=k, x=None, y=y, ridge=1.0, indices=jnp.arange(2), weights=jnp.ones(2))
   for change, match in [
-      (dict(ridge=0.0), "ridge"), (dict(kernel=rbf), "x: expected rows"),
-      (dict(indices=jnp.asarray([0, 5])), "indices"), (dict(weights=-jnp.ones(2)), "weights"),
-      (dict(weights=jnp.ones(3)), "weights"), (dict(y=y * jnp.nan), "y: expected finite"),
-      (dict(kernel=jnp.eye(4)), "kernel"), (dict(num_queries=0), "num_queries")]:
+    (dict(ridge=0.0), "ridge"),
+    (dict(kernel=rbf), "x: expected rows"),
+    (dict(indices=jnp.asarray([0, 5])), "indices"),
+    (dict(weights=-jnp.ones(2)), "weights"),
+    (dict(weights=jnp.ones(3)), "weights"),
+    (dict(y=y * jnp.nan), "y: expected finite"),
+    (dict(kernel=jnp.eye(4)), "kernel"),
+    (dict(num_queries=0), "num_queries"),
+  ]:
     with pytest.raises(ValueError, match=match):
       certificate.measure_coreset(**{**good, **change})
   with pytest.raises(TypeError, match="integers"):

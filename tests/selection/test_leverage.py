@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from helpers import RTOL, assert_close
+
 from kipcore.selection import leverage, score_ridge
 from kipcore.types import Status
 
@@ -83,18 +83,24 @@ def test_invariances(x64):
   tau = np.asarray(leverage.ridge_leverage_scores(jnp.asarray(k), ridge))
   assert_close(leverage.ridge_leverage_scores(jnp.asarray(7 * k), 7 * ridge), tau, 1e-11)
   order = np.random.default_rng(0).permutation(60)
-  assert_close(leverage.ridge_leverage_scores(jnp.asarray(k[order][:, order]), ridge), tau[order], 1e-11)
+  assert_close(
+    leverage.ridge_leverage_scores(jnp.asarray(k[order][:, order]), ridge), tau[order], 1e-11
+  )
   # Two copies of weight 1/2 are one row; an integer weight is that many rows.
   twice = np.concatenate([np.arange(60), [3]])
   u = np.ones(61)
   u[[3, 60]] = 0.5
-  copies = np.asarray(leverage.ridge_leverage_scores(jnp.asarray(k[twice][:, twice]), ridge, jnp.asarray(u)))
+  copies = np.asarray(
+    leverage.ridge_leverage_scores(jnp.asarray(k[twice][:, twice]), ridge, jnp.asarray(u))
+  )
   assert_close(copies[[3, 60]], [tau[3] / 2] * 2, 1e-11)
   assert_close(np.delete(copies, [3, 60]), np.delete(tau, 3), 1e-11)
   counts = np.random.default_rng(1).integers(1, 4, 60)
   repeated = np.repeat(np.arange(60), counts)
   by_copies = exact(k[repeated][:, repeated], ridge)
-  by_weight = leverage.ridge_leverage_scores(jnp.asarray(k), ridge, jnp.asarray(counts, jnp.float64))
+  by_weight = leverage.ridge_leverage_scores(
+    jnp.asarray(k), ridge, jnp.asarray(counts, jnp.float64)
+  )
   assert_close(by_weight, np.bincount(repeated, by_copies), 1e-10)
   # A row of weight 0 has score 0 and leaves the others as they are without it.
   u = np.ones(60)
@@ -106,7 +112,9 @@ def test_invariances(x64):
 @pytest.mark.parametrize("block_size", [None, 7, 60, 1000])
 def test_feature_scores(dtype, block_size):
   z, u = points(d=8), np.random.default_rng(1).uniform(0.1, 3.0, 60)
-  tau = leverage.feature_leverage_scores(jnp.asarray(z, dtype), 2.0, jnp.asarray(u, dtype), block_size)
+  tau = leverage.feature_leverage_scores(
+    jnp.asarray(z, dtype), 2.0, jnp.asarray(u, dtype), block_size
+  )
   assert tau.dtype == dtype
   assert_close(tau, exact(z @ z.T, 2.0, u), 10 * RTOL[dtype.name])
 
@@ -116,8 +124,9 @@ def test_landmark_scores_are_the_scores_within_the_landmarks_and_the_row(dtype, 
   x, ridge = points(), 0.2
   u = np.random.default_rng(1).uniform(0.1, 3.0, 60)
   k, s = rbf_matrix(x), np.array([4, 0, 17, 33, 59])
-  tau = leverage.landmark_leverage_scores(rbf, jnp.asarray(x, dtype), jnp.asarray(s), ridge, jnp.asarray(u, dtype),
-                                          block_size=block_size)
+  tau = leverage.landmark_leverage_scores(
+    rbf, jnp.asarray(x, dtype), jnp.asarray(s), ridge, jnp.asarray(u, dtype), block_size=block_size
+  )
   expected = []
   for i in range(60):
     rows = np.union1d(s, i)
@@ -155,8 +164,16 @@ def test_weighted_landmarks_stay_within_the_measured_spectral_error(x64):
   spectrum = np.linalg.eigvalsh(half @ sub @ half.T)
   e = np.abs(spectrum - 1).max()
   assert 0.01 < e < 0.9
-  t = np.asarray(leverage.landmark_leverage_scores(
-      linear, jnp.asarray(x), jnp.asarray(chosen), ridge, landmark_weights=jnp.asarray(w), block_size=64))
+  t = np.asarray(
+    leverage.landmark_leverage_scores(
+      linear,
+      jnp.asarray(x),
+      jnp.asarray(chosen),
+      ridge,
+      landmark_weights=jnp.asarray(w),
+      block_size=64,
+    )
+  )
   ratio = t / truth
   assert ratio.min() >= 1 / (1 + e) - 1e-9 and ratio.max() <= 1 / (1 - e) + 1e-9
   assert ratio.max() > 1 + 1e-3 or ratio.min() < 1 - 1e-3
@@ -174,13 +191,17 @@ def test_low_rank_bounds_bracket_the_scores_at_every_rank(x64):
     traces.append(np.trace(k) - (f**2).sum())
     assert abs(traces[-1] - np.trace(e)) < 1e-10
     for norm in (None, np.linalg.eigvalsh(e)[-1]):
-      bounds = leverage.low_rank_leverage_bounds(jnp.asarray(f), jnp.diagonal(jnp.asarray(k)), ridge, norm)
+      bounds = leverage.low_rank_leverage_bounds(
+        jnp.asarray(f), jnp.diagonal(jnp.asarray(k)), ridge, norm
+      )
       assert (np.asarray(bounds.lower) <= truth + 1e-10).all(), rank
       assert (np.asarray(bounds.upper) >= truth - 1e-10).all(), rank
     # The monotone bound alone, written out.
     c = np.trace(e) / ridge
     plain = (c + exact(f @ f.T, (1 + c) * ridge)) / (1 + c)
-    by_trace = leverage.low_rank_leverage_bounds(jnp.asarray(f), jnp.diagonal(jnp.asarray(k)), ridge)
+    by_trace = leverage.low_rank_leverage_bounds(
+      jnp.asarray(f), jnp.diagonal(jnp.asarray(k)), ridge
+    )
     assert (np.asarray(by_trace.upper) <= plain + 1e-10).all()
     widths.append(float(jnp.max(bounds.upper - bounds.lower)))
   assert (np.diff(traces) < 0).all()
@@ -202,22 +223,32 @@ def test_score_ridge(dtype, target):
 
 
 def test_score_ridge_with_weights_and_jit(x64):
-  k, u = jnp.asarray(rbf_matrix(points())), jnp.asarray(np.random.default_rng(1).uniform(0.1, 3.0, 60))
+  k, u = (
+    jnp.asarray(rbf_matrix(points())),
+    jnp.asarray(np.random.default_rng(1).uniform(0.1, 3.0, 60)),
+  )
   found = jax.jit(score_ridge.score_ridge_for_dimension)(k, 6.0, u)
   assert abs(leverage.effective_dimension(k, found.ridge, u) / 6 - 1) < 1e-6
   low_rank = jnp.asarray(points() @ points().T)
   missed = score_ridge.score_ridge_for_dimension(low_rank, 7.0)
   assert not bool(missed.converged) and int(missed.status) == Status.MAX_STEPS
-  assert int(score_ridge.score_ridge_for_dimension(k.at[0, 0].set(jnp.nan), 7.0).status) == Status.NOT_FINITE
+  assert (
+    int(score_ridge.score_ridge_for_dimension(k.at[0, 0].set(jnp.nan), 7.0).status)
+    == Status.NOT_FINITE
+  )
 
 
 def test_landmark_score_ridge_encloses_the_dimension(x64):
   x = points(200)
   k = rbf_matrix(x)
   for target, landmarks in ((4.0, 60), (20.0, 60), (20.0, 500)):
-    found = score_ridge.landmark_score_ridge(jax.random.key(0), rbf, jnp.asarray(x), target, landmarks, block_size=48)
+    found = score_ridge.landmark_score_ridge(
+      jax.random.key(0), rbf, jnp.asarray(x), target, landmarks, block_size=48
+    )
     ridges = jnp.asarray([float(found.ridge), 10.0])
-    bounds = score_ridge.effective_dimension_bounds(0, rbf, jnp.asarray(x), ridges, landmarks, block_size=48)
+    bounds = score_ridge.effective_dimension_bounds(
+      0, rbf, jnp.asarray(x), ridges, landmarks, block_size=48
+    )
     assert_close(bounds.upper[0], found.effective_dimension, 1e-6)
     assert_close(bounds.lower[0], found.effective_dimension_lower, 1e-6)
     for i, ridge in enumerate(ridges):
@@ -240,9 +271,11 @@ def test_float32_keeps_three_digits_where_the_ridge_allows():
 def test_float32_refuses_a_tiny_ridge():
   k = jnp.asarray(rbf_matrix(points()), jnp.float32)
   x = jnp.asarray(points(), jnp.float32)
-  for call in (lambda r: leverage.ridge_leverage_scores(k, r),
-               lambda r: leverage.feature_leverage_scores(x / jnp.sqrt(jnp.mean(jnp.sum(x**2, axis=1))), r),
-               lambda r: leverage.landmark_leverage_scores(rbf, x, jnp.arange(5), r)):
+  for call in (
+    lambda r: leverage.ridge_leverage_scores(k, r),
+    lambda r: leverage.feature_leverage_scores(x / jnp.sqrt(jnp.mean(jnp.sum(x**2, axis=1))), r),
+    lambda r: leverage.landmark_leverage_scores(rbf, x, jnp.arange(5), r),
+  ):
     with pytest.raises(ValueError, match="in float32"):
       call(0.99e-4)
     assert np.isfinite(call(2e-4)).all()
@@ -257,7 +290,9 @@ def test_transformations_agree_and_do_not_recompile(dtype):
   assert_close(jax.jit(leverage.ridge_leverage_scores)(k, 0.5), eager, RTOL[dtype.name])
   batch = jnp.stack([k, 2 * k])
   mapped = jax.vmap(leverage.ridge_leverage_scores, (0, None))(batch, 0.5)
-  assert_close(mapped, np.stack([eager, leverage.ridge_leverage_scores(2 * k, 0.5)]), 10 * RTOL[dtype.name])
+  assert_close(
+    mapped, np.stack([eager, leverage.ridge_leverage_scores(2 * k, 0.5)]), 10 * RTOL[dtype.name]
+  )
   x = jnp.asarray(points(), dtype)
   leverage.landmark_leverage_scores(rbf, x, jnp.arange(4), 0.5)
   compiled = leverage._exact._cache_size(), leverage._landmark_leverage._cache_size()
@@ -279,17 +314,17 @@ def test_bad_input():
   k = jnp.eye(4)
   x = jnp.ones((4, 2))
   for call, message in (
-      (lambda: leverage.ridge_leverage_scores(jnp.ones((4, 3)), 1.0), "square"),
-      (lambda: leverage.ridge_leverage_scores(k, 0.0), "ridge: expected values > 0"),
-      (lambda: leverage.ridge_leverage_scores(k, jnp.ones(4)), "ridge"),
-      (lambda: leverage.ridge_leverage_scores(k, 1.0, jnp.ones(3)), "weights: expected shape"),
-      (lambda: leverage.ridge_leverage_scores(k, 1.0, -jnp.ones(4)), "weights: expected values >= 0"),
-      (lambda: leverage.landmark_leverage_scores(linear, x, jnp.array([1, 1]), 1.0), "none twice"),
-      (lambda: leverage.landmark_leverage_scores(linear, x, jnp.array([4]), 1.0), "landmarks"),
-      (lambda: score_ridge.score_ridge_for_dimension(k, 4.0), "target"),
-      (lambda: score_ridge.score_ridge_for_dimension(jnp.ones(4), 2.0, jnp.ones(4)), "eigenvalues"),
-      (lambda: leverage.low_rank_leverage_bounds(x, jnp.ones(3), 1.0), "k_diag"),
-      (lambda: leverage.ridge_leverage_scores(jnp.zeros((0, 0)), 1.0), "at least one row"),
+    (lambda: leverage.ridge_leverage_scores(jnp.ones((4, 3)), 1.0), "square"),
+    (lambda: leverage.ridge_leverage_scores(k, 0.0), "ridge: expected values > 0"),
+    (lambda: leverage.ridge_leverage_scores(k, jnp.ones(4)), "ridge"),
+    (lambda: leverage.ridge_leverage_scores(k, 1.0, jnp.ones(3)), "weights: expected shape"),
+    (lambda: leverage.ridge_leverage_scores(k, 1.0, -jnp.ones(4)), "weights: expected values >= 0"),
+    (lambda: leverage.landmark_leverage_scores(linear, x, jnp.array([1, 1]), 1.0), "none twice"),
+    (lambda: leverage.landmark_leverage_scores(linear, x, jnp.array([4]), 1.0), "landmarks"),
+    (lambda: score_ridge.score_ridge_for_dimension(k, 4.0), "target"),
+    (lambda: score_ridge.score_ridge_for_dimension(jnp.ones(4), 2.0, jnp.ones(4)), "eigenvalues"),
+    (lambda: leverage.low_rank_leverage_bounds(x, jnp.ones(3), 1.0), "k_diag"),
+    (lambda: leverage.ridge_leverage_scores(jnp.zeros((0, 0)), 1.0), "at least one row"),
   ):
     with pytest.raises(ValueError, match=message):
       call()

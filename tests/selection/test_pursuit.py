@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import RTOL, assert_close
 from scipy import stats
 from sklearn.datasets import load_digits
 
-from helpers import RTOL, assert_close
 from kipcore import linalg
 from kipcore.selection import cholesky, pursuit
 from kipcore.selection.cholesky import rpcholesky
@@ -35,7 +35,11 @@ def reference_rbf(a, b):
 def schur_diagonal(k, pivots):
   """diag(K - K_nS K_SS^{-1} K_Sn) in float64."""
   s = list(pivots)
-  return np.diag(k) - np.einsum("ij,ji->i", k[:, s], np.linalg.solve(k[np.ix_(s, s)], k[s])) if s else np.diag(k)
+  return (
+    np.diag(k) - np.einsum("ij,ji->i", k[:, s], np.linalg.solve(k[np.ix_(s, s)], k[s]))
+    if s
+    else np.diag(k)
+  )
 
 
 def rows(n=200, d=4, seed=0):
@@ -43,7 +47,6 @@ def rows(n=200, d=4, seed=0):
 
 
 class TestRPCholesky:
-
   @pytest.mark.parametrize("block_size", [1, 12])
   def test_factor_is_the_projection_on_its_pivots(self, dtype, block_size):
     x = jnp.asarray(rows(), dtype)
@@ -52,14 +55,18 @@ class TestRPCholesky:
     k = reference_rbf(x, x)
     pivots = np.asarray(result.pivots)
     factor = np.asarray(result.factor, np.float64)
-    assert int(result.status) == Status.OK and int(result.count) == 40 and len(set(pivots.tolist())) == 40
+    assert (
+      int(result.status) == Status.OK
+      and int(result.count) == 40
+      and len(set(pivots.tolist())) == 40
+    )
     nystrom = k[:, pivots] @ np.linalg.solve(k[np.ix_(pivots, pivots)], k[pivots])
     assert_close(factor @ factor.T, nystrom, rtol)
     assert_close(result.residual_diagonal, np.diag(k - nystrom), 0, atol=rtol)
-    assert_close(result.residual_trace, np.trace(k) - (factor ** 2).sum(), rtol)
+    assert_close(result.residual_trace, np.trace(k) - (factor**2).sum(), rtol)
     # Lower triangular at the pivots: the first r columns are the factor of rank r.
     assert_close(np.triu(factor[pivots], 1), np.zeros((40, 40)), 0, atol=rtol)
-    path = np.trace(k) - np.cumsum((factor ** 2).sum(0))
+    path = np.trace(k) - np.cumsum((factor**2).sum(0))
     assert (np.diff(path) <= 0).all()
     for r in (1, 7, 25):
       assert path[r - 1] == pytest.approx(schur_diagonal(k, pivots[:r]).sum(), rel=rtol)
@@ -77,8 +84,15 @@ class TestRPCholesky:
         law = weights * schur_diagonal(k, s[:step])
         p *= law[s[step]] / law.sum()
       expected[s] = p
-    run = jax.jit(jax.vmap(
-        lambda key: rpcholesky(key, rbf, jnp.asarray(x), 3, jnp.asarray(weights), block_size=block_size).pivots))
+    run = jax.jit(
+      jax.vmap(
+        lambda key: (
+          rpcholesky(
+            key, rbf, jnp.asarray(x), 3, jnp.asarray(weights), block_size=block_size
+          ).pivots
+        )
+      )
+    )
     drawn = np.asarray(run(jax.random.split(jax.random.key(0), 20_000)))
     found, counts = np.unique(drawn, axis=0, return_counts=True)
     counts = {tuple(map(int, s)): int(c) for s, c in zip(found, counts)}
@@ -90,8 +104,12 @@ class TestRPCholesky:
   def test_blocks_give_the_residual_of_the_simple_form(self, x64):
     """Past the first block and factor chunk, on digits: mean residual trace within 4 standard errors."""
     x = jnp.asarray(load_digits().data[:500] / 16)
-    run = lambda block: np.array([
-        float(rpcholesky(jax.random.key(s), rbf, x, 150, block_size=block).residual_trace) for s in range(40)])
+    run = lambda block: np.array(
+      [
+        float(rpcholesky(jax.random.key(s), rbf, x, 150, block_size=block).residual_trace)
+        for s in range(40)
+      ]
+    )
     simple, block = run(1), run(32)
     assert abs(simple.mean() - block.mean()) < 4 * np.sqrt((simple.var() + block.var()) / 40)
 
@@ -100,8 +118,14 @@ class TestRPCholesky:
     x = jnp.asarray(np.repeat(rows(6, 5), 5, axis=0), dtype)
     result = rpcholesky(jax.random.key(0), linear, x, 12, block_size=block_size)
     assert int(result.count) == 5 and int(result.status) == Status.OK
-    assert (np.asarray(result.pivots[5:]) == -1).all() and (np.asarray(result.factor[:, 5:]) == 0).all()
-    assert_close(linear(result.factor), np.asarray(x, np.float64) @ np.asarray(x, np.float64).T, 30 * RTOL[dtype.name])
+    assert (np.asarray(result.pivots[5:]) == -1).all() and (
+      np.asarray(result.factor[:, 5:]) == 0
+    ).all()
+    assert_close(
+      linear(result.factor),
+      np.asarray(x, np.float64) @ np.asarray(x, np.float64).T,
+      30 * RTOL[dtype.name],
+    )
 
   def test_duplicates_are_never_both_chosen(self, dtype):
     x = jnp.asarray(np.repeat(rows(20, 4), 4, axis=0), dtype)
@@ -153,7 +177,9 @@ def problem(dtype, n=150, classes=3):
 def objective(x, y, points, coefficients, ridge):
   """||K_nS c - Y||^2 + ridge <c, K_SS c>."""
   y, c = np.asarray(y, np.float64), np.asarray(coefficients, np.float64)
-  return ((reference_rbf(x, points) @ c - y) ** 2).sum() + ridge * np.sum(c * (reference_rbf(points, points) @ c))
+  return ((reference_rbf(x, points) @ c - y) ** 2).sum() + ridge * np.sum(
+    c * (reference_rbf(points, points) @ c)
+  )
 
 
 def best_objective(x, y, points, ridge, jitter=0.0):
@@ -173,7 +199,9 @@ class TestKRRPursuit:
     assert int(result.status) == Status.OK and result.coefficients.dtype == dtype
     points = x[result.indices]
     assert len(set(np.asarray(result.indices).tolist())) == 15 and int(result.indices.max()) < 60
-    assert_close(result.objectives[-1], objective(x, y, points, result.coefficients, self.ridge), rtol)
+    assert_close(
+      result.objectives[-1], objective(x, y, points, result.coefficients, self.ridge), rtol
+    )
     assert_close(result.objectives[0], (np.asarray(y, np.float64) ** 2).sum(), rtol)
     for m in (1, 4, 15):
       assert_close(result.objectives[m], best_objective(x, y, points[:m], self.ridge), rtol)
@@ -208,7 +236,9 @@ class TestKRRPursuit:
     x, y, _ = problem(jnp.float64)
     ours = float(krr_pursuit(0, rbf, x, y, 150, 12, self.ridge).objectives[-1])
     rng = np.random.default_rng(0)
-    random = [best_objective(x, y, x[rng.choice(150, 12, replace=False)], self.ridge) for _ in range(100)]
+    random = [
+      best_objective(x, y, x[rng.choice(150, 12, replace=False)], self.ridge) for _ in range(100)
+    ]
     assert ours < min(random)
 
   def test_quota(self, dtype):
@@ -218,10 +248,16 @@ class TestKRRPursuit:
     # The pool itself is drawn class by class in turn, each row once.
     pool = np.asarray(result.candidates)
     assert len(set(pool.tolist())) == 45 and np.bincount(labels[pool]).tolist() == [15, 15, 15]
-    given = krr_pursuit(0, rbf, x, y, jnp.arange(40), 4, self.ridge, quota=2, classes=np.arange(40) % 2)
+    given = krr_pursuit(
+      0, rbf, x, y, jnp.arange(40), 4, self.ridge, quota=2, classes=np.arange(40) % 2
+    )
     assert np.bincount(np.asarray(given.indices) % 2).tolist() == [2, 2]
-    short = krr_pursuit(0, rbf, x, y, jnp.arange(40), 4, self.ridge, quota=1, classes=np.arange(40) % 2)
-    assert short.indices.tolist()[2:] == [-1, -1] and int(short.status) == Status.NOT_POSITIVE_DEFINITE
+    short = krr_pursuit(
+      0, rbf, x, y, jnp.arange(40), 4, self.ridge, quota=1, classes=np.arange(40) % 2
+    )
+    assert (
+      short.indices.tolist()[2:] == [-1, -1] and int(short.status) == Status.NOT_POSITIVE_DEFINITE
+    )
     assert (np.asarray(short.coefficients[2:]) == 0).all()
     assert_close(short.objectives[2:], np.full(3, float(short.objectives[2])), 0)
 
@@ -232,15 +268,19 @@ class TestKRRPursuit:
     indices = np.asarray(result.indices)
     assert sorted(indices[:6].tolist()) == [0, 1, 2, 3, 4, 5] and indices[6:].tolist() == [-1, -1]
     assert int(result.status) == Status.NOT_POSITIVE_DEFINITE
-    assert_close(result.objectives[-1], best_objective(x, y, x[:6], self.ridge), 100 * RTOL[dtype.name])
+    assert_close(
+      result.objectives[-1], best_objective(x, y, x[:6], self.ridge), 100 * RTOL[dtype.name]
+    )
 
   def test_pool_of_its_own_rows(self, dtype):
     x, y, _ = problem(dtype)
     means = jnp.stack([x[i::8].mean(0) for i in range(8)])
     result = krr_pursuit(0, rbf, x, y, means, 5, self.ridge)
     assert_close(
-        result.objectives[-1], objective(x, y, means[result.indices], result.coefficients, self.ridge),
-        50 * RTOL[dtype.name])
+      result.objectives[-1],
+      objective(x, y, means[result.indices], result.coefficients, self.ridge),
+      50 * RTOL[dtype.name],
+    )
     with pytest.raises(ValueError, match="classes: expected one class a candidate"):
       krr_pursuit(0, rbf, x, y, means, 5, self.ridge, quota=2)
 
@@ -261,7 +301,9 @@ class TestKRRPursuit:
     """Constant labels, as many points as candidates, and one row."""
     x, y, _ = problem(dtype, n=12)
     constant = krr_pursuit(0, rbf, x, jnp.zeros_like(y), 12, 3, self.ridge)
-    assert (np.asarray(constant.objectives) == 0).all() and (np.asarray(constant.coefficients) == 0).all()
+    assert (np.asarray(constant.objectives) == 0).all() and (
+      np.asarray(constant.coefficients) == 0
+    ).all()
     whole = krr_pursuit(0, rbf, x, y, 12, 12, self.ridge)
     assert sorted(whole.indices.tolist()) == list(range(12))
     one = krr_pursuit(0, rbf, x[:1], y[:1], 1, 1, self.ridge)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 
 from kipcore.selection import draws, sampling
 from kipcore.types import Status
-from helpers import assert_close
 
 N, M = 60, 12
 LABELS = np.repeat([3, 5, 9], [30, 20, 10])
@@ -27,14 +27,20 @@ def within_standard_errors(values, expected, count=4.0):
 
 
 SAMPLERS = {
-    "replacement": lambda key, s: sampling.sensitivity_sample(key, s, M),
-    "mixed": lambda key, s: sampling.sensitivity_sample(key, s, M, uniform_mix=0.3),
-    "no_replacement": lambda key, s: sampling.sensitivity_sample(key, s, M, uniform_mix=0.1, replace=False),
-    "systematic": lambda key, s: sampling.systematic_sample(key, s, M)[:2],
-    "gumbel": lambda key, s: sampling.gumbel_sample(key, s, M),
-    "importance": lambda key, s: sampling.Sample(*_as_sum(sampling.importance_sample(key, s, M), s.shape[0])),
-    "stratified": lambda key, s: sampling.stratified_sample(key, s, LABELS, M),
-    "stratified_distinct": lambda key, s: sampling.stratified_sample(key, s, LABELS, M, replace=False),
+  "replacement": lambda key, s: sampling.sensitivity_sample(key, s, M),
+  "mixed": lambda key, s: sampling.sensitivity_sample(key, s, M, uniform_mix=0.3),
+  "no_replacement": lambda key, s: sampling.sensitivity_sample(
+    key, s, M, uniform_mix=0.1, replace=False
+  ),
+  "systematic": lambda key, s: sampling.systematic_sample(key, s, M)[:2],
+  "gumbel": lambda key, s: sampling.gumbel_sample(key, s, M),
+  "importance": lambda key, s: sampling.Sample(
+    *_as_sum(sampling.importance_sample(key, s, M), s.shape[0])
+  ),
+  "stratified": lambda key, s: sampling.stratified_sample(key, s, LABELS, M),
+  "stratified_distinct": lambda key, s: sampling.stratified_sample(
+    key, s, LABELS, M, replace=False
+  ),
 }
 
 
@@ -62,7 +68,11 @@ def check_contract(name, dtype):
   keys = jax.random.split(jax.random.key(7), 2000)
   draw = functools.partial(SAMPLERS[name], s=scores)
   indices, weights = jax.jit(jax.vmap(lambda key: draw(key)))(keys)
-  assert indices.shape == weights.shape == (2000, M) and indices.dtype == jnp.int32 and weights.dtype == dtype
+  assert (
+    indices.shape == weights.shape == (2000, M)
+    and indices.dtype == jnp.int32
+    and weights.dtype == dtype
+  )
   assert int(indices.min()) >= 0 and int(indices.max()) < N and float(weights.min()) > 0
   sums = np.einsum("dm,dmf->df", np.asarray(weights, np.float64), f[np.asarray(indices)])
   keep = sums.std(0) > 1e-6 * f.sum(0)
@@ -88,7 +98,8 @@ def test_input_weights_estimate_the_weighted_sum_and_skip_absent_rows():
   f = np.random.default_rng(3).random(N)
   for replace in (True, False):
     draw = lambda key: sampling.sensitivity_sample(
-        key, scores * u, M, input_weights=u, uniform_mix=0.5, replace=replace)
+      key, scores * u, M, input_weights=u, uniform_mix=0.5, replace=replace
+    )
     indices, weights = jax.vmap(draw)(jax.random.split(jax.random.key(0), 2000))
     sums = (np.asarray(weights) * f[np.asarray(indices)]).sum(1)
     assert within_standard_errors(sums[:, None], (np.asarray(u) * f).sum())
@@ -112,9 +123,13 @@ def test_inclusion_units_are_exact(dtype):
   rng, n = np.random.default_rng(5), 200
   tiny = float(jnp.finfo(dtype).tiny)
   laws = [
-      lambda k: rng.random(k), np.ones, lambda k: rng.lognormal(0, 4, k),
-      lambda k: np.where(rng.random(k) < 0.5, 1, 1e-9), lambda k: np.exp(-0.2 * np.arange(k)),
-      lambda k: np.r_[np.ones(k - 1), 1e-12]]
+    lambda k: rng.random(k),
+    np.ones,
+    lambda k: rng.lognormal(0, 4, k),
+    lambda k: np.where(rng.random(k) < 0.5, 1, 1e-9),
+    lambda k: np.exp(-0.2 * np.arange(k)),
+    lambda k: np.r_[np.ones(k - 1), 1e-12],
+  ]
   for trial in range(300):
     count = int(rng.integers(2, n + 1))
     p = np.zeros(n, dtype)
@@ -124,12 +139,16 @@ def test_inclusion_units_are_exact(dtype):
     live = int((p > 0).sum())
     b = int(rng.integers(1, live + 1)) if trial % 2 else max(1, live - int(rng.integers(0, 3)))
     units, always = (np.asarray(a) for a in units_of(jnp.asarray(p), jnp.int32(b)))
-    assert int(units.astype(np.uint64).sum()) + int(always.sum()) * 2**32 == b * 2**32, (trial, count, b)
+    assert int(units.astype(np.uint64).sum()) + int(always.sum()) * 2**32 == b * 2**32, (
+      trial,
+      count,
+      b,
+    )
     assert np.all(units[always] == 0) and np.array_equal((units > 0) | always, p > 0)
 
 
 def test_inclusion_follows_the_capped_law(x64):
-  """pi = min(1, c p) with sum b, against bisection for c."""
+  """Pi = min(1, c p) with sum b, against bisection for c."""
   p = np.array(skewed("float64", 50))
   p[:2] *= 100
   low, high = 0.0, 1e6
@@ -144,7 +163,9 @@ def test_inclusion_follows_the_capped_law(x64):
 def test_systematic_frequencies_distinct_rows_and_certain_rows(dtype):
   """Empirical inclusion within 3 sigma (allowing the 0.3 % that lies beyond by chance), capped rows in every draw."""
   scores, times = skewed(dtype).at[:2].set(1000.0), 4000
-  sample = jax.vmap(lambda key: sampling.systematic_sample(key, scores, M))(jax.random.split(jax.random.key(1), times))
+  sample = jax.vmap(lambda key: sampling.systematic_sample(key, scores, M))(
+    jax.random.split(jax.random.key(1), times)
+  )
   counts = np.bincount(np.asarray(sample.indices).ravel(), minlength=N)
   pi = np.full(N, np.nan)
   pi[np.asarray(sample.indices).ravel()] = np.asarray(sample.inclusion, np.float64).ravel()
@@ -157,10 +178,11 @@ def test_systematic_frequencies_distinct_rows_and_certain_rows(dtype):
   assert all(len(set(row)) == M for row in np.asarray(sample.indices).tolist())
 
 
-def test_neighbours_are_not_tied_by_the_order():
+def test_neighbors_are_not_tied_by_the_order():
   """Rows next to one another are drawn together about as often as any pair."""
   indices = jax.vmap(lambda key: sampling.systematic_sample(key, jnp.ones(N), M).indices)(
-      jax.random.split(jax.random.key(2), 4000))
+    jax.random.split(jax.random.key(2), 4000)
+  )
   drawn = np.zeros((4000, N))
   np.put_along_axis(drawn, np.asarray(indices), 1.0, axis=1)
   pairs = drawn.T @ drawn / 4000
@@ -183,7 +205,9 @@ def test_large_laws_in_float32():
   p = rng.lognormal(0, 1, n).astype(np.float32)
   p[rng.permutation(n)[: n // 2]] = 0
   scores = jnp.asarray(p)
-  rows = np.asarray(jax.jit(draws.draw_rows, static_argnums=2)(jax.random.key(0), scores, 4_000_000))
+  rows = np.asarray(
+    jax.jit(draws.draw_rows, static_argnums=2)(jax.random.key(0), scores, 4_000_000)
+  )
   assert np.all(p[rows] > 0)
   bins = np.arange(n) * 20 // n
   expected = np.bincount(bins, weights=p.astype(np.float64))
@@ -194,7 +218,13 @@ def test_large_laws_in_float32():
     indices = np.asarray(sample.indices)
     assert np.unique(indices).size == 60_000 and np.all(p[indices] > 0)
     # The number of rows and of ones are estimated by any unbiased weights.
-    assert abs(np.sum(np.asarray(sample.weights) * p[indices], dtype=np.float64) / p.sum(dtype=np.float64) - 1) < 1e-3
+    assert (
+      abs(
+        np.sum(np.asarray(sample.weights) * p[indices], dtype=np.float64) / p.sum(dtype=np.float64)
+        - 1
+      )
+      < 1e-3
+    )
 
 
 def test_edges_of_the_uniform_variate_stay_inside():
@@ -211,7 +241,8 @@ def test_gumbel_threshold_is_unbiased_and_the_naive_weight_is_not(x64):
   f, b, times = np.ones(12), 6, 5000
   f[0] = 4.0
   indices, weights = jax.vmap(lambda key: sampling.gumbel_sample(key, jnp.asarray(p), b))(
-      jax.random.split(jax.random.key(3), times))
+    jax.random.split(jax.random.key(3), times)
+  )
   indices = np.asarray(indices)
   assert within_standard_errors((np.asarray(weights) * f[indices]).sum(1)[:, None], f.sum())
   assert not within_standard_errors((f[indices] / (b * p[indices])).sum(1)[:, None], f.sum(), 10.0)
@@ -226,8 +257,12 @@ def test_merge_duplicates_keeps_sums(dtype):
   sample = sampling.sensitivity_sample(0, skewed(dtype), 500)
   big = sampling.merge_duplicates(*sample)
   count = int(big.num_distinct)
-  expected = np.bincount(np.asarray(sample.indices), weights=np.asarray(sample.weights), minlength=N)
-  assert np.array_equal(big.indices[:count], np.flatnonzero(expected)) and np.all(np.asarray(big.weights[count:]) == 0)
+  expected = np.bincount(
+    np.asarray(sample.indices), weights=np.asarray(sample.weights), minlength=N
+  )
+  assert np.array_equal(big.indices[:count], np.flatnonzero(expected)) and np.all(
+    np.asarray(big.weights[count:]) == 0
+  )
   assert_close(big.weights[:count], expected[expected > 0], 1e-5)
 
 
@@ -236,8 +271,11 @@ def test_importance_conventions():
   assert np.all(np.asarray(sampling.importance_sample(0, losses, M, 0.1, 0.0).weights) == 1)
   whole = sampling.importance_sample(0, losses, N, 0.1, 1.0)
   assert sorted(whole.indices.tolist()) == list(range(N)) and np.all(np.asarray(whole.weights) == 1)
-  for flat in (sampling.importance_sample(0, jnp.zeros_like(losses), M, 0.0),
-               sampling.importance_sample(0, losses, M, 1.0), sampling.importance_sample(0, losses, M, 0.0, power=0.0)):
+  for flat in (
+    sampling.importance_sample(0, jnp.zeros_like(losses), M, 0.0),
+    sampling.importance_sample(0, losses, M, 1.0),
+    sampling.importance_sample(0, losses, M, 0.0, power=0.0),
+  ):
     assert_close(flat.weights, np.ones(M), 1e-6)
   full, half = (sampling.importance_sample(0, losses, M, 0.1, e) for e in (1.0, 0.5))
   assert float(sampling.importance_sample(0, losses, M, 0.5, 1.0).weights.max()) <= 2
@@ -254,7 +292,9 @@ def test_weighted_batch_gradients_and_the_order_of_variances(x64):
   x = rng.normal(size=(n, d)) * rng.lognormal(0, 0.3, (n, 1))
   labels = np.eye(c)[np.argmax(x @ rng.normal(size=(d, c)) + 0.3 * rng.normal(size=(n, c)), 1)]
   w = np.zeros((d, c))
-  softmax = lambda z: np.exp(z - z.max(1, keepdims=True)) / np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True)
+  softmax = lambda z: (
+    np.exp(z - z.max(1, keepdims=True)) / np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True)
+  )
   for _ in range(400):
     w -= 0.5 * x.T @ (softmax(x @ w) - labels) / n
   residuals = softmax(x @ w) - labels
@@ -277,7 +317,9 @@ def test_proportional_quotas_and_small_classes(x64):
   sample = sampling.stratified_sample(0, scores, LABELS, 30, allocation="proportional")
   drawn = np.unique(LABELS[np.asarray(sample.indices)], return_counts=True)[1]
   assert np.abs(drawn - 30 * np.array([3, 20, 30]) / 53).max() <= 1
-  capped = sampling.stratified_sample(0, scores, LABELS, 30, allocation="proportional", replace=False)
+  capped = sampling.stratified_sample(
+    0, scores, LABELS, 30, allocation="proportional", replace=False
+  )
   assert np.unique(LABELS[np.asarray(capped.indices)], return_counts=True)[1].tolist()[2] == 10
   assert np.unique(np.asarray(capped.indices)).size == 30
   assert_close(jnp.sum(capped.weights * scores[capped.indices]), 53.0, 1e-6)
@@ -295,7 +337,10 @@ def test_proportional_quotas_and_small_classes(x64):
 
 
 def test_sampling_gain(dtype):
-  flat, peaked = sampling.sampling_gain(jnp.ones(50, dtype)), sampling.sampling_gain(jnp.zeros(50, dtype).at[3].set(2))
+  flat, peaked = (
+    sampling.sampling_gain(jnp.ones(50, dtype)),
+    sampling.sampling_gain(jnp.zeros(50, dtype).at[3].set(2)),
+  )
   assert_close(jnp.stack(flat), [1, 50, 1], 1e-5)
   assert_close(jnp.stack(peaked), [50, 1, 50], 1e-5)
 
@@ -308,7 +353,9 @@ def test_one_row_and_all_rows():
   assert sorted(sampling.gumbel_sample(0, jnp.ones(5, dtype), 5).indices.tolist()) == list(range(5))
   assert sampling.gumbel_sample(0, jnp.ones(5, dtype), 5).weights.tolist() == [1] * 5
   uneven = sampling.systematic_sample(0, skewed(dtype), N)
-  assert sorted(uneven.indices.tolist()) == list(range(N)) and np.all(np.asarray(uneven.weights) == 1)
+  assert sorted(uneven.indices.tolist()) == list(range(N)) and np.all(
+    np.asarray(uneven.weights) == 1
+  )
 
 
 def test_errors():
@@ -342,9 +389,14 @@ def test_traced_failures_show_in_the_weights():
   """What a host call refuses gives NaN weights (and a status) inside a transformation, with valid indices."""
   bad = [jnp.ones(5).at[1].set(jnp.nan), -jnp.ones(5), jnp.ones(5).at[2:].set(0)]
   systematic = jax.jit(lambda s: sampling.systematic_sample(0, s, 3))
-  others = [jax.jit(draw) for draw in (
-      lambda s: sampling.gumbel_sample(0, s, 3), lambda s: sampling.importance_sample(0, s, 3, 0.0),
-      lambda s: sampling.sensitivity_sample(0, s, 3, replace=False))]
+  others = [
+    jax.jit(draw)
+    for draw in (
+      lambda s: sampling.gumbel_sample(0, s, 3),
+      lambda s: sampling.importance_sample(0, s, 3, 0.0),
+      lambda s: sampling.sensitivity_sample(0, s, 3, replace=False),
+    )
+  ]
   for scores in bad:
     sample = systematic(scores)
     assert np.isnan(np.asarray(sample.weights)).all() and int(sample.status) == Status.NOT_FINITE

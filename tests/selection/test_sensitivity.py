@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from helpers import RTOL, SHARED_DATA, assert_close, needs, read_idx
 from sklearn.cluster import KMeans
 
-from helpers import RTOL, SHARED_DATA, assert_close, needs, read_idx
 from kipcore import kernels
-from kipcore.selection import leverage, score_ridge, sensitivity, sensitivity_cores
 from kipcore.architectures import fc
+from kipcore.selection import leverage, score_ridge, sensitivity, sensitivity_cores
 from kipcore.selection.sensitivity import Guarantee
 from kipcore.types import Status
 
@@ -33,9 +33,12 @@ def rbf_matrix(x):
 
 
 def exact(k, y, ridge, u=None):
-  """tau + ||r||^2 / F* in float64, by explicit inverse."""
+  """Tau + ||r||^2 / F* in float64, by explicit inverse."""
   root = np.sqrt(np.ones(len(k)) if u is None else u)
-  k, y = root[:, None] * np.asarray(k, np.float64) * root[None], root[:, None] * np.asarray(y, np.float64)
+  k, y = (
+    root[:, None] * np.asarray(k, np.float64) * root[None],
+    root[:, None] * np.asarray(y, np.float64),
+  )
   inverse = np.linalg.inv(k + ridge * np.eye(len(k)))
   residual = ridge * inverse @ y
   return 1 - ridge * np.diag(inverse) + (residual**2).sum(1) / (residual * y).sum()
@@ -46,7 +49,8 @@ def approximate(key, x, y, ridge, num_landmarks=12, weights=None, **options):
   y = jnp.asarray(y)
   weights = jnp.ones(len(x), y.dtype) if weights is None else jnp.asarray(weights, y.dtype)
   return sensitivity.approximate_krr_sensitivities(
-      key, rbf, jnp.asarray(x, y.dtype), y, ridge, num_landmarks, weights, block_size=16, **options)
+    key, rbf, jnp.asarray(x, y.dtype), y, ridge, num_landmarks, weights, block_size=16, **options
+  )
 
 
 def objective(x, y, w, ridge):
@@ -56,7 +60,7 @@ def objective(x, y, w, ridge):
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("ridge", [1e-2, 1.0, 100.0])
 def test_scores_are_the_supremum(x64, classes, ridge):
-  # F and f_i are quadratic forms of (vec W, 1), so sup f_i / F is a generalised eigenvalue.
+  # F and f_i are quadratic forms of (vec W, 1), so sup f_i / F is a generalized eigenvalue.
   n, p = 25, 6
   rng = np.random.default_rng(0)
   x, u = rng.normal(size=(n, p)), rng.uniform(0.2, 3.0, n)
@@ -69,10 +73,17 @@ def test_scores_are_the_supremum(x64, classes, ridge):
     return np.block([[top, side], [side.T, np.array([[(labels**2).sum()]])]])
 
   whole = form(xw, yw, ridge)
-  supremum = [scipy.linalg.eigh(form(xw[i:i + 1], yw[i:i + 1], 0.0), whole, eigvals_only=True)[-1] for i in range(n)]
-  scores = sensitivity.krr_sensitivities(jnp.asarray(x @ x.T), jnp.asarray(y), ridge, jnp.asarray(u))
+  supremum = [
+    scipy.linalg.eigh(form(xw[i : i + 1], yw[i : i + 1], 0.0), whole, eigvals_only=True)[-1]
+    for i in range(n)
+  ]
+  scores = sensitivity.krr_sensitivities(
+    jnp.asarray(x @ x.T), jnp.asarray(y), ridge, jnp.asarray(u)
+  )
   assert_close(scores, supremum, 1e-10)
-  features = sensitivity.feature_krr_sensitivities(jnp.asarray(x), jnp.asarray(y), ridge, jnp.asarray(u), block_size=7)
+  features = sensitivity.feature_krr_sensitivities(
+    jnp.asarray(x), jnp.asarray(y), ridge, jnp.asarray(u), block_size=7
+  )
   assert_close(features.scores, supremum, 1e-10)
   assert features.guarantee == Guarantee.EXACT
 
@@ -97,7 +108,8 @@ def test_sum_objective_and_diagnostics(x64):
     for weights in (None, u):
       w = np.ones(60) if weights is None else weights
       got = sensitivity.krr_sensitivity_scores(
-          jnp.asarray(k), jnp.asarray(y), ridge, None if weights is None else jnp.asarray(w))
+        jnp.asarray(k), jnp.asarray(y), ridge, None if weights is None else jnp.asarray(w)
+      )
       root = np.sqrt(w)
       kw, yw = root[:, None] * k * root, root[:, None] * y
       dual = np.linalg.solve(kw + ridge * np.eye(60), yw)
@@ -118,7 +130,8 @@ def test_invariances(x64):
   x, y, _, u = problem()
   k, ridge, rng = rbf_matrix(x), 0.3, np.random.default_rng(2)
   call = lambda k, y, ridge, u: np.asarray(
-      sensitivity.krr_sensitivities(jnp.asarray(k), jnp.asarray(y), ridge, jnp.asarray(u)))
+    sensitivity.krr_sensitivities(jnp.asarray(k), jnp.asarray(y), ridge, jnp.asarray(u))
+  )
   s = call(k, y, ridge, u)
   assert_close(call(5 * k, y, 5 * ridge, u), s, 1e-11)
   assert_close(call(k, 9 * y, ridge, u), s, 1e-11)
@@ -168,8 +181,12 @@ def test_class_blocks_over_estimate(dtype, ridge):
   one = sensitivity.blocked_krr_sensitivities(rbf, *args, np.zeros(60, int), jnp.asarray(u, dtype))
   assert_close(one.scores, truth, 20 * RTOL[dtype.name])
   # Knowing F* tightens the label term and stays an over-estimate.
-  full = sensitivity.krr_sensitivity_scores(jnp.asarray(rbf_matrix(x), dtype), args[1], ridge, jnp.asarray(u, dtype))
-  known = sensitivity.blocked_krr_sensitivities(rbf, *args, label, jnp.asarray(u, dtype), full.objective)
+  full = sensitivity.krr_sensitivity_scores(
+    jnp.asarray(rbf_matrix(x), dtype), args[1], ridge, jnp.asarray(u, dtype)
+  )
+  known = sensitivity.blocked_krr_sensitivities(
+    rbf, *args, label, jnp.asarray(u, dtype), full.objective
+  )
   assert (np.asarray(known.scores) >= truth - RTOL[dtype.name]).all()
   assert known.total <= got.total * (1 + 1e-5)
 
@@ -199,8 +216,19 @@ def test_refinement_tightens_the_label_term(x64):
   k = jnp.asarray(rbf_matrix(x))
   ridge = score_ridge.score_ridge_for_dimension(k, 4.0).ridge
   truth = sensitivity.krr_sensitivity_scores(k, jnp.asarray(y), ridge)
-  totals = [sensitivity.approximate_krr_sensitivities(jax.random.key(0), rbf, jnp.asarray(x), jnp.asarray(y), ridge, 40,
-                                                      block_size=100, refine=refine).total for refine in (False, True)]
+  totals = [
+    sensitivity.approximate_krr_sensitivities(
+      jax.random.key(0),
+      rbf,
+      jnp.asarray(x),
+      jnp.asarray(y),
+      ridge,
+      40,
+      block_size=100,
+      refine=refine,
+    ).total
+    for refine in (False, True)
+  ]
   assert truth.total <= totals[1] <= 1.6 * truth.total
   assert totals[1] < 0.8 * totals[0]
 
@@ -210,28 +238,37 @@ def test_the_parts_of_the_nystrom_bound(x64):
   k, root, s = rbf_matrix(x), np.sqrt(u), np.arange(12) * 5
   kw, yw = root[:, None] * k * root, root[:, None] * y
   for ridge in (0.05, 1.0, 30.0):
-    truth = sensitivity.krr_sensitivity_scores(jnp.asarray(k), jnp.asarray(y), ridge, jnp.asarray(u))
+    truth = sensitivity.krr_sensitivity_scores(
+      jnp.asarray(k), jnp.asarray(y), ridge, jnp.asarray(u)
+    )
     # Restricted to the span of the landmarks, W = sum_s c_s phi_s.
     c = np.linalg.solve(kw[:, s].T @ kw[:, s] + ridge * kw[s][:, s], kw[:, s].T @ yw)
     r = yw - kw[:, s] @ c
     reached = (r**2).sum() + ridge * np.sum(c * (kw[s][:, s] @ c))
     start = sensitivity_cores.nystrom_start(rbf, jnp.asarray(x[s]), jnp.asarray(root[s]))
-    blocks = [tuple(jnp.asarray(a[b:b + 16]) for a in (x, root, yw)) for b in range(0, 60, 16)]
+    blocks = [tuple(jnp.asarray(a[b : b + 16]) for a in (x, root, yw)) for b in range(0, 60, 16)]
     totals = sensitivity_cores.nystrom_totals(start, yw.shape[1])
     for block in blocks:
       totals = sensitivity_cores.nystrom_gather(rbf, start, totals, *block)
     fit = sensitivity_cores.nystrom_fit(start, totals, jnp.asarray(ridge))
-    rows = [sensitivity_cores.nystrom_rows(rbf, start, fit, jnp.asarray(ridge), *block) for block in blocks]
+    rows = [
+      sensitivity_cores.nystrom_rows(rbf, start, fit, jnp.asarray(ridge), *block)
+      for block in blocks
+    ]
     tau, residual2 = (jnp.concatenate(a) for a in list(zip(*rows))[:2])
     nothing = jnp.ones(60), jnp.zeros(60), jnp.zeros(60)
     bound = sensitivity_cores.two_pass_scores(
-        nothing, fit, tau, residual2, sum(row[2] for row in rows), jnp.asarray(ridge), jnp.int32(0))[2]
+      nothing, fit, tau, residual2, sum(row[2] for row in rows), jnp.asarray(ridge), jnp.int32(0)
+    )[2]
     assert_close(residual2, (r**2).sum(1), 1e-8)
     assert (np.asarray(tau) >= np.asarray(truth.leverage) - 1e-12).all()
     assert bound <= truth.objective
     # Written out block by block.
     e = kw - kw[:, s] @ np.linalg.solve(kw[s][:, s], kw[s])
-    unseen = [np.sqrt(np.diag(r[b:b + 16].T @ e[b:b + 16, b:b + 16] @ r[b:b + 16])) for b in range(0, 60, 16)]
+    unseen = [
+      np.sqrt(np.diag(r[b : b + 16].T @ e[b : b + 16, b : b + 16] @ r[b : b + 16]))
+      for b in range(0, 60, 16)
+    ]
     assert_close(bound, max(reached - (sum(unseen) ** 2).sum() / ridge, 0), 1e-7, 1e-7)
   assert bound > 0.5 * truth.objective
 
@@ -251,7 +288,8 @@ def test_the_bound_on_a_norm(dtype):
 def test_given_landmarks_and_a_callers_jit(dtype):
   x, y, _, u = problem()
   call = lambda key, ridge: approximate(
-      key, x, jnp.asarray(y, dtype), ridge, 12, jnp.asarray(u, dtype), landmarks=jnp.arange(12) * 5)
+    key, x, jnp.asarray(y, dtype), ridge, 12, jnp.asarray(u, dtype), landmarks=jnp.arange(12) * 5
+  )
   eager = call(jax.random.key(0), 0.5)
   assert_close(jax.jit(call)(jax.random.key(0), 0.5).scores, eager.scores, 20 * RTOL[dtype.name])
   compiled = sensitivity_cores.landmark_scores._cache_size()
@@ -264,7 +302,10 @@ def test_given_landmarks_and_a_callers_jit(dtype):
 
 def test_vmap_over_classes_is_the_loop(dtype):
   x, y, _, _ = problem()
-  k, y = jnp.asarray(rbf_matrix(x).reshape(3, 20, 3, 20)[range(3), :, range(3)], dtype), jnp.asarray(y, dtype)
+  k, y = (
+    jnp.asarray(rbf_matrix(x).reshape(3, 20, 3, 20)[range(3), :, range(3)], dtype),
+    jnp.asarray(y, dtype),
+  )
   y = y.reshape(3, 20, 3)
   mapped = jax.vmap(sensitivity.krr_sensitivities, (0, 0, None))(k, y, 0.5)
   for c in range(3):
@@ -276,12 +317,17 @@ def test_float32_keeps_three_digits_where_the_ridge_allows():
   x, y, _, _ = problem(n=150)
   k = rbf_matrix(x)
   for ridge in (1e-2, 1e-1, 1.0, 10.0):
-    got = sensitivity.krr_sensitivities(jnp.asarray(k, jnp.float32), jnp.asarray(y, jnp.float32), ridge)
+    got = sensitivity.krr_sensitivities(
+      jnp.asarray(k, jnp.float32), jnp.asarray(y, jnp.float32), ridge
+    )
     assert np.abs(np.asarray(got) - exact(k, y, ridge)).max() < 1e-3
   with pytest.raises(ValueError, match="in float32"):
     sensitivity.approximate_krr_sensitivities(
-        jax.random.key(0), rbf, jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32), 1e-5, 10)
-  traced = jax.jit(sensitivity.krr_sensitivity_scores)(jnp.asarray(k, jnp.float32), jnp.asarray(y, jnp.float32), 1e-6)
+      jax.random.key(0), rbf, jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32), 1e-5, 10
+    )
+  traced = jax.jit(sensitivity.krr_sensitivity_scores)(
+    jnp.asarray(k, jnp.float32), jnp.asarray(y, jnp.float32), 1e-6
+  )
   assert int(traced.status) == Status.NOT_POSITIVE_DEFINITE and np.isnan(traced.scores).all()
 
 
@@ -312,25 +358,30 @@ def test_bad_input():
   k, y, x = jnp.eye(4), jnp.ones((4, 1)), jnp.ones((4, 2))
   key = jax.random.key(0)
   for call, message in (
-      (lambda: sensitivity.krr_sensitivities(k, y[:3], 1.0), "same number of rows"),
-      (lambda: sensitivity.krr_sensitivities(k, y[:, 0], 1.0), "y: expected"),
-      (lambda: sensitivity.krr_sensitivities(k.at[0, 1].set(jnp.nan), y, 1.0), "k: expected finite"),
-      (lambda: sensitivity.krr_sensitivities(k, y.at[2].set(jnp.inf), 1.0), "y: expected finite"),
-      (lambda: sensitivity.krr_sensitivities(k, y, -1.0), "ridge"),
-      (lambda: sensitivity.approximate_krr_sensitivities(key, rbf, x, y, 1.0, 0), "num_landmarks"),
-      (lambda: sensitivity.approximate_krr_sensitivities(key, rbf, x * jnp.nan, y, 1.0, 2), "x: expected finite"),
-      (lambda: sensitivity.blocked_krr_sensitivities(rbf, x, y, 1.0, np.zeros(3)), "groups"),
-      (lambda: sensitivity.kmeans_sensitivities(x, jnp.ones((2, 3))), "centers"),
-      (lambda: sensitivity.kmeans_sensitivities(x, x, alpha=0.5), "alpha"),
-      (lambda: sensitivity.kmeans_sensitivities(x, x[:0]), "at least one row"),
-      (lambda: sensitivity.lightweight_sensitivities(x, -jnp.ones(4)), "weights"),
+    (lambda: sensitivity.krr_sensitivities(k, y[:3], 1.0), "same number of rows"),
+    (lambda: sensitivity.krr_sensitivities(k, y[:, 0], 1.0), "y: expected"),
+    (lambda: sensitivity.krr_sensitivities(k.at[0, 1].set(jnp.nan), y, 1.0), "k: expected finite"),
+    (lambda: sensitivity.krr_sensitivities(k, y.at[2].set(jnp.inf), 1.0), "y: expected finite"),
+    (lambda: sensitivity.krr_sensitivities(k, y, -1.0), "ridge"),
+    (lambda: sensitivity.approximate_krr_sensitivities(key, rbf, x, y, 1.0, 0), "num_landmarks"),
+    (
+      lambda: sensitivity.approximate_krr_sensitivities(key, rbf, x * jnp.nan, y, 1.0, 2),
+      "x: expected finite",
+    ),
+    (lambda: sensitivity.blocked_krr_sensitivities(rbf, x, y, 1.0, np.zeros(3)), "groups"),
+    (lambda: sensitivity.kmeans_sensitivities(x, jnp.ones((2, 3))), "centers"),
+    (lambda: sensitivity.kmeans_sensitivities(x, x, alpha=0.5), "alpha"),
+    (lambda: sensitivity.kmeans_sensitivities(x, x[:0]), "at least one row"),
+    (lambda: sensitivity.lightweight_sensitivities(x, -jnp.ones(4)), "weights"),
   ):
     with pytest.raises(ValueError, match=message):
       call()
   with pytest.raises(TypeError, match="floating"):
     sensitivity.krr_sensitivities(k, jnp.ones((4, 1), jnp.int32), 1.0)
   with pytest.raises(TypeError, match="traced"):
-    jax.jit(lambda g: sensitivity.blocked_krr_sensitivities(rbf, x, y, 1.0, g))(jnp.zeros(4, jnp.int32))
+    jax.jit(lambda g: sensitivity.blocked_krr_sensitivities(rbf, x, y, 1.0, g))(
+      jnp.zeros(4, jnp.int32)
+    )
 
 
 def test_mnist_certificates_are_tight():
@@ -345,8 +396,11 @@ def test_mnist_certificates_are_tight():
     ridge = score_ridge.score_ridge_for_dimension(k, target).ridge
     truth = np.asarray(sensitivity.krr_sensitivities(k, y, ridge))
     landmarks = sensitivity.approximate_krr_sensitivities(
-        jax.random.key(0), kernel_fn, x, y, ridge, 150, block_size=256)
-    known = sensitivity.blocked_krr_sensitivities(kernel_fn, x, y, ridge, label, None, landmarks.objective)
+      jax.random.key(0), kernel_fn, x, y, ridge, 150, block_size=256
+    )
+    known = sensitivity.blocked_krr_sensitivities(
+      kernel_fn, x, y, ridge, label, None, landmarks.objective
+    )
     for got in (landmarks, known):
       assert (np.asarray(got.scores) >= truth - 1e-5).all()
       assert got.total <= 1.5 * truth.sum(), (target, got.total)
@@ -362,8 +416,11 @@ def test_kmeans_bound_dominates_every_query(x64, weighted):
   cost = (u * ((x[:, None] - centers[None]) ** 2).sum(-1).min(1)).sum()
   alpha = cost / optimum
   assert alpha > 1
-  bound = np.asarray(sensitivity.kmeans_sensitivities(
-      jnp.asarray(x), jnp.asarray(centers), jnp.asarray(u) if weighted else None, alpha))
+  bound = np.asarray(
+    sensitivity.kmeans_sensitivities(
+      jnp.asarray(x), jnp.asarray(centers), jnp.asarray(u) if weighted else None, alpha
+    )
+  )
   assert bound.sum() <= 6 * alpha + 4 * k + 1e-9
   largest = np.zeros(n)
   for _ in range(20_000):
@@ -376,14 +433,17 @@ def test_kmeans_bound_dominates_every_query(x64, weighted):
     return
   # The formula, written out, far from the origin in float32; a weight is a multiplicity.
   shifted = sensitivity.kmeans_sensitivities(
-      jnp.asarray(x + 1e3, jnp.float32), jnp.asarray(centers + 1e3, jnp.float32), None, 2.0)
+    jnp.asarray(x + 1e3, jnp.float32), jnp.asarray(centers + 1e3, jnp.float32), None, 2.0
+  )
   d2 = ((x[:, None] - centers[None]) ** 2).sum(-1)
   own = d2.argmin(1)
   size, part = np.bincount(own), np.bincount(own, d2.min(1))
   assert_close(shifted, 4 * d2.min(1) / cost + 8 * (part / size)[own] / cost + 4 / size[own], 1e-3)
   counts = rng.integers(1, 4, n)
   copies = np.repeat(np.arange(n), counts)
-  by_weight = sensitivity.kmeans_sensitivities(jnp.asarray(x), jnp.asarray(centers), jnp.asarray(counts, jnp.float64))
+  by_weight = sensitivity.kmeans_sensitivities(
+    jnp.asarray(x), jnp.asarray(centers), jnp.asarray(counts, jnp.float64)
+  )
   by_copies = sensitivity.kmeans_sensitivities(jnp.asarray(x[copies]), jnp.asarray(centers))
   assert_close(by_weight, np.bincount(copies, by_copies), 1e-11)
 
@@ -397,8 +457,12 @@ def test_kmeans_scores_of_coinciding_rows(dtype):
 
 def test_lightweight_law(dtype):
   x, _, _, u = problem()
-  call = lambda x, u=None: np.asarray(sensitivity.lightweight_sensitivities(
-      jnp.asarray(x, dtype), None if u is None else jnp.asarray(u, dtype)), np.float64)
+  call = lambda x, u=None: np.asarray(
+    sensitivity.lightweight_sensitivities(
+      jnp.asarray(x, dtype), None if u is None else jnp.asarray(u, dtype)
+    ),
+    np.float64,
+  )
   rtol = 20 * RTOL[dtype.name]
   q = call(x)
   d2 = ((x - x.mean(0)) ** 2).sum(1)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from helpers import RTOL, assert_close
+
 from kipcore import keys
-from kipcore.selection import sensitivity_cores, streaming
 from kipcore.kernels import rbf_fn
+from kipcore.selection import sensitivity_cores, streaming
 from kipcore.selection.sensitivity import Guarantee, krr_sensitivity_scores
 from kipcore.selection.streaming import stream_krr_sensitivities
 from kipcore.types import Status
@@ -29,12 +29,22 @@ def test_blocks_of_a_file_score_like_the_array(dtype, tmp_path, refine, block_si
   x, y = problem(dtype)
   x.tofile(tmp_path / "x.bin")
   mapped = np.memmap(tmp_path / "x.bin", dtype, "r", shape=x.shape)
-  ours = stream_krr_sensitivities(0, KERNEL, mapped, y, 0.5, 40, block_size=block_size, refine=refine)
+  ours = stream_krr_sensitivities(
+    0, KERNEL, mapped, y, 0.5, 40, block_size=block_size, refine=refine
+  )
   landmarks = jnp.sort(jax.random.permutation(keys.canonical_key(0), 230)[:40])
   order = jnp.arange(230, dtype=jnp.int32)
   parts = sensitivity_cores.landmark_scores(
-      KERNEL, jnp.asarray(x), jnp.asarray(y), jnp.asarray(0.5, dtype), jnp.ones(230, dtype), landmarks, order,
-      block_size, refine)
+    KERNEL,
+    jnp.asarray(x),
+    jnp.asarray(y),
+    jnp.asarray(0.5, dtype),
+    jnp.ones(230, dtype),
+    landmarks,
+    order,
+    block_size,
+    refine,
+  )
   rtol = 20 * RTOL[dtype.name]
   assert int(ours.status) == Status.OK and ours.guarantee == Guarantee.OVER_ESTIMATE
   assert ours.scores.dtype == dtype
@@ -58,7 +68,11 @@ def test_pixels_pass_through_the_transform(x64):
   _, y = problem(np.float64, 90)
   scale = lambda block: block / 64.0
   ours = stream_krr_sensitivities(0, KERNEL, pixels, y, 0.5, 30, transform=scale, block_size=32)
-  assert_close(ours.scores, stream_krr_sensitivities(0, KERNEL, scale(pixels), y, 0.5, 30, block_size=32).scores, 1e-12)
+  assert_close(
+    ours.scores,
+    stream_krr_sensitivities(0, KERNEL, scale(pixels), y, 0.5, 30, block_size=32).scores,
+    1e-12,
+  )
 
 
 def test_steps_compile_once(x64):

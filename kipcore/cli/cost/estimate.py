@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore.selection import coreset
 from kipcore.distillation import loop
+from kipcore.selection import coreset
 
 # What is expected to take less is done without a word.
 WORTH_SECONDS, WORTH_BYTES = 20.0, 1e9
 # Passes over the rows that Lloyd's algorithm takes, two starts together, with its seeding.
 _KMEANS_PASSES = 60
-# Dense factorisations and spectra, in units of n^3 operations of a matrix product.
+# Dense factorizations and spectra, in units of n^3 operations of a matrix product.
 _SPECTRUM = 20
 # Seconds of an operation, and of a pair of images for each of its features (fully connected kernels), on a slow core.
 _SLOW, _SLOW_PAIR = 1e-10, 5e-11
@@ -75,13 +75,17 @@ def seconds_a_pair(kernel_fn, x, gradient: bool) -> tuple[float, int]:
   a, b = jnp.asarray(x[:rows]), jnp.asarray(x[-others:])
   value = lambda a: jnp.sum(kernel_fn(a, b))
   compiled = jax.jit(jax.value_and_grad(value) if gradient else value).lower(a).compile()
-  return _timed(lambda: compiled(a)) / pairs(a.shape[0], b.shape[0]), compiled.memory_analysis().temp_size_in_bytes
+  return _timed(lambda: compiled(a)) / pairs(
+    a.shape[0], b.shape[0]
+  ), compiled.memory_analysis().temp_size_in_bytes
 
 
 def operations_a_second(dtype) -> float:
   """Of a matrix product, from one of a thousand rows."""
   a = jnp.ones((1024, 1024), dtype)
-  product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST)).lower(a).compile()
+  product = (
+    jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST)).lower(a).compile()
+  )
   return 2 * 1024**3 / _timed(lambda: product(a))
 
 
@@ -111,9 +115,21 @@ def of_start(strategy: str, rows: int, support: int, features: int, classes: int
     pool = min(rows, max(2000, support))
     return Work(rows * pool, 2.0 * rows * pool**2 + 2.0 * support * pool**2)
   one_pass = 2.0 * rows * per_class * features
-  passes = {"kmeans": _KMEANS_PASSES, "kmedoids": _KMEANS_PASSES, "kmeans_plusplus": 2 + np.log(per_class), "herding": 1, "k_center": 1}
+  passes = {
+    "kmeans": _KMEANS_PASSES,
+    "kmedoids": _KMEANS_PASSES,
+    "kmeans_plusplus": 2 + np.log(per_class),
+    "herding": 1,
+    "k_center": 1,
+  }
   if strategy == "auto":
-    tried = sum((of_start(name, rows, support, features, classes) for name in ("kmeans", "kmeans_plusplus", "krr_pursuit")), Work())
+    tried = sum(
+      (
+        of_start(name, rows, support, features, classes)
+        for name in ("kmeans", "kmeans_plusplus", "krr_pursuit")
+      ),
+      Work(),
+    )
     return tried + Work(len(coreset.AUTO_CANDIDATES) * min(rows, 10_000) * support)
   return Work(0.0, passes.get(strategy, 0) * one_pass)
 
@@ -126,16 +142,26 @@ def of_scores(rows: int, support: int) -> Work:
   return Work(2 * rows * columns, 8.0 * rows * columns**2 + 2.0 * _SPECTRUM * columns**3)
 
 
-def of_selection(strategy: str, rows: int, support: int, features: int, classes: int, test: int, dual_rows: int) -> dict[str, Work]:
+def of_selection(
+  strategy: str, rows: int, support: int, features: int, classes: int, test: int, dual_rows: int
+) -> dict[str, Work]:
   """The parts of `run_select`: points, scores, labels, certificate, and the scores of three sets."""
   landmarks = min(1000, rows)
-  scored = {} if strategy in ("krr_sensitivity", "leverage") else {"scores of all rows": of_scores(rows, support)}
+  scored = (
+    {}
+    if strategy in ("krr_sensitivity", "leverage")
+    else {"scores of all rows": of_scores(rows, support)}
+  )
   certificate = Work(4 * rows * landmarks, 6.0 * rows * landmarks**2)
   if landmarks < rows <= dual_rows:
     certificate += Work(rows**2)
-  return {f"points ({strategy})": of_start(strategy, rows, support, features, classes), **scored,
-          "solved labels": Work(rows * support, 2.0 * rows * support**2),
-          **({} if strategy in ("kmeans", "noise") else {"certificate": certificate}), "scores of the test rows": Work(3 * test * support)}
+  return {
+    f"points ({strategy})": of_start(strategy, rows, support, features, classes),
+    **scored,
+    "solved labels": Work(rows * support, 2.0 * rows * support**2),
+    **({} if strategy in ("kmeans", "noise") else {"certificate": certificate}),
+    "scores of the test rows": Work(3 * test * support),
+  }
 
 
 def memory_of_selection(data, support: int, dtype) -> list[Part]:
@@ -149,19 +175,27 @@ def memory_of_selection(data, support: int, dtype) -> list[Part]:
 def seconds_of(work: dict[str, Work], kernel_fn, x, measure: bool = False) -> list[Part]:
   """How long that takes here; little work is not measured first, unless asked for, but taken to run as on a slow core."""
   total = sum(work.values(), Work())
-  if not measure and not kernel_fn.arch.convolutional and total.seconds(_SLOW_PAIR * x[0].size, 1 / _SLOW) < WORTH_SECONDS:
+  if (
+    not measure
+    and not kernel_fn.arch.convolutional
+    and total.seconds(_SLOW_PAIR * x[0].size, 1 / _SLOW) < WORTH_SECONDS
+  ):
     rates = _SLOW_PAIR * x[0].size, 1 / _SLOW
   else:
     rates = seconds_a_pair(kernel_fn, x, gradient=False)[0], operations_a_second(x.dtype)
   return [Part(name, each.seconds(*rates)) for name, each in work.items()]
 
 
-def worth_saying(seconds: list[Part], memory_parts: list[Part]) -> str | None:
+def worth_reporting(seconds: list[Part], memory_parts: list[Part]) -> str | None:
   """One line about what is long or large, None for what is neither."""
-  time_total, memory_total = (sum(part.amount for part in parts) for parts in (seconds, memory_parts))
+  time_total, memory_total = (
+    sum(part.amount for part in parts) for parts in (seconds, memory_parts)
+  )
   if time_total < WORTH_SECONDS and memory_total < WORTH_BYTES:
     return None
-  parts = ", ".join(f"{part.name} {duration(part.amount)}" for part in seconds if part.amount > 0.05 * time_total)
+  parts = ", ".join(
+    f"{part.name} {duration(part.amount)}" for part in seconds if part.amount > 0.05 * time_total
+  )
   return f"estimate: about {duration(time_total)} ({parts}) and {memory(memory_total)} of memory"
 
 
@@ -184,12 +218,21 @@ def memory_of_steps(compiled, kernel: bool) -> list[Part]:
   """
   _, state, targets, *_ = compiled.args_info[0]
   devices = jax.tree.leaves(targets)[0].shape[0]
-  size = lambda tree: sum(np.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree)) / devices
+  size = lambda tree: (
+    sum(np.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(tree)) / devices
+  )
   planned = compiled.memory_analysis()
   scratch = planned.temp_size_in_bytes if planned is not None else 0
-  parts = [Part("training rows", size(targets)), Part("images, labels and their optimiser", size((state.params, state.opt_state))),
-           Part("networks", size(state.aux)), Part("scores of rows", size(state.sampler)),
-           Part("working memory of a step: " + ("kernel matrices" if kernel else "activations and gradients"), scratch)]
+  parts = [
+    Part("training rows", size(targets)),
+    Part("images, labels and their optimizer", size((state.params, state.opt_state))),
+    Part("networks", size(state.aux)),
+    Part("scores of rows", size(state.sampler)),
+    Part(
+      "working memory of a step: " + ("kernel matrices" if kernel else "activations and gradients"),
+      scratch,
+    ),
+  ]
   return [part for part in parts if part.amount]
 
 
@@ -217,24 +260,36 @@ def of_distillation(config, data, sizes: Sizes) -> str | None:
   if not kernel_fn.arch.convolutional:
     return None
   forward, _ = seconds_a_pair(kernel_fn, data.x_train, gradient=False)
-  chosen = of_start(config.init, data.x_train.shape[0], sizes.support, data.x_train[0].size, data.y_train.shape[1]).pairs
+  chosen = of_start(
+    config.init, data.x_train.shape[0], sizes.support, data.x_train[0].size, data.y_train.shape[1]
+  ).pairs
   solved = data.x_train.shape[0] if config.method == "label_solve" else sizes.solved
   other = forward * (sizes.support * (logged_rows(config, sizes) + solved) + chosen)
   if config.method != "kip":
-    return (f"estimate: {duration(other)} for start and scores by kernel ridge regression ({1e3 * forward:.3g} ms a pair of images; "
-            "--test_rows for less); the steps are the method's own") if other > WORTH_SECONDS else None
+    return (
+      (
+        f"estimate: {duration(other)} for start and scores by kernel ridge regression ({1e3 * forward:.3g} ms a pair of images; "
+        "--test_rows for less); the steps are the method's own"
+      )
+      if other > WORTH_SECONDS
+      else None
+    )
   backward, scratch = seconds_a_pair(data.kernel_fn, data.x_train, gradient=True)
   step, step_pairs = step_of_pairs(sizes, backward)
   if config.steps * step + other < WORTH_SECONDS and scratch + 4 * step_pairs < WORTH_BYTES:
     return None
-  return (f"estimate: {step_pairs:,} pairs of images a step, {1e3 * backward:.3g} ms each: {step:.3g} s a step, {duration(config.steps * step)} "
-          f"for {config.steps} steps, and {duration(other)} for start, labels and scores ({1e3 * forward:.3g} ms a pair; --test_rows for "
-          f"less); {memory(scratch)} of scratch memory, {memory(4 * step_pairs)} of kernel matrices")
+  return (
+    f"estimate: {step_pairs:,} pairs of images a step, {1e3 * backward:.3g} ms each: {step:.3g} s a step, {duration(config.steps * step)} "
+    f"for {config.steps} steps, and {duration(other)} for start, labels and scores ({1e3 * forward:.3g} ms a pair; --test_rows for "
+    f"less); {memory(scratch)} of scratch memory, {memory(4 * step_pairs)} of kernel matrices"
+  )
 
 
 def step_of_pairs(sizes: Sizes, a_pair: float) -> tuple[float, int]:
   """Seconds of a step of KIP, and its pairs."""
-  shared = 1 if jax.default_backend() == "cpu" else sizes.devices  # simulated devices share the cores
+  shared = (
+    1 if jax.default_backend() == "cpu" else sizes.devices
+  )  # simulated devices share the cores
   count = pairs(sizes.support, sizes.batch, symmetric=True)
   return count * a_pair / shared, count
 
@@ -260,6 +315,8 @@ def listed(parts: list[Part], shown, total: str | None = "together") -> str:
   known = [part for part in parts if not math.isnan(part.amount)]
   texts = {part.name: shown(part.amount) if part in known else "not known" for part in parts}
   if total and len(parts) > 1:
-    texts[total] = ("more than " if len(known) < len(parts) else "") + shown(sum(part.amount for part in known))
+    texts[total] = ("more than " if len(known) < len(parts) else "") + shown(
+      sum(part.amount for part in known)
+    )
   width = max(map(len, texts))
   return "\n".join(f"  {name:<{width}}  {text:>9}" for name, text in texts.items())

@@ -31,7 +31,7 @@ def rows_at_a_time(rows: int, support: int, itemsize: int) -> int:
   Powers of two, so that a little more or less free memory seldom changes them.
   """
   fit = _SHARE * free_bytes() / (_ARRAYS_OF_A_BLOCK * support * itemsize)
-  return 0 if rows <= fit else max(_FEWEST_ROWS, 2**int(math.log2(max(fit, 1))))
+  return 0 if rows <= fit else max(_FEWEST_ROWS, 2 ** int(math.log2(max(fit, 1))))
 
 
 def check_rows(raw, itemsize: int, devices: int, test_rows: int = 0) -> None:
@@ -51,9 +51,15 @@ def check_rows(raw, itemsize: int, devices: int, test_rows: int = 0) -> None:
   if needed <= free:
     return
   fit = int((0.9 * free - others) / a_row)
-  remedy = f"--train_rows={fit} learns from a part of each class" if fit > 0 else "--train_rows and --test_rows take a part of them"
-  raise UsageError(f"expected rows that fit into the {estimate.memory(free)} that are free, got {estimate.memory(needed)}: {train:,} training and {tests:,} "
-                   f"test rows of {estimate.memory(size)} each, as preprocessed and for the devices; {remedy}")
+  remedy = (
+    f"--train_rows={fit} learns from a part of each class"
+    if fit > 0
+    else "--train_rows and --test_rows take a part of them"
+  )
+  raise UsageError(
+    f"expected rows that fit into the {estimate.memory(free)} that are free, got {estimate.memory(needed)}: {train:,} training and {tests:,} "
+    f"test rows of {estimate.memory(size)} each, as preprocessed and for the devices; {remedy}"
+  )
 
 
 def check_steps(compiled, kernel: bool) -> None:
@@ -67,9 +73,18 @@ def check_steps(compiled, kernel: bool) -> None:
   free = free_bytes()
   if planned is None or planned.temp_size_in_bytes <= free:
     return
-  parts = ", ".join(f"{part.name} {estimate.memory(part.amount)}" for part in estimate.memory_of_steps(compiled, kernel))
-  raise OutOfMemory(f"a step needs {estimate.memory(planned.temp_size_in_bytes)} of working memory, and {estimate.memory(free)} are free ({parts}); less by "
-                    + ("--target_block_size, --images_per_class" if kernel else "--target_batch_size, --width, --images_per_class"))
+  parts = ", ".join(
+    f"{part.name} {estimate.memory(part.amount)}"
+    for part in estimate.memory_of_steps(compiled, kernel)
+  )
+  raise OutOfMemory(
+    f"a step needs {estimate.memory(planned.temp_size_in_bytes)} of working memory, and {estimate.memory(free)} are free ({parts}); less by "
+    + (
+      "--target_block_size, --images_per_class"
+      if kernel
+      else "--target_batch_size, --width, --images_per_class"
+    )
+  )
 
 
 @contextlib.contextmanager
@@ -78,8 +93,12 @@ def part(name: str, remedy: str = "--dry_run says what each part takes"):
   try:
     yield
   except MemoryError as error:
-    raise OutOfMemory(f"out of memory in {name} ({str(error) or 'MemoryError'}); {remedy}") from error
+    raise OutOfMemory(
+      f"out of memory in {name} ({str(error) or 'MemoryError'}); {remedy}"
+    ) from error
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    raise OutOfMemory(f"out of memory in {name} ({str(error).splitlines()[0]}); {remedy}") from error
+    raise OutOfMemory(
+      f"out of memory in {name} ({str(error).splitlines()[0]}); {remedy}"
+    ) from error

@@ -28,14 +28,39 @@ class Steps:
     clock: seconds.
   """
 
-  def __init__(self, total: int, name: str, log_steps=(), say=None, kernel: bool = True, clock=time.perf_counter):
-    self._total, self._log_steps, self._say, self._kernel, self._clock = total, tuple(log_steps), say, kernel, clock
+  def __init__(
+    self,
+    total: int,
+    name: str,
+    log_steps=(),
+    say=None,
+    kernel: bool = True,
+    clock=time.perf_counter,
+  ):
+    self._total, self._log_steps, self._say, self._kernel, self._clock = (
+      total,
+      tuple(log_steps),
+      say,
+      kernel,
+      clock,
+    )
     self._done, self._seconds, self._logs, self._log_seconds, self._last = 0, 0.0, 0, 0.0, clock()
     self._marks = [(0, 0.0)]
-    self._bar = tqdm(total=total, desc=name, unit="step", disable=None if say and total else True, leave=False,
-                     bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")
-    self._part = planner.part(f"the steps of {name}", "less by --target_batch_size, --images_per_class, --train_rows or --width")
-    self._bar.set_postfix_str("getting ready")  # a method may train experts first; then its step is compiled
+    self._bar = tqdm(
+      total=total,
+      desc=name,
+      unit="step",
+      disable=None if say and total else True,
+      leave=False,
+      bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+    )
+    self._part = planner.part(
+      f"the steps of {name}",
+      "less by --target_batch_size, --images_per_class, --train_rows or --width",
+    )
+    self._bar.set_postfix_str(
+      "getting ready"
+    )  # a method may train experts first; then its step is compiled
 
   def __enter__(self):
     self._part.__enter__()
@@ -62,7 +87,9 @@ class Steps:
     self._bar.update(done - self._bar.n)
     if self._say and self._seconds > _SURE_SECONDS:
       if left > estimate.WORTH_SECONDS:
-        self._say(f"estimate: {self._a_step():.3g} s a step, {estimate.duration(left)} for the other {self._total - done:,} steps")
+        self._say(
+          f"estimate: {self._a_step():.3g} s a step, {estimate.duration(left)} for the other {self._total - done:,} steps"
+        )
       self._say = None
 
   def logged(self, step: int) -> None:
@@ -75,7 +102,9 @@ class Steps:
   def seconds_left(self) -> float:
     """From the latest half of the steps done, and the mean of what was logged."""
     steps = self._a_step() * (self._total - self._done)
-    logs = self._log_seconds / max(self._logs, 1) * sum(step > self._done for step in self._log_steps)
+    logs = (
+      self._log_seconds / max(self._logs, 1) * sum(step > self._done for step in self._log_steps)
+    )
     return steps + logs
 
   def _a_step(self) -> float:
@@ -89,8 +118,15 @@ def memory_line(parts: list[estimate.Part]) -> str | None:
   total, available = sum(part.amount for part in parts), estimate.available_bytes()
   if total < estimate.WORTH_BYTES and total < (available or total + 1):
     return None
-  there = "" if not available else f", of {estimate.memory(available)} that there are" + ("; it may not fit" if total > available else "")
-  return f"memory: {estimate.memory(total)} a device{there}: " + ", ".join(f"{part.name} {estimate.memory(part.amount)}" for part in parts)
+  there = (
+    ""
+    if not available
+    else f", of {estimate.memory(available)} that there are"
+    + ("; it may not fit" if total > available else "")
+  )
+  return f"memory: {estimate.memory(total)} a device{there}: " + ", ".join(
+    f"{part.name} {estimate.memory(part.amount)}" for part in parts
+  )
 
 
 @contextlib.contextmanager
@@ -103,7 +139,12 @@ def working(text: str, expected: float | None = None, shown: bool = True, remedy
     shown: False for no line at all.
     remedy: flags that make the block need less memory.
   """
-  with planner.part(f"the part {text!r}", f"less by {remedy}" if remedy else "--dry_run says what each part takes"), _ticking(text, expected, shown):
+  with (
+    planner.part(
+      f"the part {text!r}", f"less by {remedy}" if remedy else "--dry_run says what each part takes"
+    ),
+    _ticking(text, expected, shown),
+  ):
     yield
 
 

@@ -14,7 +14,9 @@ def require(wanted: bool) -> None:
   try:
     import tensorboardX  # noqa: F401
   except ImportError as error:
-    raise UsageError(f"--tensorboard: expected tensorboardX to be installed, got {error}; pip install tensorboardX") from error
+    raise UsageError(
+      f"--tensorboard: expected tensorboardX to be installed, got {error}; pip install tensorboardX"
+    ) from error
 
 
 class EventLog:
@@ -28,6 +30,7 @@ class EventLog:
     self._writer = None
     if folder is not None:
       import tensorboardX
+
       self._writer = tensorboardX.SummaryWriter(str(folder / FOLDER), flush_secs=5)
 
   def scalars(self, record: dict) -> None:
@@ -45,6 +48,7 @@ class EventLog:
     if self._writer is None:
       return
     from matplotlib.image import imread
+
     for path in pictures:
       if path.exists():
         self._writer.add_image(path.stem, imread(path)[..., :3], step, dataformats="HWC")

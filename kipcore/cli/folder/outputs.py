@@ -1,4 +1,4 @@
-"""The files of a run about its result: artefact and pictures."""
+"""The files of a run about its result: artifact and pictures."""
 
 import dataclasses
 import pathlib
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kipcore import krr
+from kipcore.cli.folder import run_folder
 from kipcore.io import artifact, npz
 from kipcore.report import pictures
-from kipcore.cli.folder import run_folder
 
 HARDEST = 40  # training images that are kept of a run
 
@@ -20,17 +20,38 @@ def write_artifact(folder, config, data, support, result: dict) -> None:
   if "experts" in settings:  # whose folder is the run's own
     settings["experts"] = pathlib.Path(settings["experts"]).name
   metadata = {
-      "dataset": {"name": config.dataset, "num_classes": data.raw.num_classes, "hashes": data.raw.hashes,
-                  "class_names": list(data.raw.class_names) if data.raw.class_names else None, "note": data.raw.note,
-                  "pixel_max": data.raw.pixel_max, "pixel_range": pixel_range(data),
-                  "validation_fraction": config.validation_fraction, "test_rows": data.x_test.shape[0]},
-      "config": settings,
-      "environment": run_folder.environment(),
-      "result": {name: value for name, value in result.items() if not name.endswith(("_seconds", "_memory_bytes"))},
+    "dataset": {
+      "name": config.dataset,
+      "num_classes": data.raw.num_classes,
+      "hashes": data.raw.hashes,
+      "class_names": list(data.raw.class_names) if data.raw.class_names else None,
+      "note": data.raw.note,
+      "pixel_max": data.raw.pixel_max,
+      "pixel_range": pixel_range(data),
+      "validation_fraction": config.validation_fraction,
+      "test_rows": data.x_test.shape[0],
+    },
+    "config": settings,
+    "environment": run_folder.environment(),
+    "result": {
+      name: value
+      for name, value in result.items()
+      if not name.endswith(("_seconds", "_memory_bytes"))
+    },
   }
-  artifact.save_artifact(folder / "distilled.npz", artifact.Artifact(
-      data.preprocess.invert(x, x.dtype), np.asarray(support.y), x, data.preprocess, data.score_kernel.arch,
-      data.score_kernel.get, config.relative_ridge, metadata))
+  artifact.save_artifact(
+    folder / "distilled.npz",
+    artifact.Artifact(
+      data.preprocess.invert(x, x.dtype),
+      np.asarray(support.y),
+      x,
+      data.preprocess,
+      data.score_kernel.arch,
+      data.score_kernel.get,
+      config.relative_ridge,
+      metadata,
+    ),
+  )
 
 
 def write_pictures(folder, data, start, classes, support, history: list, result: dict) -> None:
@@ -39,15 +60,26 @@ def write_pictures(folder, data, start, classes, support, history: list, result:
   `start.npz` has the start itself: `images` in pixel space, `labels`, and the `classes` `(m,)` that they were chosen for, of which
   solved labels may disagree.
   """
-  save_arrays(folder / "start.npz", images=data.preprocess.invert(np.asarray(start.x)), labels=np.asarray(start.y), classes=classes)
+  save_arrays(
+    folder / "start.npz",
+    images=data.preprocess.invert(np.asarray(start.x)),
+    labels=np.asarray(start.y),
+    classes=classes,
+  )
   if support.x.ndim == 4 and support.x.shape[-1] in (1, 3):
     before, after = (data.preprocess.invert(np.asarray(s.x)) for s in (start, support))
-    pictures.save_image_grid(folder / "images.png", before, after, classes,
-                           pixel_range(data), data.raw.class_names)
+    pictures.save_image_grid(
+      folder / "images.png", before, after, classes, pixel_range(data), data.raw.class_names
+    )
   if history:
-    pictures.save_learning_curve(folder / "learning_curve.png", history, {
+    pictures.save_learning_curve(
+      folder / "learning_curve.png",
+      history,
+      {
         "random real images (test)": result["random_baseline_test_accuracy"],
-        "distilled (test)": result["test_accuracy"]})
+        "distilled (test)": result["test_accuracy"],
+      },
+    )
 
 
 def write_importance(folder, config, data, support, scores) -> None:
@@ -58,15 +90,26 @@ def write_importance(folder, config, data, support, scores) -> None:
   if scores is None or not np.isfinite(scores).any():
     return
   hardest, predicted = hardest_rows(config, data, support, scores)
-  save_arrays(folder / "importance.npz", scores=scores, labels=data.raw.y_train, hardest=hardest, images=data.raw.x_train[hardest],
-        predicted=predicted)
+  save_arrays(
+    folder / "importance.npz",
+    scores=scores,
+    labels=data.raw.y_train,
+    hardest=hardest,
+    images=data.raw.x_train[hardest],
+    predicted=predicted,
+  )
 
 
-def hardest_rows(config, data, support, scores, number: int = HARDEST) -> tuple[np.ndarray, np.ndarray]:
+def hardest_rows(
+  config, data, support, scores, number: int = HARDEST
+) -> tuple[np.ndarray, np.ndarray]:
   """Training rows with the highest known scores, in that order, and the classes that ridge regression on the support gives them."""
   known = np.flatnonzero(np.isfinite(scores))
   hardest = known[np.argsort(-scores[known], kind="stable")[:number]]
-  k_ss, k_ts = data.score_kernel(support.x, None), data.score_kernel(jnp.asarray(data.x_train[hardest]), support.x)
+  k_ss, k_ts = (
+    data.score_kernel(support.x, None),
+    data.score_kernel(jnp.asarray(data.x_train[hardest]), support.x),
+  )
   fit = krr.krr_fit(k_ss, support.y, krr.relative_ridge(k_ss, config.relative_ridge))
   return hardest, np.argmax(np.asarray(krr.krr_predict(fit, k_ts)), axis=1)
 

@@ -6,11 +6,11 @@ import pathlib
 
 import numpy as np
 
+from kipcore.cli.folder import outputs, run_folder
 from kipcore.io import artifact
 from kipcore.report import html
 from kipcore.report.charts import interval_chart, line_chart
 from kipcore.report.html import Html, Section
-from kipcore.cli.folder import outputs, run_folder
 
 _MAX_CELLS = 120  # images with a caption each
 _MAX_IMAGES = 200  # in a grid of rows
@@ -26,25 +26,41 @@ def write_report(folder: pathlib.Path, path: pathlib.Path | None = None) -> None
     folder: has config.json, result.json and distilled.npz; parts whose files are not there are left out.
     path: the file; None for report.html in the folder.
   """
-  config, result = (json.loads((folder / name).read_text()) for name in ("config.json", "result.json"))
+  config, result = (
+    json.loads((folder / name).read_text()) for name in ("config.json", "result.json")
+  )
   stored = artifact.load_artifact(folder / "distilled.npz")
   name, m = pathlib.Path(config["dataset"]).stem, result["support_size"]
   kernel = f"the {config['kernel'].upper()} of {config['architecture']}"
   if (folder / "certificate.json").exists():
-    title, lead = f"{m} selected images of {name}", f"Chosen by {result['chosen_strategy']} with {kernel}, seed {config['seed']}."
+    title, lead = (
+      f"{m} selected images of {name}",
+      f"Chosen by {result['chosen_strategy']} with {kernel}, seed {config['seed']}.",
+    )
     sections = _selection(folder, config, result, stored)
   else:
-    title, targets = f"{m} distilled images of {name}", f", targets by {result['sampler']}" if result["steps"] else ""
+    title, targets = (
+      f"{m} distilled images of {name}",
+      f", targets by {result['sampler']}" if result["steps"] else "",
+    )
     lead = f"Learned by {result['method']} with {kernel}; start {result['init']}{targets}, seed {config['seed']}."
     sections = _distillation(folder, config, result, stored)
   settings = {key: value for key, value in config.items() if key != "environment"}
-  sections += [Section("Use it elsewhere", _use(stored)), Section("Configuration", [html.properties(settings)], True),
-               Section("Environment", [html.properties(config["environment"])], True)]
+  sections += [
+    Section("Use it elsewhere", _use(stored)),
+    Section("Configuration", [html.properties(settings)], True),
+    Section("Environment", [html.properties(config["environment"])], True),
+  ]
   html.write_html(path or folder / "report.html", title, sections, lead, _footer(folder, config))
 
 
-def write_comparison(folder: pathlib.Path, table: str, panels: dict, errors: dict[str, str],
-                     path: pathlib.Path | None = None) -> None:
+def write_comparison(
+  folder: pathlib.Path,
+  table: str,
+  panels: dict,
+  errors: dict[str, str],
+  path: pathlib.Path | None = None,
+) -> None:
   """Writes the report of a comparison.
 
   Args:
@@ -57,21 +73,47 @@ def write_comparison(folder: pathlib.Path, table: str, panels: dict, errors: dic
   config = json.loads((folder / "config.json").read_text())
   cells, grid = config["cells"], config["grid"]
   datasets = ", ".join(dict.fromkeys(pathlib.Path(cell["dataset"]).stem for cell in cells))
-  header, _, *rows = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in _padded_table(table))
-  charts = [interval_chart(f"Test accuracy, {name}", groups, "%") for name, groups in panels.items() if groups]
+  header, _, *rows = (
+    [cell.strip() for cell in line.strip("| ").split(" | ")] for line in _padded_table(table)
+  )
+  charts = [
+    interval_chart(f"Test accuracy, {name}", groups, "%")
+    for name, groups in panels.items()
+    if groups
+  ]
   sections = [
-      Section("Accuracy", [
-          "Means over seeds, with one standard deviation to each side, by start / targets.", html.side_by_side(*charts)] if charts else []),
-      Section("Table", [
-          "Mean and deviation over seeds. Gained: the mean difference to the first start and sampler of the same method, over the same "
-          "seeds, with its standard error. Seconds are those of the steps, the median over seeds.",
-          html.table(header, rows, text_columns=3)]),
-      Section("Failed cells", [html.properties(errors)] if errors else []),
-      Section("Settings", [html.properties(grid), *_settings_by_method(cells)], True),
-      Section("Environment", [html.properties(config["environment"])], True)]
-  lead = (f"{len(dict.fromkeys(cell['method'] for cell in cells))} methods, {len(cells)} runs: starts {', '.join(grid['inits'])}; "
-          f"targets {', '.join(grid['samplers'])}; {grid['num_seeds']} seeds.")
-  html.write_html(path or folder / "report.html", f"Comparison on {datasets}", sections, lead, _footer(folder, config))
+    Section(
+      "Accuracy",
+      [
+        "Means over seeds, with one standard deviation to each side, by start / targets.",
+        html.side_by_side(*charts),
+      ]
+      if charts
+      else [],
+    ),
+    Section(
+      "Table",
+      [
+        "Mean and deviation over seeds. Gained: the mean difference to the first start and sampler of the same method, over the same "
+        "seeds, with its standard error. Seconds are those of the steps, the median over seeds.",
+        html.table(header, rows, text_columns=3),
+      ],
+    ),
+    Section("Failed cells", [html.properties(errors)] if errors else []),
+    Section("Settings", [html.properties(grid), *_settings_by_method(cells)], True),
+    Section("Environment", [html.properties(config["environment"])], True),
+  ]
+  lead = (
+    f"{len(dict.fromkeys(cell['method'] for cell in cells))} methods, {len(cells)} runs: starts {', '.join(grid['inits'])}; "
+    f"targets {', '.join(grid['samplers'])}; {grid['num_seeds']} seeds."
+  )
+  html.write_html(
+    path or folder / "report.html",
+    f"Comparison on {datasets}",
+    sections,
+    lead,
+    _footer(folder, config),
+  )
 
 
 def _padded_table(text: str) -> list[str]:
@@ -88,15 +130,22 @@ def _settings_by_method(cells: list[dict]) -> list[Html]:
   values = {name: [text(cell.get(name)) for cell in first.values()] for name in names}
   differ = [name for name in names if len(set(values[name])) > 1]
   tables = [html.properties({name: values[name][0] for name in names if name not in differ})]
-  return [html.table(["", *first], [[name, *values[name]] for name in differ]), *tables] if differ else tables
+  return (
+    [html.table(["", *first], [[name, *values[name]] for name in differ]), *tables]
+    if differ
+    else tables
+  )
 
 
 def _distillation(folder, config: dict, result: dict, stored: artifact.Artifact) -> list[Section]:
   history = run_folder.read_metrics(folder)
-  return [Section("Accuracy", _accuracies(config, result)), Section("Learning curve", _curves(history, result)),
-          Section("Images", _before_and_after(folder, stored)),
-          Section("Which targets were drawn", _importance(folder, config, result, stored, history)),
-          Section("Cost", [html.properties(_cost(result))])]
+  return [
+    Section("Accuracy", _accuracies(config, result)),
+    Section("Learning curve", _curves(history, result)),
+    Section("Images", _before_and_after(folder, stored)),
+    Section("Which targets were drawn", _importance(folder, config, result, stored, history)),
+    Section("Cost", [html.properties(_cost(result))]),
+  ]
 
 
 def _percent(share: float, digits: int = 2) -> str:
@@ -104,37 +153,97 @@ def _percent(share: float, digits: int = 2) -> str:
 
 
 def _accuracies(config: dict, result: dict) -> list[Html]:
-  random, spread = result["random_baseline_test_accuracy"], result["random_baseline_test_accuracy_std"]
-  rows = [("distilled images", result["test_accuracy"], ""), ("the start", result["init_test_accuracy"], result["init"]),
-          ("random real images", random, f"as many; ± {100 * spread:.2f} over draws")]
+  random, spread = (
+    result["random_baseline_test_accuracy"],
+    result["random_baseline_test_accuracy_std"],
+  )
+  rows = [
+    ("distilled images", result["test_accuracy"], ""),
+    ("the start", result["init_test_accuracy"], result["init"]),
+    ("random real images", random, f"as many; ± {100 * spread:.2f} over draws"),
+  ]
   if "uniform_targets_test_accuracy" in result:
-    rows.insert(1, ("distilled with uniform targets", result["uniform_targets_test_accuracy"], "as many target evaluations"))
+    rows.insert(
+      1,
+      (
+        "distilled with uniform targets",
+        result["uniform_targets_test_accuracy"],
+        "as many target evaluations",
+      ),
+    )
   if "feature_map_test_accuracy" in result:
-    rows.insert(1, ("distilled images, in the features of the map", result["feature_map_test_accuracy"], ""))
+    rows.insert(
+      1, ("distilled images, in the features of the map", result["feature_map_test_accuracy"], "")
+    )
   if networks := result.get("network_test_accuracy"):
-    note = f"{len(networks)} networks, {_percent(min(networks), 1)} to {_percent(max(networks), 1)}" if len(networks) > 1 else "one network"
-    rows.append(("finite networks trained on the distilled images", result["network_test_accuracy_mean"], note))
+    note = (
+      f"{len(networks)} networks, {_percent(min(networks), 1)} to {_percent(max(networks), 1)}"
+      if len(networks) > 1
+      else "one network"
+    )
+    rows.append(
+      (
+        "finite networks trained on the distilled images",
+        result["network_test_accuracy_mean"],
+        note,
+      )
+    )
   gained = 100 * (result["test_accuracy"] - random)
-  entries = [(_percent(result["test_accuracy"]), "distilled", f"{gained:+.1f} points over random real images"),
-             (_percent(random), "random real images", f"± {100 * spread:.2f}"), (_percent(result["init_test_accuracy"]), "start", result["init"])]
-  return [html.cards(entries), html.table(
-      ["", "test accuracy", ""], [[html.noted(name, note), _percent(value), html.bar(value)] for name, value, note in rows]),
-          f"Kernel ridge regression on {result['support_size']} images, with the {config['kernel'].upper()} of "
-          f"{config['score_architecture'] or config['architecture']}, scored on {result['test_rows']:,} test rows."]
+  entries = [
+    (
+      _percent(result["test_accuracy"]),
+      "distilled",
+      f"{gained:+.1f} points over random real images",
+    ),
+    (_percent(random), "random real images", f"± {100 * spread:.2f}"),
+    (_percent(result["init_test_accuracy"]), "start", result["init"]),
+  ]
+  return [
+    html.cards(entries),
+    html.table(
+      ["", "test accuracy", ""],
+      [[html.noted(name, note), _percent(value), html.bar(value)] for name, value, note in rows],
+    ),
+    f"Kernel ridge regression on {result['support_size']} images, with the {config['kernel'].upper()} of "
+    f"{config['score_architecture'] or config['architecture']}, scored on {result['test_rows']:,} test rows.",
+  ]
 
 
 def _curves(history: list[dict], result: dict) -> list[Html]:
   if len([r for r in history if "loss" in r]) < 2:
     return []
   names = {"validation_accuracy": "validation", "test_accuracy": "test", "accuracy": "target batch"}
-  accuracies = {label: [(r["step"], 100 * r[key]) for r in history if key in r] for key, label in names.items()}
-  return [html.side_by_side(
-      line_chart("Accuracy, %", accuracies, "step", x_scale="symlog",
-                 references={"distilled, test": 100 * result["test_accuracy"],
-                             "random real images, test": 100 * result["random_baseline_test_accuracy"]}),
-      line_chart("Loss on the target batch", _series(history, "loss"), "step", x_scale="symlog", y_scale="log")), *(
-          ["Targets drawn by score are harder than the average row: accuracy and loss of their batches are no measure of progress."]
-          if any("importance_gain" in r for r in history) else [])]
+  accuracies = {
+    label: [(r["step"], 100 * r[key]) for r in history if key in r] for key, label in names.items()
+  }
+  return [
+    html.side_by_side(
+      line_chart(
+        "Accuracy, %",
+        accuracies,
+        "step",
+        x_scale="symlog",
+        references={
+          "distilled, test": 100 * result["test_accuracy"],
+          "random real images, test": 100 * result["random_baseline_test_accuracy"],
+        },
+      ),
+      line_chart(
+        "Loss on the target batch",
+        _series(history, "loss"),
+        "step",
+        x_scale="symlog",
+        y_scale="log",
+      ),
+    ),
+    *(
+      [
+        "Targets drawn by score are harder than the average row: accuracy and loss of their batches are no measure of progress."
+      ]
+      if any("importance_gain" in r for r in history)
+      else []
+    ),
+  ]
 
 
 def _series(history: list[dict], key: str, name: str = "", factor: float = 1.0) -> dict:
@@ -147,8 +256,11 @@ def _names(stored: artifact.Artifact) -> list[str]:
 
 
 def _pixel_range(stored: artifact.Artifact) -> tuple[float, float]:
-  """(black, white) of the dataset, or of the images where an older artefact does not tell."""
-  return stored.metadata["dataset"].get("pixel_range") or (float(stored.images.min()), float(stored.images.max()))
+  """(black, white) of the dataset, or of the images where an older artifact does not tell."""
+  return stored.metadata["dataset"].get("pixel_range") or (
+    float(stored.images.min()),
+    float(stored.images.max()),
+  )
 
 
 def _are_images(x) -> bool:
@@ -166,12 +278,27 @@ def _before_and_after(folder, stored: artifact.Artifact) -> list[Html]:
   if across <= 2:
     chosen = order[:_MAX_CELLS]
     text = f"The start (left) and what was learned from it (right){_cut(len(chosen), len(order))}."
-    return [text, html.image_cells([((draw(before[i], "start", labels[i]), draw(stored.images[i], "distilled", labels[i])),
-                                            names[labels[i]], "") for i in chosen])]
-  classes = np.unique(labels)[:max(_MAX_IMAGES // across, 1)]
+    return [
+      text,
+      html.image_cells(
+        [
+          (
+            (draw(before[i], "start", labels[i]), draw(stored.images[i], "distilled", labels[i])),
+            names[labels[i]],
+            "",
+          )
+          for i in chosen
+        ]
+      ),
+    ]
+  classes = np.unique(labels)[: max(_MAX_IMAGES // across, 1)]
   picked = {c: np.flatnonzero(labels == c)[:across] for c in classes}
-  grids = [html.image_rows(title, [(names[c], [draw(x[i], title, c) for i in rows]) for c, rows in picked.items()])
-           for title, x in (("Start", before), ("Distilled", stored.images))]
+  grids = [
+    html.image_rows(
+      title, [(names[c], [draw(x[i], title, c) for i in rows]) for c, rows in picked.items()]
+    )
+    for title, x in (("Start", before), ("Distilled", stored.images))
+  ]
   cut = _cut(sum(map(len, picked.values())), len(order))
   return ([f"A row a class{cut}."] if cut else []) + [html.side_by_side(*grids)]
 
@@ -180,50 +307,111 @@ def _cut(shown: int, total: int) -> str:
   return f"; the first {shown} of {total}" if shown < total else ""
 
 
-def _importance(folder, config: dict, result: dict, stored: artifact.Artifact, history: list[dict]) -> list[Html]:
+def _importance(
+  folder, config: dict, result: dict, stored: artifact.Artifact, history: list[dict]
+) -> list[Html]:
   logged = [r for r in history if "importance_gain" in r]
   if not logged or not result["steps"] or not (folder / "importance.npz").exists():
     return []
   scores, labels, hardest, images, predicted = outputs.load_arrays(
-      folder / "importance.npz", "scores", "labels", "hardest", "images", "predicted")
+    folder / "importance.npz", "scores", "labels", "hardest", "images", "predicted"
+  )
   last, names = logged[-1], _names(stored)
   known = np.sort(scores[np.isfinite(scores)])[::-1]
   half = np.searchsorted(np.cumsum(known), known.sum() / 2) + 1 if known.sum() > 0 else known.size
-  text = (f"Targets were drawn in proportion to their {config['sampler']} under the distilled set of the moment, mixed with "
-          f"{_percent(config['uniform_mix'], 0)} uniform draws. The importance gain is the factor by which the law of the scores lowers the "
-          f"second moment of a draw: 1 where all rows are alike. Below {config['least_gain']:g} draws are uniform" +
-          (", as they were at the end." if last["importance_gain"] < config["least_gain"] else "."))
-  entries = [(f"{last['importance_gain']:.1f}", "importance gain at the end", ""),
-             (_percent(last["effective_share"], 0), "of the rows, in effect, at the end", "1 / (n sum p²) of the draws"),
-             (_percent(half / max(known.size, 1), 1), "of the rows hold half of the score", ""),
-             (_percent(known.size / scores.size, 0), "of the rows were seen", "")]
+  text = (
+    f"Targets were drawn in proportion to their {config['sampler']} under the distilled set of the moment, mixed with "
+    f"{_percent(config['uniform_mix'], 0)} uniform draws. The importance gain is the factor by which the law of the scores lowers the "
+    f"second moment of a draw: 1 where all rows are alike. Below {config['least_gain']:g} draws are uniform"
+    + (", as they were at the end." if last["importance_gain"] < config["least_gain"] else ".")
+  )
+  entries = [
+    (f"{last['importance_gain']:.1f}", "importance gain at the end", ""),
+    (
+      _percent(last["effective_share"], 0),
+      "of the rows, in effect, at the end",
+      "1 / (n sum p²) of the draws",
+    ),
+    (_percent(half / max(known.size, 1), 1), "of the rows hold half of the score", ""),
+    (_percent(known.size / scores.size, 0), "of the rows were seen", ""),
+  ]
   present = np.bincount(labels, minlength=len(names))
   ratio = np.asarray(last["class_shares"]) / np.maximum(present / labels.size, 1e-12)
   order = np.argsort(-ratio, kind="stable")
   lines = range(len(names)) if len(names) <= 10 else sorted(order[:_MAX_LINES])
   of_classes = {names[c]: [(r["step"], 100 * r["class_shares"][c]) for r in logged] for c in lines}
   known_rows = np.isfinite(scores)
-  mean = lambda c: f"{scores[known_rows & (labels == c)].mean():.3g}" if (known_rows & (labels == c)).any() else ""
-  rows = [[names[c], _percent(present[c] / labels.size, 1), _percent(last["class_shares"][c], 1), mean(c), html.bar(
-      last["class_shares"][c] / max(last["class_shares"]))] for c in order[:_MAX_CLASSES]]
-  classes = html.joined([
-      html.element("h3", f"Classes at the end, by draws for their size{_cut(len(rows), len(names))}"),
-      html.table(["class", "of the rows", "of the draws", "mean score", ""], rows)])
-  parts = [text, html.cards(entries), html.side_by_side(
-      line_chart("Importance gain", _series(logged, "importance_gain", "gain"), "step", x_scale="symlog", references={
-          "least gain for drawing by score": config["least_gain"]}),
-      line_chart("Effective share of the rows, %", _series(logged, "effective_share", "1 / (n sum p²)", 100), "step", x_scale="symlog"),
-      line_chart("Share of the draws by class, %" if len(names) <= 10 else f"Share of the draws, %: the {_MAX_LINES} classes drawn most "
-                 "for their size", of_classes, "step", x_scale="symlog"), html.element("figure", classes))]
+  mean = lambda c: (
+    f"{scores[known_rows & (labels == c)].mean():.3g}" if (known_rows & (labels == c)).any() else ""
+  )
+  rows = [
+    [
+      names[c],
+      _percent(present[c] / labels.size, 1),
+      _percent(last["class_shares"][c], 1),
+      mean(c),
+      html.bar(last["class_shares"][c] / max(last["class_shares"])),
+    ]
+    for c in order[:_MAX_CLASSES]
+  ]
+  classes = html.joined(
+    [
+      html.element(
+        "h3", f"Classes at the end, by draws for their size{_cut(len(rows), len(names))}"
+      ),
+      html.table(["class", "of the rows", "of the draws", "mean score", ""], rows),
+    ]
+  )
+  parts = [
+    text,
+    html.cards(entries),
+    html.side_by_side(
+      line_chart(
+        "Importance gain",
+        _series(logged, "importance_gain", "gain"),
+        "step",
+        x_scale="symlog",
+        references={"least gain for drawing by score": config["least_gain"]},
+      ),
+      line_chart(
+        "Effective share of the rows, %",
+        _series(logged, "effective_share", "1 / (n sum p²)", 100),
+        "step",
+        x_scale="symlog",
+      ),
+      line_chart(
+        "Share of the draws by class, %"
+        if len(names) <= 10
+        else f"Share of the draws, %: the {_MAX_LINES} classes drawn most for their size",
+        of_classes,
+        "step",
+        x_scale="symlog",
+      ),
+      html.element("figure", classes),
+    ),
+  ]
   if _are_images(images) and hardest.size:
-    note = lambda i, k: [f"taken for {names[k]}" if k != labels[i] else "right by now", f"score {scores[i]:.3g}", f"row {i}"]
-    cells = [((html.image(x, _pixel_range(stored), f"class {names[labels[i]]}"),), names[labels[i]],
-              html.joined(html.element("small", line) for line in note(i, k)))
-             for i, x, k in zip(hardest, images, predicted)]
+    note = lambda i, k: [
+      f"taken for {names[k]}" if k != labels[i] else "right by now",
+      f"score {scores[i]:.3g}",
+      f"row {i}",
+    ]
+    cells = [
+      (
+        (html.image(x, _pixel_range(stored), f"class {names[labels[i]]}"),),
+        names[labels[i]],
+        html.joined(html.element("small", line) for line in note(i, k)),
+      )
+      for i, x, k in zip(hardest, images, predicted)
+    ]
     wrong = np.mean(predicted != labels[hardest])
-    parts += [html.element("h3", "The hardest training images"), "Those with the highest latest score, with their class, the class "
-              f"that the distilled set takes them for ({_percent(wrong, 0)} wrongly), and their row among the training rows. Wrong labels "
-              "and odd images gather here.", html.image_cells(cells)]
+    parts += [
+      html.element("h3", "The hardest training images"),
+      "Those with the highest latest score, with their class, the class "
+      f"that the distilled set takes them for ({_percent(wrong, 0)} wrongly), and their row among the training rows. Wrong labels "
+      "and odd images gather here.",
+      html.image_cells(cells),
+    ]
   return parts
 
 
@@ -232,9 +420,14 @@ def _cost(result: dict) -> dict[str, str]:
   if result.get("steps"):
     entries["compiling the step"] = f"{result['compile_seconds']:.1f} s"
   if "step_seconds" in result:
-    entries[f"{result['steps']:,} steps" if result["steps"] else result["method"]] = f"{result['step_seconds']:.1f} s"
+    entries[f"{result['steps']:,} steps" if result["steps"] else result["method"]] = (
+      f"{result['step_seconds']:.1f} s"
+    )
     entries["target evaluations"] = f"{result['target_evaluations']:,}"
-  for key, name in (("peak_memory_bytes", "peak memory of the process"), ("device_peak_memory_bytes", "peak memory of the device")):
+  for key, name in (
+    ("peak_memory_bytes", "peak memory of the process"),
+    ("device_peak_memory_bytes", "peak memory of the device"),
+  ):
     if result.get(key):
       entries[name] = f"{result[key] / 2**20:,.0f} MiB"
   return entries
@@ -257,63 +450,139 @@ one_hot = labels + about["label_convention"]["offset"]"""
 distilled = kipcore.load_artifact("distilled.npz")
 inputs = distilled.preprocess.apply(x)  # x (n, {shape}): pixels as the dataset stores them
 accuracy = distilled.evaluate(x, y).accuracy  # y (n,): integer classes"""
-  steps, kind = ", then ".join(step["name"] for step in metadata["preprocess"]["steps"]), metadata["preprocess"]["kind"]
+  steps, kind = (
+    ", then ".join(step["name"] for step in metadata["preprocess"]["steps"]),
+    metadata["preprocess"]["kind"],
+  )
   facts = {
-      "images": f"{stored.images.shape} {stored.images.dtype}, pixels from {low:g} to {high:g} as stored; learned values may leave that range",
-      "labels": f"{stored.labels.shape}, {metadata['label_convention']['kind']}; the offset is 1/c = {offset:g}",
-      "preprocessing": f"{kind}{f': {steps}' if steps != kind else ''}; fitted on training rows; its arrays are in the file",
-      "ridge": f"{stored.relative_ridge:g} of tr(K_ss) / m", "kernel": f"{stored.kernel.upper()} of {stored.arch.name}"}
-  return ["With NumPy alone:", html.code(with_numpy), "With kipcore, behind the same preprocessing:", html.code(with_kipcore),
-          html.properties(facts)]
+    "images": f"{stored.images.shape} {stored.images.dtype}, pixels from {low:g} to {high:g} as stored; learned values may leave that range",
+    "labels": f"{stored.labels.shape}, {metadata['label_convention']['kind']}; the offset is 1/c = {offset:g}",
+    "preprocessing": f"{kind}{f': {steps}' if steps != kind else ''}; fitted on training rows; its arrays are in the file",
+    "ridge": f"{stored.relative_ridge:g} of tr(K_ss) / m",
+    "kernel": f"{stored.kernel.upper()} of {stored.arch.name}",
+  }
+  return [
+    "With NumPy alone:",
+    html.code(with_numpy),
+    "With kipcore, behind the same preprocessing:",
+    html.code(with_kipcore),
+    html.properties(facts),
+  ]
 
 
 _CERTIFIED = (
-    ("measured_epsilon", "epsilon, worst query", "largest |F_S / F - 1| over the queries: it can refute a promise, not prove one"),
-    ("mean_epsilon", "epsilon, mean", "over the same queries"),
-    ("epsilon_at_optimum", "epsilon at the optimum", "at the best model in the span of the landmarks"),
-    ("promised_epsilon", "epsilon promised", "by the theorem, with the total sensitivity of the scores"),
-    ("objective_ratio", "F / F*, at most", "objective of the model trained on the points, over a certified lower bound"),
-    ("objective_subset", "F of the subset's model", "on all rows"),
-    ("objective_reference", "F of the reference", "the least objective found"),
-    ("objective_lower", "lower bound on F*", "certified, up to rounding"),
-    ("num_queries", "queries", ""), ("num_landmarks", "landmarks", "rows that span the queries"))
+  (
+    "measured_epsilon",
+    "epsilon, worst query",
+    "largest |F_S / F - 1| over the queries: it can refute a promise, not prove one",
+  ),
+  ("mean_epsilon", "epsilon, mean", "over the same queries"),
+  (
+    "epsilon_at_optimum",
+    "epsilon at the optimum",
+    "at the best model in the span of the landmarks",
+  ),
+  (
+    "promised_epsilon",
+    "epsilon promised",
+    "by the theorem, with the total sensitivity of the scores",
+  ),
+  (
+    "objective_ratio",
+    "F / F*, at most",
+    "objective of the model trained on the points, over a certified lower bound",
+  ),
+  ("objective_subset", "F of the subset's model", "on all rows"),
+  ("objective_reference", "F of the reference", "the least objective found"),
+  ("objective_lower", "lower bound on F*", "certified, up to rounding"),
+  ("num_queries", "queries", ""),
+  ("num_landmarks", "landmarks", "rows that span the queries"),
+)
 
 
 def _selection(folder, config: dict, result: dict, stored: artifact.Artifact) -> list[Section]:
   certified = json.loads((folder / "certificate.json").read_text())
   random = result["random_baseline_test_accuracy"]
-  entries = [(_percent(result["test_accuracy"]), "the points, weighted", f"{100 * (result['test_accuracy'] - random):+.1f} points over random"),
-             (_percent(result["solved_labels_test_accuracy"]), "with labels solved on all rows", ""),
-             (_percent(random), "random real images, as many", "")]
-  scored = {"effective dimension": f"{result['d_eff']:.1f}, at least {result['d_eff_lower']:.1f}",
-            "total sensitivity": f"{result['total_sensitivity']:.1f}", "largest over mean score": f"{result['max_over_mean_score']:.2f}",
-            "scores are": result["scores_are"], "ridge of the scores": f"{result['score_ridge']:.4g}"}
-  value = lambda v: f"{v:,}" if isinstance(v, int) else f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}"
-  proof = [html.table(["", "measured"], [[html.noted(name, note), value(certified[key])] for key, name, note in _CERTIFIED
-                                                if certified.get(key) is not None])]
+  entries = [
+    (
+      _percent(result["test_accuracy"]),
+      "the points, weighted",
+      f"{100 * (result['test_accuracy'] - random):+.1f} points over random",
+    ),
+    (_percent(result["solved_labels_test_accuracy"]), "with labels solved on all rows", ""),
+    (_percent(random), "random real images, as many", ""),
+  ]
+  scored = {
+    "effective dimension": f"{result['d_eff']:.1f}, at least {result['d_eff_lower']:.1f}",
+    "total sensitivity": f"{result['total_sensitivity']:.1f}",
+    "largest over mean score": f"{result['max_over_mean_score']:.2f}",
+    "scores are": result["scores_are"],
+    "ridge of the scores": f"{result['score_ridge']:.4g}",
+  }
+  value = lambda v: (
+    f"{v:,}" if isinstance(v, int) else f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}"
+  )
+  proof = [
+    html.table(
+      ["", "measured"],
+      [
+        [html.noted(name, note), value(certified[key])]
+        for key, name, note in _CERTIFIED
+        if certified.get(key) is not None
+      ],
+    )
+  ]
   if "note" in certified:
     proof = [certified["note"][:1].upper() + certified["note"][1:] + "."]
   elif certified.get("promised_epsilon") is None:
-    proof.append("The theorems promise nothing for so few points: what counts here is what was measured.")
-  indices, weights, scores = outputs.load_arrays(folder / "selection.npz", "indices", "weights", "scores")
+    proof.append(
+      "The theorems promise nothing for so few points: what counts here is what was measured."
+    )
+  indices, weights, scores = outputs.load_arrays(
+    folder / "selection.npz", "indices", "weights", "scores"
+  )
   place = np.empty(scores.size, np.int64)
   place[np.argsort(-scores, kind="stable")] = np.arange(scores.size)
   height, rows = np.sort(scores)[::-1] / scores.mean(), indices[indices >= 0]
   shown = np.unique(np.geomspace(1, scores.size, 200).astype(int))
-  chart = line_chart("Sensitivity over its mean, by rank", {"all rows": [(int(r), float(height[r - 1])) for r in shown]}, "rank of the row",
-                     x_scale="log", references={"uniform": 1.0}, marks={"chosen": [(int(place[i]) + 1, float(scores[i] / scores.mean())) for i in rows]})
-  sections = [Section("Accuracy", [html.cards(entries)]), Section("Certificate", proof),
-              Section("Scores", [html.side_by_side(chart, html.properties(scored))])]
+  chart = line_chart(
+    "Sensitivity over its mean, by rank",
+    {"all rows": [(int(r), float(height[r - 1])) for r in shown]},
+    "rank of the row",
+    x_scale="log",
+    references={"uniform": 1.0},
+    marks={"chosen": [(int(place[i]) + 1, float(scores[i] / scores.mean())) for i in rows]},
+  )
+  sections = [
+    Section("Accuracy", [html.cards(entries)]),
+    Section("Certificate", proof),
+    Section("Scores", [html.side_by_side(chart, html.properties(scored))]),
+  ]
   if _are_images(stored.images):
     names, labels = _names(stored), stored.labels.argmax(axis=1)
     order = np.argsort(labels, kind="stable")[:_MAX_CELLS]
-    cells = [((html.image(stored.images[i], _pixel_range(stored), f"class {names[labels[i]]}"),), names[labels[i]],
-              f"weight {value(float(weights[i]))}") for i in order]
-    sections.append(Section("Images", [f"The chosen points{_cut(len(order), len(labels))}.", html.image_cells(cells)]))
+    cells = [
+      (
+        (html.image(stored.images[i], _pixel_range(stored), f"class {names[labels[i]]}"),),
+        names[labels[i]],
+        f"weight {value(float(weights[i]))}",
+      )
+      for i in order
+    ]
+    sections.append(
+      Section(
+        "Images", [f"The chosen points{_cut(len(order), len(labels))}.", html.image_cells(cells)]
+      )
+    )
   return [*sections, Section("Cost", [html.properties(_cost(result))])]
 
 
 def _footer(folder, config: dict) -> str:
-  version, commit = config["environment"]["versions"].get("kipcore", ""), config["environment"].get("commit")
-  written = datetime.datetime.fromtimestamp((folder / "config.json").stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+  version, commit = (
+    config["environment"]["versions"].get("kipcore", ""),
+    config["environment"].get("commit"),
+  )
+  written = datetime.datetime.fromtimestamp((folder / "config.json").stat().st_mtime).strftime(
+    "%Y-%m-%d %H:%M"
+  )
   return f"kipcore {version}{f', commit {commit[:12]}' if commit else ''}; begun {written}."

@@ -11,15 +11,15 @@ import pathlib
 import shutil
 import signal
 import threading
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
-from kipcore.io import checkpoint
-from kipcore.distillation.snapshot import Keeping, Snapshot, slowed
-from kipcore.types import NumericalError
 from kipcore.cli.config import DistillConfig
 from kipcore.cli.errors import Stopped, UsageError, usage
+from kipcore.distillation.snapshot import CheckpointPolicy, Snapshot, scale_learning_rate
+from kipcore.io import checkpoint
+from kipcore.types import NumericalError
 
 FOLDER = "checkpoints"
 # What may differ when a run goes on: where things are, and on how many devices (the mathematics is the same, the draws are not).
@@ -41,24 +41,40 @@ def config_of(folder, given: dict) -> DistillConfig:
     known = {field.name for field in dataclasses.fields(DistillConfig)}
     began = DistillConfig(**{name: value for name, value in recorded.items() if name in known})
   except (OSError, ValueError, TypeError, AttributeError) as error:
-    raise UsageError(f"--resume: expected the folder of a run of run_distill, got {folder} ({error})") from error
+    raise UsageError(
+      f"--resume: expected the folder of a run of run_distill, got {folder} ({error})"
+    ) from error
   if "method" not in recorded:
-    raise UsageError(f"--resume: the run of {folder} ended before it recorded its flags; begin it again, with --overwrite")
+    raise UsageError(
+      f"--resume: the run of {folder} ended before it recorded its flags; begin it again, with --overwrite"
+    )
   before = dataclasses.asdict(began)
-  differing = checkpoint.differences({name: before[name] for name in given if name not in FREE},
-                                     {name: value for name, value in given.items() if name not in FREE})
+  differing = checkpoint.differences(
+    {name: before[name] for name in given if name not in FREE},
+    {name: value for name, value in given.items() if name not in FREE},
+  )
   if differing:
-    raise UsageError(f"--resume: expected the flags that the run of {folder} began with; " + "; ".join(differing))
-  return dataclasses.replace(began, **{name: value for name, value in given.items() if name in FREE})
+    raise UsageError(
+      f"--resume: expected the flags that the run of {folder} began with; " + "; ".join(differing)
+    )
+  return dataclasses.replace(
+    began, **{name: value for name, value in given.items() if name in FREE}
+  )
 
 
 def unfinished(output_dir: str | None) -> pathlib.Path:
   """The folder to go on with: as named, or the newest under runs/ that has a config and not all of its files."""
   if output_dir:
     return pathlib.Path(output_dir)
-  found = [path.parent for path in pathlib.Path("runs").glob("*/config.json") if not (path.parent / "README.txt").exists()]
+  found = [
+    path.parent
+    for path in pathlib.Path("runs").glob("*/config.json")
+    if not (path.parent / "README.txt").exists()
+  ]
   if not found:
-    raise UsageError("--resume: expected --output_dir, or a run under runs/ that did not finish; found none")
+    raise UsageError(
+      "--resume: expected --output_dir, or a run under runs/ that did not finish; found none"
+    )
   return max(found, key=lambda path: path.stat().st_mtime)
 
 
@@ -70,14 +86,19 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     opened = open(path, "a+b")
   except OSError as error:
-    raise UsageError(f"--output_dir: cannot write to {folder} ({error.strerror or error})") from error
+    raise UsageError(
+      f"--output_dir: cannot write to {folder} ({error.strerror or error})"
+    ) from error
   with opened as file:
     with contextlib.suppress(ImportError):  # not on Windows
       import fcntl
+
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except OSError as error:
-        raise UsageError(f"--output_dir: another run is writing to {folder}; choose another folder, or wait for its end") from error
+        raise UsageError(
+          f"--output_dir: another run is writing to {folder}; choose another folder, or wait for its end"
+        ) from error
     try:
       yield
     finally:
@@ -115,7 +136,9 @@ class Keeper:
       hashes: of its dataset, which must be the same when it goes on.
       seconds: between checkpoints; 0 for none but at a stop and at a failure.
     """
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    settings = {
+      name: value for name, value in dataclasses.asdict(config).items() if name not in FREE
+    }
     self._folder, self._seconds = folder / FOLDER, seconds or float("inf")
     self._settings = json.loads(json.dumps({**settings, "dataset_hashes": hashes}))
     self._open = None
@@ -128,14 +151,23 @@ class Keeper:
   def last(self) -> Snapshot | None:
     """The snapshot to go on from; None where the run was ended before its first; UsageError where it is of other settings."""
     with usage():
-      return self._checkpoints.restore() if self._folder.exists() and self._checkpoints.steps() else None
+      return (
+        self._checkpoints.restore() if self._folder.exists() and self._checkpoints.steps() else None
+      )
 
-  def carry(self, distil: Callable, last: Snapshot | None, stop: Callable[[], bool], retries: int, rewind: Callable[[list], None],
-            say: Callable[[str], None]):
-    """Distils, from a snapshot or from the beginning, and steps back where numbers fail.
+  def carry(
+    self,
+    distill: Callable,
+    last: Snapshot | None,
+    stop: Callable[[], bool],
+    retries: int,
+    rewind: Callable[[list], None],
+    say: Callable[[str], None],
+  ):
+    """Distills, from a snapshot or from the beginning, and steps back where numbers fail.
 
     Args:
-      distil: of the keywords `keeping` and `resume` of `loop.distill`.
+      distill: of the keywords `keeping` and `resume` of `loop.distill`.
       last: the snapshot, or None.
       stop: whether the run is to stop.
       retries: times to step back, each at half the rate.
@@ -143,7 +175,7 @@ class Keeper:
       say: told what happens.
 
     Returns:
-      What `distil` returns.
+      What `distill` returns.
 
     Raises:
       NumericalError: of the last try, with what can be done about it.
@@ -157,24 +189,30 @@ class Keeper:
 
     for left in range(retries, -1, -1):
       try:
-        return distil(keeping=Keeping(save, self._seconds, stop), resume=last)
+        return distill(checkpoint_policy=CheckpointPolicy(save, self._seconds, stop), resume=last)
       except NumericalError as error:
         if not left:
-          raise NumericalError(f"{error}\nThe state before that step is kept in {self._folder}. What helps, in this order: --retries=3 "
-                               "(back to an earlier checkpoint, at half the rate), a smaller --learning_rate, a larger --relative_ridge, --x64.") from error
+          raise NumericalError(
+            f"{error}\nThe state before that step is kept in {self._folder}. What helps, in this order: --retries=3 "
+            "(back to an earlier checkpoint, at half the rate), a smaller --learning_rate, a larger --relative_ridge, --x64."
+          ) from error
         failed = earlier.pop()
-        back = earlier[-1] if earlier else last if last is not None and last.step < failed.step else None
-        back = self._beginning(distil) if back is None else back
-        last = slowed(back, 0.5)
+        back = (
+          earlier[-1] if earlier else last if last is not None and last.step < failed.step else None
+        )
+        back = self._beginning(distill) if back is None else back
+        last = scale_learning_rate(back, 0.5)
         self._checkpoints.discard(last.step)
         rewind(last.history)
         say(f"{error}: back to step {last.step}, at half the rate")
 
-  def _beginning(self, distil: Callable) -> Snapshot:
+  def _beginning(self, distill: Callable) -> Snapshot:
     """The snapshot of no steps."""
     caught = []
     with contextlib.suppress(Stopped):
-      distil(keeping=Keeping(caught.append, float("inf"), lambda: True), resume=None)
+      distill(
+        checkpoint_policy=CheckpointPolicy(caught.append, float("inf"), lambda: True), resume=None
+      )
     return caught[0]
 
   def done(self) -> None:

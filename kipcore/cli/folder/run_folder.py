@@ -12,29 +12,29 @@ import subprocess
 import jax
 
 import kipcore
-from kipcore.io import atomic
 from kipcore.cli.errors import UsageError
+from kipcore.io import atomic
 
 # What a run may write, and what each file is.
 RUN_FILES = {
-    "README.txt": "this text",
-    "config.json": "every setting of the run, versions and hardware",
-    "result.json": "what was measured: accuracies, seconds, target evaluations",
-    "metrics.jsonl": "a line of JSON for each logged step",
-    "distilled.npz": "the artefact: images in pixel space, labels, preprocessing, kernel, ridge, and the papers of the run",
-    "start.npz": "the images that it started from, in pixel space, and their labels",
-    "importance.npz": "the sampler's latest score of each training row (NaN: never drawn), and the images with the highest",
-    "images.png": "what the images look like, beside those they started from",
-    "learning_curve.png": "accuracy over the steps",
-    "report.html": "all of it on one page, for a browser",
-    "selection.npz": "indices of the chosen rows (-1 for made points), their weights, and the scores of all training rows",
-    "certificate.json": "what a weighted regression on the chosen points is measured, and promised, to lose",
-    "certificate.png": "the scores, and where the chosen points lie among them",
-    "experts.npy": "trajectories of the networks that mtt imitates",
-    "experts.json": "how they were trained",
-    "cells.csv": "a line for each cell of the grid",
-    "comparison.md": "the table: mean and deviation over seeds, and what each start and sampler gained",
-    "comparison.png": "the same as bars",
+  "README.txt": "this text",
+  "config.json": "every setting of the run, versions and hardware",
+  "result.json": "what was measured: accuracies, seconds, target evaluations",
+  "metrics.jsonl": "a line of JSON for each logged step",
+  "distilled.npz": "the artifact: images in pixel space, labels, preprocessing, kernel, ridge, and the papers of the run",
+  "start.npz": "the images that it started from, in pixel space, and their labels",
+  "importance.npz": "the sampler's latest score of each training row (NaN: never drawn), and the images with the highest",
+  "images.png": "what the images look like, beside those they started from",
+  "learning_curve.png": "accuracy over the steps",
+  "report.html": "all of it on one page, for a browser",
+  "selection.npz": "indices of the chosen rows (-1 for made points), their weights, and the scores of all training rows",
+  "certificate.json": "what a weighted regression on the chosen points is measured, and promised, to lose",
+  "certificate.png": "the scores, and where the chosen points lie among them",
+  "experts.npy": "trajectories of the networks that mtt imitates",
+  "experts.json": "how they were trained",
+  "cells.csv": "a line for each cell of the grid",
+  "comparison.md": "the table: mean and deviation over seeds, and what each start and sampler gained",
+  "comparison.png": "the same as bars",
 }
 
 
@@ -48,10 +48,14 @@ def planned(output_dir: str | None, name: str, overwrite: bool) -> pathlib.Path:
   path = pathlib.Path(output_dir or f"runs/{stamp}-{name}")
   found = [file for file in RUN_FILES if (path / file).exists()]
   if found and not overwrite:
-    raise UsageError(f"--output_dir: {path} already holds a run ({', '.join(found)}); choose another, or --overwrite")
+    raise UsageError(
+      f"--output_dir: {path} already holds a run ({', '.join(found)}); choose another, or --overwrite"
+    )
   above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
   if not (above.is_dir() and os.access(above, os.W_OK)):
-    raise UsageError(f"--output_dir: cannot write to {path} ({above} is {'not writable' if above.is_dir() else 'a file'})")
+    raise UsageError(
+      f"--output_dir: cannot write to {path} ({above} is {'not writable' if above.is_dir() else 'a file'})"
+    )
   return path
 
 
@@ -78,14 +82,18 @@ def check_file(flag: str, path: str | None) -> None:
   """UsageError unless a file of that name, where there is one, can be written."""
   above = pathlib.Path(path or ".").absolute().parent
   if path and not (above.is_dir() and os.access(above, os.W_OK)):
-    raise UsageError(f"{flag}: expected a file in a folder that exists and can be written, got {path}")
+    raise UsageError(
+      f"{flag}: expected a file in a folder that exists and can be written, got {path}"
+    )
 
 
 def newest(name: str) -> pathlib.Path:
   """The latest file of that name under runs/; UsageError where there is none."""
   found = sorted(pathlib.Path("runs").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
   if not found:
-    raise UsageError(f"--artifact: expected a file, or a run under runs/ that holds a {name}; found none")
+    raise UsageError(
+      f"--artifact: expected a file, or a run under runs/ that holds a {name}; found none"
+    )
   return found[-1]
 
 
@@ -96,7 +104,9 @@ def write_json(path, content: dict) -> None:
 
 def write_config(path: pathlib.Path, config, **resolved) -> None:
   """`config.json`: every resolved value, versions and hardware."""
-  write_json(path / "config.json", {**dataclasses.asdict(config), **resolved, "environment": environment()})
+  write_json(
+    path / "config.json", {**dataclasses.asdict(config), **resolved, "environment": environment()}
+  )
 
 
 def append_metrics(path: pathlib.Path, record: dict) -> None:
@@ -107,14 +117,18 @@ def append_metrics(path: pathlib.Path, record: dict) -> None:
 
 def write_metrics(path: pathlib.Path, history: list[dict]) -> None:
   """`metrics.jsonl` as it was at a checkpoint: lines of steps that come again are dropped."""
-  atomic.write_atomically(path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
+  atomic.write_atomically(
+    path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode()
+  )
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
   """The lines of `metrics.jsonl`; none where the run logged no step."""
   if not (path / "metrics.jsonl").exists():
     return []
-  return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+  return [
+    json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+  ]
 
 
 def peak_memory() -> dict[str, int]:
@@ -122,6 +136,7 @@ def peak_memory() -> dict[str, int]:
   found = {}
   with contextlib.suppress(ImportError):  # not on Windows
     import resource
+
     # In kilobytes, but on macOS.
     unit = 1 if platform.system() == "Darwin" else 1024
     found["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -143,19 +158,30 @@ def environment() -> dict:
   import jaxlib
   import numpy
   import optax
-  modules = {"jax": jax, "jaxlib": jaxlib, "flax": flax, "optax": optax, "numpy": numpy, "kipcore": kipcore}
+
+  modules = {
+    "jax": jax,
+    "jaxlib": jaxlib,
+    "flax": flax,
+    "optax": optax,
+    "numpy": numpy,
+    "kipcore": kipcore,
+  }
   device = jax.local_devices()[0]
   return {
-      "versions": {"python": platform.python_version(), **{n: m.__version__ for n, m in modules.items()}},
-      "commit": _commit(),
-      "hardware": {
-          "backend": device.platform,
-          "device": device.device_kind,
-          "local_devices": jax.local_device_count(),
-          "processes": jax.process_count(),
-          "cpu_cores": os.cpu_count(),
-          "machine": platform.machine(),
-      },
+    "versions": {
+      "python": platform.python_version(),
+      **{n: m.__version__ for n, m in modules.items()},
+    },
+    "commit": _commit(),
+    "hardware": {
+      "backend": device.platform,
+      "device": device.device_kind,
+      "local_devices": jax.local_device_count(),
+      "processes": jax.process_count(),
+      "cpu_cores": os.cpu_count(),
+      "machine": platform.machine(),
+    },
   }
 
 
@@ -163,8 +189,13 @@ def _commit() -> str | None:
   """The commit of the source tree, marked where it has local changes; None outside a checkout."""
   root = pathlib.Path(__file__).resolve().parents[3]
   try:
-    out = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
-                         capture_output=True, text=True, timeout=10, check=True)
+    out = subprocess.run(
+      ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+      capture_output=True,
+      text=True,
+      timeout=10,
+      check=True,
+    )
     return out.stdout.strip()
   except (OSError, subprocess.SubprocessError):
     return None

@@ -147,7 +147,7 @@ def run_cell(config: DistillConfig) -> dict:
     start = pipeline.start(config, data)
     row["init_test_accuracy"] = pipeline.score(config, data, start.support)
     with progress.Steps(config.steps if recipes.has_loop(config) else 0, config.method, say=lambda line: None) as bar:
-      outcome = pipeline.distil(config, data, start.support, callback=lambda step, *_: bar.logged(step), progress=bar.advance)
+      outcome = pipeline.distill(config, data, start.support, callback=lambda step, *_: bar.logged(step), progress=bar.advance)
     row.update(
         steps=config.steps if recipes.has_loop(config) else 0, target_evaluations=start.target_evaluations + outcome.target_evaluations,
         test_accuracy=pipeline.score(config, data, outcome.support), compile_seconds=round(outcome.compile_seconds, 2),

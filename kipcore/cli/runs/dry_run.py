@@ -54,7 +54,7 @@ def of_selection(config: SelectConfig, output_dir: str | None = None, overwrite:
   own = _Process(data)
   with progress.working("measuring the kernel"):
     seconds, stored = selection.expectation(config, data, m, measure=True)
-  seconds.append(Part("compiling, artefact, pictures and report", _COMPILING_SECONDS + measure.FILES_SECONDS))
+  seconds.append(Part("compiling, artifact, pictures and report", _COMPILING_SECONDS + measure.FILES_SECONDS))
   _print([reading, *seconds], own.with_program(stored))
   _end(readme.selection_command(config), folder)
 
@@ -82,7 +82,7 @@ def of_comparison(config: CompareConfig, shared: dict, output_dir: str | None = 
       parts, memory = measure.distillation(own[-1], planned)
     samplers = {other.sampler for other in own}
     # Cells of a sampler share what is compiled, and those of a seed besides the experts.
-    together = {"compiling": len(samplers), "experts": len({(other.sampler, other.seed) for other in own}), "artefact": 1}
+    together = {"compiling": len(samplers), "experts": len({(other.sampler, other.seed) for other in own}), "artifact": 1}
     times = [next((count for start, count in together.items() if start in part.name), len(own)) for part in parts]
     each = sum(part.amount for part, count in zip(parts, times) if count == len(own))
     seconds.append(Part(f"{method}: {len(own)} cells of {estimate.duration(each)}, and what they share",

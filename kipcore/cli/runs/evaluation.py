@@ -1,4 +1,4 @@
-"""A saved artefact beside its baselines, behind its own preprocessing, on the test split of its dataset."""
+"""A saved artifact beside its baselines, behind its own preprocessing, on the test split of its dataset."""
 
 import dataclasses
 import sys
@@ -30,7 +30,7 @@ _NETWORKS = {"mlp": ("fc3", "none"), "convnet": ("conv3", "instance")}
 
 
 class Evaluation(NamedTuple):
-  """What an artefact is scored with: its config, data, and the sets by name, the distilled one first."""
+  """What an artifact is scored with: its config, data, and the sets by name, the distilled one first."""
 
   config: DistillConfig
   data: pipeline.Data
@@ -38,10 +38,10 @@ class Evaluation(NamedTuple):
 
 
 def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, progress=None) -> dict:
-  """Scores an artefact and its baselines on the test split of its dataset.
+  """Scores an artifact and its baselines on the test split of its dataset.
 
   Args:
-    stored: the artefact; JAX's 64-bit switch must suit its dtype.
+    stored: the artifact; JAX's 64-bit switch must suit its dtype.
     config: evaluators, baselines, seeds.
     progress: called with each `ranking.EvaluationEntry`.
 
@@ -83,10 +83,10 @@ def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, progress=Non
 
 
 def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
-  """The artefact's data and sets.
+  """The artifact's data and sets.
 
   Args:
-    stored: the artefact.
+    stored: the artifact.
     config: baselines and seeds.
 
   Returns:
@@ -102,10 +102,10 @@ def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
     distilled = dataclasses.replace(distilled, test_rows=config.test_rows or distilled.test_rows)
     raw = datasets.load_dataset(name, config.data_dir or distilled.data_dir, fraction, distilled.seed, distilled.train_rows)
   except (KeyError, TypeError, AttributeError) as error:
-    raise UsageError("expected the artefact of a run, whose metadata name its dataset, config and result; got another "
+    raise UsageError("expected the artifact of a run, whose metadata name its dataset, config and result; got another "
                      f"({error!r})") from error
   if raw.hashes["test"] != hashed:
-    raise UsageError(f"the test split of {name} is not the one that the artefact was scored on: "
+    raise UsageError(f"the test split of {name} is not the one that the artifact was scored on: "
                      f"expected sha256 {hashed[:12]}..., got {raw.hashes['test'][:12]}...")
   data = pipeline.prepare(distilled, raw, stored.preprocess, stored.kernel_fn())._replace(score_kernel=stored.kernel_fn())
   sets = {"distilled": [Support(jnp.asarray(stored.support), jnp.asarray(stored.labels))]}
@@ -117,7 +117,7 @@ def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
 def baseline(name: str, distilled: DistillConfig, data: pipeline.Data, config: EvaluateConfig) -> list[Support]:
   """A baseline as large as the distilled set: a support a seed where it is drawn, else one; class labels unless "solved".
 
-  Rows are chosen from the training rows of the artefact alone, behind its preprocessing.
+  Rows are chosen from the training rows of the artifact alone, behind its preprocessing.
   """
   if name == "full":
     stride = -(-data.x_train.shape[0] // config.full_rows) if config.full_rows else 1

@@ -50,7 +50,7 @@ def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel
   test_rows = config.test_rows or raw.x_test.shape[0]
 
   def split(x, labels):
-    y = preprocess.one_hot_centred(labels, raw.num_classes, dtype)
+    y = preprocess.one_hot_centered(labels, raw.num_classes, dtype)
     return fitted.apply(x, dtype), np.asarray(y)
 
   data = Data(raw, fitted, *split(raw.x_train, raw.y_train), *split(raw.x_validation, raw.y_validation),

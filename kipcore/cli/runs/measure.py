@@ -24,11 +24,11 @@ from kipcore.cli.cost.estimate import Part, Work
 # What is expected to take longer is estimated, not done.
 _PATIENCE = 10.0
 _STEPS_SECONDS, _EXPERT_ROWS, _NETWORK_STEPS, _ROWS = 3.0, 512, 20, 4000
-# Artefact, pictures and report, with the import of matplotlib.
+# Artifact, pictures and report, with the import of matplotlib.
 FILES_SECONDS = 4.0
 
 
-class _Enough(Exception):
+class _StopMeasuring(Exception):
   """Nothing more is to be measured."""
 
 
@@ -69,7 +69,7 @@ def distillation(config: DistillConfig, planned: pipeline.Plan) -> tuple[list, l
     compiling += compiled
     seconds.append(Part(f"{config.network_seeds} networks to judge the result", expected))
   seconds.append(Part("compiling", compiling))
-  seconds.append(Part("artefact, pictures and report", FILES_SECONDS))
+  seconds.append(Part("artifact, pictures and report", FILES_SECONDS))
   return seconds, [part for part in stored if part.amount]
 
 
@@ -132,14 +132,14 @@ def _loop(config, planned, support) -> tuple[list, float, list]:
     stored.extend(estimate.memory_of_steps(executable, recipe.kernel))
     available = estimate.available_bytes()
     if costly or not config.steps or available and sum(part.amount for part in stored) > 0.8 * available:
-      raise _Enough
+      raise _StopMeasuring
 
   def advanced(done):
     calls.append((done, time.perf_counter()))
     if calls[-1][1] - calls[0][1] > _STEPS_SECONDS:
-      raise _Enough
+      raise _StopMeasuring
 
-  with contextlib.suppress(_Enough):
+  with contextlib.suppress(_StopMeasuring):
     loop.distill(config.seed, distiller, support, data.x_train, data.y_train, config.steps, planned.devices, (),
                  lambda step, *_: step or advanced(0), advanced, compiled)
   if costly:

@@ -1,4 +1,4 @@
-"""The one path of the data: dataset, preprocessing, start, distillation, artefact, evaluation, pictures."""
+"""The one path of the data: dataset, preprocessing, start, distillation, artifact, evaluation, pictures."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from kipcore.cli import recipes
 from kipcore.cli.cost import estimate, planner, progress
 from kipcore.cli.folder import event_log, outputs, readme, reporting, run_folder
 from kipcore.cli.runs import direct, experts
-from kipcore.cli.config import DataConfig, DistillConfig, Upkeep
+from kipcore.cli.config import DataConfig, DistillConfig, CheckpointConfig
 from kipcore.cli.runs.direct import Outcome
 from kipcore.cli.errors import Stopped, UsageError, usage
 from kipcore.cli.runs.loading import Data, load, prepare  # noqa: F401, for callers
@@ -88,7 +88,7 @@ def with_solved_labels(config, data: Data, support: Support, x, y) -> Support:
   return Support(support.x, solution.labels)
 
 
-def distil(config: DistillConfig, data: Data, support: Support, **hooks) -> Outcome:
+def distill(config: DistillConfig, data: Data, support: Support, **hooks) -> Outcome:
   """Runs the method of the config from a starting support; `hooks` are those of `loop.distill`."""
   if not recipes.has_loop(config):
     return direct.METHODS[config.method](config, data, support)
@@ -109,7 +109,7 @@ def distil(config: DistillConfig, data: Data, support: Support, **hooks) -> Outc
 def uniform_targets(config: DistillConfig, data: Data, support: Support, evaluations: int) -> float:
   """Test accuracy of the same run with uniform targets, for as many target evaluations."""
   steps = evaluations // batch_size_of(config, data)
-  outcome = distil(dataclasses.replace(config, sampler="uniform", steps=steps), data, support)
+  outcome = distill(dataclasses.replace(config, sampler="uniform", steps=steps), data, support)
   return score(config, data, outcome.support)
 
 
@@ -211,8 +211,8 @@ def description(config: DistillConfig, planned: Plan) -> str:
 
 
 def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite: bool = False, verbose: bool = True,
-                tensorboard: bool = False, upkeep: Upkeep = Upkeep()) -> tuple[pathlib.Path, dict]:
-  """The main job: distils, scores, and writes the run folder.
+                tensorboard: bool = False, upkeep: CheckpointConfig = CheckpointConfig()) -> tuple[pathlib.Path, dict]:
+  """The main job: distills, scores, and writes the run folder.
 
   Args:
     config: all choices.
@@ -241,7 +241,7 @@ def run_distill(config: DistillConfig, output_dir: str | None = None, overwrite:
     return _run(config, planned, folder, verbose, tensorboard, upkeep, stop)
 
 
-def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bool, tensorboard: bool, upkeep: Upkeep, stop) -> tuple:
+def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bool, tensorboard: bool, upkeep: CheckpointConfig, stop) -> tuple:
   """`run_distill` in a folder that is its own."""
   started = time.perf_counter()
   say = (lambda text: tqdm.write(text, file=sys.stdout)) if verbose else (lambda text: None)
@@ -286,7 +286,7 @@ def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bo
         say(f"step {step:>6}/{config.steps}  loss {record['loss']:.5f}  {shown}  ({record['seconds']:.1f} s)")
 
     hooks = dict(callback=callback, progress=bar.advance, compiled=bar.compiled if jax.process_count() == 1 else None) if has_loop else {}
-    outcome = keeper.carry(lambda **kept: distil(config, data, support, **hooks, **kept), last, stop, upkeep.retries,
+    outcome = keeper.carry(lambda **kept: distill(config, data, support, **hooks, **kept), last, stop, upkeep.retries,
                            lambda history: run_folder.write_metrics(folder, history), say)
 
   with progress.working("scoring", shown=verbose, remedy=planner.FEWER_ROWS):
@@ -312,7 +312,7 @@ def _run(config: DistillConfig, planned: Plan, folder: pathlib.Path, verbose: bo
       "step_seconds": outcome.seconds,
       **run_folder.peak_memory(),
   }
-  with progress.working("writing artefact, pictures and report", shown=verbose):
+  with progress.working("writing artifact, pictures and report", shown=verbose):
     outputs.write_artifact(folder, config, data, outcome.support, result)
     outputs.write_pictures(folder, data, support, np.argmax(np.asarray(chosen.y), axis=1), outcome.support, outcome.history, result)
     outputs.write_importance(folder, config, data, outcome.support, outcome.scores)

@@ -76,7 +76,7 @@ def run_select(config: SelectConfig, output_dir: str | None = None, overwrite: b
   folder = run_folder.create(output_dir, name, overwrite)
   run_folder.write_config(folder, config, dataset_hashes=data.raw.hashes)
   x, y, m = jnp.asarray(data.x_train), jnp.asarray(data.y_train), baseline.x.shape[0]
-  if expected := estimate.worth_saying(*expectation(config, data, m)):
+  if expected := estimate.worth_reporting(*expectation(config, data, m)):
     say(expected)
   with usage(), working(f"choosing points ({config.strategy}) and scoring all rows"):
     chosen = coreset.select_coreset(config.seed, x, y, config.images_per_class, config.strategy, data.kernel_fn,

@@ -11,8 +11,8 @@ import numpy as np
 import scipy.linalg
 
 from kipcore import checks, keys, linalg
-from kipcore.selection.coreset import class_balanced_indices
 from kipcore.preprocess import class_labels
+from kipcore.selection.coreset import class_balanced_indices
 from kipcore.types import Array, Status, Support
 
 FEATURE_MAPS = ("linear", "fcnn", "rff")
@@ -44,10 +44,13 @@ class ClosedFormOptions(NamedTuple):
   block_size: int = 2048
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["weights", "shift"], meta_fields=["name"])
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=["weights", "shift"], meta_fields=["name"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureMap:
   """An invertible feature map: its name, its matrices `(inputs, outputs)` and, for rff, its shift `(p,)`; from `draw_map`."""
+
   name: str
   weights: tuple[Array, ...] = ()
   shift: Array | None = None
@@ -56,6 +59,7 @@ class FeatureMap:
 @dataclasses.dataclass(frozen=True)
 class FeatureKernel:
   """<phi(x), phi(x')>; see `feature_kernel`."""
+
   feature_map: FeatureMap
 
   def __call__(self, x1: Array, x2: Array | None = None) -> Array:
@@ -69,6 +73,7 @@ class FeatureKernel:
 
 class Validation(NamedTuple):
   """Scores on the held-out rows of each ridge: `ridges`, `accuracy` and `loss` (half mean squared error), `(r,)`."""
+
   ridges: np.ndarray
   accuracy: np.ndarray
   loss: np.ndarray
@@ -99,8 +104,15 @@ class ClosedForm(NamedTuple):
   status: Array
 
 
-def draw_map(key, name: str, num_inputs: int, depth: int = 1, num_features: int | None = None,
-             bandwidth: float = 1000.0**0.5, dtype=jnp.float32) -> FeatureMap:
+def draw_map(
+  key,
+  name: str,
+  num_inputs: int,
+  depth: int = 1,
+  num_features: int | None = None,
+  bandwidth: float = 1000.0**0.5,
+  dtype=jnp.float32,
+) -> FeatureMap:
   """Draws an invertible feature map R^d -> R^p of flattened rows.
 
       linear:  phi(x) = x
@@ -131,10 +143,17 @@ def draw_map(key, name: str, num_inputs: int, depth: int = 1, num_features: int 
   d, p = num_inputs, num_inputs if num_features is None else num_features
   checks.positive_int("num_features", p)
   if p > d or (p != d and name != "rff"):
-    raise ValueError(f"num_features: expected {'at most ' if name == 'rff' else ''}the {d} numbers of a row, got {p}")
+    raise ValueError(
+      f"num_features: expected {'at most ' if name == 'rff' else ''}the {d} numbers of a row, got {p}"
+    )
   draw = keys.stream(key, "weights")
   if name == "fcnn":
-    return FeatureMap(name, tuple(jax.random.normal(keys.at_step(draw, i), (d, d), dtype) * d**-0.5 for i in range(depth)))
+    return FeatureMap(
+      name,
+      tuple(
+        jax.random.normal(keys.at_step(draw, i), (d, d), dtype) * d**-0.5 for i in range(depth)
+      ),
+    )
   if name == "rff":
     shift = jax.random.uniform(keys.stream(key, "shift"), (p,), dtype, 0.0, 2 * math.pi)
     return FeatureMap(name, (jax.random.normal(draw, (d, p), dtype) / bandwidth,), shift)
@@ -149,7 +168,7 @@ def map_features(feature_map: FeatureMap, x: Array) -> Array:
     if feature_map.name == "fcnn":
       x = jnp.where(x > 0, x, _SLOPE * x)
   if feature_map.name == "rff":
-    x = (2 / x.shape[1])**0.5 * jnp.cos(x + feature_map.shift.astype(x.dtype)[None, :])
+    x = (2 / x.shape[1]) ** 0.5 * jnp.cos(x + feature_map.shift.astype(x.dtype)[None, :])
   return x
 
 
@@ -163,7 +182,7 @@ def invert_map(feature_map: FeatureMap, phi, near) -> np.ndarray:
   weights = [np.asarray(w, np.float64) for w in feature_map.weights]
   if feature_map.name == "rff":
     angle = near.reshape(len(near), -1) @ weights[0] + np.asarray(feature_map.shift, np.float64)
-    arc = np.arccos(np.clip(phi * (phi.shape[1] / 2)**0.5, -1.0, 1.0))
+    arc = np.arccos(np.clip(phi * (phi.shape[1] / 2) ** 0.5, -1.0, 1.0))
     turns = np.stack([arc - angle, -arc - angle])
     turns -= 2 * np.pi * np.round(turns / (2 * np.pi))
     step = np.where(np.abs(turns[0]) <= np.abs(turns[1]), *turns)
@@ -186,7 +205,9 @@ def feature_kernel(feature_map: FeatureMap) -> FeatureKernel:
   return FeatureKernel(feature_map)
 
 
-def krr_closed_form(key, x, y, start: Support | int, options: ClosedFormOptions = ClosedFormOptions()) -> ClosedForm:
+def krr_closed_form(
+  key, x, y, start: Support | int, options: ClosedFormOptions = ClosedFormOptions()
+) -> ClosedForm:
   """The set of m points whose ridge regression is that of all rows, by linear algebra alone.
 
       W = (Phi^T Phi + ridge I)^{-1} Phi^T y                                   the model of all rows, (p, c)
@@ -197,7 +218,7 @@ def krr_closed_form(key, x, y, start: Support | int, options: ClosedFormOptions 
   with Y the `(m, c)` labels of the set and Phi_0 the features of the start. The parts of Phi_S have orthogonal rows and
   columns and the second is orthogonal to Y, so Phi_S^T (Phi_S Phi_S^T + lambda I)^{-1} Y = U diag(s) V^T Y = W Y^+ Y = W.
   Proved: exact for every lambda <= 1 / (4 s_1^2) if the rows of y lie in the row space of Y, as they do where each class has
-  a point; at lambda = 0 Phi_S is nearest to Phi_0 among the matrices whose dual coefficients lie in the range of Y. Centred
+  a point; at lambda = 0 Phi_S is nearest to Phi_0 among the matrices whose dual coefficients lie in the range of Y. Centered
   labels have rank c - 1; points of c - 1 classes are then enough. Inputs are phi^{-1}(Phi_S); where features exceed
   the range of rff, features and labels are multiplied by `scale` and lambda by its square, which leaves W as it is.
   Heuristic: that inputs look like the start. Square Gaussian matrices (fcnn, rff with p = d) have conditions of
@@ -236,33 +257,70 @@ def krr_closed_form(key, x, y, start: Support | int, options: ClosedFormOptions 
   for name, array in {"x": x, "y": y}.items():
     checks.floating(name, array)
   if y.shape[1] == 1 and options.criterion == "accuracy":
-    raise ValueError("criterion: expected 'loss' for a single output, which has no classes, got 'accuracy'")
+    raise ValueError(
+      "criterion: expected 'loss' for a single output, which has no classes, got 'accuracy'"
+    )
   if not isinstance(start, Support):
     rows = class_balanced_indices(keys.stream(key, "start"), class_labels(y), start, y.shape[1])
     start = Support(jnp.asarray(x[rows]), jnp.asarray(y[rows]))
   checks.shape("start.x", start.x, (None, *x.shape[1:]))
   checks.shape("start.y", start.y, (start.x.shape[0], y.shape[1]))
-  # Rows of centred float32 labels sum to zero up to the rounding of float32 only.
-  y64, span = np.asarray(y, np.float64), _row_space(np.asarray(start.y, np.float64), float(jnp.finfo(start.y.dtype).eps))
-  if not np.sum((y64 - y64 @ span @ span.T)**2) <= 1e-6 * np.sum(y64**2):
-    raise ValueError(f"start: expected labels that span those of y, as points of each of the {y.shape[1]} classes do, "
-                     f"got {start.y.shape[0]} points whose labels have rank {span.shape[1]}")
-  feature_map = draw_map(keys.stream(key, "map"), options.feature_map, math.prod(x.shape[1:]), options.depth,
-                         options.num_features, options.bandwidth, jax.dtypes.canonicalize_dtype(x.dtype))
-  w, ridge, table, held_out, status = _full_model(keys.stream(key, "held_out"), x, y, feature_map, options)
+  # Rows of centered float32 labels sum to zero up to the rounding of float32 only.
+  y64, span = (
+    np.asarray(y, np.float64),
+    _row_space(np.asarray(start.y, np.float64), float(jnp.finfo(start.y.dtype).eps)),
+  )
+  if not np.sum((y64 - y64 @ span @ span.T) ** 2) <= 1e-6 * np.sum(y64**2):
+    raise ValueError(
+      f"start: expected labels that span those of y, as points of each of the {y.shape[1]} classes do, "
+      f"got {start.y.shape[0]} points whose labels have rank {span.shape[1]}"
+    )
+  feature_map = draw_map(
+    keys.stream(key, "map"),
+    options.feature_map,
+    math.prod(x.shape[1:]),
+    options.depth,
+    options.num_features,
+    options.bandwidth,
+    jax.dtypes.canonicalize_dtype(x.dtype),
+  )
+  w, ridge, table, held_out, status = _full_model(
+    keys.stream(key, "held_out"), x, y, feature_map, options
+  )
   w64 = np.asarray(w, np.float64) @ span @ span.T
   phi_start = np.asarray(map_features(feature_map, jnp.asarray(start.x)), np.float64)
-  y_s = np.asarray(start.y, np.float64) @ span @ span.T if options.labels == "start" else phi_start @ w64
+  y_s = (
+    np.asarray(start.y, np.float64) @ span @ span.T
+    if options.labels == "start"
+    else phi_start @ w64
+  )
   phi, support_ridge = _support_features(w64, y_s, phi_start, options.relative_ridge)
-  bound = (2 / phi.shape[1])**0.5 if feature_map.name == "rff" else math.inf
+  bound = (2 / phi.shape[1]) ** 0.5 if feature_map.name == "rff" else math.inf
   scale = min(1.0, bound / float(np.abs(phi).max()))
   y_s, support_ridge = scale * y_s, scale**2 * support_ridge
-  support = Support(jnp.asarray(invert_map(feature_map, scale * phi, start.x), x.dtype), jnp.asarray(y_s, y.dtype))
-  status = jnp.where(jnp.isfinite(support.x).all(), status, jnp.maximum(status, Status.NOT_FINITE)).astype(jnp.int32)
-  found = np.asarray(map_features(feature_map, support.x.astype(linalg.widest_dtype(x.dtype))), np.float64)
+  support = Support(
+    jnp.asarray(invert_map(feature_map, scale * phi, start.x), x.dtype), jnp.asarray(y_s, y.dtype)
+  )
+  status = jnp.where(
+    jnp.isfinite(support.x).all(), status, jnp.maximum(status, Status.NOT_FINITE)
+  ).astype(jnp.int32)
+  found = np.asarray(
+    map_features(feature_map, support.x.astype(linalg.widest_dtype(x.dtype))), np.float64
+  )
   w_found = found.T @ np.linalg.solve(found @ found.T + support_ridge * np.eye(len(found)), y_s)
   error = float(np.linalg.norm(w_found - w64) / np.linalg.norm(w64))
-  return ClosedForm(support, feature_map, jnp.asarray(w64, y.dtype), ridge, support_ridge, scale, error, table, held_out, status)
+  return ClosedForm(
+    support,
+    feature_map,
+    jnp.asarray(w64, y.dtype),
+    ridge,
+    support_ridge,
+    scale,
+    error,
+    table,
+    held_out,
+    status,
+  )
 
 
 def _full_model(key, x, y, feature_map, options):
@@ -270,7 +328,9 @@ def _full_model(key, x, y, feature_map, options):
   n, dtype = x.shape[0], linalg.widest_dtype(x.dtype)
   v = max(1, round(options.held_out * n))
   if v >= n:
-    raise ValueError(f"held_out: expected a fraction that leaves rows to fit, got {options.held_out} of {n}")
+    raise ValueError(
+      f"held_out: expected a fraction that leaves rows to fit, got {options.held_out} of {n}"
+    )
   order = np.asarray(jax.random.permutation(key, n))
   held_out, fit = np.sort(order[:v]), np.sort(order[v:])
   blocks = functools.partial(_blocks, x, y, min(options.block_size, n), dtype)
@@ -282,11 +342,15 @@ def _full_model(key, x, y, feature_map, options):
   floor = float(linalg.rounding_ridge(sums[0]))
   ridges = np.array([r for r in options.ridges if r >= floor])
   if not ridges.size:
-    raise ValueError(f"ridges: expected one of at least {floor:.2g}, the rounding of Phi^T Phi in {dtype}, "
-                     f"got at most {max(options.ridges)}; standardise x, or turn the 64-bit switch on")
+    raise ValueError(
+      f"ridges: expected one of at least {floor:.2g}, the rounding of Phi^T Phi in {dtype}, "
+      f"got at most {max(options.ridges)}; standardize x, or turn the 64-bit switch on"
+    )
   values, vectors = jnp.linalg.eigh(sums[0])
   values, rotated = jnp.maximum(values, 0), linalg.matmul(vectors.T, sums[1])
-  models = jnp.stack([linalg.matmul(vectors, rotated / (values + float(ridge))[:, None]) for ridge in ridges])
+  models = jnp.stack(
+    [linalg.matmul(vectors, rotated / (values + float(ridge))[:, None]) for ridge in ridges]
+  )
   hits, squares = np.zeros(len(ridges)), np.zeros(len(ridges))
   for block in blocks(held_out):
     sums = _add(feature_map, sums, block)
@@ -295,7 +359,13 @@ def _full_model(key, x, y, feature_map, options):
   best = np.lexsort((squares, -hits))[0] if options.criterion == "accuracy" else np.argmin(squares)
   factor = linalg.factor(sums[0], float(ridges[best]))
   table = Validation(ridges, hits / v, squares / (2 * v * y.shape[1]))
-  return linalg.solve(factor, sums[1]), float(ridges[best]), table, held_out.astype(np.int32), factor.status
+  return (
+    linalg.solve(factor, sums[1]),
+    float(ridges[best]),
+    table,
+    held_out.astype(np.int32),
+    factor.status,
+  )
 
 
 def _blocks(x, y, size, dtype, rows):
@@ -303,7 +373,11 @@ def _blocks(x, y, size, dtype, rows):
   for start in range(0, len(rows), size):
     at = np.arange(start, start + size)
     take = rows[np.minimum(at, len(rows) - 1)]
-    yield jnp.asarray(x[take]).astype(dtype), jnp.asarray(y[take]).astype(dtype), jnp.asarray(at < len(rows))
+    yield (
+      jnp.asarray(x[take]).astype(dtype),
+      jnp.asarray(y[take]).astype(dtype),
+      jnp.asarray(at < len(rows)),
+    )
 
 
 @jax.jit
@@ -319,7 +393,9 @@ def _score(feature_map, models, block):
   x, y, keep = block
   found = jnp.einsum("np,rpc->rnc", map_features(feature_map, x), models, precision=linalg.HIGHEST)
   right = keep[None] & (jnp.argmax(found, axis=2) == jnp.argmax(y, axis=1)[None])
-  return jnp.sum(right, axis=1), jnp.sum(jnp.where(keep[None, :, None], (found - y[None])**2, 0), axis=(1, 2))
+  return jnp.sum(right, axis=1), jnp.sum(
+    jnp.where(keep[None, :, None], (found - y[None]) ** 2, 0), axis=(1, 2)
+  )
 
 
 def _row_space(a, eps=np.finfo(np.float64).eps) -> np.ndarray:
@@ -339,8 +415,10 @@ def _support_features(w, y_s, phi_start, relative_ridge):
   rest = phi_start - range_y @ (range_y.T @ phi_start)
   rest -= (rest @ u) @ u.T
   sigma = lambda ridge: (1 + np.sqrt(np.maximum(1 - 4 * ridge * s**2, 0))) / (2 * s)
-  excess = lambda ridge: relative_ridge * (np.sum(sigma(ridge)**2) + np.sum(rest**2)) / len(y_s) - ridge
-  low, high = 0.0, 0.25 / s[0]**2
+  excess = lambda ridge: (
+    relative_ridge * (np.sum(sigma(ridge) ** 2) + np.sum(rest**2)) / len(y_s) - ridge
+  )
+  low, high = 0.0, 0.25 / s[0] ** 2
   # The excess falls in the ridge: this finds its zero, or the largest feasible ridge where the zero is beyond.
   for _ in range(100):
     middle = 0.5 * (low + high)

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kipcore import keys, linalg
-from kipcore import augment
+from kipcore import augment, keys, linalg
 from kipcore.distillation.features import class_weights, draw_networks, features, reading
 from kipcore.distillation.method import Batch, Method, Params, across
 from kipcore.networks import Network
@@ -14,7 +13,7 @@ from kipcore.types import Array, Support
 
 
 class DMOptions(NamedTuple):
-  """`augmentation`: names for `augment.siamese`, "" for none."""
+  """`augmentation`: names for `augment.random_augmentation`, "" for none."""
 
   augmentation: str = augment.DSA
 
@@ -44,13 +43,18 @@ def dm(module: Network, options: DMOptions = DMOptions()) -> Method:
 
   Source: Zhao and Bilen 2023 (DM), eq. 6.
   """
-  augmented = augment.siamese(options.augmentation)
+  augmented = augment.random_augmentation(options.augmentation)
 
   def loss(params: Params, aux, batch: Batch, weights: Array, key: Array):
     transform = augmented(keys.stream(key, "augment"))
-    phi_s, phi_t = features(module, aux, transform(params["x"])), features(module, aux, transform(batch.x))
+    phi_s, phi_t = (
+      features(module, aux, transform(params["x"])),
+      features(module, aux, transform(batch.x)),
+    )
     per_class = class_weights(batch.y, weights)
-    sums, mass = jax.lax.stop_gradient(across(batch, (linalg.matmul(per_class, phi_t), jnp.sum(per_class, axis=1))))
+    sums, mass = jax.lax.stop_gradient(
+      across(batch, (linalg.matmul(per_class, phi_t), jnp.sum(per_class, axis=1)))
+    )
     own = class_weights(params["y"])
     count = jnp.sum(own, axis=1)
     real = sums / jnp.maximum(mass, jnp.finfo(mass.dtype).tiny)[:, None]
@@ -62,5 +66,12 @@ def dm(module: Network, options: DMOptions = DMOptions()) -> Method:
   def redraw(key: Array, params: Params):
     return jax.tree.map(lambda a: a[0], draw_networks(key, module, params["x"], 1))
 
-  return Method("dm", lambda support: {"x": support.x, "y": support.y}, lambda params, aux: Support(params["x"], params["y"]),
-                lambda params: {"x": 1, "y": 0}, loss, redraw, lambda key, params, aux, step: redraw(key, params))
+  return Method(
+    "dm",
+    lambda support: {"x": support.x, "y": support.y},
+    lambda params, aux: Support(params["x"], params["y"]),
+    lambda params: {"x": 1, "y": 0},
+    loss,
+    redraw,
+    lambda key, params, aux, step: redraw(key, params),
+  )

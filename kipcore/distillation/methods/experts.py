@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from kipcore import checks, keys, krr, linalg
-from kipcore import augment
+from kipcore import augment, checks, keys, krr, linalg
 from kipcore.distillation import samplers
 from kipcore.distillation.features import cross_entropy, outputs
 from kipcore.distillation.method import LossInfo, Sampler
@@ -28,17 +27,31 @@ def flat_parameters(module: Network, x: Array):
   with linalg.permissive_promotion():
     shapes = jax.eval_shape(module.init, jax.random.key(0), row)
   if set(shapes) != {"params"}:
-    raise ValueError(f"module: expected a network with parameters alone, got one with {', '.join(sorted(shapes))}")
+    raise ValueError(
+      f"module: expected a network with parameters alone, got one with {', '.join(sorted(shapes))}"
+    )
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["params"])
   flat, unravel = ravel_pytree(zeros)
   return flat.shape[0], lambda vector: {"params": unravel(vector)}
 
 
-_UNIFORM = samplers.uniform()  # One object: a sampler is compared by identity, and another would compile anew.
+_UNIFORM = (
+  samplers.uniform()
+)  # One object: a sampler is compared by identity, and another would compile anew.
 
 
-def train_expert(key, module: Network, x, y, num_epochs: int, learning_rate: float = 0.01, batch_size: int = 256,
-                 sampler: Sampler = _UNIFORM, momentum: float = 0.0, augmentation: str = "") -> Array:
+def train_expert(
+  key,
+  module: Network,
+  x,
+  y,
+  num_epochs: int,
+  learning_rate: float = 0.01,
+  batch_size: int = 256,
+  sampler: Sampler = _UNIFORM,
+  momentum: float = 0.0,
+  augmentation: str = "",
+) -> Array:
   """Trains one network by SGD on the cross-entropy of hard labels, and keeps its parameters after every epoch.
 
       v <- momentum v + grad mean_i(w_i CE(f(x_i), class of y_i)),   theta <- theta - learning_rate v
@@ -61,7 +74,7 @@ def train_expert(key, module: Network, x, y, num_epochs: int, learning_rate: flo
     batch_size: rows a step; n if there are fewer.
     sampler: of `samplers` or `importance`, without a refresh of its own.
     momentum: in [0, 1].
-    augmentation: names for `augment.siamese`, one transform a step; "" for none.
+    augmentation: names for `augment.random_augmentation`, one transform a step; "" for none.
 
   Returns:
     `(num_epochs + 1, p)`: parameters at the start and after each epoch, flattened by `ravel_pytree`, in the dtype of `x`.
@@ -78,16 +91,22 @@ def train_expert(key, module: Network, x, y, num_epochs: int, learning_rate: flo
   checks.positive_int("batch_size", batch_size)
   checks.positive("learning_rate", learning_rate)
   checks.in_range("momentum", momentum, 0, 1)
-  augment.siamese(augmentation)
+  augment.random_augmentation(augmentation)
   if sampler.refresh_every:
-    raise ValueError(f"sampler: expected refresh_every = 0, as an epoch has no evaluations to spare, got {sampler.refresh_every}")
+    raise ValueError(
+      f"sampler: expected refresh_every = 0, as an epoch has no evaluations to spare, got {sampler.refresh_every}"
+    )
   flat_parameters(module, x)
   key = keys.canonical_key(key)
-  targets = jax.tree.map(lambda a: jnp.asarray(a[0]), arrange_targets(x, y, 1, keys.stream(key, "arrange")))
+  targets = jax.tree.map(
+    lambda a: jnp.asarray(a[0]), arrange_targets(x, y, 1, keys.stream(key, "arrange"))
+  )
   static = (module, sampler, augmentation, num_epochs, min(batch_size, x.shape[0]))
   rates = jnp.asarray([learning_rate, momentum], targets.x.dtype)
   trajectory = _train(*static, key, targets, rates)
-  checks.raise_for_status("training of an expert", Status.OK if np.isfinite(trajectory[-1]).all() else Status.NOT_FINITE)
+  checks.raise_for_status(
+    "training of an expert", Status.OK if np.isfinite(trajectory[-1]).all() else Status.NOT_FINITE
+  )
   return trajectory
 
 
@@ -105,15 +124,20 @@ def _train(module, sampler, augmentation, num_epochs, size, key, targets: Target
     step_key = keys.at_step(keys.stream(key, "step"), i)
     indices, weights = sampler.draw(keys.stream(step_key, "draw"), state, size)
     x, y = targets.x[indices], targets.y[indices]
-    x = augment.siamese(augmentation)(keys.stream(step_key, "augment"))(x)
+    x = augment.random_augmentation(augmentation)(keys.stream(step_key, "augment"))(x)
 
     def loss(theta):
       logits = outputs(module, variables(theta), x)
       per_example = cross_entropy(logits, y)
-      return jnp.mean(weights.astype(y.dtype) * per_example), (per_example, jax.nn.softmax(logits) - 1 / num_classes)
+      return jnp.mean(weights.astype(y.dtype) * per_example), (
+        per_example,
+        jax.nn.softmax(logits) - 1 / num_classes,
+      )
 
     gradient, (per_example, predictions) = jax.grad(loss, has_aux=True)(theta)
-    info = LossInfo(per_example, predictions, krr.accuracy(predictions, y), jnp.zeros((), jnp.int32))
+    info = LossInfo(
+      per_example, predictions, krr.accuracy(predictions, y), jnp.zeros((), jnp.int32)
+    )
     velocity = momentum * velocity + gradient
     return (theta - rate * velocity, velocity, sampler.update(state, indices, y, info)), None
 

@@ -87,7 +87,9 @@ def frepo(module: Network, options: FRePoOptions = FRePoOptions()) -> Method:
 
   def mirrored(params: Params) -> tuple[Array, Array]:
     x, y = params["x"], params["y"]
-    return (jnp.concatenate([x, x[:, :, ::-1]]), jnp.concatenate([y, y])) if options.flip else (x, y)
+    return (
+      (jnp.concatenate([x, x[:, :, ::-1]]), jnp.concatenate([y, y])) if options.flip else (x, y)
+    )
 
   def loss(params: Params, aux: Pool, batch: Batch, weights: Array, key: Array):
     variables = jax.tree.map(lambda a: a[aux.chosen], aux.variables)
@@ -97,7 +99,9 @@ def frepo(module: Network, options: FRePoOptions = FRePoOptions()) -> Method:
     fit = krr.krr_fit(k_ss, y, krr.relative_ridge(k_ss, options.relative_ridge))
     predictions = krr.krr_predict(fit, linalg.matmul(phi_t, phi_s.T))
     per_example = 0.5 * jnp.sum((predictions - batch.y) ** 2, axis=1)
-    value = jnp.mean(weights.astype(per_example.dtype) * per_example) - label_margin(params["y"], 1 / y.shape[1])
+    value = jnp.mean(weights.astype(per_example.dtype) * per_example) - label_margin(
+      params["y"], 1 / y.shape[1]
+    )
     info = LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), fit.status)
     return value, jax.lax.stop_gradient(info)
 
@@ -112,26 +116,45 @@ def frepo(module: Network, options: FRePoOptions = FRePoOptions()) -> Method:
 
   def trained(key: Array, params: Params, variables, opt_state):
     x, y = mirrored(params)
-    rows = jax.random.permutation(key, x.shape[0])[:options.network_batch_size]
+    rows = jax.random.permutation(key, x.shape[0])[: options.network_batch_size]
 
     def error(weights):
-      out, moved = module.apply({**variables, "params": weights}, x[rows], train=True, mutable=["batch_stats"])
+      out, moved = module.apply(
+        {**variables, "params": weights}, x[rows], train=True, mutable=["batch_stats"]
+      )
       return jnp.mean(jnp.sum((out - y[rows]) ** 2, axis=1)), moved
 
     gradient, moved = jax.grad(error, has_aux=True)(variables["params"])
     updates, opt_state = optimizer.update(gradient, opt_state, variables["params"])
-    return {**variables, **moved, "params": optax.apply_updates(variables["params"], updates)}, opt_state
+    return {
+      **variables,
+      **moved,
+      "params": optax.apply_updates(variables["params"], updates),
+    }, opt_state
 
   def update_aux(key: Array, params: Params, aux: Pool, step: Array) -> Pool:
     i, age = aux.chosen, aux.age[aux.chosen] + 1
     one = jax.tree.map(lambda a: a[i], (aux.variables, aux.opt_state))
     with linalg.permissive_promotion():
-      one = jax.lax.cond(age > options.max_age,
-                         lambda: jax.tree.map(lambda a: a[0], drawn(keys.stream(key, "draw"), params, 1)),
-                         lambda: trained(keys.stream(key, "rows"), params, *one))
-    variables, opt_state = jax.tree.map(lambda a, b: a.at[i].set(b), (aux.variables, aux.opt_state), one)
+      one = jax.lax.cond(
+        age > options.max_age,
+        lambda: jax.tree.map(lambda a: a[0], drawn(keys.stream(key, "draw"), params, 1)),
+        lambda: trained(keys.stream(key, "rows"), params, *one),
+      )
+    variables, opt_state = jax.tree.map(
+      lambda a, b: a.at[i].set(b), (aux.variables, aux.opt_state), one
+    )
     chosen = jax.random.randint(keys.stream(key, "choice"), (), 0, options.pool_size)
-    return Pool(variables, opt_state, aux.age.at[i].set(jnp.where(age > options.max_age, 0, age)), chosen)
+    return Pool(
+      variables, opt_state, aux.age.at[i].set(jnp.where(age > options.max_age, 0, age)), chosen
+    )
 
-  return Method("frepo", init_params, lambda params, aux: Support(params["x"], params["y"]),
-                lambda params: {"x": 1, "y": options.learn_labels}, loss, init_aux, update_aux)
+  return Method(
+    "frepo",
+    init_params,
+    lambda params, aux: Support(params["x"], params["y"]),
+    lambda params: {"x": 1, "y": options.learn_labels},
+    loss,
+    init_aux,
+    update_aux,
+  )

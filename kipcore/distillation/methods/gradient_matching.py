@@ -5,8 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kipcore import checks, keys
-from kipcore import augment
+from kipcore import augment, checks, keys
 from kipcore.distillation.features import class_weights, draw_networks, features, outputs, reading
 from kipcore.distillation.method import Batch, Method, Params, across
 from kipcore.networks import Network
@@ -23,7 +22,7 @@ class GradientMatchingOptions(NamedTuple):
     outer_steps: steps after which the network is redrawn; None for `published_loops`.
     inner_steps: passes over the support that train the network after each step; None for `published_loops`.
     network_rate: learning rate of that training, plain SGD.
-    augmentation: names for `augment.siamese`, "" for none (DC). `dsa` sets it.
+    augmentation: names for `augment.random_augmentation`, "" for none (DC). `dsa` sets it.
   """
 
   outer_steps: int | None = None
@@ -56,7 +55,9 @@ def class_gradients(objective, theta, x: Array, y: Array, weights: Array):
   b, c = y.shape
   labels = jnp.argmax(y, axis=1).astype(jnp.int32)
   order = jnp.argsort(labels)
-  counts = jnp.sum(labels[None, :] == jnp.arange(c, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+  counts = jnp.sum(
+    labels[None, :] == jnp.arange(c, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32
+  )
   # Of equal classes each is one chunk; of large ones four, so that unequal ones leave little of their last chunk empty.
   per_class = -(-b // c)
   size = max(min(per_class, 64), -(-per_class // 4))
@@ -69,8 +70,12 @@ def class_gradients(objective, theta, x: Array, y: Array, weights: Array):
     inside = place < counts[k]
     rows = order[jnp.minimum(starts[k] + place, b - 1)]
     chunk_weights = jnp.where(inside, weights[rows], jnp.zeros((), weights.dtype))
-    gradient = jax.lax.cond(jnp.any(inside), lambda rows: jax.grad(objective)(theta, x[rows], chunk_weights, k),
-                            lambda rows: jax.tree.map(jnp.zeros_like, theta), rows)
+    gradient = jax.lax.cond(
+      jnp.any(inside),
+      lambda rows: jax.grad(objective)(theta, x[rows], chunk_weights, k),
+      lambda rows: jax.tree.map(jnp.zeros_like, theta),
+      rows,
+    )
     return jax.tree.map(lambda total, g: total.at[k].add(g), sums, gradient), None
 
   zeros = jax.tree.map(lambda leaf: jnp.zeros((c, *leaf.shape), leaf.dtype), theta)
@@ -79,7 +84,7 @@ def class_gradients(objective, theta, x: Array, y: Array, weights: Array):
 
 
 def distance(real, made) -> Array:
-  """sum over layers and output units of 1 - cos of their weight gradients, for every class.
+  """Sum over layers and output units of 1 - cos of their weight gradients, for every class.
 
       cos = <r, s> / (|r| |s| + 1e-6),   r, s all weights into one unit or channel (the last axis)
 
@@ -94,9 +99,12 @@ def distance(real, made) -> Array:
 
   Source: Zhao, Mopuri, Bilen 2021 (DC), "Gradient matching loss"; the 1e-6 is the published code's.
   """
+
   def norm(a):
     squares = jnp.sum(a * a, axis=1)
-    positive = squares > 0  # at 0, where dead units are, the square root has no derivative; 0 is taken
+    positive = (
+      squares > 0
+    )  # at 0, where dead units are, the square root has no derivative; 0 is taken
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
 
   total = 0.0
@@ -143,7 +151,7 @@ def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptio
   for name in ("outer_steps", "inner_steps"):
     if getattr(options, name) is not None:
       checks.positive_int(name, getattr(options, name))
-  draw_transform = augment.siamese(options.augmentation)
+  draw_transform = augment.random_augmentation(options.augmentation)
 
   def cross_entropies(theta, x: Array, labels: Array) -> Array:
     logits = outputs(module, {"params": theta}, x)
@@ -164,8 +172,13 @@ def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptio
       return jax.tree.map(lambda a: a / jnp.expand_dims(one, range(1, a.ndim)), sums), mass > 0
 
     real, in_batch = jax.lax.stop_gradient(
-        mean_gradients(batch.x, batch.y, weights.astype(batch.x.dtype), lambda sums: across(batch, sums)))
-    made, in_support = mean_gradients(params["x"], params["y"], jnp.ones(params["x"].shape[:1], params["x"].dtype))
+      mean_gradients(
+        batch.x, batch.y, weights.astype(batch.x.dtype), lambda sums: across(batch, sums)
+      )
+    )
+    made, in_support = mean_gradients(
+      params["x"], params["y"], jnp.ones(params["x"].shape[:1], params["x"].dtype)
+    )
     value = jnp.sum(jnp.where(in_batch & in_support, distance(real, made), 0))
     phi_s, phi_t = (features(module, aux, jax.lax.stop_gradient(x)) for x in (params["x"], batch.x))
     return value, reading(phi_s, params["y"], phi_t, batch)
@@ -180,12 +193,18 @@ def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptio
     def descend(theta, draw):
       rows, batch_key = draw
       x_batch = draw_transform(batch_key)(x[rows])
-      gradient = jax.grad(lambda theta: jnp.mean(cross_entropies(theta, x_batch, labels[rows])))(theta)
+      gradient = jax.grad(lambda theta: jnp.mean(cross_entropies(theta, x_batch, labels[rows])))(
+        theta
+      )
       return jax.tree.map(lambda a, g: a - options.network_rate * g, theta, gradient), None
 
     def one_pass(theta, i):
-      order_key, augment_key = (keys.stream(keys.at_step(key, i), name) for name in ("order", "augment"))
-      order = jnp.resize(jax.random.permutation(order_key, x.shape[0]), (batches, -(-x.shape[0] // batches)))
+      order_key, augment_key = (
+        keys.stream(keys.at_step(key, i), name) for name in ("order", "augment")
+      )
+      order = jnp.resize(
+        jax.random.permutation(order_key, x.shape[0]), (batches, -(-x.shape[0] // batches))
+      )
       return jax.lax.scan(descend, theta, (order, jax.random.split(augment_key, batches)))[0], None
 
     return {"params": jax.lax.scan(one_pass, aux["params"], jnp.arange(passes, dtype=jnp.int32))[0]}
@@ -194,15 +213,25 @@ def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptio
     outer, inner = published_loops(params["y"].shape[0] / params["y"].shape[1])
     outer, inner = options.outer_steps or outer, options.inner_steps or inner
     # Every branch has a stream of its own: a key is used once.
-    return jax.lax.cond((step + 1) % outer == 0, lambda: redraw(keys.stream(key, "redraw"), params),
-                        lambda: train(keys.stream(key, "train"), params, aux, inner))
+    return jax.lax.cond(
+      (step + 1) % outer == 0,
+      lambda: redraw(keys.stream(key, "redraw"), params),
+      lambda: train(keys.stream(key, "train"), params, aux, inner),
+    )
 
-  return Method("dc", lambda support: {"x": support.x, "y": support.y}, lambda params, aux: Support(params["x"], params["y"]),
-                lambda params: {"x": 1, "y": 0}, loss, redraw, update_aux)
+  return Method(
+    "dc",
+    lambda support: {"x": support.x, "y": support.y},
+    lambda params, aux: Support(params["x"], params["y"]),
+    lambda params: {"x": 1, "y": 0},
+    loss,
+    redraw,
+    update_aux,
+  )
 
 
 def dsa(module: Network, options: GradientMatchingOptions = GradientMatchingOptions()) -> Method:
-  """`dc` with differentiable siamese augmentation: all of `augment.DSA`, alike for targets and support of a class.
+  """`dc` with differentiable random_augmentation augmentation: all of `augment.DSA`, alike for targets and support of a class.
 
   Args:
     module: as for `dc`.

@@ -58,7 +58,7 @@ def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
   Example:
     A support that has all targets predicts them, up to the ridge:
 
-    >>> x, y = jnp.asarray([[0.0], [1.0], [3.0]]), kipcore.one_hot_centred(np.array([0, 1, 0]), 2)
+    >>> x, y = jnp.asarray([[0.0], [1.0], [3.0]]), kipcore.one_hot_centered(np.array([0, 1, 0]), 2)
     >>> method = kipcore.kip(kipcore.rbf_fn(1.0))
     >>> params = method.init_params(kipcore.Support(x, y))
     >>> loss, info = jax.jit(method.loss)(params, (), kipcore.Batch(x, y), jnp.ones(3), None)
@@ -77,7 +77,11 @@ def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
 
   def trainable(params: Params) -> dict[str, float]:
     del params
-    return {"x": True, "y": options.learn_labels, "log_temperature": options.loss == "cross_entropy"}
+    return {
+      "x": True,
+      "y": options.learn_labels,
+      "log_temperature": options.loss == "cross_entropy",
+    }
 
   def loss(params: Params, aux, batch: Batch, weights: Array, key: Array):
     del aux, key
@@ -95,4 +99,6 @@ def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
     info = LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), fit.status)
     return value, jax.lax.stop_gradient(info)
 
-  return Method("kip", init_params, lambda params, aux: Support(params["x"], params["y"]), trainable, loss)
+  return Method(
+    "kip", init_params, lambda params, aux: Support(params["x"], params["y"]), trainable, loss
+  )

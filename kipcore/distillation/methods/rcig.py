@@ -1,4 +1,4 @@
-"""RCIG: ridge regression on linearised networks, with the implicit gradient of what these learn from the support."""
+"""RCIG: ridge regression on linearized networks, with the implicit gradient of what these learn from the support."""
 
 import math
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from jax.flatten_util import ravel_pytree
 
 from kipcore import checks, keys, krr, linalg
 from kipcore.distillation.features import cross_entropy, draw_networks, features
-from kipcore.distillation.methods.frepo import Pool, label_margin
 from kipcore.distillation.method import Batch, LossInfo, Method, Params, across
+from kipcore.distillation.methods.frepo import Pool, label_margin
 from kipcore.networks import Network
 from kipcore.types import Array, Support
 
@@ -52,7 +52,7 @@ class RCIGState(NamedTuple):
 
 
 def rcig(module: Network, options: RCIGOptions = RCIGOptions()) -> Method:
-  """Learns images and labels through one linearised network of a pool at a time, whose readout is solved for.
+  """Learns images and labels through one linearized network of a pool at a time, whose readout is solved for.
 
       phi_w(x) = phi(x) + J(x) w,   K = phi_w(S) phi_w(S)^T,   P = phi_w(T) phi_w(S)^T (K + l2 m I)^{-1} y_s
       outer(S, w) = mean_t w_t CE(softmax(temperature P_t), class of t) - label_margin(y_s, 1 / (2c))
@@ -114,21 +114,39 @@ def rcig(module: Network, options: RCIGOptions = RCIGOptions()) -> Method:
       fit = regress(phi_s, p["y"])
       predictions = krr.krr_predict(fit, linalg.matmul(phi(w, batch.x), phi_s.T))
       per_example = cross_entropy(jnp.exp(p["log_temperature"]) * predictions, batch.y)
-      value = jnp.mean(weights.astype(per_example.dtype) * per_example) - label_margin(p["y"], 0.5 / batch.y.shape[1])
-      return value, LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), fit.status)
+      value = jnp.mean(weights.astype(per_example.dtype) * per_example) - label_margin(
+        p["y"], 0.5 / batch.y.shape[1]
+      )
+      return value, LossInfo(
+        per_example, predictions, krr.accuracy(predictions, batch.y), fit.status
+      )
 
-    w, _ = _descend(inner_adam, lambda w: inner(w, fixed), jnp.zeros_like(theta), inner_adam.init(theta), options.inner_steps)
+    w, _ = _descend(
+      inner_adam,
+      lambda w: inner(w, fixed),
+      jnp.zeros_like(theta),
+      inner_adam.init(theta),
+      options.inner_steps,
+    )
     (value, info), slopes = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(fixed, w)
     # Of all devices before it is clipped, which is not linear.
     devices = across(batch, 1)
     value, (direct, slope) = jax.tree.map(lambda a: a / devices, across(batch, (value, slopes)))
-    v = _solve(lambda u: jax.jvp(lambda t: jax.grad(inner)(t, fixed), (w,), (u,))[1], slope, options.inverse_steps)
+    v = _solve(
+      lambda u: jax.jvp(lambda t: jax.grad(inner)(t, fixed), (w,), (u,))[1],
+      slope,
+      options.inverse_steps,
+    )
     implicit = jax.grad(lambda p: -jax.jvp(lambda t: inner(t, p), (w,), (v,))[1])(fixed)
     if options.clip:
       norm, tiny = jnp.linalg.norm, jnp.finfo(theta.dtype).tiny
-      implicit = jax.tree.map(lambda i, d: i * jnp.minimum(1, norm(d) / jnp.maximum(norm(i), tiny)), implicit, direct)
+      implicit = jax.tree.map(
+        lambda i, d: i * jnp.minimum(1, norm(d) / jnp.maximum(norm(i), tiny)), implicit, direct
+      )
     # The second term is zero and has the gradient.
-    return value + sum(jnp.sum((direct[name] + implicit[name]) * (params[name] - fixed[name])) for name in params), info
+    return value + sum(
+      jnp.sum((direct[name] + implicit[name]) * (params[name] - fixed[name])) for name in params
+    ), info
 
   def choose(key: Array) -> Array:
     return jax.random.randint(keys.stream(key, "choice"), (), 0, options.pool_size)
@@ -140,17 +158,38 @@ def rcig(module: Network, options: RCIGOptions = RCIGOptions()) -> Method:
 
   def update_aux(key: Array, params: Params, aux: RCIGState, step: Array) -> RCIGState:
     variables, opt_state, age, i = aux.pool
-    old, fresh = age[i] + options.pool_steps >= options.max_age, draw_networks(keys.stream(key, "draw"), module, params["x"], 1)
-    trained = _descend(pool_adam, lambda net: misfit(features(module, net, params["x"]), params["y"]),
-                       *_row((variables, opt_state), i), options.pool_steps)
-    pool = jax.tree.map(lambda a, b, c: a.at[i].set(jnp.where(old, b, c)), (variables, opt_state),
-                        _row((fresh, jax.vmap(pool_adam.init)(fresh)), 0), trained)
+    old, fresh = (
+      age[i] + options.pool_steps >= options.max_age,
+      draw_networks(keys.stream(key, "draw"), module, params["x"], 1),
+    )
+    trained = _descend(
+      pool_adam,
+      lambda net: misfit(features(module, net, params["x"]), params["y"]),
+      *_row((variables, opt_state), i),
+      options.pool_steps,
+    )
+    pool = jax.tree.map(
+      lambda a, b, c: a.at[i].set(jnp.where(old, b, c)),
+      (variables, opt_state),
+      _row((fresh, jax.vmap(pool_adam.init)(fresh)), 0),
+      trained,
+    )
     share = (1 - options.decay) / (1 - options.decay ** (step + 1).astype(params["x"].dtype))
     average = jax.tree.map(lambda a, p: a + share * (p - a), aux.average, params)
-    return RCIGState(Pool(*pool, age.at[i].set(jnp.where(old, 0, age[i] + options.pool_steps)), choose(key)), average)
+    return RCIGState(
+      Pool(*pool, age.at[i].set(jnp.where(old, 0, age[i] + options.pool_steps)), choose(key)),
+      average,
+    )
 
-  return Method("rcig", init_params, lambda params, aux: Support(aux.average["x"], aux.average["y"]),
-                lambda params: {"x": 1, "y": 1, "log_temperature": 10}, loss, init_aux, update_aux)
+  return Method(
+    "rcig",
+    init_params,
+    lambda params, aux: Support(aux.average["x"], aux.average["y"]),
+    lambda params: {"x": 1, "y": 1, "log_temperature": 10},
+    loss,
+    init_aux,
+    update_aux,
+  )
 
 
 def _row(stacked, i):
@@ -158,7 +197,7 @@ def _row(stacked, i):
 
 
 def _descend(optimizer, function, start, opt_state, steps: int):
-  """The parameters and the state of the optimiser after `steps`."""
+  """The parameters and the state of the optimizer after `steps`."""
 
   def step(_, carry):
     with linalg.permissive_promotion():

@@ -107,15 +107,30 @@ def rfad(module: Network, options: RFADOptions = RFADOptions()) -> Method:
 
   def images(params: Params) -> Array:
     x = params["x"]
-    return linalg.matmul(x.reshape(x.shape[0], -1), params["transform"].T).reshape(x.shape) if "transform" in params else x
+    return (
+      linalg.matmul(x.reshape(x.shape[0], -1), params["transform"].T).reshape(x.shape)
+      if "transform" in params
+      else x
+    )
 
   def trainable(params: Params) -> dict[str, float]:
-    factors = {"x": 1, "y": options.learn_labels, "log_scale": 10 * (options.loss == "cross_entropy"), "transform": 0.05}
+    factors = {
+      "x": 1,
+      "y": options.learn_labels,
+      "log_scale": 10 * (options.loss == "cross_entropy"),
+      "transform": 0.05,
+    }
     return {name: factors[name] for name in params}
 
   def loss(params: Params, aux, batch: Batch, weights: Array, key: Array):
-    phi_s, phi_t = random_features(module, aux, images(params)), random_features(module, aux, batch.x)
-    k_ss, k_ts = random_feature_kernel(module, phi_s, phi_s), random_feature_kernel(module, phi_t, phi_s)
+    phi_s, phi_t = (
+      random_features(module, aux, images(params)),
+      random_features(module, aux, batch.x),
+    )
+    k_ss, k_ts = (
+      random_feature_kernel(module, phi_s, phi_s),
+      random_feature_kernel(module, phi_t, phi_s),
+    )
     fit = krr.krr_fit(k_ss, params["y"], krr.relative_ridge(k_ss, options.relative_ridge))
     predictions = krr.krr_predict(fit, k_ts)
     if options.loss == "mse":
@@ -129,6 +144,16 @@ def rfad(module: Network, options: RFADOptions = RFADOptions()) -> Method:
     return draw_networks(key, module, params["x"], options.num_networks)
 
   def update_aux(key: Array, params: Params, aux, step: Array):
-    return jax.lax.cond((step + 1) % options.redraw_every == 0, lambda: draw(key, params), lambda: aux)
+    return jax.lax.cond(
+      (step + 1) % options.redraw_every == 0, lambda: draw(key, params), lambda: aux
+    )
 
-  return Method("rfad", init_params, lambda params, aux: Support(images(params), params["y"]), trainable, loss, draw, update_aux)
+  return Method(
+    "rfad",
+    init_params,
+    lambda params, aux: Support(images(params), params["y"]),
+    trainable,
+    loss,
+    draw,
+    update_aux,
+  )

@@ -3,18 +3,18 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close, enable_x64
 
 import kipcore
 from kipcore.distillation.methods.closed_form import (
-    ClosedFormOptions,
-    draw_map,
-    feature_kernel,
-    invert_map,
-    krr_closed_form,
-    map_features,
+  ClosedFormOptions,
+  draw_map,
+  feature_kernel,
+  invert_map,
+  krr_closed_form,
+  map_features,
 )
 from kipcore.types import Support
-from helpers import assert_close, enable_x64
 
 MAPS = {"linear": {}, "fcnn": {"depth": 2}, "rff": {"bandwidth": 3.0}}
 SHAPE = (4, 4, 1)
@@ -46,9 +46,13 @@ def numpy_features(feature_map, x):
 
 
 def ridge_regression(phi, y, ridge):
-  """argmin ||phi W - y||^2 + ridge ||W||^2 as a least-squares problem: no normal equations."""
+  """Argmin ||phi W - y||^2 + ridge ||W||^2 as a least-squares problem: no normal equations."""
   p = phi.shape[1]
-  return np.linalg.lstsq(np.vstack([phi, np.sqrt(ridge) * np.eye(p)]), np.vstack([y, np.zeros((p, y.shape[1]))]), rcond=None)[0]
+  return np.linalg.lstsq(
+    np.vstack([phi, np.sqrt(ridge) * np.eye(p)]),
+    np.vstack([y, np.zeros((p, y.shape[1]))]),
+    rcond=None,
+  )[0]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,11 @@ def solved():
   """One problem solved under each map, with 1 and 3 images a class."""
   with enable_x64(True):
     x, y = problem()
-    return x, y, {(name, m): krr_closed_form(3, x, y, m, options(name)) for name in MAPS for m in (1, 3)}
+    return (
+      x,
+      y,
+      {(name, m): krr_closed_form(3, x, y, m, options(name)) for name in MAPS for m in (1, 3)},
+    )
 
 
 @pytest.mark.parametrize("per_class", [1, 3])
@@ -73,7 +81,9 @@ def test_the_distilled_set_predicts_what_all_rows_do(name, per_class, solved, x6
   w_s = phi_s.T @ np.linalg.solve(phi_s @ phi_s.T + ridge * np.eye(len(phi_s)), support.y)
   assert_close(w_s, w, 1e-8)
   new, labels = problem(seed=5)
-  assert_close(numpy_features(result.feature_map, new) @ w_s, numpy_features(result.feature_map, new) @ w, 1e-8)
+  assert_close(
+    numpy_features(result.feature_map, new) @ w_s, numpy_features(result.feature_map, new) @ w, 1e-8
+  )
   assert result.error < 1e-8 and int(result.status) == 0
 
   # The ridge is the stated fraction, so that whoever scores by a fraction finds the same model.
@@ -90,7 +100,9 @@ def test_the_correction_for_the_ridge_of_the_set_is_exact(relative_ridge, x64):
   x, y = problem()
   result = krr_closed_form(3, x, y, 3, options("linear", relative_ridge=relative_ridge))
   phi_s = np.asarray(result.support.x).reshape(9, -1)
-  w_s = phi_s.T @ np.linalg.solve(phi_s @ phi_s.T + result.support_ridge * np.eye(9), result.support.y)
+  w_s = phi_s.T @ np.linalg.solve(
+    phi_s @ phi_s.T + result.support_ridge * np.eye(9), result.support.y
+  )
   assert_close(w_s, result.weights, 1e-8)
   share = result.support_ridge / (np.trace(phi_s @ phi_s.T) / 9)
   if relative_ridge < 10:
@@ -106,13 +118,20 @@ def test_the_free_part_is_the_nearest_to_the_start(x64):
   rows = kipcore.class_balanced_indices(1, y.argmax(1), 3, 3)
   start = Support(jnp.asarray(x[rows]), jnp.asarray(y[rows]))
   result = krr_closed_form(3, x, y, start, options("linear", relative_ridge=1e-12))
-  phi_0, phi_s, w = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (start.x, result.support.x, result.weights))
+  phi_0, phi_s, w = (
+    np.asarray(a, np.float64).reshape(len(a), -1)
+    for a in (start.x, result.support.x, result.weights)
+  )
   # Feasible moves keep N W = 0 and Y^T N = 0 of the free part N; along all of them the distance is stationary.
   p_y, p_w = y[rows] @ np.linalg.pinv(y[rows]), w @ np.linalg.pinv(w)
   move = (np.eye(9) - p_y) @ np.random.default_rng(0).normal(size=phi_s.shape) @ (np.eye(16) - p_w)
-  assert abs(np.vdot(phi_s - phi_0, move)) < 1e-8 * np.linalg.norm(phi_s - phi_0) * np.linalg.norm(move)
+  assert abs(np.vdot(phi_s - phi_0, move)) < 1e-8 * np.linalg.norm(phi_s - phi_0) * np.linalg.norm(
+    move
+  )
   moved = phi_s + move
-  w_moved = moved.T @ np.linalg.solve(moved @ moved.T + result.support_ridge * np.eye(9), result.support.y)
+  w_moved = moved.T @ np.linalg.solve(
+    moved @ moved.T + result.support_ridge * np.eye(9), result.support.y
+  )
   assert_close(w_moved, w, 1e-6)
 
 
@@ -120,25 +139,39 @@ def test_predicted_labels_keep_what_the_model_sees_of_the_start(x64):
   x, y = problem()
   rows = kipcore.class_balanced_indices(1, y.argmax(1), 2, 3)
   start = Support(jnp.asarray(x[rows]), jnp.asarray(y[rows]))
-  result = krr_closed_form(3, x, y, start, options("linear", labels="predicted", relative_ridge=1e-12))
+  result = krr_closed_form(
+    3, x, y, start, options("linear", labels="predicted", relative_ridge=1e-12)
+  )
   predicted = x[rows].reshape(6, -1) @ np.asarray(result.weights)
   assert_close(result.support.y, predicted, 1e-10)
-  assert_close(np.asarray(result.support.x).reshape(6, -1) @ np.asarray(result.weights), predicted, 1e-8)
+  assert_close(
+    np.asarray(result.support.x).reshape(6, -1) @ np.asarray(result.weights), predicted, 1e-8
+  )
   assert result.error < 1e-8
 
 
-def test_uncentred_labels_and_many_outputs(x64):
+def test_uncentered_labels_and_many_outputs(x64):
   x, y = problem()
-  target = np.sin(x.reshape(300, -1) @ np.random.default_rng(2).normal(size=(16, 2))) + np.array([[0.5, -1.0]])
+  target = np.sin(x.reshape(300, -1) @ np.random.default_rng(2).normal(size=(16, 2))) + np.array(
+    [[0.5, -1.0]]
+  )
   one_each = kipcore.class_balanced_indices(1, y.argmax(1), 1, 3)
-  for labels, rows, criterion in ((y + 1 / 3, one_each, "accuracy"), (target, [0, 1, 2], "loss"), (target[:, :1], [7], "loss")):
+  for labels, rows, criterion in (
+    (y + 1 / 3, one_each, "accuracy"),
+    (target, [0, 1, 2], "loss"),
+    (target[:, :1], [7], "loss"),
+  ):
     start = Support(jnp.asarray(x[rows]), jnp.asarray(labels[rows]))
     result = krr_closed_form(3, x, labels, start, options("fcnn", criterion=criterion))
-    assert_close(result.weights, ridge_regression(numpy_features(result.feature_map, x), labels, result.ridge), 1e-8)
+    assert_close(
+      result.weights,
+      ridge_regression(numpy_features(result.feature_map, x), labels, result.ridge),
+      1e-8,
+    )
     assert result.error < 1e-8
 
 
-def test_centred_labels_need_points_of_all_classes_but_one(x64):
+def test_centered_labels_need_points_of_all_classes_but_one(x64):
   x, y = problem(c=4)
   rows = kipcore.class_balanced_indices(1, y.argmax(1), 1, 4)
   points = lambda k, y=y: Support(jnp.asarray(x[rows[:k]]), jnp.asarray(y[rows[:k]]))
@@ -149,17 +182,25 @@ def test_centred_labels_need_points_of_all_classes_but_one(x64):
     krr_closed_form(0, x, y + 0.25, points(3, y + 0.25), options("linear"))
 
 
-def test_labels_centred_in_float32_have_the_rank_of_centred_labels(x64):
+def test_labels_centered_in_float32_have_the_rank_of_centered_labels(x64):
   x, y = problem(c=10)
   rows = kipcore.class_balanced_indices(1, y.argmax(1), 1, 10)
   narrow = y.astype(np.float32)
-  assert np.abs(narrow.astype(np.float64).sum(1)).max() > 1e-9  # what must not count as a direction of its own
-  wide, rounded = (krr_closed_form(3, x, labels, Support(jnp.asarray(x[rows]), jnp.asarray(labels[rows])), options("linear"))
-                   for labels in (y, narrow))
+  assert (
+    np.abs(narrow.astype(np.float64).sum(1)).max() > 1e-9
+  )  # what must not count as a direction of its own
+  wide, rounded = (
+    krr_closed_form(
+      3, x, labels, Support(jnp.asarray(x[rows]), jnp.asarray(labels[rows])), options("linear")
+    )
+    for labels in (y, narrow)
+  )
   assert_close(rounded.support.x, wide.support.x, 1e-6)
 
 
-@pytest.mark.parametrize("name, num_features", [("linear", None), ("fcnn", None), ("rff", None), ("rff", 9)])
+@pytest.mark.parametrize(
+  "name, num_features", [("linear", None), ("fcnn", None), ("rff", None), ("rff", 9)]
+)
 def test_maps_and_their_inverses(name, num_features, x64):
   feature_map = draw_map(4, name, 16, MAPS[name].get("depth", 1), num_features, 3.0, jnp.float64)
   x, _ = problem(n=20)
@@ -183,7 +224,9 @@ def test_fourier_features_beyond_their_range_are_shrunk_with_their_labels(x64):
   assert 0 < result.scale < 1
   assert_close(result.support.y, result.scale * (np.eye(3) - 1 / 3), 1e-12)
   phi_s = numpy_features(result.feature_map, result.support.x)
-  np.testing.assert_allclose(np.abs(phi_s).max(), np.sqrt(2 / 16), rtol=1e-9)  # shrunk no more than needed
+  np.testing.assert_allclose(
+    np.abs(phi_s).max(), np.sqrt(2 / 16), rtol=1e-9
+  )  # shrunk no more than needed
   assert result.error < 1e-8
 
 
@@ -192,13 +235,15 @@ def test_random_maps_have_the_kernels_they_are_named_for(x64):
   rff = feature_kernel(draw_map(0, "rff", 2000, bandwidth=0.8, dtype=jnp.float64))
   assert_close(rff(x), kipcore.rbf_fn(0.8)(x), 0.15)  # 5 standard errors of 2000 features
   assert_close(feature_kernel(draw_map(0, "linear", 2000))(x), kipcore.linear_fn()(x), 1e-12)
-  a, = draw_map(0, "fcnn", 2000, dtype=jnp.float64).weights
+  (a,) = draw_map(0, "fcnn", 2000, dtype=jnp.float64).weights
   np.testing.assert_allclose(np.var(a), 1 / 2000, rtol=5e-3)
 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_the_kernel_is_one(name, dtype):
-  kernel = feature_kernel(draw_map(1, name, 16, MAPS[name].get("depth", 1), bandwidth=3.0, dtype=dtype))
+  kernel = feature_kernel(
+    draw_map(1, name, 16, MAPS[name].get("depth", 1), bandwidth=3.0, dtype=dtype)
+  )
   x = jnp.asarray(problem(dtype, n=7)[0])
   phi = numpy_features(kernel.feature_map, x)
   rtol = 1e-5 if dtype == "float32" else 1e-12
@@ -206,7 +251,9 @@ def test_the_kernel_is_one(name, dtype):
   assert_close(kernel(x, x[:3]), phi @ phi[:3].T, rtol)
   assert_close(kernel.diag(x), np.sum(phi**2, axis=1), rtol)
   assert kernel(x).dtype == dtype
-  assert hash(kernel) == hash(feature_kernel(kernel.feature_map)) and kernel == feature_kernel(kernel.feature_map)
+  assert hash(kernel) == hash(feature_kernel(kernel.feature_map)) and kernel == feature_kernel(
+    kernel.feature_map
+  )
   assert kernel != feature_kernel(draw_map(2, name, 16))
 
 
@@ -215,19 +262,25 @@ def test_the_ridge_is_that_of_an_exhaustive_search_on_held_out_rows(criterion, x
   x, y = problem(noise=2.5)
   result = krr_closed_form(8, x, y, 1, options("fcnn", criterion=criterion, held_out=0.2))
   held_out = result.held_out
-  assert len(held_out) == 60 == len(set(held_out.tolist())) and 0 <= held_out.min() and held_out.max() < 300
+  assert (
+    len(held_out) == 60 == len(set(held_out.tolist()))
+    and 0 <= held_out.min()
+    and held_out.max() < 300
+  )
   fit = np.setdiff1d(np.arange(300), held_out)
   phi = numpy_features(result.feature_map, x)
   accuracy, loss = [], []
   for ridge in 10.0 ** np.arange(-6, 6, 0.5):
     p = phi[held_out] @ ridge_regression(phi[fit], y[fit], ridge)
     accuracy.append(np.mean(p.argmax(1) == y[held_out].argmax(1)))
-    loss.append(0.5 * np.mean((p - y[held_out])**2))
+    loss.append(0.5 * np.mean((p - y[held_out]) ** 2))
   np.testing.assert_allclose(result.validation.ridges, 10.0 ** np.arange(-6, 6, 0.5), rtol=1e-12)
   np.testing.assert_allclose(result.validation.accuracy, accuracy, rtol=1e-12)
   np.testing.assert_allclose(result.validation.loss, loss, rtol=1e-8)
   assert len(set(accuracy)) > 3
-  best = min(range(24), key=lambda i: (-accuracy[i], loss[i]) if criterion == "accuracy" else loss[i])
+  best = min(
+    range(24), key=lambda i: (-accuracy[i], loss[i]) if criterion == "accuracy" else loss[i]
+  )
   np.testing.assert_allclose(result.ridge, result.validation.ridges[best])
 
 
@@ -239,7 +292,9 @@ def test_rows_that_are_held_out_do_not_reach_the_candidates(x64):
   second = krr_closed_form(8, changed, y, 1, options("linear"))
   np.testing.assert_array_equal(first.held_out, second.held_out)
   # Features 0 predict 0 whatever the candidates are: the loss is that of the labels alone.
-  np.testing.assert_allclose(second.validation.loss, 0.5 * np.mean(y[first.held_out]**2), rtol=1e-12)
+  np.testing.assert_allclose(
+    second.validation.loss, 0.5 * np.mean(y[first.held_out] ** 2), rtol=1e-12
+  )
 
 
 def test_blocks_and_kinds_of_arrays_do_not_matter_and_seeds_repeat(x64):
@@ -251,7 +306,9 @@ def test_blocks_and_kinds_of_arrays_do_not_matter_and_seeds_repeat(x64):
   again = krr_closed_form(8, x, y, 2, options("rff", block_size=7))
   np.testing.assert_array_equal(first.support.x, again.support.x)
   other = krr_closed_form(9, x, y, 2, options("rff", block_size=7))
-  assert np.any(np.asarray(other.held_out) != first.held_out) and np.any(other.feature_map.shift != first.feature_map.shift)
+  assert np.any(np.asarray(other.held_out) != first.held_out) and np.any(
+    other.feature_map.shift != first.feature_map.shift
+  )
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -261,8 +318,13 @@ def test_float32_reaches_the_accuracy_of_the_full_model(name):
     choice = options(name, block_size=300)._replace(bandwidth=8.0)
     result = krr_closed_form(0, x[:1000], y[:1000], 1, choice)
     assert result.support.x.dtype == result.support.y.dtype == result.weights.dtype == np.float32
-    scores = kipcore.evaluate_krr(feature_kernel(result.feature_map), result.support, x[1000:], y[1000:],
-                                  ridge=result.support_ridge)
+    scores = kipcore.evaluate_krr(
+      feature_kernel(result.feature_map),
+      result.support,
+      x[1000:],
+      y[1000:],
+      ridge=result.support_ridge,
+    )
   phi = numpy_features(result.feature_map, x)
   full = phi[1000:] @ ridge_regression(phi[:1000], y[:1000].astype(np.float64), result.ridge)
   expected = np.mean(full.argmax(1) == y[1000:].argmax(1))
@@ -275,7 +337,7 @@ def test_float32_leaves_out_ridges_below_its_rounding():
   with enable_x64(False):
     x, y = problem(np.float32)
     ridges = krr_closed_form(0, x, y, 1, options("linear")).validation.ridges
-    floor = 10 * np.finfo(np.float32).eps * np.sum(x.astype(np.float64)**2) * 0.95
+    floor = 10 * np.finfo(np.float32).eps * np.sum(x.astype(np.float64) ** 2) * 0.95
     assert 0.9 * floor < ridges.min() < 4 * floor and ridges.max() > 3e5
     with pytest.raises(ValueError, match="ridges: expected one of at least"):
       krr_closed_form(0, 1e6 * x, y, 1, options("linear"))
@@ -286,17 +348,17 @@ def test_wrong_arguments_are_named(x64):
   rows = kipcore.class_balanced_indices(1, y.argmax(1), 1, 3)
   start = Support(jnp.asarray(x[rows]), jnp.asarray(y[rows]))
   wrong = {
-      "feature_map: expected one of": options("linear")._replace(feature_map="relu"),
-      "labels: expected one of": options("linear", labels="soft"),
-      "criterion: expected one of": options("linear", criterion="margin"),
-      "ridges: expected values > 0": options("linear", ridges=(0.0, 1.0)),
-      "relative_ridge: expected values > 0": options("linear", relative_ridge=0.0),
-      "held_out: expected a fraction": options("linear", held_out=0.99),
-      "block_size: expected a positive": options("linear", block_size=0),
-      "depth: expected a positive": options("fcnn", depth=0),
-      "num_features: expected at most the 16": options("rff", num_features=17),
-      "num_features: expected the 16": options("linear", num_features=8),
-      "bandwidth: expected values > 0": options("rff", bandwidth=-1.0),
+    "feature_map: expected one of": options("linear")._replace(feature_map="relu"),
+    "labels: expected one of": options("linear", labels="soft"),
+    "criterion: expected one of": options("linear", criterion="margin"),
+    "ridges: expected values > 0": options("linear", ridges=(0.0, 1.0)),
+    "relative_ridge: expected values > 0": options("linear", relative_ridge=0.0),
+    "held_out: expected a fraction": options("linear", held_out=0.99),
+    "block_size: expected a positive": options("linear", block_size=0),
+    "depth: expected a positive": options("fcnn", depth=0),
+    "num_features: expected at most the 16": options("rff", num_features=17),
+    "num_features: expected the 16": options("linear", num_features=8),
+    "bandwidth: expected values > 0": options("rff", bandwidth=-1.0),
   }
   for match, choice in wrong.items():
     with pytest.raises(ValueError, match=match):

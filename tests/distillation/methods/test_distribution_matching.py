@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_close, check_image_gradient, image_problem, image_rows, same_on_devices
 
 import kipcore
 from kipcore.distillation import importance, loop
-from kipcore.distillation.methods.distribution_matching import DMOptions, dm
 from kipcore.distillation.method import Batch
+from kipcore.distillation.methods.distribution_matching import DMOptions, dm
 from kipcore.types import Support
-from helpers import assert_close, check_image_gradient, image_problem, image_rows, same_on_devices
 
 C = 3
 rows, problem = image_rows, image_problem
@@ -22,17 +22,23 @@ def net(convolutional=False):
   return kipcore.network(arch, 4, C, norm="instance" if convolutional else "none", softplus=20.0)
 
 
-@pytest.mark.parametrize("batch_labels, support_labels, both", [
+@pytest.mark.parametrize(
+  "batch_labels, support_labels, both",
+  [
     ([0, 2, 1, 1, 0, 1, 1, 1, 2, 1], [2, 0, 1, 1], [0, 1, 2]),
     ([0, 1, 1, 0, 1, 1, 1, 1, 1, 1], [2, 0, 2, 1], [0, 1]),
-    ([0, 2, 1, 1, 0, 1, 1, 1, 2, 1], [1, 1, 2, 1], [1, 2])])
+    ([0, 2, 1, 1, 0, 1, 1, 1, 2, 1], [1, 1, 2, 1], [1, 2]),
+  ],
+)
 def test_loss_equals_numpy_with_weights_and_absent_classes(batch_labels, support_labels, both, x64):
   (x, y), (xs, ys) = rows(np.array(batch_labels)), rows(np.array(support_labels), seed=1)
   weights = np.random.default_rng(3).uniform(0.2, 2, 10)
   method = dm(net(), DMOptions(""))
   params = method.init_params(Support(jnp.asarray(xs), jnp.asarray(ys)))
   aux = method.init_aux(jax.random.key(0), params)
-  value, info = method.loss(params, aux, Batch(jnp.asarray(x), jnp.asarray(y)), jnp.asarray(weights), jax.random.key(1))
+  value, info = method.loss(
+    params, aux, Batch(jnp.asarray(x), jnp.asarray(y)), jnp.asarray(weights), jax.random.key(1)
+  )
 
   theta = aux["params"]
   w, b = np.asarray(theta["layer_1"]["kernel"]), np.asarray(theta["bias_1"])
@@ -61,7 +67,9 @@ def test_support_equal_to_the_data_has_loss_zero(x64):
   method = dm(net())
   params = method.init_params(Support(x, y))
   aux = method.init_aux(jax.random.key(0), params)
-  f = jax.jit(lambda key, batch_x: method.loss(params, aux, Batch(batch_x, y), jnp.full(7, 3.0), key)[0])
+  f = jax.jit(
+    lambda key, batch_x: method.loss(params, aux, Batch(batch_x, y), jnp.full(7, 3.0), key)[0]
+  )
   for seed in range(4):
     assert f(jax.random.key(seed), x) < 1e-20 < 1e-3 < f(jax.random.key(seed), x[::-1])
 
@@ -78,9 +86,14 @@ def test_distilling_teaches(sampler):
   support, x, y = problem()
   method = dm(net())
   distiller = loop.Distiller(method, importance.sampler(sampler), optax.sgd(0.3, momentum=0.5), 30)
-  runs = [loop.distill(seed, distiller, support, x, y, 60) for seed in ((0, 0, 1) if sampler == "uniform" else (0,))]
+  runs = [
+    loop.distill(seed, distiller, support, x, y, 60)
+    for seed in ((0, 0, 1) if sampler == "uniform" else (0,))
+  ]
   if sampler == "uniform":
-    assert np.array_equal(runs[0].support.x, runs[1].support.x) and not np.array_equal(runs[0].support.x, runs[2].support.x)
+    assert np.array_equal(runs[0].support.x, runs[1].support.x) and not np.array_equal(
+      runs[0].support.x, runs[2].support.x
+    )
   assert np.array_equal(runs[0].support.y, support.y)
   plain = dm(net(), DMOptions(""))
 
@@ -88,9 +101,14 @@ def test_distilling_teaches(sampler):
   def loss(x_support, key):
     params = {"x": x_support, "y": support.y}
     aux = plain.init_aux(key, params)
-    return plain.loss(params, aux, Batch(jnp.asarray(x), jnp.asarray(y)), jnp.ones(len(x)), jax.random.key(0))[0]
+    return plain.loss(
+      params, aux, Batch(jnp.asarray(x), jnp.asarray(y)), jnp.ones(len(x)), jax.random.key(0)
+    )[0]
 
-  before, after = (np.mean([loss(s, jax.random.key(k)) for k in range(100, 108)]) for s in (support.x, runs[0].support.x))
+  before, after = (
+    np.mean([loss(s, jax.random.key(k)) for k in range(100, 108)])
+    for s in (support.x, runs[0].support.x)
+  )
   assert after < 0.5 * before
 
 
@@ -100,7 +118,9 @@ def test_each_step_has_its_own_network():
   params = method.init_params(support)
   first = method.init_aux(jax.random.key(0), params)
   second = method.update_aux(jax.random.key(1), params, first, 0)
-  assert not np.allclose(first["params"]["layer_1"]["kernel"], second["params"]["layer_1"]["kernel"])
+  assert not np.allclose(
+    first["params"]["layer_1"]["kernel"], second["params"]["layer_1"]["kernel"]
+  )
 
 
 def test_unknown_augmentation_is_named():

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import check_gradient, same_on_devices, standard_promotion
 
 import kipcore
 from kipcore.distillation import features, importance, loop
-from kipcore.distillation.methods import frepo, rfad
 from kipcore.distillation.method import Batch
+from kipcore.distillation.methods import frepo, rfad
 from kipcore.networks import network
-from helpers import check_gradient, same_on_devices, standard_promotion
 
 ARCH = kipcore.conv_net(1, activation="gelu")
 
@@ -21,7 +21,7 @@ def problem(dtype=np.float64, n=30, m=6, c=3, seed=0):
   labels = np.sort(rng.integers(0, c, n))
   x = (rng.normal(size=(c, 4, 4, 2))[labels] + 0.5 * rng.normal(size=(n, 4, 4, 2))).astype(dtype)
   y = (np.eye(c)[labels] - 1 / c).astype(dtype)
-  rows = np.concatenate([np.flatnonzero(labels == k)[:m // c] for k in range(c)])
+  rows = np.concatenate([np.flatnonzero(labels == k)[: m // c] for k in range(c)])
   return kipcore.Support(jnp.asarray(x[rows]), jnp.asarray(y[rows])), x, y
 
 
@@ -39,7 +39,10 @@ def test_random_feature_kernel_converges_to_the_nngp(arch, x64):
   @jax.jit
   def estimate(key):
     variables = features.draw_networks(key, module, x, 256)
-    phi = [rfad.random_features(module, jax.tree.map(lambda a: a[:count], variables), x[:6]) for count in (4, 16, 64, 256)]
+    phi = [
+      rfad.random_features(module, jax.tree.map(lambda a: a[:count], variables), x[:6])
+      for count in (4, 16, 64, 256)
+    ]
     return jnp.stack([rfad.random_feature_kernel(module, p, p) for p in phi])
 
   found = np.asarray(jax.lax.map(estimate, jax.random.split(jax.random.key(0), 200)))
@@ -56,19 +59,32 @@ def test_rfad_loss_equals_numpy_and_gradient_finite_differences(loss, x64):
   method = rfad.rfad(module, rfad.RFADOptions(2, 1, 1e-2, loss, True))
   rng = np.random.default_rng(3)
   params = method.init_params(support)
-  params["transform"] = params["transform"] + 0.1 * jnp.asarray(rng.normal(size=params["transform"].shape))
+  params["transform"] = params["transform"] + 0.1 * jnp.asarray(
+    rng.normal(size=params["transform"].shape)
+  )
   params["log_scale"] = jnp.asarray(0.7)
   aux = method.init_aux(jax.random.key(1), params)
   weights = jnp.asarray(rng.uniform(0, 2, len(x)))
   f = jax.jit(lambda p: method.loss(p, aux, Batch(jnp.asarray(x), jnp.asarray(y)), weights, None))
   value, info = f(params)
 
-  images = (np.asarray(support.x).reshape(6, -1) @ np.asarray(params["transform"]).T).reshape(support.x.shape)
-  phi = lambda z: np.concatenate([np.asarray(module.apply(jax.tree.map(lambda a: a[i], aux), z, features=True)) for i in (0, 1)], 1)
+  images = (np.asarray(support.x).reshape(6, -1) @ np.asarray(params["transform"]).T).reshape(
+    support.x.shape
+  )
+  phi = lambda z: np.concatenate(
+    [np.asarray(module.apply(jax.tree.map(lambda a: a[i], aux), z, features=True)) for i in (0, 1)],
+    1,
+  )
   kernel = lambda a, b: 2 * a @ b.T / a.shape[1] + 0.01
-  p = krr(kernel(phi(images), phi(images)), kernel(phi(x), phi(images)), np.asarray(support.y), 1e-2)
+  p = krr(
+    kernel(phi(images), phi(images)), kernel(phi(x), phi(images)), np.asarray(support.y), 1e-2
+  )
   z = np.exp(0.7) * p
-  expected = 0.5 * ((p - y) ** 2).mean(1) if loss == "mse" else np.log(np.exp(z).sum(1)) - z[np.arange(len(y)), y.argmax(1)]
+  expected = (
+    0.5 * ((p - y) ** 2).mean(1)
+    if loss == "mse"
+    else np.log(np.exp(z).sum(1)) - z[np.arange(len(y)), y.argmax(1)]
+  )
   np.testing.assert_allclose(info.per_example, expected, rtol=1e-9)
   np.testing.assert_allclose(value, np.mean(weights * expected), rtol=1e-9)
   np.testing.assert_allclose(method.support(params, aux).x, images, rtol=1e-12)
@@ -80,8 +96,18 @@ def test_rfad_networks_are_redrawn_on_schedule():
   method = rfad.rfad(network(ARCH, 3, 3), rfad.RFADOptions(2, redraw_every=3))
   params = method.init_params(support)
   aux, key = method.init_aux(jax.random.key(0), params), jax.random.key(1)
-  kept = [all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(aux), jax.tree.leaves(
-      method.update_aux(jax.random.fold_in(key, step), params, aux, jnp.asarray(step))))) for step in range(6)]
+  kept = [
+    all(
+      np.array_equal(a, b)
+      for a, b in zip(
+        jax.tree.leaves(aux),
+        jax.tree.leaves(
+          method.update_aux(jax.random.fold_in(key, step), params, aux, jnp.asarray(step))
+        ),
+      )
+    )
+    for step in range(6)
+  ]
   assert kept == [True, True, False, True, True, False]
 
 
@@ -92,7 +118,9 @@ def test_frepo_loss_equals_numpy_and_gradient_finite_differences(norm, flip, x64
   method = frepo.frepo(module, frepo.FRePoOptions(pool_size=2, relative_ridge=1e-2, flip=flip))
   params = method.init_params(support)
   np.testing.assert_allclose(params["y"], np.asarray(support.y) / np.sqrt(3 / 10), rtol=1e-12)
-  params["y"] = params["y"] + 0.2 * jnp.asarray(np.random.default_rng(5).normal(size=params["y"].shape))
+  params["y"] = params["y"] + 0.2 * jnp.asarray(
+    np.random.default_rng(5).normal(size=params["y"].shape)
+  )
   aux = method.init_aux(jax.random.key(1), params)
   weights = jnp.asarray(np.random.default_rng(3).uniform(0, 2, len(x)))
   f = jax.jit(lambda p: method.loss(p, aux, Batch(jnp.asarray(x), jnp.asarray(y)), weights, None))
@@ -126,16 +154,30 @@ def test_frepo_pool_trains_one_network_and_redraws_the_old(x64):
   assert after.age.tolist() == [0, 3]
 
   one = jax.tree.map(lambda a: a[1], pool.variables)
-  error = lambda w: jnp.mean(jnp.sum((module.apply({**one, "params": w}, support.x, train=True, mutable=["batch_stats"])[0]
-                                      - params["y"]) ** 2, axis=1))
+  error = lambda w: jnp.mean(
+    jnp.sum(
+      (
+        module.apply({**one, "params": w}, support.x, train=True, mutable=["batch_stats"])[0]
+        - params["y"]
+      )
+      ** 2,
+      axis=1,
+    )
+  )
   adam = optax.adam(3e-4)
   with standard_promotion():
     updates, _ = adam.update(jax.grad(error)(one["params"]), adam.init(one["params"]))
   expected = optax.apply_updates(one["params"], updates)
   moved = jax.tree.map(lambda a: a[1], after.variables)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), moved["params"], expected)
-  assert not np.array_equal(jax.tree.leaves(moved["batch_stats"])[0], jax.tree.leaves(one["batch_stats"])[0])
-  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), after.variables, pool.variables)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), moved["params"], expected
+  )
+  assert not np.array_equal(
+    jax.tree.leaves(moved["batch_stats"])[0], jax.tree.leaves(one["batch_stats"])[0]
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(a[0], b[0]), after.variables, pool.variables
+  )
 
   old = after._replace(age=jnp.asarray([0, 4], jnp.int32), chosen=jnp.asarray(1, jnp.int32))
   fresh = step(jax.random.key(2), old)
@@ -147,7 +189,11 @@ def test_frepo_pool_trains_one_network_and_redraws_the_old(x64):
 def test_same_seed_same_run_that_learns_on_any_devices(name):
   support, x, y = problem(np.float32, n=120)
   module = network(ARCH, 8, 3, norm="batch" if name == "frepo" else "none")
-  method = rfad.rfad(module, rfad.RFADOptions(2)) if name == "rfad" else frepo.frepo(module, frepo.FRePoOptions(3, relative_ridge=1e-3))
+  method = (
+    rfad.rfad(module, rfad.RFADOptions(2))
+    if name == "rfad"
+    else frepo.frepo(module, frepo.FRePoOptions(3, relative_ridge=1e-3))
+  )
   distiller = loop.Distiller(method, importance.sampler("cross_entropy"), optax.adam(0.05), 60)
   runs = [loop.distill(0, distiller, support, x, y, 40) for _ in range(2)]
   assert np.array_equal(runs[0].support.x, runs[1].support.x)
@@ -158,10 +204,19 @@ def test_same_seed_same_run_that_learns_on_any_devices(name):
 def test_one_step_is_the_same_on_any_number_of_devices(name, x64):
   support, x, y = problem(n=43)
   module = network(ARCH, 3, 3)
-  same_on_devices(rfad.rfad(module, rfad.RFADOptions(2)) if name == "rfad" else frepo.frepo(module, frepo.FRePoOptions(2)), support, x, y)
+  same_on_devices(
+    rfad.rfad(module, rfad.RFADOptions(2))
+    if name == "rfad"
+    else frepo.frepo(module, frepo.FRePoOptions(2)),
+    support,
+    x,
+    y,
+  )
 
 
-@pytest.mark.parametrize("call, message", [
+@pytest.mark.parametrize(
+  "call, message",
+  [
     (lambda m: rfad.rfad(m, rfad.RFADOptions(num_networks=0)), "num_networks"),
     (lambda m: rfad.rfad(m, rfad.RFADOptions(redraw_every=0)), "redraw_every"),
     (lambda m: rfad.rfad(m, rfad.RFADOptions(loss="hinge")), "expected one of mse, cross_entropy"),
@@ -171,7 +226,8 @@ def test_one_step_is_the_same_on_any_number_of_devices(name, x64):
     (lambda m: network(ARCH, norm="layer"), "norm: expected one of none, instance, batch"),
     (lambda m: network(ARCH, softplus=-1.0), "softplus"),
     (lambda m: network(ARCH, width_growth=0), "width_growth"),
-])
+  ],
+)
 def test_wrong_options_are_named(call, message):
   with pytest.raises(ValueError, match=message):
     call(network(ARCH, 3, 3))

@@ -8,17 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_close, check_gradient, everything
 
 import kipcore
-from kipcore import keys, networks
-from kipcore.io import trajectories
-from kipcore import augment
+from kipcore import augment, keys, networks
 from kipcore.distillation import importance, loop, samplers
-from kipcore.distillation.methods import experts, trajectory_matching
 from kipcore.distillation.method import Batch
+from kipcore.distillation.methods import experts, trajectory_matching
 from kipcore.distillation.methods.trajectory_matching import TrajectoryMatchingOptions
+from kipcore.io import trajectories
 from kipcore.types import Support
-from helpers import assert_close, check_gradient, everything
 
 BETA, WIDTH, C, D = 20.0, 5, 3, 4
 MODULE = networks.network(kipcore.fc(1), WIDTH, C, softplus=BETA)
@@ -35,7 +34,15 @@ def data(n=23, dtype=np.float64, seed=0):
 
 def some_experts(dtype=np.float64, count=2, epochs=4, x=None, y=None, **options):
   x, y = data(dtype=dtype) if x is None else (x, y)
-  train = functools.partial(experts.train_expert, module=MODULE, x=x, y=y, num_epochs=epochs, learning_rate=0.1, batch_size=5)
+  train = functools.partial(
+    experts.train_expert,
+    module=MODULE,
+    x=x,
+    y=y,
+    num_epochs=epochs,
+    learning_rate=0.1,
+    batch_size=5,
+  )
   return np.stack([train(i, **options) for i in range(count)])
 
 
@@ -68,13 +75,17 @@ def gradient(theta, x, y, weights):
   z, hidden, softmax = forward(theta, x)
   error = weights[:, None] * (softmax - np.eye(C)[y.argmax(1)])
   back = error @ w2.T / (1 + np.exp(-BETA * z))
-  return np.concatenate([back.sum(0), error.sum(0), (x.T @ back).ravel(), (hidden.T @ error).ravel()])
+  return np.concatenate(
+    [back.sum(0), error.sum(0), (x.T @ back).ravel(), (hidden.T @ error).ravel()]
+  )
 
 
 def matching_loss(x, log_rate, y, start, goal, batches):
   theta = start
   for rows in batches:
-    theta = theta - np.exp(log_rate) * gradient(theta, x[rows], y[rows], np.full(len(rows), 1 / len(rows)))
+    theta = theta - np.exp(log_rate) * gradient(
+      theta, x[rows], y[rows], np.full(len(rows), 1 / len(rows))
+    )
   return np.sum((theta - goal) ** 2) / np.sum((start - goal) ** 2)
 
 
@@ -82,15 +93,20 @@ def matching_loss(x, log_rate, y, start, goal, batches):
 def test_loss_and_gradients_equal_a_student_by_hand(syn_batch, num_steps, x64):
   """In batches of 2 of 5 rows the third is a single row, and the fourth step begins a new permutation."""
   x, y = data()
-  method = trajectory_matching.mtt(MODULE, some_experts(), OPTIONS._replace(syn_batch=syn_batch, syn_steps=num_steps))
+  method = trajectory_matching.mtt(
+    MODULE, some_experts(), OPTIONS._replace(syn_batch=syn_batch, syn_steps=num_steps)
+  )
   params = method.init_params(Support(jnp.asarray(x[:5]), jnp.asarray(y[:5])))
   aux, key = method.init_aux(jax.random.key(1), params), jax.random.key(2)
   batch, weights = Batch(jnp.asarray(x), jnp.asarray(y)), jnp.ones((23,))
   loss = jax.jit(lambda params: method.loss(params, aux, batch, weights, key))
   (value, info), slopes = jax.value_and_grad(loss, has_aux=True)(params)
 
-  passes = [np.asarray(jax.random.permutation(keys.at_step(keys.stream(key, "order"), i), 5)) for i in range(2)]
-  batches = [p[i:i + syn_batch] for p in passes for i in range(0, 5, syn_batch)][:num_steps]
+  passes = [
+    np.asarray(jax.random.permutation(keys.at_step(keys.stream(key, "order"), i), 5))
+    for i in range(2)
+  ]
+  batches = [p[i : i + syn_batch] for p in passes for i in range(0, 5, syn_batch)][:num_steps]
   batches = [np.arange(5)] * num_steps if syn_batch > 5 else batches
   by_hand = lambda x, log_rate: matching_loss(x, log_rate, y[:5], *np.asarray(aux), batches)
   np.testing.assert_allclose(value, by_hand(x[:5], np.log(0.1)), rtol=1e-10)
@@ -113,13 +129,19 @@ def test_augmented_gradient_of_a_convolutional_network(x64):
   support = Support(jnp.asarray(rng.normal(size=(4, 8, 8, 1))), jnp.asarray(data(4)[1]))
   size, _ = experts.flat_parameters(module, support.x)
   walk = np.cumsum(0.3 * rng.normal(size=(1, 3, size)), axis=1)
-  plain, augmented = (trajectory_matching.mtt(module, walk, TrajectoryMatchingOptions(4, 1, 1, 3, names, 0.1))
-                      for names in ("", augment.DSA))
+  plain, augmented = (
+    trajectory_matching.mtt(module, walk, TrajectoryMatchingOptions(4, 1, 1, 3, names, 0.1))
+    for names in ("", augment.DSA)
+  )
   params = plain.init_params(support)
   aux, batch = plain.init_aux(jax.random.key(0), params), Batch(support.x, support.y)
   loss = jax.jit(lambda params, key: augmented.loss(params, aux, batch, jnp.ones((4,)), key)[0])
   key, other = jax.random.key(1), jax.random.key(2)
-  values = loss(params, key), loss(params, other), plain.loss(params, aux, batch, jnp.ones((4,)), key)[0]
+  values = (
+    loss(params, key),
+    loss(params, other),
+    plain.loss(params, aux, batch, jnp.ones((4,)), key)[0],
+  )
   assert np.isfinite(values).all() and len(set(map(float, values))) == 3
   check_gradient(lambda params: loss(params, key), params, ("x", "log_rate"), h=1e-6, rtol=1e-5)
 
@@ -131,16 +153,27 @@ def test_a_student_that_stands_still_and_one_that_repeats_the_expert(x64):
   walk = experts.train_expert(0, MODULE, x, y, epochs, rate, batch_size=99)[None]
   losses = []
   for num_steps in (0, 3, 6):
-    method = trajectory_matching.mtt(MODULE, walk, TrajectoryMatchingOptions(num_steps, epochs, 0, 256, "", rate))
+    method = trajectory_matching.mtt(
+      MODULE, walk, TrajectoryMatchingOptions(num_steps, epochs, 0, 256, "", rate)
+    )
     params = method.init_params(Support(jnp.asarray(x), jnp.asarray(y)))
     aux = method.init_aux(jax.random.key(0), params)
     assert np.array_equal(aux, walk[0, [0, epochs]])
-    losses.append(float(method.loss(params, aux, Batch(jnp.asarray(x), jnp.asarray(y)), jnp.ones((23,)), jax.random.key(1))[0]))
+    losses.append(
+      float(
+        method.loss(
+          params, aux, Batch(jnp.asarray(x), jnp.asarray(y)), jnp.ones((23,)), jax.random.key(1)
+        )[0]
+      )
+    )
   assert losses[0] == 1 and losses[-1] < 1e-20 and (np.diff(losses) < 0).all()
 
 
-@pytest.mark.parametrize("sampler", [samplers.class_balanced(), importance.importance("residual_norm", least_gain=1.0)],
-                         ids=lambda s: s.name)
+@pytest.mark.parametrize(
+  "sampler",
+  [samplers.class_balanced(), importance.importance("residual_norm", least_gain=1.0)],
+  ids=lambda s: s.name,
+)
 def test_an_expert_equals_a_plain_loop(sampler, x64):
   """Batches and weights from the sampler, which is shown softmax - 1/c of what it drew; gradients by hand."""
   x, y = data()
@@ -157,7 +190,9 @@ def test_an_expert_equals_a_plain_loop(sampler, x64):
     rows, weights = draw(keys.stream(step_key, "draw"), state, size)
     rows, weights = np.asarray(rows), np.asarray(weights, np.float64)
     softmax = forward(theta, x[rows])[2]
-    info = kipcore.LossInfo(jnp.zeros((size,)), jnp.asarray(softmax - 1 / C), jnp.zeros(()), jnp.zeros((), jnp.int32))
+    info = kipcore.LossInfo(
+      jnp.zeros((size,)), jnp.asarray(softmax - 1 / C), jnp.zeros(()), jnp.zeros((), jnp.int32)
+    )
     state = update(state, jnp.asarray(rows), jnp.asarray(y[rows]), info)
     velocity = momentum * velocity + gradient(theta, x[rows], y[rows], weights / size)
     theta = theta - rate * velocity
@@ -167,31 +202,46 @@ def test_an_expert_equals_a_plain_loop(sampler, x64):
   assert walk.shape == (num_epochs + 1, theta.size)
   assert_close(walk[1:], np.stack(seen), rtol=1e-9)
   assert (len(weighted) > 1) == (sampler.name == "residual_norm")
-  assert np.array_equal(walk, experts.train_expert(7, MODULE, *data(), num_epochs, rate, size, sampler, momentum))
+  assert np.array_equal(
+    walk, experts.train_expert(7, MODULE, *data(), num_epochs, rate, size, sampler, momentum)
+  )
 
 
 def test_experts_learn_also_from_what_they_get_wrong(small):
   _, x, y, walks = small
-  hard = experts.train_expert(0, MODULE, x, y, 12, 0.2, 10, importance.sampler("cross_entropy", least_gain=1.0))
+  hard = experts.train_expert(
+    0, MODULE, x, y, 12, 0.2, 10, importance.sampler("cross_entropy", least_gain=1.0)
+  )
 
   def cross_entropy(theta):
-    return -np.mean(np.log(forward(np.asarray(theta, np.float64), x)[2][np.arange(60), y.argmax(1)]))
+    return -np.mean(
+      np.log(forward(np.asarray(theta, np.float64), x)[2][np.arange(60), y.argmax(1)])
+    )
 
-  assert cross_entropy(hard[-1]) < 0.6 * cross_entropy(hard[0]) and cross_entropy(walks[0, -1]) < 0.8 * cross_entropy(walks[0, 0])
+  assert cross_entropy(hard[-1]) < 0.6 * cross_entropy(hard[0]) and cross_entropy(
+    walks[0, -1]
+  ) < 0.8 * cross_entropy(walks[0, 0])
   assert np.array_equal(hard[0], walks[0, 0]) and not np.array_equal(hard[1], walks[0, 1])
 
 
 def test_one_compilation_serves_all_experts(small):
   _, x, y, _ = small
   before = experts._train._cache_size()
-  a, b = (experts.train_expert(seed, MODULE, x, y, 5, rate, 7) for seed, rate in ((0, 0.1), (1, 0.05)))
+  a, b = (
+    experts.train_expert(seed, MODULE, x, y, 5, rate, 7) for seed, rate in ((0, 0.1), (1, 0.05))
+  )
   assert experts._train._cache_size() == before + 1 and not np.array_equal(a, b)
 
 
 def test_augmented_experts_see_transformed_images():
   module = networks.network(kipcore.conv_net(1), 4, C)
-  x, y = np.random.default_rng(0).normal(size=(9, 8, 8, 1)).astype(np.float32), data(9, np.float32)[1]
-  plain, flipped = (experts.train_expert(0, module, x, y, 2, 0.1, 9, augmentation=names) for names in ("", "color"))
+  x, y = (
+    np.random.default_rng(0).normal(size=(9, 8, 8, 1)).astype(np.float32),
+    data(9, np.float32)[1],
+  )
+  plain, flipped = (
+    experts.train_expert(0, module, x, y, 2, 0.1, 9, augmentation=names) for names in ("", "color")
+  )
   assert np.array_equal(plain[0], flipped[0]) and not np.array_equal(plain[1], flipped[1])
 
 
@@ -201,7 +251,9 @@ def test_an_expert_that_diverges_says_so(small):
     experts.train_expert(0, MODULE, x, y, 8, 1e38, 10)
 
 
-def distiller(walks, sampler, optimizer=optax.sgd(0.3, momentum=0.5), options=OPTIONS._replace(rate_factor=0.1)):
+def distiller(
+  walks, sampler, optimizer=optax.sgd(0.3, momentum=0.5), options=OPTIONS._replace(rate_factor=0.1)
+):
   return loop.Distiller(trajectory_matching.mtt(MODULE, walks, options), sampler, optimizer, 16)
 
 
@@ -211,10 +263,14 @@ def test_runs_do_not_depend_on_devices_or_where_the_experts_are(small, tmp_path,
   support = Support(jnp.asarray(x[:6]), jnp.asarray(y[:6]))
   trajectories.save_trajectories(tmp_path / "e.npy", walks, {})
   on_disk = trajectories.load_trajectories(tmp_path / "e.npy").array
-  runs = [loop.distill(0, distiller(source, everything()), support, x, y, 12, devices=jax.devices()[:d])
-          for source, d in ((walks, 1), (on_disk, 2), (on_disk, 8), (walks, 8))]
+  runs = [
+    loop.distill(0, distiller(source, everything()), support, x, y, 12, devices=jax.devices()[:d])
+    for source, d in ((walks, 1), (on_disk, 2), (on_disk, 8), (walks, 8))
+  ]
   for other in runs[1:3]:
-    np.testing.assert_allclose([r["loss"] for r in other.history[1:]], [r["loss"] for r in runs[0].history[1:]], rtol=1e-9)
+    np.testing.assert_allclose(
+      [r["loss"] for r in other.history[1:]], [r["loss"] for r in runs[0].history[1:]], rtol=1e-9
+    )
     assert_close(other.support.x, runs[0].support.x, rtol=1e-9)
   assert np.array_equal(runs[2].support.x, runs[3].support.x)
 
@@ -225,13 +281,21 @@ def test_distilling_teaches(small, sampler):
   d = distiller(walks, importance.sampler(sampler))
   result = loop.distill(0, d, support, x, y, 60)
   start = d.method.init_params(support)
-  loss = jax.jit(lambda params, aux: d.method.loss(params, aux, Batch(jnp.asarray(x), jnp.asarray(y)), jnp.ones((60,)),
-                                                   jax.random.key(0))[0])
+  loss = jax.jit(
+    lambda params, aux: d.method.loss(
+      params, aux, Batch(jnp.asarray(x), jnp.asarray(y)), jnp.ones((60,)), jax.random.key(0)
+    )[0]
+  )
   draw = jax.jit(lambda key: d.method.init_aux(key, start))
   draws = [draw(jax.random.key(i)) for i in range(12)]
-  before, after = (np.mean([loss(params, aux) for aux in draws]) for params in (start, result.state.params))
+  before, after = (
+    np.mean([loss(params, aux) for aux in draws]) for params in (start, result.state.params)
+  )
   assert after < 0.7 * before
-  assert np.array_equal(result.support.y, support.y) and result.state.params["log_rate"] != start["log_rate"]
+  assert (
+    np.array_equal(result.support.y, support.y)
+    and result.state.params["log_rate"] != start["log_rate"]
+  )
 
 
 def test_every_expert_and_start_is_drawn_and_none_is_a_constant_of_the_program(small):
@@ -267,7 +331,9 @@ def test_files_give_back_what_was_saved_bit_for_bit(kind, tmp_path):
 
   trajectories.save_trajectories(path, one_by_one(), {"architecture": "FC1", "seed": 0})
   loaded = trajectories.load_trajectories(path)
-  assert isinstance(loaded.array, np.memmap) and loaded.array.mode == "r" and loaded.array.dtype == kind
+  assert (
+    isinstance(loaded.array, np.memmap) and loaded.array.mode == "r" and loaded.array.dtype == kind
+  )
   assert np.array_equal(loaded.array, walks) and np.array_equal(np.load(path), walks)
   assert loaded.metadata["architecture"] == "FC1" and loaded.metadata["shape"] == [12, 3, 7]
   assert all("experts.npy" not in names and len(names) == 1 for names in alive)
@@ -286,15 +352,23 @@ def test_a_failed_save_leaves_the_old_files(tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     trajectories.save_trajectories(path, interrupted(), {"seed": 2})
-  for wrong, message in (([], "at least one"), ([walks[0], walks[0, :2]], r"\[1\]: expected shape \(3, 4\)"),
-                         ([walks[0], walks[0].astype(np.float32)], "in float64 like the first"), ([walks[0, 0]], "epochs . 1, p"),
-                         ([walks[0].astype(int)], "float32 or float64"), ([walks[0] * np.nan], r"\[0\]: expected finite")):
+  for wrong, message in (
+    ([], "at least one"),
+    ([walks[0], walks[0, :2]], r"\[1\]: expected shape \(3, 4\)"),
+    ([walks[0], walks[0].astype(np.float32)], "in float64 like the first"),
+    ([walks[0, 0]], "epochs . 1, p"),
+    ([walks[0].astype(int)], "float32 or float64"),
+    ([walks[0] * np.nan], r"\[0\]: expected finite"),
+  ):
     with pytest.raises(ValueError, match=message):
       trajectories.save_trajectories(path, wrong, {})
   with pytest.raises(TypeError):
     trajectories.save_trajectories(path, iter(()), {"seed": object()})
   assert np.array_equal(trajectories.load_trajectories(path).array, walks)
-  assert trajectories.load_trajectories(path).metadata["seed"] == 1 and len(list(tmp_path.iterdir())) == 2
+  assert (
+    trajectories.load_trajectories(path).metadata["seed"] == 1
+    and len(list(tmp_path.iterdir())) == 2
+  )
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -310,16 +384,18 @@ def test_damaged_files_are_named(tmp_path):
 
   with pytest.raises(trajectories.TrajectoriesError, match="experts.npy: expected .* no such file"):
     load()
-  for damage, message in ((lambda: beside.unlink(), "experts.json: .* no such file"),
-                          (lambda: path.write_bytes(path.read_bytes()[:-9]), "does not open"),
-                          (lambda: path.write_bytes(b""), "does not open"),
-                          (lambda: np.save(path, np.array([{}])), "does not open"),
-                          (lambda: beside.write_text("{"), "expected the metadata"),
-                          (lambda: beside.write_text("[]"), "expected the metadata"),
-                          (lambda: np.save(path, np.ones((2, 3, 5))), "as its metadata say"),
-                          (lambda: rewritten(dtype="float32"), "as its metadata say"),
-                          (lambda: rewritten(format="other"), "expected format kipcore-trajectories"),
-                          (lambda: rewritten(format_version=2), "up to version 1")):
+  for damage, message in (
+    (lambda: beside.unlink(), "experts.json: .* no such file"),
+    (lambda: path.write_bytes(path.read_bytes()[:-9]), "does not open"),
+    (lambda: path.write_bytes(b""), "does not open"),
+    (lambda: np.save(path, np.array([{}])), "does not open"),
+    (lambda: beside.write_text("{"), "expected the metadata"),
+    (lambda: beside.write_text("[]"), "expected the metadata"),
+    (lambda: np.save(path, np.ones((2, 3, 5))), "as its metadata say"),
+    (lambda: rewritten(dtype="float32"), "as its metadata say"),
+    (lambda: rewritten(format="other"), "expected format kipcore-trajectories"),
+    (lambda: rewritten(format_version=2), "up to version 1"),
+  ):
     fresh()
     damage()
     with pytest.raises(trajectories.TrajectoriesError, match=message):
@@ -331,31 +407,79 @@ def test_damaged_files_are_named(tmp_path):
 BATCH_NORM = networks.network(kipcore.conv_net(1), 4, C, norm="batch")
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w[0]), "trajectories: expected an array with 3 dimensions"),
+@pytest.mark.parametrize(
+  "call, message",
+  [
+    (
+      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w[0]),
+      "trajectories: expected an array with 3 dimensions",
+    ),
     (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w), "trajectories: expected 29 points"),
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(max_start_epoch=3)), "expected 6 points"),
+    (
+      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(max_start_epoch=3)),
+      "expected 6 points",
+    ),
     (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w[:0], OPTIONS), "one expert or more"),
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w[..., 1:], OPTIONS).init_params(s), "trajectories: expected shape"),
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS).init_params(Support(s.x, s.y[:, :2])), "support.y: expected"),
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(syn_steps=-1)), "syn_steps"),
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(expert_epochs=0)), "expert_epochs"),
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(max_start_epoch=-1)), "max_start_epoch"),
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(syn_batch=0)), "syn_batch"),
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(initial_rate=0.0)), "initial_rate"),
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(rate_factor=-1.0)), "rate_factor"),
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(augmentation="mixup")), "augmentation"),
-    (lambda s, x, y, w: experts.flat_parameters(BATCH_NORM, np.ones((2, 8, 8, 1), np.float32)), "batch_stats"),
+    (
+      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w[..., 1:], OPTIONS).init_params(s),
+      "trajectories: expected shape",
+    ),
+    (
+      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS).init_params(
+        Support(s.x, s.y[:, :2])
+      ),
+      "support.y: expected",
+    ),
+    (
+      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(syn_steps=-1)),
+      "syn_steps",
+    ),
+    (
+      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(expert_epochs=0)),
+      "expert_epochs",
+    ),
+    (
+      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(max_start_epoch=-1)),
+      "max_start_epoch",
+    ),
+    (
+      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(syn_batch=0)),
+      "syn_batch",
+    ),
+    (
+      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(initial_rate=0.0)),
+      "initial_rate",
+    ),
+    (
+      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(rate_factor=-1.0)),
+      "rate_factor",
+    ),
+    (
+      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(augmentation="mixup")),
+      "augmentation",
+    ),
+    (
+      lambda s, x, y, w: experts.flat_parameters(BATCH_NORM, np.ones((2, 8, 8, 1), np.float32)),
+      "batch_stats",
+    ),
     (lambda s, x, y, w: experts.train_expert(0, MODULE, x, y[:, :2], 1), "y: expected shape"),
     (lambda s, x, y, w: experts.train_expert(0, MODULE, x[:5], y, 1), "same number of rows"),
     (lambda s, x, y, w: experts.train_expert(0, MODULE, x, y, 0), "num_epochs"),
     (lambda s, x, y, w: experts.train_expert(0, MODULE, x, y, 1, batch_size=0), "batch_size"),
     (lambda s, x, y, w: experts.train_expert(0, MODULE, x, y, 1, 0.0), "learning_rate"),
     (lambda s, x, y, w: experts.train_expert(0, MODULE, x, y, 1, momentum=2.0), "momentum"),
-    (lambda s, x, y, w: experts.train_expert(0, MODULE, x, y, 1, augmentation="mixup"), "augmentation"),
-    (lambda s, x, y, w: experts.train_expert(0, MODULE, x, y, 1, sampler=importance.sampler("margin", refresh_every=3)),
-     "refresh_every"),
-])
+    (
+      lambda s, x, y, w: experts.train_expert(0, MODULE, x, y, 1, augmentation="mixup"),
+      "augmentation",
+    ),
+    (
+      lambda s, x, y, w: experts.train_expert(
+        0, MODULE, x, y, 1, sampler=importance.sampler("margin", refresh_every=3)
+      ),
+      "refresh_every",
+    ),
+  ],
+)
 def test_wrong_input_is_named(call, message, small):
   with pytest.raises(ValueError, match=message):
     call(*small)
