@@ -265,3 +265,21 @@ __all__ = [
   "train_expert",
   "__version__",
 ]
+
+# Names of the previous version; they keep working for one version.
+_DEPRECATED = {
+  "Keeping": "CheckpointPolicy",
+  "one_hot_centred": "one_hot_centered",
+  "siamese": "random_augmentation",
+  "slowed": "scale_learning_rate",
+}
+
+
+def __getattr__(name: str):
+  if name in _DEPRECATED:
+    import warnings
+
+    new = _DEPRECATED[name]
+    warnings.warn(f"kipcore.{name} is now kipcore.{new}", DeprecationWarning, stacklevel=2)
+    return globals()[new]
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,13 @@
-"""Small types that every room shares."""
+"""Types shared by all modules."""
 
 import enum
 from typing import NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 Array = jax.Array
+ArrayLike = jax.Array | np.ndarray
 
 
 class Status(enum.IntEnum):
