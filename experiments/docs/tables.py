@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def conformance_table(results: dict) -> str:
-  """Markdown of `conformance.json`: a row a job."""
+  """Markdown of `conformance.json`: one row per job."""
   lines = [
     "| run | test accuracy, % | seeds | seconds | reference |",
     "| --- | --- | --- | --- | --- |",
@@ -40,7 +40,7 @@ TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-
 
 
 def starting_points_table(results: dict) -> str:
-  """Markdown of `starting_points.json`: a row a dataset, network and size; one-hot / solved labels by strategy."""
+  """Markdown of `starting_points.json`: one row per dataset, network and size."""
   first = next(iter(results["cells"].values()))
   strategies = list(first["summary"])
   lines = [
@@ -59,10 +59,10 @@ def starting_points_table(results: dict) -> str:
   seeds = {len(cell["runs"]) for cell in results["cells"].values()}
   lines += [
     "",
-    "Test accuracy of ridge regression on the points alone, %, with one-hot labels / with labels solved on all "
+    "Test accuracy (%) of ridge regression on the selected points before any step, with one-hot labels / with labels solved on all "
     f"training rows; mean and deviation over {'/'.join(map(str, sorted(seeds)))} seeds, from "
     "`experiments/results/starting_points.json` (`python -m experiments.studies.starting_points`). `kmeans` has no "
-    "deviation at one image a class: the mean of a class is no draw."
+    "deviation at one image per class: the mean of a class is deterministic."
     + "".join(
       f" {network} chooses from {rows:,} training rows and is tested on {tested:,}."
       for network, rows, tested in dict.fromkeys(
@@ -81,10 +81,10 @@ def _setting_title(name: str) -> str:
 
 
 def default_gain_table(results: dict) -> str:
-  """Markdown of what `ablation.json` says of the default recipe: a row a dataset and number of images a class."""
+  """Markdown of the default recipe in `ablation.json`: one row per dataset and images per class."""
   lines = [
-    "| images a class | uniform start and targets | default recipe | gained | area under the curve gained | "
-    "target evaluations to the accuracy of uniform, share |",
+    "| dataset, images per class | uniform start and targets | default recipe | gain | gain in area under the curve | "
+    "share of evaluations needed to match uniform's final accuracy |",
     "| --- | --- | --- | --- | --- | --- |",
   ]
   for name, setting in results["settings"].items():
@@ -110,15 +110,15 @@ def default_gain_table(results: dict) -> str:
   lines += [
     "",
     f"KIP with the NTK of FC1 and learned labels, {'/'.join(f'{e:,}' for e in sorted(evaluations))} target evaluations in "
-    f"batches of 1,000; test accuracy, %, mean and deviation over {'/'.join(map(str, sorted(seeds)))} seeds, gains with "
-    "their standard error (same seeds), from `experiments/results/ablation.json` (`python -m experiments.studies.ablation`). "
+    f"batches of 1,000; test accuracy (%), mean and standard deviation over {'/'.join(map(str, sorted(seeds)))} seeds, gains with "
+    "standard errors (paired seeds), from `experiments/results/ablation.json` (`python -m experiments.studies.ablation`). "
     "CIFAR-10 was decoded from JPEG files of quality 75.",
   ]
   return "\n".join(lines)
 
 
 def ablation_table(results: dict) -> str:
-  """Markdown of `ablation.json`: final test accuracy, a row an arm, a column a setting."""
+  """Markdown of `ablation.json`: final test accuracy, one row per arm and one column per setting."""
   settings = results["settings"]
   arms = list(dict.fromkeys(arm for setting in settings.values() for arm in setting["arms"]))
   lines = [
@@ -135,17 +135,17 @@ def ablation_table(results: dict) -> str:
     lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
   lines += [
     "",
-    "*solved* starts from solved labels, e is the weight exponent (default 0.25), g the uniform share (0.5), b the "
-    "batch (1,000); *always* never switches importance off, *refreshed* scores all rows every 500 steps. Passes over all "
-    "rows are paid for with fewer steps. The choice was made by validation accuracy (in the file) on MNIST and CIFAR-10.",
+    "*solved*: starts from solved labels; e: weight exponent (default 0.25); g: uniform share (0.5); b: batch size (1,000); "
+    "*always*: never falls back to uniform sampling; *refreshed*: scores all rows every 500 steps. Passes over all rows count as "
+    "evaluations. The default was chosen by validation accuracy (in the file) on MNIST and CIFAR-10.",
   ]
   return "\n".join(lines)
 
 
 def kernels_table(results: dict) -> str:
-  """Markdown of `benchmark_kernels.json`: a row a network and image size, beside neural-tangents."""
+  """Markdown of `benchmark_kernels.json`: one row per network and image size, compared with neural-tangents."""
   lines = [
-    "| network | images | pairs | forward, ms | times faster (in a loop) | with gradient, ms | times faster | over the floor | "
+    "| network | images | pairs | forward, ms | speedup (in a loop) | with gradient, ms | speedup | ratio to the first product | "
     "scratch memory, MB | error |",
     "| --- |" + " --- |" * 9,
   ]
@@ -172,19 +172,19 @@ def kernels_table(results: dict) -> str:
     [
       *lines,
       "",
-      f"NTK, float32, ours / neural-tangents in one run after compilation, {hardware['cpu_cores']} CPU cores, real images; the gradient "
-      "is by the first rows, with its values. *In a loop*: neural-tangents inside `jax.lax.map`, where XLA makes its pooled kernels several "
-      "times faster. The floor is the first matrix product alone. Error: largest difference "
-      "of values from float64, over the largest of them. From `experiments/results/benchmark_kernels.json` "
-      "(`python -m experiments.benchmarks.kernels`), which also has growth, narrower products and a step of KIP.",
+      f"NTK in float32, kipcore / neural-tangents in one run after compilation, {hardware['cpu_cores']} CPU cores, real images; the gradient "
+      "is with respect to the first rows, values included. *In a loop*: neural-tangents inside `jax.lax.map`, where XLA runs its pooled kernels several "
+      "times faster. *Ratio to the first product*: forward time over that of the first matrix product. *Error*: largest difference "
+      "from float64, relative to the largest value. From `experiments/results/benchmark_kernels.json` "
+      "(`python -m experiments.benchmarks.kernels`), which also contains scaling, reduced precision and a step of KIP.",
     ]
   )
 
 
 def cost_table(results: dict) -> str:
-  """Markdown of `benchmark_methods.json`: a row a method, time and memory of a step."""
+  """Markdown of `benchmark_methods.json`: one row per method, time and memory of a step."""
   lines = [
-    "| method | targets a step | step, ms | compilation, s | scratch memory, MB | state, MB | scratch memory as published, MB |",
+    "| method | targets per step | step, ms | compilation, s | scratch memory, MB | state, MB | scratch memory at published settings, MB |",
     "| --- |" + " --- |" * 6,
   ]
   for method, job in results["jobs"].items():
@@ -197,15 +197,15 @@ def cost_table(results: dict) -> str:
     [
       *lines,
       "",
-      f"MNIST, one image a class, `--preset=cpu`, {results['environment']['hardware']['cpu_cores']} CPU cores; the last column is what XLA plans on CPU, "
-      "where convolutions are products of patches, for a step of the published settings, which was not run. From `experiments/results/benchmark_methods.json` "
+      f"MNIST, one image per class, `--preset=cpu`, {results['environment']['hardware']['cpu_cores']} CPU cores; the last column is the plan of XLA on CPU "
+      "for a step at the published settings, which was not run. From `experiments/results/benchmark_methods.json` "
       "(`python -m experiments.benchmarks.methods`).",
     ]
   )
 
 
 def cross_architecture_table(results: dict) -> str:
-  """Markdown of `cross_architecture.json`: a row a dataset and set, a column an evaluator."""
+  """Markdown of `cross_architecture.json`: one row per dataset and set, one column per evaluator."""
   from kipcore.evaluation import ranking
 
   evaluators = list(
@@ -242,15 +242,15 @@ def cross_architecture_table(results: dict) -> str:
     [
       *lines,
       "",
-      "Test accuracy, %, with half of the 95 % interval of the mean over "
+      "Test accuracy (%) with half of the 95 % interval of the mean over "
       f"{next(iter(parts))['num_seeds']} seeds (networks, and draws of random "
-      f"sets), on the first {next(iter(parts))['test_rows']:,} test rows. *distilled*: what `run_distill --dataset=...` makes, ten images with learned labels for the "
-      "NTK of FC1 (`krr`); baselines are as many real images (k-means: centers) with their classes, *uniform_solved* with the best labels under `krr`; *full*: 5,000 rows "
+      f"sets), on the first {next(iter(parts))['test_rows']:,} test rows. *distilled*: the result of `run_distill --dataset=...`, ten images with learned labels for the "
+      "NTK of FC1 (`krr`); baselines are real images (k-means: centers) of the same number with class labels, *uniform_solved* with the best labels under `krr`; *full*: 5,000 rows "
       "under kernels and `network:mlp`, all for `network:convnet`. Networks: MLP of three layers (width 512, 1,000 steps), ConvNet-3 with instance norm (32, 500; dsa: "
-      "with augmentation), a residual network (16, 300). DD-Ranking's label-robust score, 0.27 for a set that gains and lacks nothing: "
+      "with augmentation), a residual network (16, 300). DD-Ranking's label-robust score, 0.27 for a set with neither gain nor loss: "
       + "; ".join(scores)
-      + ". What "
-      "the gain over random images owes to augmentation, points: "
+      + ". Part of the "
+      "gain over random images due to augmentation, points: "
       + "; ".join(dependence)
       + ". From `experiments/results/cross_architecture.json` "
       "(`python -m experiments.studies.cross_architecture`).",
@@ -259,8 +259,8 @@ def cross_architecture_table(results: dict) -> str:
 
 
 def published_table(results: dict) -> str:
-  """Markdown of `published_sets.json`: a row a way of judging a set of other authors."""
-  lines = ["| set and judge | accuracy, % | known, % |", "| --- | --- | --- |"]
+  """Markdown of `published_sets.json`: one row per published set and evaluator."""
+  lines = ["| set and evaluator | accuracy, % | reference, % |", "| --- | --- | --- |"]
   for name, part in results["parts"].items():
     deviation = "" if part.get("std_percent") is None else f" ± {part['std_percent']:.1f}"
     lines.append(
@@ -271,14 +271,14 @@ def published_table(results: dict) -> str:
     [
       *lines,
       "",
-      f"On the first {part['test_rows']:,} test rows of CIFAR-10, original pixels, behind whitening fitted on {part['training_rows']:,} training rows; "
-      "deviation over networks. From `experiments/results/published_sets.json` (`python -m experiments.studies.published_sets`), which has the recipe of each row.",
+      f"On the first {part['test_rows']:,} test rows of CIFAR-10, original pixels, whitening fitted on {part['training_rows']:,} training rows; "
+      "deviation over networks. From `experiments/results/published_sets.json` (`python -m experiments.studies.published_sets`), which contains the recipe of each row.",
     ]
   )
 
 
 def pytorch_table(results: dict) -> str:
-  """Markdown of `pytorch_check.json`: a row a set, networks of ours beside those of PyTorch."""
+  """Markdown of `pytorch_check.json`: one row per set, our networks and those of PyTorch."""
   from kipcore.evaluation import ranking
 
   lines = ["| set | kipcore, % | PyTorch, % | difference, points |", "| --- | --- | --- | --- |"]
@@ -298,8 +298,8 @@ def pytorch_table(results: dict) -> str:
     [
       *lines,
       "",
-      f"MNIST, ten images a class, test accuracy of ConvNet-3 of {recipe['width']} channels with instance norm, {recipe['num_steps']} steps of all images; means of "
-      f"{networks} networks with half of their 95 % intervals. The right half saw nothing but the exported file. From `experiments/results/pytorch_check.json` "
+      f"MNIST, ten images per class, test accuracy of ConvNet-3 with {recipe['width']} channels with instance norm, {recipe['num_steps']} steps of all images; means of "
+      f"{networks} networks with half of their 95 % intervals. PyTorch used only the exported file. From `experiments/results/pytorch_check.json` "
       "(`python -m experiments.studies.pytorch_check`).",
     ]
   )
@@ -309,11 +309,11 @@ _DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "fashion_mnist": "Fashion-
 
 
 def methods_table(folders: dict) -> str:
-  """Markdown of the `compare_*` folders: a row a dataset and method, what start and sampler gain alone and together."""
+  """Markdown of the `compare_*` folders: one row per dataset and method: the gain from initialization, target sampling, and both."""
   from kipcore.cli.runs import comparison
 
   lines = [
-    "| dataset | method | starts alone | plain | with our start | with our targets | with both | target evaluations |",
+    "| dataset | method | before any step | baseline | k-means start | importance sampling | both | target evaluations |",
     "| --- |" + " --- |" * 7,
   ]
   for dataset, (config, rows) in folders.items():
@@ -360,10 +360,10 @@ def methods_table(folders: dict) -> str:
     [
       *lines,
       "",
-      f"One image a class, CPU-size settings (`--preset=cpu`), {grid['num_seeds']} seeds: test accuracy, %, of kernel ridge regression with the "
-      f"NTK of FC1 / of {grid['network_seeds']} finite networks trained on the images (the method's own network), mean and deviation; then what is gained over "
-      f"plain (start `{plain_start}`, targets `{plain_targets}`) by `{start}` and `{targets}`, with the standard error of the differences (same seeds, equal target "
-      f"evaluations), on the first 2,000 test rows (KIP: all). *Starts alone*: ridge regression on `{plain_start}` and `{start}` before any step. From `experiments/results/compare_*` (`python -m experiments.run_compare`).",
+      f"One image per class, settings at CPU size (`--preset=cpu`), {grid['num_seeds']} seeds: test accuracy (%) of kernel ridge regression with the "
+      f"NTK of FC1 / of {grid['network_seeds']} finite networks trained on the images (the method's own network), mean and standard deviation; then the gain over the "
+      f"baseline (start `{plain_start}`, targets `{plain_targets}`) by `{start}` and `{targets}`, with the standard error of the differences (paired seeds, equal target "
+      f"evaluations), on the first 2,000 test rows (KIP: all). *Before any step*: ridge regression on `{plain_start}` and `{start}` before any step. From `experiments/results/compare_*` (`python -m experiments.run_compare`).",
     ]
   )
 
@@ -381,7 +381,7 @@ def _compared() -> dict:
   return folders
 
 
-# marker in the README -> result file, and how it is shown
+# marker in the document -> result file, and the function that renders it
 TABLES = {
   "conformance": ("conformance", conformance_table),
   "starting_points": ("starting_points", starting_points_table),
@@ -399,7 +399,7 @@ DOCUMENTS = ("README.md", "experiments/results/README.md")
 
 
 def rendered(document: str) -> str:
-  """The document with its tables made anew, each between two comments that name it."""
+  """The document with its tables regenerated, each between two comments that name it."""
   for name in re.findall(r"<!-- /(\w+) -->", document):
     if name == "methods":
       text = methods_table(_compared())
