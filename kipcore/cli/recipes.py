@@ -255,7 +255,7 @@ def options_of(config: DistillConfig):
       )
     return None
   room, name = recipe.options.split(":")
-  options = getattr(importlib.import_module(f"kipcore.distill.{room}"), name)()
+  options = getattr(importlib.import_module(f"kipcore.distillation.methods.{room}"), name)()
   options = options._replace(**(recipe.cpu_options if config.preset == "cpu" else {}))
   return options._replace(**parsed("--options", texts, options._asdict()))
 

@@ -16,18 +16,33 @@ import numpy as np
 from tqdm import tqdm
 
 from kipcore import checks
+from kipcore.cli import recipes
+from kipcore.cli.config import CompareConfig, DataConfig, DistillConfig
+from kipcore.cli.cost import estimate, progress
+from kipcore.cli.errors import UsageError, usage
+from kipcore.cli.folder import readme, reporting, run_folder
+from kipcore.cli.runs import pipeline
 from kipcore.io import atomic
 from kipcore.report import pictures
 from kipcore.types import NumericalError
-from kipcore.cli import recipes
-from kipcore.cli.cost import estimate, progress
-from kipcore.cli.folder import readme, reporting, run_folder
-from kipcore.cli.runs import pipeline
-from kipcore.cli.config import CompareConfig, DataConfig, DistillConfig
-from kipcore.cli.errors import UsageError, usage
 
-FIELDS = ("dataset", "method", "init", "sampler", "seed", "steps", "target_evaluations", "init_test_accuracy",
-          "test_accuracy", "network_test_accuracy", "importance_gain", "compile_seconds", "step_seconds", "wall_seconds", "error")
+FIELDS = (
+  "dataset",
+  "method",
+  "init",
+  "sampler",
+  "seed",
+  "steps",
+  "target_evaluations",
+  "init_test_accuracy",
+  "test_accuracy",
+  "network_test_accuracy",
+  "importance_gain",
+  "compile_seconds",
+  "step_seconds",
+  "wall_seconds",
+  "error",
+)
 SCORES = {"test_accuracy": "kernel ridge regression", "network_test_accuracy": "finite networks"}
 _MOST_CELLS = 10_000
 
@@ -46,12 +61,16 @@ def cells_of(config: CompareConfig) -> list[Cell]:
   cells = []
   for method in config.methods:
     samplers = config.samplers if recipes.RECIPES[method].build else config.samplers[:1]
-    cells += [Cell(method, init, sampler, config.seed + i)
-              for sampler, init, i in itertools.product(samplers, config.inits, range(config.num_seeds))]
+    cells += [
+      Cell(method, init, sampler, config.seed + i)
+      for sampler, init, i in itertools.product(samplers, config.inits, range(config.num_seeds))
+    ]
   return cells
 
 
-def run_compare(config: CompareConfig, shared: dict, output_dir: str | None, overwrite: bool) -> pathlib.Path:
+def run_compare(
+  config: CompareConfig, shared: dict, output_dir: str | None, overwrite: bool
+) -> pathlib.Path:
   """Runs the cells that the folder lacks, and writes table and figure after each.
 
   Args:
@@ -70,28 +89,55 @@ def run_compare(config: CompareConfig, shared: dict, output_dir: str | None, ove
   grid, known = opened(config, resolved, output_dir, overwrite)
   if set(resolved) - {cell_of(row) for row in known or ()}:
     loaded(next(iter(resolved.values())))  # before there is a folder: a dataset may be missing
-  folder = pathlib.Path(output_dir) if known is not None else run_folder.create(output_dir, "compare", overwrite)
+  folder = (
+    pathlib.Path(output_dir)
+    if known is not None
+    else run_folder.create(output_dir, "compare", overwrite)
+  )
   run_folder.write_json(folder / "config.json", {**grid, "environment": run_folder.environment()})
   rows = {cell_of(row): row for row in known or ()}
-  with tqdm(total=len(resolved), desc="cells", initial=sum(cell in rows for cell in resolved), disable=None, leave=False,
-            bar_format="{desc}: {n_fmt}/{total_fmt}|{bar}| [{elapsed}{postfix}]") as bar:
+  with tqdm(
+    total=len(resolved),
+    desc="cells",
+    initial=sum(cell in rows for cell in resolved),
+    disable=None,
+    leave=False,
+    bar_format="{desc}: {n_fmt}/{total_fmt}|{bar}| [{elapsed}{postfix}]",
+  ) as bar:
     for cell, cell_config in resolved.items():
       if cell in rows:
         continue
       # Experts know nothing of the start, so that the cells of a sampler and seed share them.
-      experts = str(folder / f"experts-{cell.sampler}-{cell.seed}.npy") if cell.method == "mtt" else ""
+      experts = (
+        str(folder / f"experts-{cell.sampler}-{cell.seed}.npy") if cell.method == "mtt" else ""
+      )
       rows[cell] = run_cell(dataclasses.replace(cell_config, experts=experts))
       _write(folder, list(rows.values()))
       row, missing = rows[cell], [other for other in resolved if other not in rows]
       left = f", {estimate.duration(seconds_left(rows, missing))} left" if missing else ""
       bar.set_postfix_str(left.removeprefix(", "), refresh=False)
       bar.update()
-      tqdm.write(f"{len(resolved) - len(missing)} of {len(resolved)}{left}  " + "  ".join(cell[:3]) + f"  seed {cell.seed}: " + (
-          row["error"] or ", ".join(f"{100 * float(row[key]):.1f} % ({name})" for key, name in SCORES.items() if row[key] != "")),
-                 file=sys.stdout)
+      tqdm.write(
+        f"{len(resolved) - len(missing)} of {len(resolved)}{left}  "
+        + "  ".join(cell[:3])
+        + f"  seed {cell.seed}: "
+        + (
+          row["error"]
+          or ", ".join(
+            f"{100 * float(row[key]):.1f} % ({name})"
+            for key, name in SCORES.items()
+            if row[key] != ""
+          )
+        ),
+        file=sys.stdout,
+      )
   _write(folder, list(rows.values()))
   readme.of_comparison(folder, config, shared, len(rows))
-  print(markdown(list(rows.values())) + f"\n\nwritten to {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
+  print(
+    markdown(list(rows.values()))
+    + f"\n\nwritten to {folder}: "
+    + ", ".join(sorted(file.name for file in folder.iterdir()))
+  )
   return folder
 
 
@@ -106,7 +152,9 @@ def plan(config: CompareConfig, shared: dict) -> dict[Cell, DistillConfig]:
       checks.one_of("methods", name, recipes.METHODS)
     cells = len(config.methods) * len(config.inits) * len(config.samplers) * config.num_seeds
     if not 1 <= cells <= _MOST_CELLS:
-      raise UsageError(f"expected a grid of 1 to {_MOST_CELLS:,} cells (methods x inits x samplers x num_seeds), got {cells}")
+      raise UsageError(
+        f"expected a grid of 1 to {_MOST_CELLS:,} cells (methods x inits x samplers x num_seeds), got {cells}"
+      )
   resolved = {cell: config_of(config, shared, cell) for cell in cells_of(config)}
   for cell_config in resolved.values():
     pipeline.check(cell_config)
@@ -119,13 +167,25 @@ def seconds_left(rows: dict, missing: list[Cell]) -> float:
   for cell, row in rows.items():
     seconds.setdefault(cell.method, []).append(float(row["wall_seconds"]))
   overall = float(np.mean([value for values in seconds.values() for value in values]))
-  return sum(float(np.mean(seconds[cell.method])) if cell.method in seconds else overall for cell in missing)
+  return sum(
+    float(np.mean(seconds[cell.method])) if cell.method in seconds else overall for cell in missing
+  )
 
 
 def config_of(config: CompareConfig, shared: dict, cell: Cell) -> DistillConfig:
   """The config of a cell: the method's settings, those of the grid, and the cell's own."""
-  base = recipes.resolve(**{**shared, "preset": config.preset, "method": cell.method, "init": cell.init, "sampler": cell.sampler,
-                            "seed": cell.seed, "solve_labels": False, "network_seeds": config.network_seeds})
+  base = recipes.resolve(
+    **{
+      **shared,
+      "preset": config.preset,
+      "method": cell.method,
+      "init": cell.init,
+      "sampler": cell.sampler,
+      "seed": cell.seed,
+      "solve_labels": False,
+      "network_seeds": config.network_seeds,
+    }
+  )
   if not config.evaluations or not recipes.has_loop(base):
     return base
   batch = base.target_batch_size or 1000
@@ -141,18 +201,35 @@ def run_cell(config: DistillConfig) -> dict:
   """One cell as a line of cells.csv; a run whose numbers failed says so under `error`."""
   started = time.perf_counter()
   row = dict.fromkeys(FIELDS, "")
-  row.update(dataset=config.dataset, **{name: getattr(config, name) for name in ("method", "init", "sampler", "seed")})
+  row.update(
+    dataset=config.dataset,
+    **{name: getattr(config, name) for name in ("method", "init", "sampler", "seed")},
+  )
   data = loaded(config)
   try:
     start = pipeline.start(config, data)
     row["init_test_accuracy"] = pipeline.score(config, data, start.support)
-    with progress.Steps(config.steps if recipes.has_loop(config) else 0, config.method, say=lambda line: None) as bar:
-      outcome = pipeline.distill(config, data, start.support, callback=lambda step, *_: bar.logged(step), progress=bar.advance)
+    with progress.Steps(
+      config.steps if recipes.has_loop(config) else 0, config.method, say=lambda line: None
+    ) as bar:
+      outcome = pipeline.distill(
+        config,
+        data,
+        start.support,
+        callback=lambda step, *_: bar.logged(step),
+        progress=bar.advance,
+      )
     row.update(
-        steps=config.steps if recipes.has_loop(config) else 0, target_evaluations=start.target_evaluations + outcome.target_evaluations,
-        test_accuracy=pipeline.score(config, data, outcome.support), compile_seconds=round(outcome.compile_seconds, 2),
-        step_seconds=round(outcome.seconds, 2), importance_gain="" if outcome.importance_gain is None else outcome.importance_gain)
-    row["network_test_accuracy"] = pipeline.network_scores(config, data, outcome.support).get("network_test_accuracy_mean", "")
+      steps=config.steps if recipes.has_loop(config) else 0,
+      target_evaluations=start.target_evaluations + outcome.target_evaluations,
+      test_accuracy=pipeline.score(config, data, outcome.support),
+      compile_seconds=round(outcome.compile_seconds, 2),
+      step_seconds=round(outcome.seconds, 2),
+      importance_gain="" if outcome.importance_gain is None else outcome.importance_gain,
+    )
+    row["network_test_accuracy"] = pipeline.network_scores(config, data, outcome.support).get(
+      "network_test_accuracy_mean", ""
+    )
   except NumericalError as error:
     row["error"] = " ".join(str(error).split())
   row["wall_seconds"] = round(time.perf_counter() - started, 2)
@@ -166,7 +243,10 @@ def loaded(config: DistillConfig) -> pipeline.Data:
 
 def _data_fields(config: DistillConfig) -> DistillConfig:
   """The config without what loading does not look at, so that cells share their data."""
-  names = {field.name for field in dataclasses.fields(DataConfig)} - {"images_per_class", "num_devices"}
+  names = {field.name for field in dataclasses.fields(DataConfig)} - {
+    "images_per_class",
+    "num_devices",
+  }
   return DistillConfig(**{name: getattr(config, name) for name in names})
 
 
@@ -175,7 +255,9 @@ def _loaded(config: DistillConfig):
   return pipeline.load(config)
 
 
-def opened(config: CompareConfig, resolved: dict, output_dir, overwrite: bool) -> tuple[dict, list[dict] | None]:
+def opened(
+  config: CompareConfig, resolved: dict, output_dir, overwrite: bool
+) -> tuple[dict, list[dict] | None]:
   """What config.json is to hold, and the lines that the folder has, None where it holds no grid; nothing is written.
 
   A grid may grow, but no cell of it may change.
@@ -184,21 +266,28 @@ def opened(config: CompareConfig, resolved: dict, output_dir, overwrite: bool) -
     UsageError: for a folder that holds something else.
   """
   # Where the data lie is no part of what a cell is.
-  named = [{name: value for name, value in dataclasses.asdict(c).items() if name != "data_dir"} for c in resolved.values()]
+  named = [
+    {name: value for name, value in dataclasses.asdict(c).items() if name != "data_dir"}
+    for c in resolved.values()
+  ]
   grid = {"grid": dataclasses.asdict(config), "cells": named}
   path = pathlib.Path(output_dir or "") / "config.json"
   if not output_dir or not path.exists() or overwrite:
     return grid, None
   before = {cell_of(cell): cell for cell in json.loads(path.read_text()).get("cells", ())}
   if not before:
-    raise UsageError(f"--output_dir: {output_dir} holds something else than a comparison; choose another, or --overwrite")
+    raise UsageError(
+      f"--output_dir: {output_dir} holds something else than a comparison; choose another, or --overwrite"
+    )
   default = dataclasses.asdict(DistillConfig())  # of settings that are younger than the folder
   for cell in grid["cells"]:
     old = {**default, **before.pop(cell_of(cell), cell)}
     changed = [name for name in cell if old.get(name) != cell[name]]
     if changed:
-      raise UsageError(f"--output_dir: {output_dir} holds another grid, whose cells have {changed[0]}={old.get(changed[0])!r}, not "
-                       f"{cell[changed[0]]!r}; choose another folder, or --overwrite")
+      raise UsageError(
+        f"--output_dir: {output_dir} holds another grid, whose cells have {changed[0]}={old.get(changed[0])!r}, not "
+        f"{cell[changed[0]]!r}; choose another folder, or --overwrite"
+      )
   grid["cells"] += list(before.values())
   cells = path.parent / "cells.csv"
   return grid, list(csv.DictReader(io.StringIO(cells.read_text()))) if cells.exists() else []
@@ -212,7 +301,11 @@ def _write(folder: pathlib.Path, rows: list[dict]) -> None:
   atomic.write_atomically(folder / "cells.csv", text.getvalue().encode())
   atomic.write_atomically(folder / "comparison.md", (markdown(rows) + "\n").encode())
   panels = {name: _bars(rows, key) for key, name in SCORES.items()}
-  pictures.save_bars(folder / "comparison.png", {name: bars for name, bars in panels.items() if bars}, "test accuracy, %")
+  pictures.save_bars(
+    folder / "comparison.png",
+    {name: bars for name, bars in panels.items() if bars},
+    "test accuracy, %",
+  )
   write_report(folder, rows)
 
 
@@ -228,7 +321,9 @@ def arms(rows: list[dict], key: str) -> dict:
   found = {}
   for row in rows:
     if row[key] != "" and not row["error"]:
-      found.setdefault((row["method"], row["init"], row["sampler"]), {})[int(row["seed"])] = 100 * float(row[key])
+      found.setdefault((row["method"], row["init"], row["sampler"]), {})[int(row["seed"])] = (
+        100 * float(row[key])
+      )
   return found
 
 
@@ -251,8 +346,12 @@ def shown(mean: float, spread: float | None, sign: str = "") -> str:
 
 def markdown(rows: list[dict]) -> str:
   """A line a method, start and sampler: accuracies, and what was gained over the first start and sampler."""
-  lines = ["| method | start | targets | " + " | ".join(f"{name}, % | gained" for name in SCORES.values()) + " | evaluations | seconds |",
-           "| --- " * (5 + 2 * len(SCORES)) + "|"]
+  lines = [
+    "| method | start | targets | "
+    + " | ".join(f"{name}, % | gained" for name in SCORES.values())
+    + " | evaluations | seconds |",
+    "| --- " * (5 + 2 * len(SCORES)) + "|",
+  ]
   scored = {key: arms(rows, key) for key in SCORES}
   for name in dict.fromkeys((row["method"], row["init"], row["sampler"]) for row in rows):
     own = [row for row in rows if (row["method"], row["init"], row["sampler"]) == name]
@@ -263,8 +362,12 @@ def markdown(rows: list[dict]) -> str:
       shared = name in found and name != plain and found[name].keys() & found[plain].keys()
       cells.append(shown(*gain(found[name], found[plain]), "+") if shared else "")
     failed = sum(bool(row["error"]) for row in own)
-    evaluations = next((f"{int(row['target_evaluations']):,}" for row in own if not row["error"]), "")
-    seconds = f"{np.median([float(row['step_seconds'] or 0) for row in own]):.0f}" + (f" ({failed} failed)" if failed else "")
+    evaluations = next(
+      (f"{int(row['target_evaluations']):,}" for row in own if not row["error"]), ""
+    )
+    seconds = f"{np.median([float(row['step_seconds'] or 0) for row in own]):.0f}" + (
+      f" ({failed} failed)" if failed else ""
+    )
     lines.append("| " + " | ".join((*name, *cells, evaluations, seconds)) + " |")
   return "\n".join(lines)
 

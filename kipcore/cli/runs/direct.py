@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kipcore import checks, krr
-from kipcore.evaluation import krr as krr_evaluation
-from kipcore.distillation.methods import closed_form as in_closed_form
-from kipcore.types import Support
 from kipcore.cli import recipes
 from kipcore.cli.config import DistillConfig
 from kipcore.cli.errors import usage
+from kipcore.distillation.methods import closed_form as in_closed_form
+from kipcore.evaluation import krr as krr_evaluation
+from kipcore.types import Support
 
 
 class Outcome(NamedTuple):
@@ -36,10 +36,17 @@ def solve_labels(config: DistillConfig, data, support: Support) -> Outcome:
   """The best labels for the images of the start, over all training rows."""
   started = time.perf_counter()
   ridge = krr.relative_ridge(data.kernel_fn.diag(support.x), config.relative_ridge)
-  solution = krr.label_solve_rows(data.kernel_fn, support.x, jnp.asarray(data.x_train), jnp.asarray(data.y_train),
-                                  float(ridge))
+  solution = krr.label_solve_rows(
+    data.kernel_fn, support.x, jnp.asarray(data.x_train), jnp.asarray(data.y_train), float(ridge)
+  )
   checks.raise_for_status("label solve", solution.status)
-  return Outcome(Support(support.x, solution.labels), [], data.x_train.shape[0], 0.0, time.perf_counter() - started)
+  return Outcome(
+    Support(support.x, solution.labels),
+    [],
+    data.x_train.shape[0],
+    0.0,
+    time.perf_counter() - started,
+  )
 
 
 def closed_form(config: DistillConfig, data, support: Support) -> Outcome:
@@ -47,12 +54,23 @@ def closed_form(config: DistillConfig, data, support: Support) -> Outcome:
   started = time.perf_counter()
   with usage():
     options = recipes.options_of(config)._replace(relative_ridge=config.relative_ridge)
-    found = in_closed_form.krr_closed_form(config.seed, data.x_train, data.y_train, support, options)
+    found = in_closed_form.krr_closed_form(
+      config.seed, data.x_train, data.y_train, support, options
+    )
   checks.raise_for_status("closed form", found.status)
   seconds = time.perf_counter() - started
-  scored = krr_evaluation.evaluate_krr(in_closed_form.feature_kernel(found.feature_map), found.support, data.x_test, data.y_test,
-                                 ridge=found.support_ridge)
-  own = {"feature_map_test_accuracy": float(scored.accuracy), "full_model_error": found.error, "full_model_ridge": found.ridge}
+  scored = krr_evaluation.evaluate_krr(
+    in_closed_form.feature_kernel(found.feature_map),
+    found.support,
+    data.x_test,
+    data.y_test,
+    ridge=found.support_ridge,
+  )
+  own = {
+    "feature_map_test_accuracy": float(scored.accuracy),
+    "full_model_error": found.error,
+    "full_model_ridge": found.ridge,
+  }
   return Outcome(found.support, [], data.x_train.shape[0], 0.0, seconds, own=own)
 
 

@@ -7,18 +7,20 @@ import time
 import jax
 from tqdm import tqdm
 
+from kipcore.cli.config import CompareConfig, DistillConfig, SelectConfig
 from kipcore.cli.cost import estimate, progress
+from kipcore.cli.cost.estimate import Part
 from kipcore.cli.folder import readme, run_folder
 from kipcore.cli.runs import comparison, measure, pipeline, selection
-from kipcore.cli.config import CompareConfig, DistillConfig, SelectConfig
-from kipcore.cli.cost.estimate import Part
 
 _READING = "reading and preprocessing the data"
 # Of a selection, which compiles much and is not tried.
 _COMPILING_SECONDS = 10.0
 
 
-def of_distillation(config: DistillConfig, output_dir: str | None = None, overwrite: bool = False) -> None:
+def of_distillation(
+  config: DistillConfig, output_dir: str | None = None, overwrite: bool = False
+) -> None:
   """Prints what `pipeline.run_distill` would do with the same arguments.
 
   Raises:
@@ -38,7 +40,9 @@ def of_distillation(config: DistillConfig, output_dir: str | None = None, overwr
   _end(readme.distillation_command(config), folder)
 
 
-def of_selection(config: SelectConfig, output_dir: str | None = None, overwrite: bool = False) -> None:
+def of_selection(
+  config: SelectConfig, output_dir: str | None = None, overwrite: bool = False
+) -> None:
   """Prints what `selection.run_select` would do with the same arguments.
 
   Raises:
@@ -47,19 +51,29 @@ def of_selection(config: SelectConfig, output_dir: str | None = None, overwrite:
   started = time.perf_counter()
   planned = selection.plan(config)
   folder = run_folder.planned(output_dir, planned.name, overwrite)
-  reading, data, m = Part(_READING, time.perf_counter() - started), planned.data, planned.baseline.x.shape[0]
-  print(f"{config.dataset}: {data.x_train.shape[0]:,} training, {data.x_test.shape[0]:,} test rows of shape {data.x_train.shape[1:]}, "
-        f"{data.raw.num_classes} classes\n{m} points ({config.images_per_class} a class) by {config.strategy}, scores by the "
-        f"{config.kernel} of {config.architecture}")
+  reading, data, m = (
+    Part(_READING, time.perf_counter() - started),
+    planned.data,
+    planned.baseline.x.shape[0],
+  )
+  print(
+    f"{config.dataset}: {data.x_train.shape[0]:,} training, {data.x_test.shape[0]:,} test rows of shape {data.x_train.shape[1:]}, "
+    f"{data.raw.num_classes} classes\n{m} points ({config.images_per_class} a class) by {config.strategy}, scores by the "
+    f"{config.kernel} of {config.architecture}"
+  )
   own = _Process(data)
   with progress.working("measuring the kernel"):
     seconds, stored = selection.expectation(config, data, m, measure=True)
-  seconds.append(Part("compiling, artifact, pictures and report", _COMPILING_SECONDS + measure.FILES_SECONDS))
+  seconds.append(
+    Part("compiling, artifact, pictures and report", _COMPILING_SECONDS + measure.FILES_SECONDS)
+  )
   _print([reading, *seconds], own.with_program(stored))
   _end(readme.selection_command(config), folder)
 
 
-def of_comparison(config: CompareConfig, shared: dict, output_dir: str | None = None, overwrite: bool = False) -> None:
+def of_comparison(
+  config: CompareConfig, shared: dict, output_dir: str | None = None, overwrite: bool = False
+) -> None:
   """Prints what `comparison.run_compare` would do with the same arguments; a cell of each method is measured.
 
   Raises:
@@ -70,8 +84,10 @@ def of_comparison(config: CompareConfig, shared: dict, output_dir: str | None = 
   done = {comparison.cell_of(row) for row in known or ()}
   missing = {cell: each for cell, each in resolved.items() if cell not in done}
   folder = output_dir if known is not None else run_folder.planned(output_dir, "compare", overwrite)
-  print(f"{len(resolved)} cells, {len(resolved) - len(missing)} of them done: {len(config.methods)} methods x {len(config.inits)} starts x "
-        f"{len(config.samplers)} samplers x {config.num_seeds} seeds (methods without a loop: one sampler)")
+  print(
+    f"{len(resolved)} cells, {len(resolved) - len(missing)} of them done: {len(config.methods)} methods x {len(config.inits)} starts x "
+    f"{len(config.samplers)} samplers x {config.num_seeds} seeds (methods without a loop: one sampler)"
+  )
   seconds, stored = [], []
   for method in dict.fromkeys(cell.method for cell in missing):
     own = [each for cell, each in missing.items() if cell.method == method]
@@ -82,11 +98,22 @@ def of_comparison(config: CompareConfig, shared: dict, output_dir: str | None = 
       parts, memory = measure.distillation(own[-1], planned)
     samplers = {other.sampler for other in own}
     # Cells of a sampler share what is compiled, and those of a seed besides the experts.
-    together = {"compiling": len(samplers), "experts": len({(other.sampler, other.seed) for other in own}), "artifact": 1}
-    times = [next((count for start, count in together.items() if start in part.name), len(own)) for part in parts]
+    together = {
+      "compiling": len(samplers),
+      "experts": len({(other.sampler, other.seed) for other in own}),
+      "artifact": 1,
+    }
+    times = [
+      next((count for start, count in together.items() if start in part.name), len(own))
+      for part in parts
+    ]
     each = sum(part.amount for part, count in zip(parts, times) if count == len(own))
-    seconds.append(Part(f"{method}: {len(own)} cells of {estimate.duration(each)}, and what they share",
-                        sum(count * part.amount for part, count in zip(parts, times))))
+    seconds.append(
+      Part(
+        f"{method}: {len(own)} cells of {estimate.duration(each)}, and what they share",
+        sum(count * part.amount for part, count in zip(parts, times)),
+      )
+    )
     stored.append(Part(method, sum(part.amount for part in process.with_program(memory))))
     tqdm.write(f"{method}: {_settings(own[-1])}", file=sys.stdout)
   if missing:
@@ -105,7 +132,9 @@ class _Process:
     """All parts; measurements may not have held all of `stored`, but reading did not hold any of it."""
     if jax.default_backend() != "cpu":
       return stored
-    rest = max(self._read, self._peak() - sum(part.amount for part in stored)) - self._dataset.amount
+    rest = (
+      max(self._read, self._peak() - sum(part.amount for part in stored)) - self._dataset.amount
+    )
     program = Part("Python, JAX, compiled code, copies while reading", max(rest, 0.0))
     return [program, self._dataset, *stored]
 
@@ -115,17 +144,28 @@ class _Process:
 
 def _settings(config: DistillConfig) -> str:
   """What differs from the defaults of the flags, which are those of kip."""
-  changed = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
-             if getattr(config, field.name) != field.default and field.name not in ("dataset", "data_dir", "method", "experts", "seed")}
-  return "settings other than kip's defaults: " + (", ".join(f"{name}={value}" for name, value in changed.items()) or "none")
+  changed = {
+    field.name: getattr(config, field.name)
+    for field in dataclasses.fields(config)
+    if getattr(config, field.name) != field.default
+    and field.name not in ("dataset", "data_dir", "method", "experts", "seed")
+  }
+  return "settings other than kip's defaults: " + (
+    ", ".join(f"{name}={value}" for name, value in changed.items()) or "none"
+  )
 
 
 def _print(seconds: list[Part], stored: list[Part], total: str | None = "together") -> None:
   print("\ntime, about\n" + estimate.listed(seconds, estimate.duration))
   print("\nmemory of a device, about\n" + estimate.listed(stored, estimate.memory, total))
   if available := estimate.available_bytes():
-    needed = (max if total is None else sum)(part.amount for part in stored if not part.name.endswith("on disk"))
-    print(f"  of {estimate.memory(available)} that it has free" + ("; IT MAY NOT FIT" if needed > available else ""))
+    needed = (max if total is None else sum)(
+      part.amount for part in stored if not part.name.endswith("on disk")
+    )
+    print(
+      f"  of {estimate.memory(available)} that it has free"
+      + ("; IT MAY NOT FIT" if needed > available else "")
+    )
 
 
 def _end(command: str, folder) -> None:

@@ -7,21 +7,29 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, datasets, kernels, keys
-from kipcore.evaluation import ranking
-from kipcore.io import artifact
-from kipcore.selection import coreset, sampling
+from kipcore import augment, checks, datasets, kernels, keys
 from kipcore.architectures import architecture
-from kipcore import augment
-from kipcore.networks import ResNet
-from kipcore.types import Support
 from kipcore.cli import recipes
-from kipcore.cli.runs import pipeline
 from kipcore.cli.config import DistillConfig, EvaluateConfig
 from kipcore.cli.errors import UsageError, usage
+from kipcore.cli.runs import pipeline
+from kipcore.evaluation import ranking
+from kipcore.io import artifact
+from kipcore.networks import ResNet
+from kipcore.selection import coreset, sampling
+from kipcore.types import Support
 
-ALL_EVALUATORS = ("krr", "krr:fc1:nngp", "krr:fc3", "krr:conv3_vec", "network", "network:mlp", "network:convnet",
-                  "network:convnet:dsa", "network:resnet")
+ALL_EVALUATORS = (
+  "krr",
+  "krr:fc1:nngp",
+  "krr:fc3",
+  "krr:conv3_vec",
+  "network",
+  "network:mlp",
+  "network:convnet",
+  "network:convnet:dsa",
+  "network:resnet",
+)
 BASELINES = ("uniform", "kmeans", "herding", "k_center", "leverage", "full")
 _MOST_SEEDS = 10_000
 _RANDOM, _SOLVED = "uniform", "uniform_solved"
@@ -67,10 +75,21 @@ def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, progress=Non
     for name, supports in evaluation.sets.items():
       ridges = {name: coreset.OBJECTIVE_RIDGE} if name == "full" else None
       suited = {key: each for key, each in how.items() if name != "full" or not _too_costly(each)}
-      table += ranking.evaluation_table(config.seed, {name: supports}, suited, data.x_test, data.y_test, config.num_seeds, ridges,
-                                        progress)
-  result = {"dataset": stored.metadata["dataset"]["name"], "support_size": len(stored.images),
-            "recorded_test_accuracy": stored.metadata["result"]["test_accuracy"]}
+      table += ranking.evaluation_table(
+        config.seed,
+        {name: supports},
+        suited,
+        data.x_test,
+        data.y_test,
+        config.num_seeds,
+        ridges,
+        progress,
+      )
+  result = {
+    "dataset": stored.metadata["dataset"]["name"],
+    "support_size": len(stored.images),
+    "recorded_test_accuracy": stored.metadata["result"]["test_accuracy"],
+  }
   own = {entry.evaluator: entry for entry in table if entry.set == "distilled"}
   if "krr" in own:
     result["test_accuracy"] = own["krr"].mean
@@ -78,8 +97,14 @@ def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, progress=Non
     result["network_test_accuracy"] = list(own["network"].accuracies)
     result["network_test_accuracy_mean"] = own["network"].mean
     result["network_test_accuracy_half_width"] = own["network"].half_width
-  return {**result, "num_seeds": config.num_seeds, "test_rows": data.x_test.shape[0], "table": [entry._asdict() for entry in table],
-          "scores": scores_of(table), "markdown": ranking.markdown(table)}
+  return {
+    **result,
+    "num_seeds": config.num_seeds,
+    "test_rows": data.x_test.shape[0],
+    "table": [entry._asdict() for entry in table],
+    "scores": scores_of(table),
+    "markdown": ranking.markdown(table),
+  }
 
 
 def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
@@ -97,24 +122,40 @@ def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
   """
   try:
     about, recorded, _ = (stored.metadata[part] for part in ("dataset", "config", "result"))
-    name, fraction, hashed = config.dataset or about["name"], about["validation_fraction"], str(about["hashes"]["test"])
-    distilled = DistillConfig(**{f.name: recorded[f.name] for f in dataclasses.fields(DistillConfig) if f.name in recorded})
+    name, fraction, hashed = (
+      config.dataset or about["name"],
+      about["validation_fraction"],
+      str(about["hashes"]["test"]),
+    )
+    distilled = DistillConfig(
+      **{f.name: recorded[f.name] for f in dataclasses.fields(DistillConfig) if f.name in recorded}
+    )
     distilled = dataclasses.replace(distilled, test_rows=config.test_rows or distilled.test_rows)
-    raw = datasets.load_dataset(name, config.data_dir or distilled.data_dir, fraction, distilled.seed, distilled.train_rows)
+    raw = datasets.load_dataset(
+      name, config.data_dir or distilled.data_dir, fraction, distilled.seed, distilled.train_rows
+    )
   except (KeyError, TypeError, AttributeError) as error:
-    raise UsageError("expected the artifact of a run, whose metadata name its dataset, config and result; got another "
-                     f"({error!r})") from error
+    raise UsageError(
+      "expected the artifact of a run, whose metadata name its dataset, config and result; got another "
+      f"({error!r})"
+    ) from error
   if raw.hashes["test"] != hashed:
-    raise UsageError(f"the test split of {name} is not the one that the artifact was scored on: "
-                     f"expected sha256 {hashed[:12]}..., got {raw.hashes['test'][:12]}...")
-  data = pipeline.prepare(distilled, raw, stored.preprocess, stored.kernel_fn())._replace(score_kernel=stored.kernel_fn())
+    raise UsageError(
+      f"the test split of {name} is not the one that the artifact was scored on: "
+      f"expected sha256 {hashed[:12]}..., got {raw.hashes['test'][:12]}..."
+    )
+  data = pipeline.prepare(distilled, raw, stored.preprocess, stored.kernel_fn())._replace(
+    score_kernel=stored.kernel_fn()
+  )
   sets = {"distilled": [Support(jnp.asarray(stored.support), jnp.asarray(stored.labels))]}
   for name in config.baselines:
     sets[name] = baseline(name, distilled, data, config)
   return Evaluation(distilled, data, sets)
 
 
-def baseline(name: str, distilled: DistillConfig, data: pipeline.Data, config: EvaluateConfig) -> list[Support]:
+def baseline(
+  name: str, distilled: DistillConfig, data: pipeline.Data, config: EvaluateConfig
+) -> list[Support]:
   """A baseline as large as the distilled set: a support a seed where it is drawn, else one; class labels unless "solved".
 
   Rows are chosen from the training rows of the artifact alone, behind its preprocessing.
@@ -125,21 +166,49 @@ def baseline(name: str, distilled: DistillConfig, data: pipeline.Data, config: E
   seeds = range(config.seed, config.seed + config.num_seeds)
   if name == "leverage":  # scored once, drawn from several times
     m = distilled.images_per_class * data.raw.num_classes
-    _, scores = coreset.score_rows(keys.stream(config.seed, "leverage"), jnp.asarray(data.x_train), jnp.asarray(data.y_train), m,
-                                   data.kernel_fn)
-    rows = [np.asarray(sampling.stratified_sample(keys.stream(seed, "leverage"), scores.leverage, data.raw.y_train, m, uniform_mix=0.1,
-                                                  replace=False).indices) for seed in seeds]
-    return [Support(jnp.asarray(data.x_train[each]), jnp.asarray(data.y_train[each])) for each in rows]
+    _, scores = coreset.score_rows(
+      keys.stream(config.seed, "leverage"),
+      jnp.asarray(data.x_train),
+      jnp.asarray(data.y_train),
+      m,
+      data.kernel_fn,
+    )
+    rows = [
+      np.asarray(
+        sampling.stratified_sample(
+          keys.stream(seed, "leverage"),
+          scores.leverage,
+          data.raw.y_train,
+          m,
+          uniform_mix=0.1,
+          replace=False,
+        ).indices
+      )
+      for seed in seeds
+    ]
+    return [
+      Support(jnp.asarray(data.x_train[each]), jnp.asarray(data.y_train[each])) for each in rows
+    ]
   if name in (_RANDOM, _SOLVED):
-    supports = [pipeline.random_support(keys.stream(seed, "evaluation"), data, distilled.images_per_class) for seed in seeds]
+    supports = [
+      pipeline.random_support(keys.stream(seed, "evaluation"), data, distilled.images_per_class)
+      for seed in seeds
+    ]
     if name == _SOLVED:
-      supports = [pipeline.with_solved_labels(distilled, data, each, data.x_train, data.y_train) for each in supports]
+      supports = [
+        pipeline.with_solved_labels(distilled, data, each, data.x_train, data.y_train)
+        for each in supports
+      ]
     return supports
-  chosen = coreset.select_coreset(config.seed, data.x_train, data.y_train, distilled.images_per_class, name)
+  chosen = coreset.select_coreset(
+    config.seed, data.x_train, data.y_train, distilled.images_per_class, name
+  )
   return [Support(chosen.x, chosen.y)]
 
 
-def evaluator_of(name: str, stored: artifact.Artifact, distilled: DistillConfig, config: EvaluateConfig):
+def evaluator_of(
+  name: str, stored: artifact.Artifact, distilled: DistillConfig, config: EvaluateConfig
+):
   """The evaluator of a name: krr[:ARCHITECTURE[:ntk|nngp]] or network[:ARCHITECTURE|mlp|convnet|resnet[:dsa]].
 
   Raises:
@@ -151,7 +220,9 @@ def evaluator_of(name: str, stored: artifact.Artifact, distilled: DistillConfig,
     raise ValueError(f"evaluators: expected at most two colons, got {name!r}")
   if kind == "krr":
     checks.one_of("evaluators: kernel", option or "ntk", ("ntk", "nngp"))
-    kernel = kernels.NetworkKernel(architecture(what), option or "ntk") if what else stored.kernel_fn()
+    kernel = (
+      kernels.NetworkKernel(architecture(what), option or "ntk") if what else stored.kernel_fn()
+    )
     return ranking.KernelEvaluator(kernel, stored.relative_ridge)
   checks.one_of("evaluators: option", option, ("", "dsa"))
   own = architecture(distilled.architecture) if distilled.score_architecture else stored.arch
@@ -162,7 +233,9 @@ def evaluator_of(name: str, stored: artifact.Artifact, distilled: DistillConfig,
     network, norm = architecture(_NETWORKS[what][0]), _NETWORKS[what][1]
   else:
     network = architecture(what) if what else own
-  return ranking.NetworkEvaluator(network, config.width, norm, augment.DSA if option else "", config.network_steps)
+  return ranking.NetworkEvaluator(
+    network, config.width, norm, augment.DSA if option else "", config.network_steps
+  )
 
 
 def _too_costly(evaluator) -> bool:
@@ -182,13 +255,23 @@ def scores_of(table) -> dict:
     known = [means.get((name, how)) for name in ("distilled", _RANDOM, "full")]
     if None not in known:
       scores[how] = ranking.ranking_scores(*known)._asdict()
-  gains = {how: means["distilled", how] - means[_RANDOM, how] for how in evaluators if (_RANDOM, how) in means}
+  gains = {
+    how: means["distilled", how] - means[_RANDOM, how]
+    for how in evaluators
+    if (_RANDOM, how) in means
+  }
   for how in gains:
     if how.endswith(":dsa") and how.removesuffix(":dsa") in gains:
-      scores.setdefault(how, {})["augmentation_dependence"] = gains[how] - gains[how.removesuffix(":dsa")]
+      scores.setdefault(how, {})["augmentation_dependence"] = (
+        gains[how] - gains[how.removesuffix(":dsa")]
+      )
   return scores
 
 
 def print_entry(entry: ranking.EvaluationEntry) -> None:
   """A line of a table that is being made, as work goes on; standard output is left for the result."""
-  print(f"{entry.set} under {entry.evaluator}: {ranking.shown(entry.mean, entry.half_width)} %", file=sys.stderr, flush=True)
+  print(
+    f"{entry.set} under {entry.evaluator}: {ranking.shown(entry.mean, entry.half_width)} %",
+    file=sys.stderr,
+    flush=True,
+  )

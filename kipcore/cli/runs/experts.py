@@ -5,11 +5,11 @@ import pathlib
 import numpy as np
 
 from kipcore import keys
-from kipcore.io import trajectories
-from kipcore.distillation.methods import experts
 from kipcore.cli import recipes
 from kipcore.cli.config import DistillConfig
 from kipcore.cli.errors import UsageError, usage
+from kipcore.distillation.methods import experts
+from kipcore.io import trajectories
 
 _BATCH = 256
 
@@ -32,21 +32,54 @@ def prepare(config: DistillConfig, data, sampler, path) -> int:
   rows = np.linspace(0, len(data.x_train) - 1, config.expert_rows or len(data.x_train)).astype(int)
   module = recipes.module_of(config, recipes.Problem(data.kernel_fn, data.y_train.shape[1]))
   augmentation = recipes.options_of(config).augmentation
-  names = ("dataset", "seed", "preprocess", "train_rows", "validation_fraction", "width", "num_experts", "expert_epochs", "sampler", "uniform_mix",
-           "weight_exponent", "least_gain")
-  about = {**{name: getattr(config, name) for name in names}, "rows": len(rows), "augmentation": augmentation, "norm": module.norm,
-           "architecture": module.arch.to_json(), "train_hash": data.raw.hashes["train"]}
+  names = (
+    "dataset",
+    "seed",
+    "preprocess",
+    "train_rows",
+    "validation_fraction",
+    "width",
+    "num_experts",
+    "expert_epochs",
+    "sampler",
+    "uniform_mix",
+    "weight_exponent",
+    "least_gain",
+  )
+  about = {
+    **{name: getattr(config, name) for name in names},
+    "rows": len(rows),
+    "augmentation": augmentation,
+    "norm": module.norm,
+    "architecture": module.arch.to_json(),
+    "train_hash": data.raw.hashes["train"],
+  }
   with usage():
     if pathlib.Path(path).exists():
-      known = trajectories.load_trajectories(path, verify=False).metadata  # mtt does, when it opens them
+      known = trajectories.load_trajectories(
+        path, verify=False
+      ).metadata  # mtt does, when it opens them
       different = [name for name in about if known.get(name) != about[name]]
       if different:
-        raise UsageError(f"--experts: {path} holds the experts of another run: {different[0]} is {known.get(different[0])!r}, "
-                         f"expected {about[different[0]]!r}")
+        raise UsageError(
+          f"--experts: {path} holds the experts of another run: {different[0]} is {known.get(different[0])!r}, "
+          f"expected {about[different[0]]!r}"
+        )
     else:
       x, y = data.x_train[rows], data.y_train[rows]
-      trained = (experts.train_expert(keys.stream(config.seed, f"expert {i}"), module, x, y, config.expert_epochs, batch_size=_BATCH,
-                                      sampler=sampler, augmentation=augmentation) for i in range(config.num_experts))
+      trained = (
+        experts.train_expert(
+          keys.stream(config.seed, f"expert {i}"),
+          module,
+          x,
+          y,
+          config.expert_epochs,
+          batch_size=_BATCH,
+          sampler=sampler,
+          augmentation=augmentation,
+        )
+        for i in range(config.num_experts)
+      )
       trajectories.save_trajectories(path, trained, about)
   batch = min(_BATCH, len(rows))
   return config.num_experts * config.expert_epochs * -(-len(rows) // batch) * batch

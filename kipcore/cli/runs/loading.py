@@ -7,8 +7,8 @@ import numpy as np
 
 from kipcore import datasets, kernels, preprocess
 from kipcore.architectures import architecture
-from kipcore.cli.cost import planner
 from kipcore.cli.config import DataConfig
+from kipcore.cli.cost import planner
 from kipcore.cli.errors import usage
 
 
@@ -38,10 +38,18 @@ def load(config: DataConfig) -> Data:
   """
   with usage():
     arch = architecture(config.architecture)
-    raw = datasets.load_dataset(config.dataset, config.data_dir, config.validation_fraction, config.seed, config.train_rows)
-    planner.check_rows(raw, 8 if config.x64 else 4, config.num_devices or jax.local_device_count(), config.test_rows)
-    return prepare(config, raw, preprocess.fit_preprocess(raw.x_train, config.preprocess, raw.pixel_max),
-                   kernels.NetworkKernel(arch, config.kernel, precision=config.precision))
+    raw = datasets.load_dataset(
+      config.dataset, config.data_dir, config.validation_fraction, config.seed, config.train_rows
+    )
+    planner.check_rows(
+      raw, 8 if config.x64 else 4, config.num_devices or jax.local_device_count(), config.test_rows
+    )
+    return prepare(
+      config,
+      raw,
+      preprocess.fit_preprocess(raw.x_train, config.preprocess, raw.pixel_max),
+      kernels.NetworkKernel(arch, config.kernel, precision=config.precision),
+    )
 
 
 def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel_fn) -> Data:
@@ -53,9 +61,17 @@ def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel
     y = preprocess.one_hot_centered(labels, raw.num_classes, dtype)
     return fitted.apply(x, dtype), np.asarray(y)
 
-  data = Data(raw, fitted, *split(raw.x_train, raw.y_train), *split(raw.x_validation, raw.y_validation),
-              *split(raw.x_test[:test_rows], raw.y_test[:test_rows]), kernel_fn,
-              kernels.NetworkKernel(architecture(config.score_architecture or config.architecture), config.kernel))
+  data = Data(
+    raw,
+    fitted,
+    *split(raw.x_train, raw.y_train),
+    *split(raw.x_validation, raw.y_validation),
+    *split(raw.x_test[:test_rows], raw.y_test[:test_rows]),
+    kernel_fn,
+    kernels.NetworkKernel(
+      architecture(config.score_architecture or config.architecture), config.kernel
+    ),
+  )
   for kernel in (data.kernel_fn, data.score_kernel):
     # The kernel's own checks of rank and size, without computing anything.
     jax.eval_shape(kernel, jax.ShapeDtypeStruct((1, *data.x_train.shape[1:]), dtype))

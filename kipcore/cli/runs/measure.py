@@ -12,14 +12,14 @@ import time
 import numpy as np
 
 from kipcore import keys
-from kipcore.distillation.methods import experts as in_experts
-from kipcore.distillation import loop, optimizers
-from kipcore.distillation.methods import trajectory_matching
 from kipcore.cli import recipes
-from kipcore.cli.cost import estimate
-from kipcore.cli.runs import direct, experts, pipeline
 from kipcore.cli.config import DistillConfig
+from kipcore.cli.cost import estimate
 from kipcore.cli.cost.estimate import Part, Work
+from kipcore.cli.runs import direct, experts, pipeline
+from kipcore.distillation import loop, optimizers
+from kipcore.distillation.methods import experts as in_experts
+from kipcore.distillation.methods import trajectory_matching
 
 # What is expected to take longer is estimated, not done.
 _PATIENCE = 10.0
@@ -46,7 +46,9 @@ def distillation(config: DistillConfig, planned: pipeline.Plan) -> tuple[list, l
   a_pair, _ = estimate.seconds_a_pair(kernel_fn, data.x_train, gradient=False)
   rate = estimate.operations_a_second(data.x_train.dtype)
   seconds, support, compiling = [], planned.baselines[0], 0.0
-  work = estimate.of_start(config.init, len(data.x_train), sizes.support, data.x_train[0].size, data.y_train.shape[1])
+  work = estimate.of_start(
+    config.init, len(data.x_train), sizes.support, data.x_train[0].size, data.y_train.shape[1]
+  )
   expected = (work + Work(sizes.solved * sizes.support)).seconds(a_pair, rate)
   if expected < _PATIENCE:
     expected, compiled, found = _apart(lambda: pipeline.start(config, data))
@@ -88,7 +90,9 @@ def _apart(call) -> tuple:
 
 def _scores(config, planned, support, a_pair) -> tuple[float, float]:
   data, sizes = planned.data, planned.sizes
-  rows = estimate.logged_rows(config, sizes) if recipes.has_loop(config) else sizes.scores * sizes.test
+  rows = (
+    estimate.logged_rows(config, sizes) if recipes.has_loop(config) else sizes.scores * sizes.test
+  )
   expected = rows * sizes.support * a_pair
   if expected > _PATIENCE:
     return expected, 0.0
@@ -104,7 +108,12 @@ def _direct(config, planned, support, a_pair, rate) -> float:
   if config.method == "label_solve":
     return Work(rows * m, 2.0 * rows * m**2).seconds(a_pair, rate)
   stride = -(-rows // _ROWS)
-  part = data._replace(x_train=data.x_train[::stride], y_train=data.y_train[::stride], x_test=data.x_test[:_ROWS], y_test=data.y_test[:_ROWS])
+  part = data._replace(
+    x_train=data.x_train[::stride],
+    y_train=data.y_train[::stride],
+    x_test=data.x_test[:_ROWS],
+    y_test=data.y_test[:_ROWS],
+  )
   again, compiled, _ = _apart(lambda: direct.METHODS[config.method](config, part, support))
   return compiled + again * rows / len(part.x_train)
 
@@ -131,7 +140,12 @@ def _loop(config, planned, support) -> tuple[list, float, list]:
     told[0] = time.perf_counter() - compiling
     stored.extend(estimate.memory_of_steps(executable, recipe.kernel))
     available = estimate.available_bytes()
-    if costly or not config.steps or available and sum(part.amount for part in stored) > 0.8 * available:
+    if (
+      costly
+      or not config.steps
+      or available
+      and sum(part.amount for part in stored) > 0.8 * available
+    ):
       raise _StopMeasuring
 
   def advanced(done):
@@ -140,51 +154,97 @@ def _loop(config, planned, support) -> tuple[list, float, list]:
       raise _StopMeasuring
 
   with contextlib.suppress(_StopMeasuring):
-    loop.distill(config.seed, distiller, support, data.x_train, data.y_train, config.steps, planned.devices, (),
-                 lambda step, *_: step or advanced(0), advanced, compiled)
+    loop.distill(
+      config.seed,
+      distiller,
+      support,
+      data.x_train,
+      data.y_train,
+      config.steps,
+      planned.devices,
+      (),
+      lambda step, *_: step or advanced(0),
+      advanced,
+      compiled,
+    )
   if costly:
-    one, _ = estimate.step_of_pairs(sizes, estimate.seconds_a_pair(data.kernel_fn, data.x_train, gradient=True)[0])
+    one, _ = estimate.step_of_pairs(
+      sizes, estimate.seconds_a_pair(data.kernel_fn, data.x_train, gradient=True)[0]
+    )
   elif len(calls) > 1:  # the last call to the devices: the first ones are of few steps, and slower
     (before, started), (done, ended) = calls[-2:]
     one = (ended - started) / (done - before)
   else:
     one = math.nan if config.steps else 0.0
   every = config.refresh_every
-  passes = (config.steps - 1) // every * len(data.x_train) / planned.batch / 2 if every else 0.0  # forward alone: half a step
+  passes = (
+    (config.steps - 1) // every * len(data.x_train) / planned.batch / 2 if every else 0.0
+  )  # forward alone: half a step
   runs = 2 if config.measure_gain else 1
-  name = f"{config.steps:,} steps of {one:.3g} s" + (", twice, once with uniform targets" if runs > 1 else "")
+  name = f"{config.steps:,} steps of {one:.3g} s" + (
+    ", twice, once with uniform targets" if runs > 1 else ""
+  )
   seconds.append(Part(name, runs * (config.steps + passes) * one))
   return seconds, runs * told[0], stored + on_disk
 
 
 def _distiller(config, data, support, batch):
   if config.method != "mtt":
-    return recipes.distiller_of(config, recipes.Problem(data.kernel_fn, data.y_train.shape[1]), pipeline.sampler_of(config), batch)
+    return recipes.distiller_of(
+      config,
+      recipes.Problem(data.kernel_fn, data.y_train.shape[1]),
+      pipeline.sampler_of(config),
+      batch,
+    )
   # Made-up experts: their values change neither time nor memory.
   options = recipes.options_of(config)
   module = recipes.module_of(config, recipes.Problem(data.kernel_fn, data.y_train.shape[1]))
   size, _ = in_experts.flat_parameters(module, support.x)
-  made = np.random.default_rng(0).normal(0, 0.05, (1, options.max_start_epoch + options.expert_epochs + 1, size)).astype(data.x_train.dtype)
-  return loop.Distiller(trajectory_matching.mtt(module, made, options), pipeline.sampler_of(config),
-                        optimizers.optimizer(config.optimizer, config.learning_rate, config.steps, config.schedule), batch)
+  made = (
+    np.random.default_rng(0)
+    .normal(0, 0.05, (1, options.max_start_epoch + options.expert_epochs + 1, size))
+    .astype(data.x_train.dtype)
+  )
+  return loop.Distiller(
+    trajectory_matching.mtt(module, made, options),
+    pipeline.sampler_of(config),
+    optimizers.optimizer(config.optimizer, config.learning_rate, config.steps, config.schedule),
+    batch,
+  )
 
 
 def _experts(config, data, support) -> tuple[list, list]:
   """Training the experts, or nothing where their file is there; it is checked then."""
   module = recipes.module_of(config, recipes.Problem(data.kernel_fn, data.y_train.shape[1]))
   size, _ = in_experts.flat_parameters(module, support.x)
-  on_disk = [Part("experts, on disk", config.num_experts * (config.expert_epochs + 1) * size * data.x_train.itemsize)]
+  on_disk = [
+    Part(
+      "experts, on disk",
+      config.num_experts * (config.expert_epochs + 1) * size * data.x_train.itemsize,
+    )
+  ]
   if config.experts and pathlib.Path(config.experts).exists():
     experts.prepare(config, data, pipeline.sampler_of(config), config.experts)
     return [], on_disk
   rows = min(_EXPERT_ROWS, len(data.x_train))
-  train = lambda seed: in_experts.train_expert(keys.stream(config.seed, f"expert {seed}"), module, data.x_train[:rows], data.y_train[:rows], 1,
-                                               sampler=pipeline.sampler_of(config), augmentation=recipes.options_of(config).augmentation)
+  train = lambda seed: in_experts.train_expert(
+    keys.stream(config.seed, f"expert {seed}"),
+    module,
+    data.x_train[:rows],
+    data.y_train[:rows],
+    1,
+    sampler=pipeline.sampler_of(config),
+    augmentation=recipes.options_of(config).augmentation,
+  )
   again, compiled, _ = _apart(lambda: train(0))
   # Steps cost alike whatever the rows.
   epochs = config.num_experts * config.expert_epochs
-  return [Part(f"{config.num_experts} experts of {config.expert_epochs} epochs",
-               compiled + epochs * again * (config.expert_rows or len(data.x_train)) / rows)], on_disk
+  return [
+    Part(
+      f"{config.num_experts} experts of {config.expert_epochs} epochs",
+      compiled + epochs * again * (config.expert_rows or len(data.x_train)) / rows,
+    )
+  ], on_disk
 
 
 def _networks(config, data, support) -> tuple[float, float]:
@@ -192,5 +252,7 @@ def _networks(config, data, support) -> tuple[float, float]:
   few = data._replace(x_test=data.x_test[:100], y_test=data.y_test[:100])
   again, compiled, _ = _apart(lambda: pipeline.network_scores(short, few, support))
   step, batch = again / _NETWORK_STEPS, min(256, support.x.shape[0])
-  scoring = 2 * len(data.x_test) * step / (3 * batch)  # two passes forward, where a step has one and one back
+  scoring = (
+    2 * len(data.x_test) * step / (3 * batch)
+  )  # two passes forward, where a step has one and one back
   return config.network_seeds * (config.network_steps * step + scoring), compiled
