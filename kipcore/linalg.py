@@ -29,6 +29,36 @@ def matmul(a: Array, b: Array) -> Array:
   return jnp.matmul(a, b, precision=HIGHEST)
 
 
+def squared_distances(x1: Array, x2: Array | None = None) -> Array:
+  """Squared Euclidean distances between rows, accurate for rows far from the origin.
+
+      ||a - b||^2 = ||a'||^2 + ||b'||^2 - 2 <a', b'>,   a' = a - s,  b' = b - s
+
+  with s the mean of `x2`. The error is a few eps times ||a'||^2 + ||b'||^2; distances below that
+  bound, those of equal rows included, are exactly 0. Row i depends on no other row of `x1`.
+  Derivatives are those of the exact formula.
+
+  Args:
+    x1: `(n1, ...)` floating rows, flattened.
+    x2: `(n2, ...)` rows, or None for `x1` itself; then the diagonal is exactly 0.
+
+  Returns:
+    `(n1, n2)`, all entries >= 0.
+  """
+  x1 = x1.reshape(x1.shape[0], -1)
+  same, x2 = x2 is None, x1 if x2 is None else x2.reshape(x2.shape[0], -1)
+  shift = jax.lax.stop_gradient(jnp.mean(x2, axis=0, keepdims=True))
+  x1, x2 = x1 - shift, x2 - shift
+  norms = jnp.sum(x1 * x1, axis=1)[:, None] + jnp.sum(x2 * x2, axis=1)[None, :]
+  raw = norms - 2.0 * matmul(x1, x2.T)
+  rounding = jnp.finfo(raw.dtype).eps * (4.0 + 0.25 * x1.shape[1] ** 0.5)
+  zero = raw <= rounding * norms
+  if same:
+    zero |= jnp.eye(x1.shape[0], dtype=bool)
+  # The value is clipped, the derivative is not: it is exact at equal rows, to second order.
+  return raw + jax.lax.stop_gradient(jnp.where(zero, 0.0, raw) - raw)
+
+
 # Mantissa bits and exponent bits of what products are rounded to.
 PRECISIONS = {"float32": None, "tensorfloat32": (8, 10), "bfloat16": (8, 7)}
 
