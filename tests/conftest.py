@@ -32,17 +32,16 @@ from helpers import enable_x64  # noqa: E402  (after the settings above)
 
 
 def pytest_addoption(parser):
-  parser.addoption("--slow", action="store_true", help="also the tests of slow.txt")
+  parser.addoption("--slow", action="store_true", help="also run tests marked slow")
 
 
 def pytest_collection_modifyitems(config, items):
+  """Deselects tests marked slow, unless `--slow` is given or a test is named by its node id."""
   if config.getoption("--slow") or any("::" in argument for argument in config.args):
     return
-  lines = (pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines()
-  slow = tuple(f"tests/{line}" for line in lines if line and not line.startswith("#"))
-  left_out = [item for item in items if item.nodeid.startswith(slow)]
-  config.hook.pytest_deselected(items=left_out)
-  items[:] = [item for item in items if item not in left_out]
+  slow = [item for item in items if item.get_closest_marker("slow")]
+  config.hook.pytest_deselected(items=slow)
+  items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture(params=["float32", "float64"])

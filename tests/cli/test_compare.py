@@ -39,7 +39,13 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("method", PAIRS)
+@pytest.mark.parametrize(
+  "method",
+  [
+    pytest.param(method, marks=pytest.mark.slow if method not in ("rcig", "dm", "mtt") else ())
+    for method in PAIRS
+  ],
+)
 def test_every_method_runs_from_a_name_and_leaves_its_artifact(method, tmp_path):
   """The artifact gives the recorded score back, and labels that are classes stay so. Devices: the tests of each method."""
   init, sampler = PAIRS[method]

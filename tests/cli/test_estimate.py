@@ -30,6 +30,7 @@ def test_pairs_are_counted():
   assert estimate.pairs(3, 5) == 15 + 8 and estimate.pairs(3, 5, symmetric=True) == 15 + 8 + 6
 
 
+@pytest.mark.slow
 def test_costly_runs_say_so_before_they_start(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(estimate, "WORTH_SECONDS", 0.0)
   config = DistillConfig(**SMALL, steps=2, target_batch_size=30, precision="bfloat16")

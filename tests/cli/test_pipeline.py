@@ -153,6 +153,7 @@ def test_same_seed_same_bytes_and_float64_artifact(tmp_path, x64):
       a.evaluate(np.zeros((1, 8, 8, 1)), np.zeros(1, int))
 
 
+@pytest.mark.slow
 def test_unbalanced_color_images_of_43_classes_from_a_file(tmp_path):
   path = write_npz(tmp_path / "signs.npz")
   config = DistillConfig(dataset=path, **QUICK)
@@ -166,10 +167,12 @@ def test_unbalanced_color_images_of_43_classes_from_a_file(tmp_path):
   [
     dict(method="label_solve"),
     dict(init="noise"),
-    dict(sampler="class_balanced", images_per_class=3),
+    pytest.param(dict(sampler="class_balanced", images_per_class=3), marks=pytest.mark.slow),
     dict(architecture="conv1", steps=2, test_rows=40, target_batch_size=20),
-    dict(kernel="nngp", steps=5),
-    dict(validation_fraction=0.0, steps=0, log_test_accuracy=True),
+    pytest.param(dict(kernel="nngp", steps=5), marks=pytest.mark.slow),
+    pytest.param(
+      dict(validation_fraction=0.0, steps=0, log_test_accuracy=True), marks=pytest.mark.slow
+    ),
   ],
 )
 def test_choices_run(changes, tmp_path):
@@ -253,7 +256,9 @@ def test_wrong_values_are_named_and_nothing_is_left(changes, message, tmp_path):
   assert not (tmp_path / "run" / "distilled.npz").exists()
 
 
-@pytest.mark.parametrize("strategy", ["krr_sensitivity", "kmeans", "auto"])
+@pytest.mark.parametrize(
+  "strategy", ["krr_sensitivity", "kmeans", pytest.param("auto", marks=pytest.mark.slow)]
+)
 def test_selection_writes_points_scores_and_certificate(strategy, tmp_path):
   config = SelectConfig(strategy=strategy, images_per_class=5, num_devices=1)
   folder, result = selection.run_select(config, str(tmp_path), verbose=False)

@@ -72,6 +72,7 @@ def test_rows_at_a_time(monkeypatch):
   assert planner.rows_at_a_time(1000, 10, 4) == 8
 
 
+@pytest.mark.slow
 def test_a_run_in_little_memory_takes_blocks_and_records_them(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(planner, "rows_at_a_time", lambda rows, *_: 64 if rows > 64 else 0)
   config = DistillConfig(steps=3, target_batch_size=200, num_devices=1, test_rows=100)

@@ -90,6 +90,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(begun, whole):
     pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mtt", "frepo"])
 def test_methods_with_files_and_networks_of_their_own(tmp_path, method):
   config = recipes.resolve(
@@ -121,6 +122,7 @@ def test_methods_with_files_and_networks_of_their_own(tmp_path, method):
   )
 
 
+@pytest.mark.slow
 def test_another_number_of_devices_goes_on(begun, whole):
   config = resume.config_of(begun, {"num_devices": 3})
   pipeline.run_distill(config, str(begun), verbose=False, upkeep=GO_ON)
@@ -270,7 +272,10 @@ def wait_for(path: pathlib.Path, process) -> None:
     time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+  "number, status",
+  [pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_a_killed_binary_goes_on_to_the_same_bytes(tmp_path, number, status):
   flags = ["--steps=300", "--target_batch_size=60", "--checkpoint_seconds=0.000001"]
   process = binary(*flags, f"--output_dir={tmp_path / 'run'}")
@@ -296,6 +301,7 @@ def test_a_killed_binary_goes_on_to_the_same_bytes(tmp_path, number, status):
   )
 
 
+@pytest.mark.slow
 def test_a_process_that_is_lost_ends_the_others_and_all_go_on(tmp_path):
   """Two processes on loopback, one of which is killed: the other says so within a minute, and both resume."""
   flags = [

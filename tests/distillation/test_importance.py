@@ -289,7 +289,7 @@ def test_gradient_is_the_same_on_any_number_of_devices_when_all_rows_are_drawn()
       assert abs(other[name] - losses[0][name]) <= 2e-5 * abs(losses[0][name])
 
 
-@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("num_devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_a_refresh_scores_every_row_with_the_current_set(num_devices):
   support, x, y = problem(n=203)
   d = distiller(importance.importance("squared_error", refresh_every=5), batch_size=24)

@@ -60,6 +60,7 @@ def test_solved_labels_of_random_rows_of_mnist(mnist):
   assert np.mean(scores) >= 0.86
 
 
+@pytest.mark.slow
 def test_the_experiment_measures_every_strategy(tmp_path):
   config = SelectConfig(dataset="digits", images_per_class=2, validation_fraction=0.0)
   data = starting_points.load(config, 300)

@@ -43,7 +43,12 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize(
-  "name, get", [(name, "ntk") for name in UNUSUAL] + [("1x1 first", "nngp"), ("two pools", "nngp")]
+  "name, get",
+  [
+    pytest.param(name, "ntk", marks=pytest.mark.slow if name == "wide later" else ())
+    for name in UNUSUAL
+  ]
+  + [("1x1 first", "nngp"), ("two pools", "nngp")],
 )
 def test_unusual_layers_equal_neural_tangents(name, get, x64):
   """On 7 x 5 images, whose rows and columns the windows do not divide."""
@@ -56,7 +61,9 @@ def test_unusual_layers_equal_neural_tangents(name, get, x64):
       assert_close(a, b, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["conv2", "conv2_vec", "myrtle5"])
+@pytest.mark.parametrize(
+  "name", ["conv2", "conv2_vec", pytest.param("myrtle5", marks=pytest.mark.slow)]
+)
 def test_symmetric_half_equals_all_pairs(name, x64):
   """Even, odd, one and two rows; also in tiles that divide nothing."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 6, 4, 1)))
@@ -181,6 +188,7 @@ def test_float64_ignores_the_precision(x64):
     )
 
 
+@pytest.mark.slow
 def test_batches_of_products_change_nothing(x64, monkeypatch):
   """What runs on accelerators, whole tiles as one batch, against pair by pair."""
   x1, x2 = (jnp.asarray(x) for x in images(np.float64, 5, 4))
@@ -190,7 +198,7 @@ def test_batches_of_products_change_nothing(x64, monkeypatch):
     assert_close(NetworkKernel(architecture("conv2"), "ntk", tile)(x1, x2), k, rtol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["fc2", "conv1"])
+@pytest.mark.parametrize("name", ["fc2", pytest.param("conv1", marks=pytest.mark.slow)])
 def test_gram_over_devices_equals_gram_on_one(name, x64):
   """8 simulated devices; rows that they do not divide, fewer rows than devices, one, none."""
   x, other = (jnp.asarray(a) for a in images(np.float64, 11, 3))

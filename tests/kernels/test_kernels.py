@@ -45,7 +45,15 @@ def combination(shape):
 # float64 of pooled networks: `test_convolutions.py` has more of them.
 @pytest.mark.parametrize(
   "name, get, dtype",
-  [(name, "ntk", "float32") for name in NAMES]
+  [
+    pytest.param(
+      name,
+      "ntk",
+      "float32",
+      marks=pytest.mark.slow if name in ("conv2", "conv2_vec", "conv2_gap") else (),
+    )
+    for name in NAMES
+  ]
   + [(name, "ntk", "float64") for name in ("fc1", "fc3", "conv2", "conv2_vec")]
   + [
     ("fc3", "nngp", "float32"),
@@ -90,7 +98,12 @@ def test_diagonal_is_exact(depth, dtype):
   np.testing.assert_allclose(k[0, 1], theta[0], rtol=2 * depth * np.sqrt(np.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("name", ["fc2", "conv2", "conv2_vec", "myrtle5"])
+@pytest.mark.parametrize(
+  "dtype, name",
+  [(dtype, name) for name in ("fc2", "conv2", "conv2_vec") for dtype in ("float32", "float64")]
+  + [pytest.param("float32", "myrtle5", marks=pytest.mark.slow), ("float64", "myrtle5")],
+  indirect=["dtype"],
+)
 def test_diagonal_and_symmetry(name, dtype):
   kernel = kipcore.ntk_fn(architecture(name))
   x, _ = images(dtype)
@@ -167,7 +180,9 @@ def test_bias_free_kernel_is_homogeneous(x64):
   assert_close(kernel(3.0 * x1, 0.5 * x2), 1.5 * kernel(x1, x2), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["fc2", "conv2", "conv1_vec_gap"])
+@pytest.mark.parametrize(
+  "name", ["fc2", pytest.param("conv2", marks=pytest.mark.slow), "conv1_vec_gap"]
+)
 def test_monte_carlo_of_the_flax_realization(name):
   """The mean over random networks is within 5 standard errors (and 3 % for the finite width)."""
   arch = architecture(name)
@@ -289,6 +304,7 @@ def test_description_survives_json_and_hashing(name):
   assert copy == arch and hash(copy) == hash(arch)
 
 
+@pytest.mark.slow
 def test_many_pairs_without_pooling_equal_few():
   """A mean of products over patches, mapped over 60 x 60 pairs, was miscompiled on CPU."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(60, 28, 28, 1)), jnp.float32)

@@ -122,6 +122,7 @@ def test_loss_and_gradients_equal_a_student_by_hand(syn_batch, num_steps, x64):
   np.testing.assert_allclose(slopes["log_rate"], slope, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_augmented_gradient_of_a_convolutional_network(x64):
   """Against finite differences, through four student steps with a transform each."""
   module = networks.network(kipcore.conv_net(1), 4, C, norm="instance")
