@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,13 @@ def run_binary(*arguments) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(
       arguments, status, *(pathlib.Path(path).read_text() for path in paths)
     )
+
+
+def free_port() -> int:
+  """A TCP port on loopback that no process listens on."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
 
 
 @functools.cache

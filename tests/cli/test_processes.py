@@ -1,7 +1,6 @@
 """Two real processes on loopback distill what one process with as many devices distills."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from binaries import ROOT, free_port
 
 import kipcore
 from kipcore.distillation import importance, loop
@@ -49,18 +49,12 @@ def worker(index: int, port: str, path: str) -> None:
   )
 
 
-def free_port() -> int:
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    return s.getsockname()[1]
-
-
 def test_two_processes_equal_one(tmp_path):
   here = os.path.dirname(os.path.abspath(__file__))
   code = "import sys, test_processes as t; t.worker(int(sys.argv[1]), *sys.argv[2:])"
   env = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)]),
+    "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here), str(ROOT)]),
     "CUDA_VISIBLE_DEVICES": "",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
   }

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from test_processes import free_port
+from binaries import free_port
 
 import kipcore
 from kipcore.cli import recipes

@@ -27,6 +27,8 @@ def examples() -> dict[str, list[doctest.DocTest]]:
   """The examples of each module that has some."""
   found = {}
   for path in sorted(PACKAGE.rglob("*.py")):
+    if ">>> " not in path.read_text():
+      continue
     name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
       ".__init__"
     )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close
-from test_kernels import images, neural_tangents_kernel, value_and_gradient
+from kernel_reference import images, neural_tangents_kernel, value_and_gradient
 
 import kipcore
 from kipcore import linalg

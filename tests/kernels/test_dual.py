@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import RTOL, assert_close, standard_promotion
+from kernel_reference import images, neural_tangents_kernel, value_and_gradient
 from scipy import special
-from test_kernels import images, neural_tangents_kernel, value_and_gradient
 
 import kipcore
 from kipcore.architectures import (
