@@ -11,7 +11,6 @@ from kipcore.distillation.loop import (
   DistillInfo,
   DistillResult,
   DistillState,
-  adam,
   distill,
   distill_init,
   distill_step,
@@ -36,7 +35,6 @@ from kipcore.distillation.methods.rfad import (
   rfad,
 )
 from kipcore.distillation.methods.trajectory_matching import TrajectoryMatchingOptions, mtt
-from kipcore.distillation.optimizers import optimizer
 from kipcore.distillation.snapshot import CheckpointPolicy, Snapshot, scale_learning_rate
 from kipcore.distillation.targets import Targets, arrange_targets
 from kipcore.evaluation.krr import KRREvaluation, evaluate_krr
@@ -173,7 +171,6 @@ __all__ = [
   "TrajectoriesError",
   "TrajectoryMatchingOptions",
   "absorb_weights",
-  "adam",
   "approximate_krr_sensitivities",
   "architecture",
   "arrange_targets",
@@ -239,7 +236,6 @@ __all__ = [
   "nngp_fn",
   "ntk_fn",
   "one_hot_centered",
-  "optimizer",
   "random_feature_kernel",
   "random_features",
   "ranking_scores",
@@ -267,6 +263,7 @@ __all__ = [
 ]
 
 # Names of the previous version; they keep working for one version.
+_OPTIMIZERS = ("adam", "optimizer")
 _DEPRECATED = {
   "Keeping": "CheckpointPolicy",
   "one_hot_centred": "one_hot_centered",
@@ -282,4 +279,16 @@ def __getattr__(name: str):
     new = _DEPRECATED[name]
     warnings.warn(f"kipcore.{name} is now kipcore.{new}", DeprecationWarning, stacklevel=2)
     return globals()[new]
+  if name in _OPTIMIZERS:
+    import warnings
+
+    from kipcore.distillation import optimizers
+
+    warnings.warn(
+      f"kipcore.{name} is deprecated: use an optax optimizer, such as "
+      "optax.adam(optax.cosine_decay_schedule(1e-2, 300))",
+      DeprecationWarning,
+      stacklevel=2,
+    )
+    return getattr(optimizers, name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

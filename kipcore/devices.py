@@ -1,4 +1,4 @@
-"""The device axis: which devices share the work, and the one place that maps it over them."""
+"""The device axis: which devices share the work, and the only place where work is mapped over them."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,14 @@ AXIS = "devices"
 
 
 class Axis(NamedTuple):
-  """The device axis: its size, how many devices of it are of this process, from which on, and what `pmap` is told."""
+  """The device axis.
+
+  Attributes:
+    size: number of devices, over all processes.
+    local: number of devices of this process.
+    first: position of the first device of this process.
+    devices: what `pmap` maps over; None for all devices of all processes.
+  """
 
   size: int
   local: int
@@ -18,7 +25,7 @@ class Axis(NamedTuple):
 
   @property
   def own(self) -> slice:
-    """The devices of this process."""
+    """The positions of the devices of this process."""
     return slice(self.first, self.first + self.local)
 
   def every(self, count: int) -> np.ndarray:
@@ -27,13 +34,17 @@ class Axis(NamedTuple):
 
 
 def device_axis(devices) -> Axis:
-  """The axis over a list of devices, over the first one for None, or over all of several processes."""
+  """The axis over a list of devices, over the first local one for None, or over all of several processes.
+
+  Raises:
+    ValueError: for a list of devices with several processes.
+  """
   if jax.process_count() == 1:
     devices = (jax.local_devices()[0],) if devices is None else tuple(devices)
     return Axis(len(devices), len(devices), 0, devices)
   if devices is not None:
     raise ValueError(
-      "devices: expected None where several processes run, all of whose devices take part; got a list"
+      "devices: expected None with several processes, where all devices take part; got a list"
     )
   local = jax.local_device_count()
   first = jax.devices().index(jax.local_devices()[0])
@@ -41,5 +52,9 @@ def device_axis(devices) -> Axis:
 
 
 def pmap(fn, axis: Axis, **options):
-  """The only place where work is mapped over devices."""
+  """`jax.pmap` over the axis: the only place where work is mapped over devices.
+
+  JAX reuses a compilation for the same `fn` (the same object) and equal static arguments, so `fn`
+  should be a function of a module, not a closure.
+  """
   return jax.pmap(fn, axis_name=AXIS, devices=axis.devices and list(axis.devices), **options)

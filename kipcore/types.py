@@ -24,12 +24,16 @@ class Status(enum.IntEnum):
   NOT_FINITE = 3
 
 
-class NumericalError(ArithmeticError):
+class KipcoreError(Exception):
+  """Base class of the errors that kipcore defines; the message is one line."""
+
+
+class NumericalError(KipcoreError, ArithmeticError):
   """A computation ended with a `Status` other than `OK`."""
 
 
-class DatasetError(ValueError):
-  """The data cannot be had or cannot be used; the message is one line."""
+class DatasetError(KipcoreError, ValueError):
+  """The data are unavailable or unusable."""
 
 
 class KernelFn(Protocol):

@@ -15,6 +15,7 @@ five minutes on two idle cores.
 import time
 
 import numpy as np
+import optax
 
 from experiments.benchmarks import harness
 from experiments.benchmarks.harness import mnist, peak_gb, timed
@@ -38,7 +39,7 @@ def seconds_a_step(
   from kipcore.distillation.methods import kip
 
   method = kip.kip(kipcore.ntk_fn(kipcore.fc(1)), kip.KIPOptions(_RIDGE, learn_labels=learn_labels))
-  distiller = kipcore.Distiller(method, sampler, kipcore.adam(0.04, steps), batch_size)
+  distiller = kipcore.Distiller(method, sampler, optax.adam(0.04), batch_size)
   result = kipcore.distill(0, distiller, support, x, y, steps, log_steps=[steps // 2])
   return (result.history[-1]["seconds"] - result.history[1]["seconds"]) / (
     steps - steps // 2
@@ -178,7 +179,7 @@ def shares(data_dir) -> dict:
     support = kipcore.Support(x[start], y[start])
     for name in ("uniform", "cross_entropy"):
       sampler = kipcore.sampler(name)
-      distiller = kipcore.Distiller(method, sampler, kipcore.adam(0.01, 1000), batch)
+      distiller = kipcore.Distiller(method, sampler, optax.adam(0.01), batch)
       state = kipcore.distill_init(0, distiller, support, targets.class_counts, x.shape[0])
       advance = lambda i, s, d=distiller: kipcore.distill_step(jax.random.key(0), d, s, targets)[0]
       # Some steps first, so that the scores are those of a run.

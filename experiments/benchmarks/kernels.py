@@ -18,6 +18,7 @@ import functools
 import time
 
 import numpy as np
+import optax
 
 from experiments.benchmarks import harness
 from kipcore.cli import flags as common
@@ -282,7 +283,7 @@ def kip(data_dir, batch_size: int = 20) -> dict:
       distiller = kipcore.Distiller(
         kip_method.kip(kernel, kip_method.KIPOptions(1e-6)),
         samplers.uniform(),
-        kipcore.adam(0.01, steps),
+        optax.adam(0.01),
         batch_size,
       )
       run = kipcore.distill(

@@ -2,16 +2,18 @@
 
 import contextlib
 
+from kipcore.types import KipcoreError
 
-class UsageError(ValueError):
+
+class UsageError(KipcoreError, ValueError):
   """A wrong flag, file or value."""
 
 
-class OutOfMemory(Exception):
+class OutOfMemory(KipcoreError):
   """Memory that ran out, or would; the message names the part and what helps. Binaries end with status 3."""
 
 
-class Stopped(Exception):
+class Stopped(KipcoreError):
   """A run that was asked to stop, and did so at a checkpoint."""
 
 

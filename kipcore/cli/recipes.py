@@ -1,7 +1,6 @@
 """Methods by name: how each is built from a config, and its settings, published and at CPU size."""
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -76,8 +75,11 @@ def _rfad(config, problem, options):
 
   return rfad.rfad(
     module_of(config, problem),
-    options._replace(
-      relative_ridge=config.relative_ridge, loss=config.loss, learn_labels=config.learn_labels
+    dataclasses.replace(
+      options,
+      relative_ridge=config.relative_ridge,
+      loss=config.loss,
+      learn_labels=config.learn_labels,
     ),
   )
 
@@ -87,7 +89,7 @@ def _frepo(config, problem, options):
 
   return frepo.frepo(
     module_of(config, problem, norm="batch", width_growth=2),
-    options._replace(learn_labels=config.learn_labels),
+    dataclasses.replace(options, learn_labels=config.learn_labels),
   )
 
 
@@ -256,8 +258,8 @@ def options_of(config: DistillConfig):
     return None
   room, name = recipe.options.split(":")
   options = getattr(importlib.import_module(f"kipcore.distillation.methods.{room}"), name)()
-  options = options._replace(**(recipe.cpu_options if config.preset == "cpu" else {}))
-  return options._replace(**parsed("--options", texts, options._asdict()))
+  options = dataclasses.replace(options, **(recipe.cpu_options if config.preset == "cpu" else {}))
+  return dataclasses.replace(options, **parsed("--options", texts, dataclasses.asdict(options)))
 
 
 def parsed(flag: str, texts: list[str], defaults: dict) -> dict:
@@ -284,40 +286,15 @@ def parsed(flag: str, texts: list[str], defaults: dict) -> dict:
 
 
 def distiller_of(config: DistillConfig, problem: Problem, sampler, batch_size: int):
-  """The fixed parts of a run. Equal ones are one object, so that runs that differ in seed and start compile once.
+  """The constant parts of a run. Equal settings give equal distillers, which share a compilation.
 
   Raises:
     UsageError, ValueError: for options and numbers out of range.
   """
-  own = {
-    name: getattr(config, name)
-    for name in (
-      "method",
-      "preset",
-      "options",
-      "width",
-      "optimizer",
-      "learning_rate",
-      "steps",
-      "schedule",
-      "relative_ridge",
-      "loss",
-      "learn_labels",
-      "images_per_class",
-      "target_block_size",
-    )
-  }
-  if config.schedule == "constant":
-    own["steps"] = 0
-  return _distiller(DistillConfig(**own), problem, sampler, batch_size)
-
-
-@functools.lru_cache(maxsize=8)
-def _distiller(config: DistillConfig, problem: Problem, sampler, batch_size: int):
   from kipcore.distillation import loop, optimizers
 
   method = RECIPES[config.method].build(config, problem, options_of(config))
-  optimizer = optimizers.optimizer(
+  optimizer = optimizers.NamedOptimizer(
     config.optimizer, config.learning_rate, config.steps, config.schedule
   )
   return loop.Distiller(method, sampler, optimizer, batch_size)

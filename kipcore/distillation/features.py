@@ -42,7 +42,9 @@ def class_weights(y: Array, weights: Array | None = None) -> Array:
   return one_hot if weights is None else one_hot * weights[None, :]
 
 
-def reading(phi_support: Array, y_support: Array, phi_batch: Array, batch: Batch) -> LossInfo:
+def ridge_loss_info(
+  phi_support: Array, y_support: Array, phi_batch: Array, batch: Batch
+) -> LossInfo:
   """`LossInfo` of ridge regression from the support to the batch in given features; no gradient.
 
   For methods without predictions of their own: how badly the distilled set, read through the network

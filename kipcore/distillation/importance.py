@@ -19,7 +19,7 @@ import optax
 
 from kipcore import checks
 from kipcore.distillation import samplers
-from kipcore.distillation.method import LossInfo, Sampler
+from kipcore.distillation.method import LossInfo, Sampler, value_equal
 from kipcore.selection import draws
 from kipcore.types import Array
 
@@ -136,6 +136,7 @@ SCORES = {
 }
 
 
+@value_equal
 def importance(
   score: str | Callable[[Array, Array], Array] = "cross_entropy",
   uniform_mix: float = 0.5,

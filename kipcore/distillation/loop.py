@@ -1,11 +1,11 @@
-"""The distillation loop: pure steps, mapped over devices, driven from the host.
+"""The distillation loop: pure steps, mapped over devices and driven from the host.
 
-Target rows are divided over the devices; what is learned is replicated. Each device
-draws its share of the batch from its own rows, and gradients are averaged. Every
-random draw depends on (key, step, device) alone, so a run can be continued from any
-state and equals an uninterrupted one.
+Target rows are divided over the devices; everything learned is replicated. Each device draws its
+share of the batch from its own rows, and gradients are averaged. Every random draw depends only on
+(key, step, device), so a run can be resumed from any state and equals an uninterrupted one.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -15,27 +15,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Float, Int
 
 from kipcore import checks, keys, linalg
-from kipcore.devices import AXIS, Axis, device_axis, pmap
+from kipcore.devices import AXIS, device_axis, pmap
 from kipcore.distillation import snapshot
 from kipcore.distillation.method import Batch, Method, Params, Sampler
-from kipcore.distillation.optimizers import adam  # noqa: F401, where callers look for it
 from kipcore.distillation.snapshot import CheckpointPolicy, Snapshot, default_log_steps
 from kipcore.distillation.targets import Targets, arrange_targets
-from kipcore.types import Array, NumericalError, Status, Support
+from kipcore.types import Array, ArrayLike, NumericalError, Status, Support
 
-_MAX_STEPS = 1000  # in one call to the devices
+_MAX_STEPS = 1000  # per call to the devices
 
 
-class Distiller(NamedTuple):
-  """The fixed parts of a run.
+@dataclasses.dataclass(frozen=True)
+class Distiller:
+  """The constant parts of a run. Hashable; equal distillers share one compilation.
 
   Attributes:
-    method: what to learn, e.g. `kip.kip(kernel_fn)`.
-    sampler: which targets to learn from, e.g. `samplers.uniform()`.
-    optimizer: any optax transformation, over the trainable part of the parameters.
-    batch_size: targets a step, over all devices.
+    method: what is learned and how, such as `kip(kernel_fn)`.
+    sampler: which targets to learn from, such as `sampler("cross_entropy")`.
+    optimizer: an optax transformation for the trainable parameters. Optax transformations compare by
+      identity, so pass the same object to share a compilation.
+    batch_size: targets per step, over all devices.
   """
 
   method: Method
@@ -45,32 +47,53 @@ class Distiller(NamedTuple):
 
 
 class DistillState(NamedTuple):
-  """What the next step needs. `step` is the number of steps done; `rate_scale`, 1 at first, multiplies all updates."""
+  """The input of the next step.
+
+  Attributes:
+    params: learned arrays by name.
+    opt_state: state of the optimizer.
+    aux: networks or other state of the method.
+    sampler: state of the sampler.
+    step: int32 scalar, steps done.
+    rate_scale: scalar factor of all updates, initially 1.
+  """
 
   params: Params
   opt_state: Any
   aux: Any
   sampler: Any
-  step: Array
-  rate_scale: Array
+  step: Int[Array, "..."]
+  rate_scale: Float[Array, "..."]
 
 
 class DistillInfo(NamedTuple):
-  """What a reader wants to log of a step, all scalars; `accuracy` is of the batch, before the update."""
+  """Scalars to log after a step.
 
-  loss: Array
-  accuracy: Array
-  gradient_norm: Array
-  status: Array
+  Attributes:
+    loss: of the batch.
+    accuracy: of the batch before the update, in [0, 1].
+    gradient_norm: Euclidean norm over all parameters.
+    status: int32, `types.Status`.
+  """
+
+  loss: Float[Array, "..."]
+  accuracy: Float[Array, "..."]
+  gradient_norm: Float[Array, "..."]
+  status: Int[Array, "..."]
 
 
 class DistillResult(NamedTuple):
-  """`support` learned, final `state` (of the first device), `history` (a dict a logged step), `compile_seconds`.
+  """The result of a run.
 
-  `state.step` says whether all steps were done, or `CheckpointPolicy.stop` ended the run before.
-
-  `seconds` is the time of the steps, without compilation and callbacks. `scores` `(n,)` has the sampler's latest score
-  of each target row, in the order of `x_target`, NaN where a row was never drawn; None for a sampler without scores.
+  Attributes:
+    support: the distilled set.
+    state: final state, on the first device; `state.step` is less than `num_steps` if
+      `CheckpointPolicy.stop` ended the run.
+    history: one dictionary per logged step.
+    compile_seconds: time of compilation.
+    seconds: time of the steps, without compilation and callbacks.
+    scores: `(n,)` latest score of each target row in the order of `x_target`, NaN for rows never
+      drawn; None for a sampler without scores.
   """
 
   support: Support
@@ -82,22 +105,22 @@ class DistillResult(NamedTuple):
 
 
 def distill_init(
-  key, distiller: Distiller, support: Support, class_counts: Array, capacity: int
+  key, distiller: Distiller, support: Support, class_counts: Int[Array, " c"], capacity: int
 ) -> DistillState:
   """The state before the first step.
 
   Args:
     key: root key (or int seed).
-    distiller: fixed parts of the run.
-    support: starting inputs `(m, ...)` and labels `(m, c)`, floating.
+    distiller: constant parts of the run.
+    support: initial inputs `(m, ...)` and labels `(m, c)`, floating.
     class_counts: `(c,)` rows of each class among the targets.
-    capacity: rows of `Targets.x`, padding included.
+    capacity: number of rows of `Targets.x`, padding included.
 
   Returns:
     `DistillState`.
 
   Raises:
-    ValueError, TypeError: for inputs and labels that disagree, or integers.
+    ValueError, TypeError: if inputs and labels disagree or are not floating.
   """
   checks.same_rows("support.x", support.x, "support.y", support.y)
   checks.floating("support.x", support.x)
@@ -118,22 +141,30 @@ def distill_init(
 def distill_step(
   key, distiller: Distiller, state: DistillState, targets: Targets, axis_name: str | None = None
 ) -> tuple[DistillState, DistillInfo]:
-  """One update; pure, so that callers can jit, scan or map it.
+  """One update; pure, so that it can be jitted, scanned or mapped.
+
+  A step whose status is not OK returns the state that it was given, so the last valid state is kept.
 
   Args:
     key: root key, the same at every step.
-    distiller: fixed parts of the run.
-    state: from `distill_init` or the step before.
-    targets: this device's rows, without the device axis.
+    distiller: constant parts of the run.
+    state: from `distill_init` or the previous step.
+    targets: the rows of this device, without the device axis.
     axis_name: name of the mapped device axis, None on one device.
 
   Returns:
     The next state, and `DistillInfo`.
   """
+  return _distill_step(keys.canonical_key(key), distiller, state, targets, axis_name)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def _distill_step(key, distiller, state, targets, axis_name):
   num_devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
   step_key = keys.at_step(keys.stream(key, "step"), state.step)
   device_key = keys.at_step(step_key, 0 if axis_name is None else jax.lax.axis_index(axis_name))
   size = -(-distiller.batch_size // num_devices)
+  given_sampler = state.sampler
   state = _refresh(keys.stream(step_key, "loss"), distiller, state, targets, size, axis_name)
   indices, weights = distiller.sampler.draw(keys.stream(device_key, "draw"), state.sampler, size)
   batch = Batch(targets.x[indices], targets.y[indices], axis_name)
@@ -149,6 +180,10 @@ def distill_step(
     status = jax.lax.pmax(status, axis_name)
   loss, accuracy, gradient = means
   norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
+  # A failed factorization makes the loss NaN as well: the first cause is reported.
+  not_finite = (status == Status.OK) & ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+  status = jnp.where(not_finite, Status.NOT_FINITE, status)
+  ok = status == Status.OK
   with linalg.permissive_promotion():
     updates, opt_state = _optimizer(distiller, state.params).update(
       gradient, state.opt_state, state.params
@@ -156,13 +191,24 @@ def distill_step(
     params = optax.apply_updates(
       state.params, jax.tree.map(lambda update: state.rate_scale * update, updates)
     )
-  aux = distiller.method.update_aux(keys.stream(step_key, "aux"), params, state.aux, state.step)
-  sampler = distiller.sampler.update(state.sampler, indices, batch.y, info)
-  # A failed factorization makes the loss NaN as well: the first cause is the one to report.
-  not_finite = (status == Status.OK) & ~(jnp.isfinite(loss) & jnp.isfinite(norm))
-  status = jnp.where(not_finite, Status.NOT_FINITE, status)
+  params, opt_state = jax.tree.map(
+    lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
+  )
+  # `cond` and not `where`: networks and scores are large, and are updated in place.
+  aux = jax.lax.cond(
+    ok,
+    lambda aux: distiller.method.update_aux(keys.stream(step_key, "aux"), params, aux, state.step),
+    lambda aux: aux,
+    state.aux,
+  )
+  sampler = jax.lax.cond(
+    ok,
+    lambda: distiller.sampler.update(state.sampler, indices, batch.y, info),
+    lambda: given_sampler,
+  )
+  step = state.step + ok.astype(state.step.dtype)
   return (
-    DistillState(params, opt_state, aux, sampler, state.step + 1, state.rate_scale),
+    DistillState(params, opt_state, aux, sampler, step, state.rate_scale),
     DistillInfo(loss, accuracy, norm, status),
   )
 
@@ -170,13 +216,13 @@ def distill_step(
 def _refresh(
   key, distiller: Distiller, state: DistillState, targets: Targets, size: int, axis_name
 ) -> DistillState:
-  """On the sampler's schedule, but not before the first step: all rows scored, in blocks of `size`."""
+  """Scores all rows in blocks of `size`, on the schedule of the sampler but not before the first step."""
   every, capacity = distiller.sampler.refresh_every, targets.x.shape[0]
   if not every:
     return state
 
   def block(sampler, first):
-    # The last block begins early enough to be whole; a row scored twice has the same score.
+    # The last block starts early enough to be complete; a row scored twice gets the same score.
     rows = jnp.minimum(first, max(capacity - size, 0)) + jnp.arange(
       min(size, capacity), dtype=jnp.int32
     )
@@ -195,11 +241,11 @@ def _refresh(
 
 
 def scoring_evaluations(distiller: Distiller, num_rows: int, num_steps: int) -> int:
-  """Target evaluations that refreshes of the sampler add to `num_steps` batches.
+  """Number of target evaluations that refreshes of the sampler add to `num_steps` batches.
 
   Args:
-    distiller: fixed parts of the run.
-    num_rows: all target rows.
+    distiller: constant parts of the run.
+    num_rows: number of target rows.
     num_steps: steps of the run.
 
   Returns:
@@ -213,8 +259,8 @@ def distill(
   key,
   distiller: Distiller,
   support: Support,
-  x_target,
-  y_target,
+  x_target: Float[ArrayLike, "n ..."],
+  y_target: Float[ArrayLike, "n c"],
   num_steps: int,
   devices: Sequence[jax.Device] | None = None,
   log_steps: Sequence[int] | None = None,
@@ -224,36 +270,36 @@ def distill(
   checkpoint_policy: CheckpointPolicy | None = None,
   resume: Snapshot | None = None,
 ) -> DistillResult:
-  """Distills: `num_steps` updates of the support towards the targets.
+  """Distills: `num_steps` updates of the support.
 
   Args:
     key: root key (or int seed); equal keys on equal numbers of devices give equal runs.
-    distiller: fixed parts of the run.
+    distiller: constant parts of the run.
     support: where to start, `(m, ...)` and `(m, c)`.
     x_target: `(n, ...)` rows to learn from, floating host or device array.
     y_target: `(n, c)` labels in the convention of `support.y`.
     num_steps: >= 0.
-    devices: one entry a shard; None for the first local device alone. Where several processes
-      run (`jax.distributed.initialize`), every process calls this with the same arguments, all
-      devices of all of them take part, and None is the only choice.
+    devices: one entry per shard; None for the first local device. With several processes
+      (`jax.distributed.initialize`), every process calls this with the same arguments and None,
+      and all devices of all processes take part.
     log_steps: steps after which to log; None for `default_log_steps(num_steps)`.
-    callback: called as `callback(step, support, record)` at logged steps, the first (0) and
-      the last included; it may add to `record`, which has what `DistillInfo` has and the sampler's metrics.
-    progress: called with the number of steps done, about once a second.
-    compiled: called once with the compiled steps (`jax.stages.Compiled`, whose `memory_analysis` says what a device needs)
-      before the first of them; where one process runs.
-    checkpoint_policy: when and how to keep snapshots of the run, and whether it is to stop; None for neither.
-    resume: a snapshot of a run with the same arguments, to go on from: on as many devices the result is that of the
-      uninterrupted run, bit for bit.
+    callback: called as `callback(step, support, record)` at logged steps, the first (0) and the
+      last included; `record` has the fields of `DistillInfo` and the metrics of the sampler, and the
+      callback may add to it.
+    progress: called with the number of steps done, about once per second.
+    compiled: called once with the compiled steps (`jax.stages.Compiled`, whose `memory_analysis`
+      reports the memory per device) before the first step; with one process only.
+    checkpoint_policy: when and how to save snapshots, and whether to stop; None for neither.
+    resume: a snapshot of a run with the same arguments to continue from. On the same number of
+      devices the result equals that of the uninterrupted run bit for bit.
 
   Returns:
     `DistillResult`.
 
   Raises:
-    NumericalError: if a step met a failed factorization or a value that is not finite;
-      it names the step.
-    ValueError: for shapes that disagree, fewer rows than devices, devices beside several processes, or a snapshot of
-      another run.
+    NumericalError: if a step met a failed factorization or a value that is not finite; it names the step.
+    ValueError: for shapes that disagree, fewer rows than devices, devices with several processes, or
+      a snapshot of another run.
   """
   axis = device_axis(devices)
   if num_steps < 0:
@@ -277,16 +323,17 @@ def distill(
       raise ValueError(
         f"resume: expected a snapshot of at most {num_steps} steps, got one of {done}"
       )
-  run = _mapped(distiller, axis)
+  mapped = pmap(_run_steps, axis, donate_argnums=(2,), static_broadcasted_argnums=(0,))
+  run = functools.partial(mapped, distiller)
   started = time.perf_counter()
   raw_key = np.broadcast_to(jax.random.key_data(key), (axis.local, *jax.random.key_data(key).shape))
-  # Placed on their devices once: otherwise every call would copy, and the second would compile anew.
-  place = pmap(lambda tree: tree, axis)
+  # Placed on the devices once: otherwise every call would copy, and the second would recompile.
+  place = pmap(_identity, axis)
   raw_key, state, targets = place((raw_key, state, targets))
   if compiled is not None:
-    run = run.lower(raw_key, state, targets, axis.every(0), axis.every(0)).compile()
+    run = mapped.lower(distiller, raw_key, state, targets, axis.every(0), axis.every(0)).compile()
     compiled(run)
-  # A call of no steps compiles, and nothing more.
+  # A call with no steps only compiles.
   state, _, _, metrics = jax.block_until_ready(
     run(raw_key, state, targets, axis.every(0), axis.every(0))
   )
@@ -306,7 +353,7 @@ def distill(
   pace, kept, due = 1, time.monotonic(), False
   for stop in log_steps:
     if resume is not None and stop <= resume.step:
-      continue  # It is in the history.
+      continue  # already in the history
     while done < stop:
       asked = checkpoint_policy is not None and checkpoint_policy.stop()
       overdue = (
@@ -336,7 +383,7 @@ def distill(
       record = {
         name: float(value[-1]) for name, value in infos._asdict().items() if name != "status"
       }
-      # About a second of work in a call: Python is no bottleneck, and progress is seen.
+      # About one second of work per call: Python is not a bottleneck, and progress is visible.
       pace = int(min(max(count / elapsed, 1), 2 * pace, _MAX_STEPS))
       if progress is not None:
         progress(done)
@@ -351,53 +398,50 @@ def distill(
   return ended()
 
 
-@functools.lru_cache(maxsize=8)
-def _mapped(distiller: Distiller, axis: Axis):
-  """Steps on every device at once.
+def _run_steps(distiller: Distiller, raw_key, state, targets, count, due):
+  """Steps on one device of the axis; called through `pmap`.
 
-  The number of steps is an argument, so one compilation serves every distance between
-  two logged steps, and every run of the same distiller.
+  The number of steps is an argument, so one compilation serves every distance between two logged
+  steps, and every run of an equal distiller.
   """
+  key = jax.random.wrap_key_data(raw_key)
+  # Processes differ in speed and may request different numbers of steps; one that must stop requests none.
+  count, due = jax.lax.pmin(count, AXIS), jax.lax.pmax(due, AXIS)
 
-  def run(raw_key, state, targets, count, due):
-    key = jax.random.wrap_key_data(raw_key)
-    # Processes differ in speed, and so in how many steps they ask for; one that is to stop asks for none.
-    count, due = jax.lax.pmin(count, AXIS), jax.lax.pmax(due, AXIS)
-
-    def body(carry):
-      i, state, infos, _ = carry
-      after, info = distill_step(key, distiller, state, targets, AXIS)
-      # The state before a step that fails is what there is to go on from.
-      state = jax.tree.map(
-        lambda new, old: jnp.where(info.status == Status.OK, new, old), after, state
-      )
-      infos = jax.tree.map(
-        lambda buffer, value: buffer.at[i].set(value.astype(buffer.dtype)), infos, info
-      )
-      return i + 1, state, infos, info.status
-
-    dtype = jax.tree.leaves(state.params)[0].dtype
-    zeros = jnp.zeros((_MAX_STEPS,), dtype)
-    infos = DistillInfo(zeros, zeros, zeros, jnp.zeros((_MAX_STEPS,), jnp.int32))
-    going = lambda carry: (carry[0] < count) & (carry[3] == Status.OK)
-    count, state, infos, _ = jax.lax.while_loop(
-      going, body, (jnp.int32(0), state, infos, jnp.int32(Status.OK))
+  def body(carry):
+    i, state, infos, _ = carry
+    state, info = distill_step(key, distiller, state, targets, AXIS)
+    infos = jax.tree.map(
+      lambda buffer, value: buffer.at[i].set(value.astype(buffer.dtype)), infos, info
     )
-    return state, infos, (count, due), jax.lax.pmean(distiller.sampler.metrics(state.sampler), AXIS)
+    return i + 1, state, infos, info.status
 
-  return pmap(run, axis, donate_argnums=(1,))
+  dtype = jax.tree.leaves(state.params)[0].dtype
+  zeros = jnp.zeros((_MAX_STEPS,), dtype)
+  infos = DistillInfo(zeros, zeros, zeros, jnp.zeros((_MAX_STEPS,), jnp.int32))
+  more = lambda carry: (carry[0] < count) & (carry[3] == Status.OK)
+  count, state, infos, _ = jax.lax.while_loop(
+    more, body, (jnp.int32(0), state, infos, jnp.int32(Status.OK))
+  )
+  return state, infos, (count, due), jax.lax.pmean(distiller.sampler.metrics(state.sampler), AXIS)
+
+
+def _identity(tree):
+  return tree
 
 
 def _first(tree):
-  """The copy of the first device."""
+  """The copy on the first device."""
   return jax.tree.map(lambda a: a[0], tree)
 
 
 def _optimizer(distiller: Distiller, params: Params) -> optax.GradientTransformation:
-  """The optimizer, its updates scaled by the method's factor for each parameter."""
+  """The optimizer, with its updates scaled by the factor of the method for each parameter."""
   factors = {name: float(factor) for name, factor in distiller.method.trainable(params).items()}
+  # Only `init` and `update` are required of the optimizer, so that it may be hashable by value.
+  optimizer = optax.GradientTransformation(distiller.optimizer.init, distiller.optimizer.update)
   scaled = {
-    f: optax.chain(distiller.optimizer, optax.scale(f)) if f else optax.set_to_zero()
+    f: optax.chain(optimizer, optax.scale(f)) if f else optax.set_to_zero()
     for f in set(factors.values())
   }
   return optax.multi_transform(scaled, factors)

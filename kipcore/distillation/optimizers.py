@@ -1,10 +1,12 @@
-"""Optimizers by name, at the settings that published methods use."""
+"""Optimizers of the published methods, by name and hashable by value, for the commands."""
+
+import dataclasses
 
 import optax
 
 from kipcore import checks
 
-# Names of `optimizer`, with what distinguishes them.
+# SGD with momentum 0.5 is the optimizer of DC, DSA, DM and MTT.
 OPTIMIZERS = {
   "adam": optax.adam,
   "adabelief": optax.adabelief,
@@ -14,13 +16,52 @@ OPTIMIZERS = {
 SCHEDULES = ("constant", "cosine")
 
 
+@dataclasses.dataclass(frozen=True)
+class NamedOptimizer:
+  """An optax transformation described by its settings, so that equal settings are equal.
+
+  Attributes:
+    name: "adam", "adabelief" (RFAD, RCIG), "lamb" (FRePo) or "sgd" (momentum 0.5: DC, DSA, DM, MTT).
+    learning_rate: > 0, the initial rate.
+    num_steps: length of the cosine schedule; unused by a constant schedule.
+    schedule: "constant" or "cosine" (decays to zero).
+  """
+
+  name: str
+  learning_rate: float
+  num_steps: int
+  schedule: str = "constant"
+
+  def __post_init__(self):
+    checks.one_of("optimizer", self.name, tuple(OPTIMIZERS))
+    checks.positive("learning_rate", self.learning_rate)
+    checks.one_of("schedule", self.schedule, SCHEDULES)
+    if self.schedule == "constant":
+      object.__setattr__(self, "num_steps", 0)
+
+  def transformation(self) -> optax.GradientTransformation:
+    """The optax transformation."""
+    rate = self.learning_rate
+    if self.schedule == "cosine":
+      rate = optax.cosine_decay_schedule(rate, max(self.num_steps, 1))
+    return OPTIMIZERS[self.name](rate)
+
+  def init(self, params):
+    """As of an optax transformation."""
+    return self.transformation().init(params)
+
+  def update(self, updates, state, params=None):
+    """As of an optax transformation."""
+    return self.transformation().update(updates, state, params)
+
+
 def optimizer(
   name: str, learning_rate: float, num_steps: int, schedule: str = "constant"
 ) -> optax.GradientTransformation:
-  """An optimizer with a constant rate or one that falls along a cosine to zero.
+  """Deprecated: use an optax optimizer.
 
   Args:
-    name: "adam", "adabelief" (RFAD, RCIG), "lamb" (FRePo) or "sgd" (momentum 0.5: DC, DSA, DM, MTT).
+    name: "adam", "adabelief", "lamb" or "sgd" (with momentum 0.5).
     learning_rate: > 0.
     num_steps: length of the schedule.
     schedule: "constant" or "cosine".
@@ -31,21 +72,13 @@ def optimizer(
   Raises:
     ValueError: for a rate <= 0, an unknown optimizer or schedule.
   """
-  checks.one_of("optimizer", name, tuple(OPTIMIZERS))
-  checks.positive("learning_rate", learning_rate)
-  checks.one_of("schedule", schedule, SCHEDULES)
-  rate = (
-    optax.cosine_decay_schedule(learning_rate, max(num_steps, 1))
-    if schedule == "cosine"
-    else learning_rate
-  )
-  return OPTIMIZERS[name](rate)
+  return NamedOptimizer(name, learning_rate, num_steps, schedule).transformation()
 
 
 def adam(
   learning_rate: float, num_steps: int, schedule: str = "constant"
 ) -> optax.GradientTransformation:
-  """Adam with a constant rate or one that falls along a cosine to zero.
+  """Deprecated: use `optax.adam`.
 
   Args:
     learning_rate: > 0.

@@ -7,10 +7,11 @@ classes of every batch. A draw takes time proportional to the batch, not to the 
 import jax
 import jax.numpy as jnp
 
-from kipcore.distillation.method import Sampler
+from kipcore.distillation.method import Sampler, value_equal
 from kipcore.types import Array
 
 
+@value_equal
 def uniform() -> Sampler:
   """Every row with equal probability, one from each of `size` strata of consecutive rows.
 
@@ -37,6 +38,7 @@ def uniform() -> Sampler:
   )
 
 
+@value_equal
 def class_balanced() -> Sampler:
   """The same number of rows from each class (up to one), each class uniformly, weights 1.
 

@@ -5,7 +5,6 @@ one on as many devices equals the uninterrupted run bit for bit. On another numb
 their scores; the mathematics is the same, the draws are not.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -99,13 +98,12 @@ def row_scores(state, sampler: Sampler, axis: Axis, labels: np.ndarray, key) -> 
 def _of_all_devices(tree, axis: Axis):
   """Leaves `(D, ...)` on the host, of the devices of other processes too."""
   if axis.local != axis.size:
-    tree = jax.tree.map(lambda leaf: leaf[0], _gathering(axis)(tree))
+    tree = jax.tree.map(lambda leaf: leaf[0], pmap(_gather, axis)(tree))
   return jax.tree.map(np.asarray, tree)
 
 
-@functools.lru_cache(maxsize=8)
-def _gathering(axis: Axis):
-  return pmap(lambda tree: jax.lax.all_gather(tree, AXIS), axis)
+def _gather(tree):
+  return jax.lax.all_gather(tree, AXIS)
 
 
 def _scores_in_order(states, sampler: Sampler, shards) -> np.ndarray:

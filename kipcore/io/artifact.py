@@ -18,7 +18,7 @@ from kipcore.architectures import Architecture
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.io import export, npz
 from kipcore.preprocess import Preprocess, one_hot_centered
-from kipcore.types import Support
+from kipcore.types import KipcoreError, Support
 
 FORMAT = "kipcore-distilled"
 FORMAT_VERSION = 1
@@ -26,7 +26,7 @@ _PREPROCESS = "preprocess/"
 _REQUIRED = ("images", "labels", "support")
 
 
-class ArtifactError(ValueError):
+class ArtifactError(KipcoreError, ValueError):
   """A file that is not a whole, unaltered artifact; the message is one line."""
 
 

@@ -15,12 +15,13 @@ import jax
 import numpy as np
 
 from kipcore.distillation.snapshot import Snapshot
+from kipcore.types import KipcoreError
 
 FORMAT = "kipcore-checkpoint"
 FORMAT_VERSION = 1
 
 
-class CheckpointError(ValueError):
+class CheckpointError(KipcoreError, ValueError):
   """A checkpoint that cannot be written or read, or is of another run; the message is one line."""
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from kipcore import checks
 from kipcore.io import atomic
+from kipcore.types import KipcoreError
 
 METADATA = "metadata"
 _DEFLATE_GAIN = 1032  # the most that deflate makes of a byte
@@ -30,7 +31,7 @@ _BLOCK_BYTES = 2**26  # that `read_rows` holds beside the rows
 _MAX_DIMENSIONS = 32
 
 
-class NpzError(ValueError):
+class NpzError(KipcoreError, ValueError):
   """A file that is no whole `.npz` file of plain arrays; the message is one line."""
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from kipcore import checks, preprocess
 from kipcore.io import npz, publishers, torch_files
 from kipcore.io.publishers import KINDS
-from kipcore.types import Support
+from kipcore.types import KipcoreError, Support
 
 _MAX_FLAX_BYTES = 2**30
 # Of RGB sets: the mean of the training pixels in [0, 1], and the mean and deviation that DC, DSA, DM and MTT standardize
@@ -30,7 +30,7 @@ _CONSTANTS = {
 }
 
 
-class PublishedError(ValueError):
+class PublishedError(KipcoreError, ValueError):
   """A file that is no whole distilled set of the expected kind; the message is one line."""
 
 

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from kipcore.io import atomic, npz
+from kipcore.types import KipcoreError
 
 FORMAT = "kipcore-trajectories"
 FORMAT_VERSION = 1
 
 
-class TrajectoriesError(ValueError):
+class TrajectoriesError(KipcoreError, ValueError):
   """Files that are not whole trajectories with their metadata; the message is one line."""
 
 

@@ -9,6 +9,7 @@ import zipfile
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import kipcore
@@ -79,7 +80,7 @@ def sensitivities(x, y):
 
 def distilled(x, y):
   method = kipcore.kip(KERNEL, kipcore.KIPOptions(1e-2))
-  distiller = kipcore.Distiller(method, kipcore.sampler("uniform"), kipcore.adam(1e-2, 2), 6)
+  distiller = kipcore.Distiller(method, kipcore.sampler("uniform"), optax.adam(1e-2), 6)
   return kipcore.distill(0, distiller, SUPPORT, x, y, 2).support
 
 

@@ -11,6 +11,7 @@ import kipcore
 from kipcore.distillation import importance, loop, samplers
 from kipcore.distillation.method import Batch
 from kipcore.distillation.methods import kip
+from kipcore.distillation.optimizers import NamedOptimizer
 from kipcore.kernels.stax import to_stax
 from kipcore.types import Support
 
@@ -208,8 +209,8 @@ def test_a_failure_names_the_step():
       "expected one of mse, cross_entropy",
     ),
     (lambda s, x, y: importance.sampler("best"), "expected one of uniform, class_balanced"),
-    (lambda s, x, y: loop.adam(-1.0, 3), "learning_rate"),
-    (lambda s, x, y: loop.adam(1.0, 3, "linear"), "schedule"),
+    (lambda s, x, y: NamedOptimizer("adam", -1.0, 3), "learning_rate"),
+    (lambda s, x, y: NamedOptimizer("adam", 1.0, 3, "linear"), "schedule"),
   ],
 )
 def test_wrong_input_is_named(call, message):

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed or fail go on from what was kept: bit for bit on as many devices, or say why not."""
 
+import dataclasses
 import json
 import os
 
@@ -35,7 +36,9 @@ def distiller(sampler="cross_entropy", batch_size=48):
     if isinstance(sampler, str)
     else sampler
   )
-  return kipcore.Distiller(METHOD, sampler, kipcore.adam(0.02, 30, "cosine"), batch_size)
+  return kipcore.Distiller(
+    METHOD, sampler, optax.adam(optax.cosine_decay_schedule(0.02, 30)), batch_size
+  )
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +159,14 @@ def test_a_step_that_fails_leaves_the_state_before_it():
     value, info = METHOD.loss(params, (), batch, weights, key)
     return jnp.where(aux >= 4, jnp.nan, 1.0) * value, info
 
-  method = METHOD._replace(
+  method = dataclasses.replace(
+    METHOD,
     loss=loss,
     init_aux=lambda key, params: jnp.int32(0),
     update_aux=lambda key, params, aux, step: aux + 1,
   )
   snapshots = []
-  failing = distiller("uniform")._replace(method=method)
+  failing = dataclasses.replace(distiller("uniform"), method=method)
   with pytest.raises(kipcore.NumericalError, match="step 5 .*NOT_FINITE"):
     kipcore.distill(
       0,
@@ -190,7 +194,7 @@ def test_a_run_whose_numbers_fail_goes_on_more_slowly():
     return jnp.sum(params["x"] ** 4), METHOD.loss(params, aux, batch, weights, key)[1]
 
   wild = kipcore.Distiller(
-    METHOD._replace(loss=loss), kipcore.sampler("uniform"), optax.sgd(1.0), 48
+    dataclasses.replace(METHOD, loss=loss), kipcore.sampler("uniform"), optax.sgd(1.0), 48
   )
   snapshots = []
   with pytest.raises(kipcore.NumericalError):

@@ -1,5 +1,6 @@
 """Methods without a loop: labels solved for, and distillation in closed form."""
 
+import dataclasses
 import time
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def closed_form(config: DistillConfig, data, support: Support) -> Outcome:
   """The set whose ridge regression, in the features of an invertible map, is that of all training rows."""
   started = time.perf_counter()
   with usage():
-    options = recipes.options_of(config)._replace(relative_ridge=config.relative_ridge)
+    options = dataclasses.replace(recipes.options_of(config), relative_ridge=config.relative_ridge)
     found = in_closed_form.krr_closed_form(
       config.seed, data.x_train, data.y_train, support, options
     )

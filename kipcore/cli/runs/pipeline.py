@@ -1,7 +1,6 @@
 """The one path of the data: dataset, preprocessing, start, distillation, artifact, evaluation, pictures."""
 
 import dataclasses
-import functools
 import pathlib
 import sys
 import time
@@ -153,17 +152,14 @@ def uniform_targets(config: DistillConfig, data: Data, support: Support, evaluat
 
 
 def sampler_of(config: DistillConfig) -> method.Sampler:
-  """The sampler of the config; equal ones are one object."""
-  return _sampler(
+  """The sampler of the config."""
+  return importance.sampler(
     config.sampler,
     config.uniform_mix,
     config.weight_exponent,
     config.least_gain,
     config.refresh_every,
   )
-
-
-_sampler = functools.lru_cache(maxsize=32)(importance.sampler)
 
 
 def batch_size_of(config: DistillConfig, data: Data) -> int:
@@ -498,7 +494,7 @@ def check(config: DistillConfig) -> None:
     if recipes.has_loop(config) and config.method != "mtt":  # whose experts are not there yet
       kernel_fn = kernels.NetworkKernel(architecture(config.architecture), config.kernel)
       recipes.RECIPES[config.method].build(config, recipes.Problem(kernel_fn, 2), options)
-    optimizers.optimizer(config.optimizer, config.learning_rate, config.steps, config.schedule)
+    optimizers.NamedOptimizer(config.optimizer, config.learning_rate, config.steps, config.schedule)
 
 
 def _summary(folder, result: dict, least_gain: float) -> str:

@@ -20,7 +20,8 @@ RIDGES = tuple(10.0 ** (half / 2) for half in range(-12, 12))
 _SLOPE = 0.1  # of the leaky ReLU
 
 
-class ClosedFormOptions(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ClosedFormOptions:
   """Choices of `krr_closed_form`.
 
   Attributes:

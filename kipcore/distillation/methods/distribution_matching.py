@@ -1,23 +1,25 @@
 """Distribution matching (DM): the support has the class means of the data in random networks' features."""
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from kipcore import augment, keys, linalg
-from kipcore.distillation.features import class_weights, draw_networks, features, reading
-from kipcore.distillation.method import Batch, Method, Params, across
+from kipcore.distillation.features import class_weights, draw_networks, features, ridge_loss_info
+from kipcore.distillation.method import Batch, Method, Params, sum_over_devices, value_equal
 from kipcore.networks import Network
 from kipcore.types import Array, Support
 
 
-class DMOptions(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class DMOptions:
   """`augmentation`: names for `augment.random_augmentation`, "" for none."""
 
   augmentation: str = augment.DSA
 
 
+@value_equal
 def dm(module: Network, options: DMOptions = DMOptions()) -> Method:
   """Matches the mean feature of each class under a new random network at every step.
 
@@ -53,7 +55,7 @@ def dm(module: Network, options: DMOptions = DMOptions()) -> Method:
     )
     per_class = class_weights(batch.y, weights)
     sums, mass = jax.lax.stop_gradient(
-      across(batch, (linalg.matmul(per_class, phi_t), jnp.sum(per_class, axis=1)))
+      sum_over_devices(batch, (linalg.matmul(per_class, phi_t), jnp.sum(per_class, axis=1)))
     )
     own = class_weights(params["y"])
     count = jnp.sum(own, axis=1)
@@ -61,7 +63,7 @@ def dm(module: Network, options: DMOptions = DMOptions()) -> Method:
     made = linalg.matmul(own, phi_s) / jnp.maximum(count, 1)[:, None]
     both = ((mass > 0) & (count > 0)).astype(phi_s.dtype)
     value = jnp.sum(both * jnp.sum((real - made) ** 2, axis=1))
-    return value, reading(phi_s, params["y"], phi_t, batch)
+    return value, ridge_loss_info(phi_s, params["y"], phi_t, batch)
 
   def redraw(key: Array, params: Params):
     return jax.tree.map(lambda a: a[0], draw_networks(key, module, params["x"], 1))

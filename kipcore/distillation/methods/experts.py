@@ -35,11 +35,6 @@ def flat_parameters(module: Network, x: Array):
   return flat.shape[0], lambda vector: {"params": unravel(vector)}
 
 
-_UNIFORM = (
-  samplers.uniform()
-)  # One object: a sampler is compared by identity, and another would compile anew.
-
-
 def train_expert(
   key,
   module: Network,
@@ -48,7 +43,7 @@ def train_expert(
   num_epochs: int,
   learning_rate: float = 0.01,
   batch_size: int = 256,
-  sampler: Sampler = _UNIFORM,
+  sampler: Sampler = samplers.uniform(),
   momentum: float = 0.0,
   augmentation: str = "",
 ) -> Array:
@@ -62,7 +57,7 @@ def train_expert(
   steps whatever the sampler: equal numbers of target evaluations. Published: 100 experts of 50 epochs, rate 0.01, no momentum,
   batch 256, with DSA (`augment.DSA`). Ours differs in that rows are drawn anew each step and not once an epoch, one transform
   serves all images of a step (same expected gradient, more variance), weights start Gaussian (He) and not uniform, and seeds
-  repeat. Pass the same `sampler` to every expert: then one compilation serves them all.
+  repeat.
 
   Args:
     key: random key (or int seed) of this expert.

@@ -1,5 +1,6 @@
 """FRePo: ridge regression on the features of a pool of networks that are trained on the support as it changes."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -9,12 +10,13 @@ import optax
 
 from kipcore import checks, keys, krr, linalg
 from kipcore.distillation.features import draw_networks, features
-from kipcore.distillation.method import Batch, LossInfo, Method, Params
+from kipcore.distillation.method import Batch, LossInfo, Method, Params, value_equal
 from kipcore.networks import Network
 from kipcore.types import Array, Support
 
 
-class FRePoOptions(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class FRePoOptions:
   """Choices of FRePo, at their published values.
 
   Attributes:
@@ -51,6 +53,7 @@ def label_margin(y: Array, bound: float) -> Array:
   return jnp.mean(jnp.minimum(top[:, 0] - top[:, 1], bound))
 
 
+@value_equal
 def frepo(module: Network, options: FRePoOptions = FRePoOptions()) -> Method:
   """Ridge regression on learned features, with the networks' training left out of the gradient.
 

@@ -1,13 +1,19 @@
 """Gradient matching (DC, DSA): the support gives a network, class by class, the training gradients that the data give it."""
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from kipcore import augment, checks, keys
-from kipcore.distillation.features import class_weights, draw_networks, features, outputs, reading
-from kipcore.distillation.method import Batch, Method, Params, across
+from kipcore.distillation.features import (
+  class_weights,
+  draw_networks,
+  features,
+  outputs,
+  ridge_loss_info,
+)
+from kipcore.distillation.method import Batch, Method, Params, sum_over_devices, value_equal
 from kipcore.networks import Network
 from kipcore.types import Array, Support
 
@@ -15,7 +21,8 @@ _EPS, _TRAIN_BATCH = 1e-6, 256
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 
 
-class GradientMatchingOptions(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class GradientMatchingOptions:
   """Choices of DC and DSA.
 
   Attributes:
@@ -115,6 +122,7 @@ def distance(real, made) -> Array:
   return total
 
 
+@value_equal
 def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptions()) -> Method:
   """Dataset condensation with gradient matching.
 
@@ -125,7 +133,7 @@ def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptio
   (the class of a row; labels are not learned) in batches of up to 256 rows. The support is differentiated through h_c,
   a second derivative, and not through that training. Weights act within a class as in `distribution_matching.dm`; a class
   without targets or without support is left out. On several devices the sums of g_c are taken over all of them.
-  Samplers see `features.reading` of the rows as they are, without augmentation.
+  Samplers see `features.ridge_loss_info` of the rows as they are, without augmentation.
   Published: 1000 networks, so 1000 `outer_steps` steps; SGD of rate 0.1 and momentum 0.5; 256 targets of each class
   ("class_balanced"); ConvNet of depth 3, 128 channels and instance norm; start from noise (DC) or from data (DSA).
   Ours differs in that numbers of images per class other than the six published take the loops of the nearest, and do not
@@ -173,7 +181,7 @@ def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptio
 
     real, in_batch = jax.lax.stop_gradient(
       mean_gradients(
-        batch.x, batch.y, weights.astype(batch.x.dtype), lambda sums: across(batch, sums)
+        batch.x, batch.y, weights.astype(batch.x.dtype), lambda sums: sum_over_devices(batch, sums)
       )
     )
     made, in_support = mean_gradients(
@@ -181,7 +189,7 @@ def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptio
     )
     value = jnp.sum(jnp.where(in_batch & in_support, distance(real, made), 0))
     phi_s, phi_t = (features(module, aux, jax.lax.stop_gradient(x)) for x in (params["x"], batch.x))
-    return value, reading(phi_s, params["y"], phi_t, batch)
+    return value, ridge_loss_info(phi_s, params["y"], phi_t, batch)
 
   def redraw(key: Array, params: Params):
     return jax.tree.map(lambda a: a[0], draw_networks(key, module, params["x"], 1))
@@ -230,8 +238,9 @@ def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptio
   )
 
 
+@value_equal
 def dsa(module: Network, options: GradientMatchingOptions = GradientMatchingOptions()) -> Method:
-  """`dc` with differentiable random_augmentation augmentation: all of `augment.DSA`, alike for targets and support of a class.
+  """`dc` with differentiable siamese augmentation: all of `augment.DSA`, alike for targets and support of a class.
 
   Args:
     module: as for `dc`.
@@ -245,4 +254,6 @@ def dsa(module: Network, options: GradientMatchingOptions = GradientMatchingOpti
 
   Source: Zhao and Bilen 2021 (DSA), eq. 7.
   """
-  return dc(module, options._replace(augmentation=augment.DSA))._replace(name="dsa")
+  return dataclasses.replace(
+    dc(module, dataclasses.replace(options, augmentation=augment.DSA)), name="dsa"
+  )

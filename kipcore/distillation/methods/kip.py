@@ -1,19 +1,20 @@
 """Kernel Inducing Points: learn the support so that its ridge regression predicts the targets."""
 
+import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kipcore import checks, krr
 from kipcore.distillation.features import cross_entropy
-from kipcore.distillation.method import Batch, LossInfo, Method, Params
+from kipcore.distillation.method import Batch, LossInfo, Method, Params, value_equal
 from kipcore.kernels.gram import map_row_blocks
 from kipcore.types import Array, KernelFn, Support
 
 
-class KIPOptions(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class KIPOptions:
   """Choices of KIP.
 
   Attributes:
@@ -33,6 +34,7 @@ class KIPOptions(NamedTuple):
   block_size: int | None = None
 
 
+@value_equal
 def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
   """The KIP method over any kernel.
 

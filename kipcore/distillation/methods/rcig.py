@@ -1,5 +1,6 @@
 """RCIG: ridge regression on linearized networks, with the implicit gradient of what these learn from the support."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -10,13 +11,21 @@ from jax.flatten_util import ravel_pytree
 
 from kipcore import checks, keys, krr, linalg
 from kipcore.distillation.features import cross_entropy, draw_networks, features
-from kipcore.distillation.method import Batch, LossInfo, Method, Params, across
+from kipcore.distillation.method import (
+  Batch,
+  LossInfo,
+  Method,
+  Params,
+  sum_over_devices,
+  value_equal,
+)
 from kipcore.distillation.methods.frepo import Pool, label_margin
 from kipcore.networks import Network
 from kipcore.types import Array, Support
 
 
-class RCIGOptions(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class RCIGOptions:
   """Choices of RCIG, at their published values where these are known to us (not the inner rate and the first temperature).
 
   Attributes:
@@ -51,6 +60,7 @@ class RCIGState(NamedTuple):
   average: Params
 
 
+@value_equal
 def rcig(module: Network, options: RCIGOptions = RCIGOptions()) -> Method:
   """Learns images and labels through one linearized network of a pool at a time, whose readout is solved for.
 
@@ -92,7 +102,7 @@ def rcig(module: Network, options: RCIGOptions = RCIGOptions()) -> Method:
   def regress(phi: Array, y: Array) -> krr.KRRFit:
     return krr.krr_fit(linalg.matmul(phi, phi.T), y, options.l2 * y.shape[0])
 
-  def misfit(phi: Array, y: Array) -> Array:
+  def ridge_loss(phi: Array, y: Array) -> Array:
     return 0.5 * jnp.sum(y * regress(phi, y).dual)
 
   def init_params(support: Support) -> Params:
@@ -107,7 +117,7 @@ def rcig(module: Network, options: RCIGOptions = RCIGOptions()) -> Method:
       return sum(jax.jvp(lambda t: features(module, unravel(t), x), (theta,), (w,)))
 
     def inner(w, p):
-      return misfit(phi(w, p["x"]), p["y"]) + 0.5 * jnp.sum(w * w)
+      return ridge_loss(phi(w, p["x"]), p["y"]) + 0.5 * jnp.sum(w * w)
 
     def outer(p, w):
       phi_s = phi(w, p["x"])
@@ -130,8 +140,10 @@ def rcig(module: Network, options: RCIGOptions = RCIGOptions()) -> Method:
     )
     (value, info), slopes = jax.value_and_grad(outer, argnums=(0, 1), has_aux=True)(fixed, w)
     # Of all devices before it is clipped, which is not linear.
-    devices = across(batch, 1)
-    value, (direct, slope) = jax.tree.map(lambda a: a / devices, across(batch, (value, slopes)))
+    devices = sum_over_devices(batch, 1)
+    value, (direct, slope) = jax.tree.map(
+      lambda a: a / devices, sum_over_devices(batch, (value, slopes))
+    )
     v = _solve(
       lambda u: jax.jvp(lambda t: jax.grad(inner)(t, fixed), (w,), (u,))[1],
       slope,
@@ -164,7 +176,7 @@ def rcig(module: Network, options: RCIGOptions = RCIGOptions()) -> Method:
     )
     trained = _descend(
       pool_adam,
-      lambda net: misfit(features(module, net, params["x"]), params["y"]),
+      lambda net: ridge_loss(features(module, net, params["x"]), params["y"]),
       *_row((variables, opt_state), i),
       options.pool_steps,
     )

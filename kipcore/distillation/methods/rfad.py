@@ -1,19 +1,20 @@
 """Random feature approximation (RFAD): KIP under the kernel of a few random finite networks, redrawn as it goes."""
 
+import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kipcore import checks, krr, linalg
 from kipcore.distillation.features import cross_entropy, draw_networks, features
-from kipcore.distillation.method import Batch, LossInfo, Method, Params
+from kipcore.distillation.method import Batch, LossInfo, Method, Params, value_equal
 from kipcore.networks import Network
 from kipcore.types import Array, Support
 
 
-class RFADOptions(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class RFADOptions:
   """Choices of RFAD, at their published values.
 
   Attributes:
@@ -71,6 +72,7 @@ def random_feature_kernel(module: Network, phi1: Array, phi2: Array) -> Array:
   return readout.w_std**2 * linalg.matmul(phi1, phi2.T) + readout.b_std**2
 
 
+@value_equal
 def rfad(module: Network, options: RFADOptions = RFADOptions()) -> Method:
   """KIP with `random_feature_kernel`, on support images A x.
 

@@ -1,22 +1,23 @@
 """Trajectory matching (MTT): training on the support moves a network as some epochs on the data moved an expert."""
 
+import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kipcore import augment, checks, keys
-from kipcore.distillation.features import cross_entropy, features, outputs, reading
-from kipcore.distillation.method import Batch, Method, Params
+from kipcore.distillation.features import cross_entropy, features, outputs, ridge_loss_info
+from kipcore.distillation.method import Batch, Method, Params, value_equal
 from kipcore.distillation.methods.experts import flat_parameters
 from kipcore.networks import Network
 from kipcore.types import Array, Support
 
 
-class TrajectoryMatchingOptions(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TrajectoryMatchingOptions:
   """Choices of MTT.
 
   Attributes:
@@ -38,6 +39,7 @@ class TrajectoryMatchingOptions(NamedTuple):
   rate_factor: float = 1e-4
 
 
+@value_equal
 def mtt(
   module: Network, trajectories, options: TrajectoryMatchingOptions = TrajectoryMatchingOptions()
 ) -> Method:
@@ -162,7 +164,7 @@ def mtt(
     end, _ = jax.lax.scan(step, start, plan)
     value = jnp.sum((end - goal) ** 2) / jnp.sum((start - goal) ** 2)
     phi_s, phi_t = (features(module, variables(start), rows) for rows in (x, batch.x))
-    return value, reading(phi_s, y, phi_t, batch)
+    return value, ridge_loss_info(phi_s, y, phi_t, batch)
 
   return Method(
     "mtt",

@@ -1,5 +1,7 @@
 """Distillation in closed form: exactness, the inverse of each feature map, the choice of the ridge, what is refused."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -315,7 +317,7 @@ def test_blocks_and_kinds_of_arrays_do_not_matter_and_seeds_repeat(x64):
 def test_float32_reaches_the_accuracy_of_the_full_model(name):
   with enable_x64(False):
     x, y = problem(np.float32, n=2000, noise=1.5)
-    choice = options(name, block_size=300)._replace(bandwidth=8.0)
+    choice = dataclasses.replace(options(name, block_size=300), bandwidth=8.0)
     result = krr_closed_form(0, x[:1000], y[:1000], 1, choice)
     assert result.support.x.dtype == result.support.y.dtype == result.weights.dtype == np.float32
     scores = kipcore.evaluate_krr(
@@ -348,7 +350,7 @@ def test_wrong_arguments_are_named(x64):
   rows = kipcore.class_balanced_indices(1, y.argmax(1), 1, 3)
   start = Support(jnp.asarray(x[rows]), jnp.asarray(y[rows]))
   wrong = {
-    "feature_map: expected one of": options("linear")._replace(feature_map="relu"),
+    "feature_map: expected one of": dataclasses.replace(options("linear"), feature_map="relu"),
     "labels: expected one of": options("linear", labels="soft"),
     "criterion: expected one of": options("linear", criterion="margin"),
     "ridges: expected values > 0": options("linear", ridges=(0.0, 1.0)),

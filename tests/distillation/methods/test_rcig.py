@@ -1,5 +1,7 @@
 """RCIG: its head, its direct and implicit gradients against the bilevel problem solved apart, clipping, devices, runs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +23,14 @@ NETWORK = networks.network(kipcore.fc(1, activation="erf"), 4, C)
 QUICK = rcig.RCIGOptions(
   pool_size=3, max_age=4, pool_rate=1e-2, inner_steps=40, inner_rate=3e-2, l2=0.1
 )
-CONVERGED = QUICK._replace(
-  inner_steps=3000, inner_rate=1e-2, inverse_steps=40, l2=5e-3, clip=False, initial_temperature=3.0
+CONVERGED = dataclasses.replace(
+  QUICK,
+  inner_steps=3000,
+  inner_rate=1e-2,
+  inverse_steps=40,
+  l2=5e-3,
+  clip=False,
+  initial_temperature=3.0,
 )
 
 
@@ -129,7 +137,7 @@ def reference(setting):
 
 def test_head_is_kernel_ridge_regression_on_the_features(x64, quick):
   """At an inner rate of 1e-30 the features are the network's own: the library's KRR, and NumPy's."""
-  still = Setting(QUICK._replace(inner_rate=1e-30))
+  still = Setting(dataclasses.replace(QUICK, inner_rate=1e-30))
   info = jax.jit(
     lambda aux: still.method.loss(still.params, aux, still.batch, still.weights, None)[1]
   )(still.aux)
@@ -152,7 +160,7 @@ def test_head_is_kernel_ridge_regression_on_the_features(x64, quick):
 
 
 def test_value_and_direct_gradient_equal_finite_differences_at_fixed_w(x64):
-  setting = Setting(QUICK._replace(inverse_steps=0, initial_temperature=3.0))
+  setting = Setting(dataclasses.replace(QUICK, inverse_steps=0, initial_temperature=3.0))
   _, outer, adam, *_ = reference(setting)
   p = setting.params
   w = adam(p["x"], p["y"])
@@ -285,7 +293,7 @@ def test_distilling_teaches_and_repeats(sampler):
   support, x, y = problem(np.float32)
   method = rcig.rcig(
     networks.network(kipcore.fc(1), 8, C, softplus=60.0),
-    QUICK._replace(inner_rate=3e-3, inner_steps=5, decay=0.9),
+    dataclasses.replace(QUICK, inner_rate=3e-3, inner_steps=5, decay=0.9),
   )
   assert method.trainable(method.init_params(support)) == {"x": 1, "y": 1, "log_temperature": 10}
   distiller = loop.Distiller(method, importance.sampler(sampler), optax.adabelief(1e-2), 48)

@@ -1,5 +1,6 @@
 """MTT: its loss and gradients, the experts it imitates, and their files."""
 
+import dataclasses
 import functools
 import json
 
@@ -94,7 +95,7 @@ def test_loss_and_gradients_equal_a_student_by_hand(syn_batch, num_steps, x64):
   """In batches of 2 of 5 rows the third is a single row, and the fourth step begins a new permutation."""
   x, y = data()
   method = trajectory_matching.mtt(
-    MODULE, some_experts(), OPTIONS._replace(syn_batch=syn_batch, syn_steps=num_steps)
+    MODULE, some_experts(), dataclasses.replace(OPTIONS, syn_batch=syn_batch, syn_steps=num_steps)
   )
   params = method.init_params(Support(jnp.asarray(x[:5]), jnp.asarray(y[:5])))
   aux, key = method.init_aux(jax.random.key(1), params), jax.random.key(2)
@@ -253,7 +254,10 @@ def test_an_expert_that_diverges_says_so(small):
 
 
 def distiller(
-  walks, sampler, optimizer=optax.sgd(0.3, momentum=0.5), options=OPTIONS._replace(rate_factor=0.1)
+  walks,
+  sampler,
+  optimizer=optax.sgd(0.3, momentum=0.5),
+  options=dataclasses.replace(OPTIONS, rate_factor=0.1),
 ):
   return loop.Distiller(trajectory_matching.mtt(MODULE, walks, options), sampler, optimizer, 16)
 
@@ -417,7 +421,9 @@ BATCH_NORM = networks.network(kipcore.conv_net(1), 4, C, norm="batch")
     ),
     (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w), "trajectories: expected 29 points"),
     (
-      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(max_start_epoch=3)),
+      lambda s, x, y, w: trajectory_matching.mtt(
+        MODULE, w, dataclasses.replace(OPTIONS, max_start_epoch=3)
+      ),
       "expected 6 points",
     ),
     (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w[:0], OPTIONS), "one expert or more"),
@@ -432,31 +438,45 @@ BATCH_NORM = networks.network(kipcore.conv_net(1), 4, C, norm="batch")
       "support.y: expected",
     ),
     (
-      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(syn_steps=-1)),
+      lambda s, x, y, w: trajectory_matching.mtt(
+        MODULE, w, dataclasses.replace(OPTIONS, syn_steps=-1)
+      ),
       "syn_steps",
     ),
     (
-      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(expert_epochs=0)),
+      lambda s, x, y, w: trajectory_matching.mtt(
+        MODULE, w, dataclasses.replace(OPTIONS, expert_epochs=0)
+      ),
       "expert_epochs",
     ),
     (
-      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(max_start_epoch=-1)),
+      lambda s, x, y, w: trajectory_matching.mtt(
+        MODULE, w, dataclasses.replace(OPTIONS, max_start_epoch=-1)
+      ),
       "max_start_epoch",
     ),
     (
-      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(syn_batch=0)),
+      lambda s, x, y, w: trajectory_matching.mtt(
+        MODULE, w, dataclasses.replace(OPTIONS, syn_batch=0)
+      ),
       "syn_batch",
     ),
     (
-      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(initial_rate=0.0)),
+      lambda s, x, y, w: trajectory_matching.mtt(
+        MODULE, w, dataclasses.replace(OPTIONS, initial_rate=0.0)
+      ),
       "initial_rate",
     ),
     (
-      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(rate_factor=-1.0)),
+      lambda s, x, y, w: trajectory_matching.mtt(
+        MODULE, w, dataclasses.replace(OPTIONS, rate_factor=-1.0)
+      ),
       "rate_factor",
     ),
     (
-      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w, OPTIONS._replace(augmentation="mixup")),
+      lambda s, x, y, w: trajectory_matching.mtt(
+        MODULE, w, dataclasses.replace(OPTIONS, augmentation="mixup")
+      ),
       "augmentation",
     ),
     (
