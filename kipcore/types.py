@@ -1,7 +1,7 @@
 """Types shared by all modules."""
 
 import enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ class DatasetError(KipcoreError, ValueError):
   """The data are unavailable or unusable."""
 
 
+@runtime_checkable
 class KernelFn(Protocol):
   """A positive semi-definite kernel, `kernel_fn(x1, x2=None) -> (n1, n2)`.
 

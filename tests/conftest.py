@@ -28,7 +28,11 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-from helpers import enable_x64  # noqa: E402  (after the settings above)
+import typechecks  # noqa: E402  (after the settings above)
+
+typechecks.install("kipcore")
+
+from helpers import enable_x64  # noqa: E402  (imports kipcore)
 
 
 def pytest_addoption(parser):
