@@ -1,15 +1,18 @@
-"""Where to start: a strategy by name chooses rows (or makes points), with weights.
+"""Selection of weighted rows or synthetic points by a named strategy.
 
-Which strategies are backed by theorems, and for what, is said at `select_coreset`.
+The documentation of `select_coreset` says which strategies are backed by theorems.
 """
 
-from typing import NamedTuple
+import contextlib
+import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
-from kipcore import checks, keys
+from kipcore import checks, keys, linalg
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.kernels.gram import gram_diag
 from kipcore.selection import clustering, pursuit, representatives, sampling, sensitivity
@@ -18,7 +21,7 @@ from kipcore.selection.score_ridge import (
   landmark_score_ridge,
   score_ridge_for_dimension,
 )
-from kipcore.types import Array, KernelFn, Support
+from kipcore.types import Array, ArrayLike, KernelFn, NumericalError, Support
 
 STRATEGIES = (
   "uniform",
@@ -33,70 +36,77 @@ STRATEGIES = (
   "herding",
   "k_center",
 )
-# What "auto" compares; the rest either cannot win (noise) or need their weights.
+# Candidates of "auto"; the others either cannot win (noise) or need their weights.
 AUTO_CANDIDATES = ("uniform", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit")
 NEEDS_KERNEL = ("krr_sensitivity", "leverage", "krr_pursuit", "auto")
-# Ridge, as a fraction of the mean diagonal, of objectives over all n rows (pursuit, label solve):
-# the region where full-data ridge regression of natural images is at its best.
+# Ridge of objectives over all n rows (pursuit, label solve), as a fraction of the mean diagonal:
+# about the best ridge for regression of natural images on all data.
 OBJECTIVE_RIDGE = 0.1
 _OBJECTIVE_ROWS = 10_000
 _EXACT_ROWS = 3_000
 
 
-class Coreset(NamedTuple):
-  """Chosen or made points, grouped by class.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coreset:
+  """Selected rows or synthetic points, grouped by class.
 
   Attributes:
     x: `(m, ...)` inputs.
-    y: `(m, c)` labels, as given (not yet absorbing the weights).
-    indices: `(m,)` int32 rows of the data; -1 for points that were made (centroids, noise).
-    weights: `(m,)`: a point stands for that many rows. 1 / (inclusion probability) for uniform,
-      krr_sensitivity and leverage, so that weighted sums are unbiased; cluster sizes for kmeans
-      and kmedoids; else equal shares of the class, which promise nothing.
-    strategy: the one used; for "auto", the candidate that won.
-    ridge: absolute score ridge of `krr_sensitivity` and `leverage`, else None.
-    scores: `sensitivity.SensitivityScores` of these two, else None.
-    objectives: measured objective of each candidate of "auto" that could be fitted, else empty.
+    y: `(m, c)` labels as given; the weights are not absorbed.
+    indices: `(m,)` int32 rows of the data; -1 for synthetic points (centroids, noise).
+    weights: `(m,)`: the number of rows that a point represents. 1 / (inclusion probability) for
+      uniform, krr_sensitivity and leverage, so that weighted sums are unbiased; cluster sizes for
+      kmeans and kmedoids, which sum to n; otherwise equal shares of the class, without guarantee.
+    strategy: the strategy; for "auto", the winning candidate. Static under `jit`.
+    ridge: absolute score ridge of krr_sensitivity and leverage, otherwise None.
+    scores: `SensitivityScores` of these two, otherwise None.
+    objectives: for "auto", the measured objective of each candidate that could be fitted.
   """
 
-  x: Array
-  y: Array
-  indices: np.ndarray
-  weights: Array
-  strategy: str
-  ridge: float | None = None
+  x: Float[Array, "m ..."]
+  y: Float[Array, "m c"]
+  indices: Int[ArrayLike, " m"]
+  weights: Float[Array, " m"]
+  strategy: str = dataclasses.field(metadata={"static": True})
+  ridge: float | Array | None = None
   scores: sensitivity.SensitivityScores | None = None
-  objectives: dict = {}
+  objectives: dict = dataclasses.field(default_factory=dict)
 
 
 def select_coreset(
   key,
-  x: Array,
-  y: Array,
+  x: Float[ArrayLike, "n ..."],
+  y: Float[ArrayLike, "n c"],
   images_per_class: int,
   strategy: str = "auto",
   kernel_fn: KernelFn | None = None,
   relative_ridge: float = 1e-6,
-  score_ridge="auto",
+  score_ridge: float | str = "auto",
   num_candidates: int = 2000,
 ) -> Coreset:
-  """Chooses `images_per_class` points of each class.
+  """Selects `images_per_class` points of each class.
 
   Strategies:
     uniform: distinct rows, uniformly.
-    krr_sensitivity: rows by certified sensitivities of kernel ridge regression at the score ridge, systematically
-      within each class, with weights 1 / (inclusion probability): weighted sums of any function are unbiased, and the
-      theorem of `guarantees.sample_size` holds for m large enough (at a few images a class it promises nothing).
-    leverage: the same by leverage scores, which know no labels.
-    kmeans: centroids of each class (made points); its seeding bounds the k-means cost, that it starts distillation
-      well is empirical.
+    krr_sensitivity: rows by upper bounds on the sensitivities of kernel ridge regression at the score
+      ridge, systematically within each class, with weights 1 / (inclusion probability): weighted sums of
+      any function are unbiased, and the theorem of `sample_size` holds for m large enough (not at a
+      few images per class).
+    leverage: the same by leverage scores, which do not depend on labels.
+    kmeans: centroids of each class (synthetic). The seeding bounds the k-means cost; that centroids are
+      a good start for distillation is empirical.
     kmedoids: the nearest distinct real rows.
     kmeans_plusplus: the seeds.
-    herding, k_center: within each class, see `representatives`; they draw nothing.
-    krr_pursuit: greedy descent of the ridge regression objective over all rows (see `pursuit.krr_pursuit`).
+    herding, k_center: within each class, see `representatives`; deterministic.
+    krr_pursuit: greedy descent of the ridge regression objective over all rows (`krr_pursuit`).
     noise: standard normal.
-    auto: the candidate of AUTO_CANDIDATES with the least `measured_objective`, the error rate of ridge regression on
-      (up to 10,000 of) the given rows, so by that measure never worse than uniform with the same key.
+    auto: the candidate of AUTO_CANDIDATES with the smallest `measured_objective`, the error rate of ridge
+      regression on (up to 10,000 of) the given rows; by that measure never worse than uniform with
+      the same key. Candidates that cannot be computed are left out.
+
+  A class with fewer distinct rows than `images_per_class` gets repeated points, with a warning; equal
+  points share their weight.
 
   Args:
     key: random key (or int seed).
@@ -104,11 +114,10 @@ def select_coreset(
     y: `(n, c)` labels; the largest entry of a row is its class.
     images_per_class: points of each class, >= 1.
     strategy: see above.
-    kernel_fn: the kernel; needed by krr_sensitivity, leverage, krr_pursuit and auto.
+    kernel_fn: the kernel; required by krr_sensitivity, leverage, krr_pursuit and auto.
     relative_ridge: ridge, as a fraction of tr(K_ss) / m, at which "auto" compares.
-    score_ridge: absolute ridge of the sensitivities, or "auto": the one at which the
-      effective dimension is about `score_ridge.AUTO_KAPPA` m. The training ridge would make all
-      scores equal.
+    score_ridge: absolute ridge of the sensitivities, or "auto": the one at which the effective
+      dimension is about `score_ridge.AUTO_KAPPA` m. The training ridge would make all scores equal.
     num_candidates: pool of krr_pursuit, at most n.
 
   Returns:
@@ -130,6 +139,8 @@ def select_coreset(
   labels, num_classes = np.asarray(jnp.argmax(y, axis=1)), y.shape[1]
   stream = keys.stream(key, "coreset")
   uniform = class_balanced_indices(stream, labels, images_per_class, num_classes)
+  if strategy != "noise":
+    _warn_of_repeats(x, labels, images_per_class)
   if strategy == "auto":
     return _best(key, x, y, images_per_class, kernel_fn, relative_ridge, num_candidates)
   share = jnp.repeat(
@@ -153,24 +164,24 @@ def select_coreset(
       rows[np.asarray(choose(padded, images_per_class, present))]
       for rows, padded, present in _by_class(x, labels)
     ]
-    return _rows(x, y, np.concatenate(chosen), 1.0, strategy)._replace(weights=share)
+    return dataclasses.replace(_rows(x, y, np.concatenate(chosen), 1.0, strategy), weights=share)
   return _cluster(stream, x, y, labels, images_per_class, strategy)[0]
 
 
 def class_balanced_indices(key, labels, per_class: int, num_classes: int) -> np.ndarray:
-  """`per_class` distinct rows of each class, drawn uniformly, grouped by class.
+  """Distinct rows of each class, drawn uniformly and grouped by class.
 
   Args:
     key: random key (or int seed).
     labels: `(n,)` integers in [0, num_classes).
-    per_class: rows a class, >= 1.
+    per_class: rows per class, >= 1.
     num_classes: c.
 
   Returns:
     `(c * per_class,)` int indices.
 
   Raises:
-    ValueError: where a class has fewer rows than `per_class`; it names the class.
+    ValueError: if a class has fewer rows than `per_class`; the message names the class.
   """
   checks.positive_int("per_class", per_class)
   labels = np.asarray(labels)
@@ -195,7 +206,7 @@ def _rows(x, y, rows, weights, strategy, **extra) -> Coreset:
 
 
 def _by_class(x, labels):
-  """Of each class: its rows, they themselves as vectors padded to the largest class (one compilation serves all), which are no padding."""
+  """Yields per class: row indices, the rows as vectors padded to the largest class (so that all classes share a compilation), and a mask."""
   flat = x.reshape(x.shape[0], -1)
   longest = int(np.bincount(labels).max())
   for c in np.unique(labels):
@@ -204,7 +215,7 @@ def _by_class(x, labels):
 
 
 def _cluster(key, x, y, labels, per_class, *strategies) -> list[Coreset]:
-  """Per class: k-means centroids, the rows nearest to them, or the seeds alone; one clustering serves several."""
+  """k-means centroids per class, the nearest rows, or the seeds; several strategies share one clustering."""
   parts = {strategy: [] for strategy in strategies}
   for rows, padded, present in _by_class(x, labels):
     class_key = keys.at_step(keys.stream(key, "cluster"), int(labels[rows[0]]))
@@ -221,6 +232,7 @@ def _cluster(key, x, y, labels, per_class, *strategies) -> list[Coreset]:
         class_key, padded, per_class, present, num_trials=_trials(per_class), num_inits=2
       )
       mass = jnp.zeros((per_class,), x.dtype).at[result.assignment].add(present)
+      mass = _shared_masses(result.centers, mass)
       if "kmeans" in parts:
         parts["kmeans"].append((result.centers, made, mass))
       if "kmedoids" in parts:
@@ -232,21 +244,57 @@ def _cluster(key, x, y, labels, per_class, *strategies) -> list[Coreset]:
   coresets = []
   for strategy in strategies:
     points, indices, weights = zip(*parts[strategy])
-    # Cluster sizes; a made point for which none was nearest keeps a weight of one row.
     coresets.append(
       Coreset(
         jnp.concatenate(points).reshape(-1, *x.shape[1:]),
         targets,
         np.concatenate(indices),
-        jnp.maximum(jnp.concatenate(weights), 1.0),
+        jnp.concatenate(weights),
         strategy,
       )
     )
   return coresets
 
 
+def _shared_masses(centers, mass):
+  """Cluster masses with the same sum, where each empty cluster shares the mass of the nearest other one.
+
+  Clusters are empty if there are fewer distinct rows than clusters: their centers repeat others.
+  """
+  empty = np.asarray(mass) <= 0
+  if not empty.any():
+    return mass
+  distances = np.asarray(linalg.squared_distances(centers))
+  owner = np.where(
+    empty, np.argmin(np.where(empty[None], np.inf, distances), axis=1), np.arange(len(empty))
+  )
+  return mass[owner] / jnp.asarray(np.bincount(owner, minlength=len(empty))[owner], mass.dtype)
+
+
+def _warn_of_repeats(x, labels, per_class: int) -> None:
+  """Warns if a class has fewer distinct rows than points requested."""
+  flat = np.asarray(x).reshape(x.shape[0], -1)
+  few = {}
+  for c in np.unique(labels):
+    seen = set()
+    for row in flat[labels == c]:
+      seen.add(row.tobytes())
+      if len(seen) >= per_class:
+        break
+    else:
+      few[int(c)] = len(seen)
+  if few:
+    c, distinct = next(iter(few.items()))
+    warnings.warn(
+      f"images_per_class: expected at most the number of distinct rows of each class, got {per_class} for "
+      f"{distinct} distinct rows of class {c} ({len(few)} such classes); points are repeated",
+      UserWarning,
+      stacklevel=3,
+    )
+
+
 def _trials(k: int) -> int:
-  """scikit-learn's number of trials of greedy k-means++."""
+  """Number of trials of greedy k-means++, as in scikit-learn."""
   return 2 + int(np.log(k))
 
 
@@ -279,18 +327,18 @@ def _pursue(key, x, y, per_class, kernel_fn, num_candidates, share) -> Coreset:
   checks.raise_for_status(
     "krr_pursuit (are there enough distinct rows of each class?)", result.status
   )
-  return _rows(x, y, result.indices, 1.0, "krr_pursuit")._replace(weights=share)
+  return dataclasses.replace(_rows(x, y, result.indices, 1.0, "krr_pursuit"), weights=share)
 
 
 def num_score_columns(num_rows: int, num_samples: int) -> int:
-  """Columns of the kernel matrix that `score_rows` evaluates: its landmarks, or all rows of a small dataset."""
+  """The number of kernel columns that `score_rows` evaluates: its landmarks, or all rows of a small dataset."""
   return num_rows if num_rows <= _EXACT_ROWS else min(num_rows, max(2 * num_samples, 1000))
 
 
 def score_rows(
   key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn, score_ridge="auto"
 ) -> tuple[float, sensitivity.SensitivityScores]:
-  """Ridge regression sensitivities of all rows: exact up to 3,000 rows, else certified over-estimates.
+  """Ridge regression sensitivities of all rows: exact up to 3,000 rows, otherwise upper bounds.
 
   Args:
     key: random key (or int seed), for landmarks.
@@ -301,7 +349,7 @@ def score_rows(
     The absolute score ridge, and `SensitivityScores`.
 
   Raises:
-    ValueError: for a score ridge <= 0. NumericalError: where a factorization failed.
+    ValueError: for a score ridge <= 0. NumericalError: if a factorization failed.
   """
   n = x.shape[0]
   exact, num_landmarks = n <= _EXACT_ROWS, num_score_columns(n, num_samples)
@@ -315,7 +363,7 @@ def score_rows(
     )
     ridge = float(chosen.ridge)
     checks.finite(
-      "ridge of the scores (x may hold numbers that are too large for the kernel)", ridge
+      "ridge of the scores (x may contain numbers that are too large for the kernel)", ridge
     )
   else:
     checks.positive("score_ridge", score_ridge)
@@ -332,9 +380,9 @@ def score_rows(
 
 def _by_scores(key, x, y, labels, m, kernel_fn, score_ridge, strategy) -> Coreset:
   ridge, scores = score_rows(key, x, y, m, kernel_fn, score_ridge)
-  law = scores.leverage if strategy == "leverage" else scores.scores
+  probabilities = scores.leverage if strategy == "leverage" else scores.scores
   sample = sampling.stratified_sample(
-    keys.stream(key, "sample"), law, labels, m, uniform_mix=0.1, replace=False
+    keys.stream(key, "sample"), probabilities, labels, m, uniform_mix=0.1, replace=False
   )
   return _rows(x, y, sample.indices, sample.weights, strategy, ridge=ridge, scores=scores)
 
@@ -342,20 +390,20 @@ def _by_scores(key, x, y, labels, m, kernel_fn, score_ridge, strategy) -> Corese
 def measured_objective(
   kernel_fn: KernelFn, coreset: Coreset, x: Array, y: Array, relative_ridge: float = 1e-6
 ) -> float:
-  """What "auto" compares: the share of given rows that ridge regression on the coreset misclassifies.
+  """The error rate on the given rows of ridge regression on a coreset, which "auto" compares.
 
-  Not the squared error: with few points their predictions are off in scale, and the candidate
-  with the least squared error may be one that hardly predicts at all.
+  The squared error is less suitable: with few points the scale of predictions is wrong, and a candidate
+  with predictions near zero can have the smallest squared error.
 
   Args:
     kernel_fn: the kernel.
     coreset: a candidate; its weights are not used.
-    x: `(n, ...)` rows; of more than 10,000 an evenly spaced part is taken.
+    x: `(n, ...)` rows; more than 10,000 are subsampled evenly.
     y: `(n, c)` labels.
     relative_ridge: as a fraction of tr(K_ss) / m.
 
   Returns:
-    The error rate; infinite where the kernel matrix cannot be factorized.
+    The error rate; infinite if the kernel matrix cannot be factorized.
   """
   stride = max(1, -(-x.shape[0] // _OBJECTIVE_ROWS))
   result = krr_evaluation.evaluate_krr(
@@ -371,13 +419,13 @@ def measured_objective(
 def auto_candidates(
   key, x: Array, y: Array, images_per_class: int, kernel_fn: KernelFn, num_candidates: int = 2000
 ) -> dict[str, Coreset]:
-  """What "auto" chooses from: the coresets of AUTO_CANDIDATES as `select_coreset` gives them with the same key.
+  """The candidates of "auto": coresets of AUTO_CANDIDATES as returned by `select_coreset` with the same key.
 
   Args:
     key, x, y, images_per_class, kernel_fn, num_candidates: as in `select_coreset`.
 
   Returns:
-    Coresets by strategy; k-means and k-medoids share one clustering.
+    Coresets by strategy, without candidates that cannot be computed; k-means and k-medoids share a clustering.
 
   Raises:
     ValueError: as `select_coreset`.
@@ -392,7 +440,8 @@ def auto_candidates(
   found.update(
     zip(names, _cluster(keys.stream(key, "coreset"), x, y, labels, images_per_class, *names))
   )
-  found["krr_pursuit"] = select("krr_pursuit")
+  with contextlib.suppress(NumericalError):
+    found["krr_pursuit"] = select("krr_pursuit")
   return found
 
 
@@ -410,4 +459,4 @@ def _best(key, x, y, per_class, kernel_fn, relative_ridge, num_candidates) -> Co
     raise ValueError(
       "auto: no candidate has a kernel matrix that can be factorized; raise relative_ridge"
     )
-  return best._replace(objectives=objectives)
+  return dataclasses.replace(best, objectives=objectives)

@@ -56,8 +56,9 @@ def score_ridge_for_dimension(k: Array, target, weights: Array | None = None) ->
     weights: `(n,)` input weights, with a matrix only.
 
   Returns:
-    `ScoreRidge`; `converged` says whether d_eff is within 1e-6 of the target,
-    relatively (float64; 1e-4 in float32). It is not where the target is over the rank.
+    `ScoreRidge`; `converged` tells whether d_eff is within a relative 1e-6 of the target (float64;
+    1e-4 in float32). It is not if the target exceeds the rank, or if the ridge would be smaller than
+    what scores accept in float32; then the ridge is the smallest that they accept.
 
   Raises:
     ValueError: for a target outside (0, n) or shapes that do not fit.
@@ -74,7 +75,7 @@ def score_ridge_for_dimension(k: Array, target, weights: Array | None = None) ->
     raise ValueError(
       "weights: expected None with eigenvalues, got an array; weight the matrix instead"
     )
-  return _bisect_ridge(values, jnp.zeros((), wide), jnp.asarray(target, wide))
+  return _bisect_ridge(values, jnp.zeros((), wide), jnp.asarray(target, wide), k.shape[0])
 
 
 def landmark_score_ridge(
@@ -109,7 +110,7 @@ def landmark_score_ridge(
   _check_target(target, n)
   checks.positive_int("num_landmarks", num_landmarks)
   values, tail = _landmark_spectrum(key, kernel_fn, x, num_landmarks, weights, block_size)
-  return _bisect_ridge(values, tail, jnp.asarray(target, values.dtype))
+  return _bisect_ridge(values, tail, jnp.asarray(target, values.dtype), n)
 
 
 def effective_dimension_bounds(
@@ -177,8 +178,8 @@ def _nystrom_spectrum(kernel_fn, x, root, landmarks, block_size):
   return jnp.linalg.eigvalsh(moment), jnp.maximum(tail, 0)
 
 
-@jax.jit
-def _bisect_ridge(values, tail, target):
+@functools.partial(jax.jit, static_argnums=3)
+def _bisect_ridge(values, tail, target, num_rows):
   values = jnp.maximum(values, 0)
   lower_dimension = lambda ridge: jnp.sum(values / (values + ridge))
   dimension = lambda ridge: lower_dimension(ridge) + tail / ridge
@@ -187,6 +188,10 @@ def _bisect_ridge(values, tail, target):
   high = jnp.log(trace / target)
   # Eigenvalues below n eps times the largest are rounding, and so is a ridge there.
   low = jnp.log(jnp.max(values) * values.shape[0] * jnp.finfo(values.dtype).eps)
+  if values.dtype == jnp.float32:
+    # Twice the smallest ridge that scores accept in float32: landmarks may have a larger mean diagonal.
+    low = jnp.maximum(low, jnp.log(2 * scoring.FLOAT32_RIDGE_FLOOR * trace / num_rows))
+    high = jnp.maximum(low, high)
 
   def halve(_, ends):
     middle = 0.5 * (ends[0] + ends[1])

@@ -1,5 +1,9 @@
 """One contract for every strategy, the three exact cures for weights, and what `auto` promises."""
 
+import dataclasses
+import warnings
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -155,3 +159,95 @@ def test_auto_is_never_worse_than_uniform_by_its_measure(dtype):
 def test_wrong_input_is_named(call, message):
   with pytest.raises(ValueError, match=message):
     call(*blobs())
+
+
+def repeated_rows(dtype, copies=10):
+  """Four distinct rows in two classes, each repeated, and their labels."""
+  rows = np.array([[0, 0], [1, 0], [0, 1], [1, 1]], dtype)
+  labels = np.repeat([0, 0, 1, 1], copies)
+  return np.repeat(rows, copies, axis=0), np.asarray(kipcore.one_hot_centered(labels, 2), dtype)
+
+
+EVERY_STRATEGY = [s for s in coreset.STRATEGIES if s not in ("noise", "krr_pursuit")]
+
+
+@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
+def test_duplicate_rows_keep_the_total_weight_and_are_reported(strategy):
+  x, y = repeated_rows("float32")
+  with pytest.warns(UserWarning, match="got 5 for 2 distinct rows of class 0"):
+    chosen = kipcore.select_coreset(0, x, y, 5, strategy, kipcore.ntk_fn(kipcore.fc(1)))
+  assert chosen.x.shape == (10, 2)
+  # Scores give unbiased weights, whose sum is random; all other weights sum to the number of rows.
+  tolerance = 0.05 if strategy in ("krr_sensitivity", "leverage") else 1e-5
+  np.testing.assert_allclose(np.sum(chosen.weights), len(x), rtol=tolerance)
+  assert np.all(np.asarray(chosen.weights) > 0)
+
+
+def test_equal_points_share_their_weight():
+  x, y = repeated_rows("float32")
+  with pytest.warns(UserWarning):
+    chosen = kipcore.select_coreset(0, x, y, 5, "kmeans")
+  for row in np.unique(x, axis=0):
+    same = np.all(np.asarray(chosen.x) == row, axis=1)
+    weights = np.asarray(chosen.weights)[same]
+    np.testing.assert_allclose(weights.sum(), 10, rtol=1e-6)
+    np.testing.assert_allclose(weights, weights[0], rtol=1e-6)
+
+
+def test_enough_distinct_rows_give_no_warning():
+  x, y = repeated_rows("float32")
+  with warnings.catch_warnings():
+    warnings.simplefilter("error", UserWarning)
+    kipcore.select_coreset(0, x, y, 2, "kmedoids")
+
+
+@pytest.mark.parametrize("target", [2.0, 6.0, 30.0])
+def test_automatic_score_ridges_are_accepted_by_the_scores(target):
+  """Four distinct rows have an effective dimension of at most 4: a larger target gives a tiny ridge."""
+  x, y = repeated_rows("float32")
+  kernel_fn = kipcore.ntk_fn(kipcore.fc(1))
+  k = kernel_fn(jnp.asarray(x))
+  exact = kipcore.score_ridge_for_dimension(k, target).ridge
+  assert np.isfinite(kipcore.krr_sensitivities(k, jnp.asarray(y), exact)).all()
+  assert np.isfinite(kipcore.ridge_leverage_scores(k, exact)).all()
+  bound = kipcore.landmark_score_ridge(0, kernel_fn, jnp.asarray(x), target, 20).ridge
+  scores = kipcore.approximate_krr_sensitivities(
+    0, kernel_fn, jnp.asarray(x), jnp.asarray(y), bound, 20
+  )
+  assert np.isfinite(scores.scores).all()
+
+
+def test_auto_leaves_out_candidates_that_fail():
+  x, y = repeated_rows("float32")
+  kernel_fn = kipcore.ntk_fn(kipcore.fc(1))
+  with pytest.warns(UserWarning):
+    with pytest.raises(kipcore.NumericalError):
+      kipcore.select_coreset(0, x, y, 5, "krr_pursuit", kernel_fn)
+    chosen = kipcore.select_coreset(0, x, y, 5, "auto", kernel_fn)
+  assert "krr_pursuit" not in chosen.objectives and chosen.strategy in chosen.objectives
+
+
+def test_coresets_pass_through_jit():
+  x, y = repeated_rows("float32")
+  chosen = kipcore.select_coreset(0, x, y, 2, "krr_sensitivity", kipcore.ntk_fn(kipcore.fc(1)))
+  doubled = jax.jit(lambda c: dataclasses.replace(c, weights=2 * c.weights))(chosen)
+  assert doubled.strategy == "krr_sensitivity"
+  np.testing.assert_array_equal(doubled.weights, 2 * chosen.weights)
+  assert all(isinstance(leaf, (jax.Array, np.ndarray, float)) for leaf in jax.tree.leaves(chosen))
+
+
+@pytest.mark.parametrize("offset, features", [(128.0, 300), (1000.0, 8)])
+def test_selection_does_not_depend_on_a_common_shift(offset, features):
+  """float32 rows far from the origin give the selection of the centered rows."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(120, features)).round(2)  # offsets are exact in float32 to that precision
+  labels = np.arange(120) % 2
+  x[labels == 1] += 1.0
+  y = np.asarray(kipcore.one_hot_centered(labels, 2))
+  shifted = (x + offset).astype("f4")
+  centered = (shifted.astype("f8") - offset).astype("f4")
+  for strategy in ("kmeans", "kmedoids", "kmeans_plusplus", "herding", "k_center"):
+    here, there = (kipcore.select_coreset(0, rows, y, 4, strategy) for rows in (centered, shifted))
+    np.testing.assert_array_equal(here.indices, there.indices, err_msg=strategy)
+    np.testing.assert_allclose(here.weights, there.weights, err_msg=strategy)
+    np.testing.assert_allclose(here.x + offset, there.x, rtol=1e-5, err_msg=strategy)
