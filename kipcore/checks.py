@@ -1,16 +1,17 @@
-"""Eager checks at the public edge: shape, dtype and range, "expected ..., got ...".
+"""Eager validation of arguments; messages have the form "NAME: expected ..., got ...".
 
-Checks of shape and dtype look at nothing but shape and dtype and so also work on
-traced arrays. Checks of values (`finite`) belong to the host and skip tracers.
+Checks of shape and dtype also work on traced arrays. Checks of values skip tracers, whose values
+are unknown. Booleans are not accepted as numbers.
 """
 
 import difflib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore.types import NumericalError, Status
+from kipcore.types import Array, NumericalError, Status
 
 _ADVICE = {
   Status.MAX_STEPS: "it reached the step limit before it converged; allow more steps or a looser tolerance",
@@ -23,12 +24,12 @@ _ADVICE = {
 
 
 def is_traced(x) -> bool:
-  """True if `x` is an abstract value inside a transformation, so has no values to check."""
+  """Whether `x` is an abstract value inside a transformation, without values to check."""
   return isinstance(x, jax.core.Tracer)
 
 
 def rank(name: str, x, *expected: int) -> None:
-  """Raises ValueError unless `x.ndim` is one of `expected`."""
+  """Raise ValueError unless `x.ndim` is one of `expected`."""
   if np.ndim(x) not in expected:
     raise ValueError(
       f"{name}: expected an array with {' or '.join(map(str, expected))} dimensions, got shape {np.shape(x)}"
@@ -36,14 +37,14 @@ def rank(name: str, x, *expected: int) -> None:
 
 
 def square(name: str, x) -> None:
-  """Raises ValueError unless `x` is `(n, n)`."""
+  """Raise ValueError unless `x` is `(n, n)`."""
   rank(name, x, 2)
   if x.shape[0] != x.shape[1]:
     raise ValueError(f"{name}: expected a square matrix, got shape {x.shape}")
 
 
 def shape(name: str, x, expected: tuple) -> None:
-  """Raises ValueError unless `x.shape` equals `expected`, where None stands for any size."""
+  """Raise ValueError unless `x.shape` equals `expected`, where None stands for any size."""
   got = np.shape(x)
   if len(got) != len(expected) or any(e is not None and e != g for e, g in zip(expected, got)):
     wanted = tuple("any" if e is None else e for e in expected)
@@ -51,13 +52,13 @@ def shape(name: str, x, expected: tuple) -> None:
 
 
 def array(name: str, x) -> None:
-  """Raises TypeError unless `x` is an array, which lists are not."""
+  """Raise TypeError unless `x` is an array; lists are not."""
   if not hasattr(x, "shape") or not hasattr(x, "dtype"):
     raise TypeError(f"{name}: expected an array, got a {type(x).__name__}; convert it first")
 
 
 def same_rows(name1: str, x1, name2: str, x2) -> None:
-  """Raises ValueError unless both arrays have the same leading size."""
+  """Raise ValueError unless both arrays have the same leading size."""
   array(name1, x1)
   array(name2, x2)
   if x1.shape[:1] != x2.shape[:1] or not x1.shape:
@@ -67,40 +68,92 @@ def same_rows(name1: str, x1, name2: str, x2) -> None:
 
 
 def floating(name: str, x) -> None:
-  """Raises TypeError unless `x` has a floating dtype."""
+  """Raise TypeError unless `x` has a real floating dtype; integers are ambiguous and rejected."""
   array(name, x)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}; convert it first")
 
 
+def real(name: str, value) -> None:
+  """Raise TypeError unless `value` is a real number or an array of them; booleans are not."""
+  dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+  if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+    got = repr(value) if np.ndim(value) == 0 else f"dtype {dtype}"
+    raise TypeError(f"{name}: expected a real number, got {got}")
+
+
+def scalar(name: str, value) -> Any:
+  """A Python float from a Python or NumPy number or 0-d array; a traced scalar is returned as is.
+
+  Raises:
+    TypeError: for a boolean or another type.
+    ValueError: for an array that is not 0-d.
+  """
+  real(name, value)
+  if np.ndim(value):
+    raise ValueError(f"{name}: expected a scalar, got shape {np.shape(value)}")
+  return value if is_traced(value) else float(value)
+
+
 def positive(name: str, value) -> None:
-  """Raises ValueError unless the concrete number or array is > 0 everywhere; tracers pass."""
+  """Raise ValueError unless the number or array is finite and > 0 everywhere; tracers pass."""
+  real(name, value)
   if not is_traced(value) and not np.all(np.asarray(value) > 0):
     raise ValueError(f"{name}: expected values > 0, got {np.min(np.asarray(value))}")
+  if not is_traced(value) and not np.all(np.asarray(value) < np.inf):
+    raise ValueError(f"{name}: expected finite values > 0, got {np.max(np.asarray(value))}")
 
 
 def non_negative(name: str, value) -> None:
-  """Raises ValueError unless the concrete number or array is >= 0 everywhere; tracers pass."""
+  """Raise ValueError unless the number or array is >= 0 everywhere; tracers pass."""
+  real(name, value)
   if not is_traced(value) and not np.all(np.asarray(value) >= 0):
     raise ValueError(f"{name}: expected values >= 0, got {np.min(np.asarray(value))}")
 
 
 def in_range(name: str, value, low, high) -> None:
-  """Raises ValueError unless `low <= value <= high`; tracers pass."""
+  """Raise ValueError unless `low <= value <= high`; tracers pass."""
+  real(name, value)
   if not is_traced(value) and not np.all((np.asarray(value) >= low) & (np.asarray(value) <= high)):
     raise ValueError(f"{name}: expected a value in [{low}, {high}], got {value}")
 
 
-def positive_int(name: str, value) -> None:
-  """Raises unless `value` is an integer >= 1."""
-  if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-    raise TypeError(f"{name}: expected a positive integer, got {value!r}")
-  if value < 1:
-    raise ValueError(f"{name}: expected a positive integer, got {value}")
+def integer(name: str, value) -> int:
+  """A Python int from a Python or NumPy integer or a 0-d integer array; TypeError otherwise."""
+  is_integer = isinstance(value, (int, np.integer)) or (
+    isinstance(value, (np.ndarray, jax.Array))
+    and not is_traced(value)
+    and np.ndim(value) == 0
+    and jnp.issubdtype(value.dtype, jnp.integer)
+  )
+  if isinstance(value, bool) or not is_integer:
+    raise TypeError(f"{name}: expected an integer, got {value!r}")
+  return int(value)
+
+
+def positive_int(name: str, value) -> int:
+  """`integer`, with ValueError unless it is >= 1."""
+  try:
+    number = integer(name, value)
+  except TypeError:
+    raise TypeError(f"{name}: expected a positive integer, got {value!r}") from None
+  if number < 1:
+    raise ValueError(f"{name}: expected a positive integer, got {number}")
+  return number
+
+
+def weights(name: str, value, n: int, dtype) -> Array:
+  """Weights `(n,)` in `dtype`: finite, >= 0 and of exactly that shape."""
+  array(name, value)
+  real(name, value)
+  shape(name, value, (n,))
+  finite(name, value)
+  non_negative(name, value)
+  return jnp.asarray(value, dtype)
 
 
 def finite(name: str, x) -> None:
-  """Raises ValueError if a concrete array holds NaN or infinity; tracers pass."""
+  """Raise ValueError if a concrete array holds NaN or infinity; tracers pass."""
   if is_traced(x):
     return
   good = np.isfinite(np.asarray(x))
@@ -113,7 +166,7 @@ def finite(name: str, x) -> None:
 
 
 def one_of(name: str, value, choices) -> None:
-  """Raises ValueError unless `value` is among `choices`."""
+  """Raise ValueError unless `value` is among `choices`."""
   if value not in choices:
     raise ValueError(
       f"{name}: expected one of {', '.join(map(str, choices))}; got {value!r}{did_you_mean(value, choices)}"
@@ -121,17 +174,17 @@ def one_of(name: str, value, choices) -> None:
 
 
 def did_you_mean(value, choices) -> str:
-  """The choice that looks most like a wrong value, as the end of a message; "" where none does."""
+  """The choice most similar to a wrong value, as the end of a message; "" if there is none."""
   close = difflib.get_close_matches(str(value), map(str, choices), n=1)
   return f" (did you mean {close[0]}?)" if close else ""
 
 
 def raise_for_status(what: str, status) -> None:
-  """Raises NumericalError, with advice, unless the (concrete) status is OK.
+  """Raise NumericalError, with advice, unless the (concrete) status is OK.
 
   Args:
     what: what was computed, e.g. "kernel ridge regression at step 7".
-    status: scalar or array of `Status` values; the worst one counts.
+    status: scalar or array of `Status` values; the largest one counts.
   """
   worst = Status(int(np.max(np.asarray(status))))
   if worst is not Status.OK:
@@ -139,6 +192,34 @@ def raise_for_status(what: str, status) -> None:
 
 
 def one_line(thing, length: int = 300) -> str:
-  """The text of a thing on one line of readable length, without what a terminal might obey."""
+  """The text of an object on one line of limited length, without control characters."""
   text = "".join(c if c.isprintable() else "?" for c in " ".join(str(thing).split()))
   return text[:length] + "..." * (len(text) > length)
+
+
+class _ByIdentity:
+  """A callable that is hashed and compared by identity."""
+
+  def __init__(self, fn):
+    self.fn = fn
+
+  def __eq__(self, other):
+    return isinstance(other, _ByIdentity) and self.fn is other.fn
+
+  def __hash__(self):
+    return id(self.fn)
+
+  def __call__(self, *args):
+    return self.fn(*args)
+
+  def __getattr__(self, name):
+    return getattr(self.fn, name)
+
+
+def hashable(fn) -> Any:
+  """A callable as a static argument of `jit`: itself, or compared by identity if not hashable."""
+  try:
+    hash(fn)
+  except TypeError:
+    return _ByIdentity(fn)
+  return fn

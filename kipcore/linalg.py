@@ -80,8 +80,13 @@ def product(a: Array, b: Array, precision: str) -> Array:
   return jnp.matmul(a, b.T, precision=how)
 
 
+def at_least_float32(x: Array) -> Array:
+  """Half precision (float16, bfloat16) as float32; other floating arrays are unchanged."""
+  return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+
+
 def widest_dtype(dtype) -> jnp.dtype:
-  """float64 where the 64-bit switch is on, else `dtype`."""
+  """float64 if the 64-bit switch is on, else `dtype`, but at least float32."""
   wide = jnp.dtype(jax.dtypes.canonicalize_dtype(jnp.float64))
   return wide if wide.itemsize > jnp.dtype(dtype).itemsize else jnp.dtype(dtype)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from kipcore import checks, linalg
+from kipcore import blocks, checks, linalg
 from kipcore.types import Array
 
 _FORMAT = 1
@@ -108,7 +108,7 @@ class Preprocess:
         lambda rows, step: _transform(step, rows, jnp, dtype, inverse), steps, x.astype(dtype)
       )
     out = np.empty(x.shape, dtype)
-    for rows, block in _blocks(x, steps, out.dtype, inverse):
+    for rows, block in _processed_blocks(x, steps, out.dtype, inverse):
       out[rows] = block
     return out
 
@@ -225,29 +225,31 @@ def fit_preprocess(x_train, kind: str | Sequence = "zca", pixel_max: float = 255
       name, {"divisor": float(pixel_max), **settings} if name == "scale" else settings
     )
     with np.errstate(over="ignore", invalid="ignore"):
-      arrays = _fit(name, settings, lambda: (b for _, b in _blocks(x, steps, np.float64)), x.shape)
+      arrays = _fit(
+        name, settings, lambda: (b for _, b in _processed_blocks(x, steps, np.float64)), x.shape
+      )
     for array, value in arrays.items():
       checks.finite(f"{array} of step {name} (the pixels may be too large)", value)
     steps.append(_step(name, settings, arrays))
   return Preprocess(kind if isinstance(kind, str) else "custom", x.shape[1:], tuple(steps))
 
 
-def _fit(name, settings, blocks, shape) -> dict[str, np.ndarray]:
-  """The arrays of one step, from passes over `blocks()`."""
+def _fit(name, settings, read, shape) -> dict[str, np.ndarray]:
+  """The arrays of one step, from passes over the blocks of rows that `read()` yields."""
   n, d = shape[0], math.prod(shape[1:])
   if name == "standardize":
     axes, count = tuple(range(len(shape) - 1)), n * d // shape[-1]
-    mean = sum(b.sum(axes) for b in blocks()) / count
-    std = np.sqrt(sum(((b - mean) ** 2).sum(axes) for b in blocks()) / count)
+    mean = sum(b.sum(axes) for b in read()) / count
+    std = np.sqrt(sum(((b - mean) ** 2).sum(axes) for b in read()) / count)
     # The computed mean of equal numbers is off by rounding, so "constant" is not "exactly 0".
     return {
       "mean": mean,
       "divisor": np.where(std > 64 * np.finfo(std.dtype).eps * np.abs(mean), std, 1.0),
     }
   if name == "center":
-    return {"mean": sum(b.sum(0) for b in blocks()) / n}
+    return {"mean": sum(b.sum(0) for b in read()) / n}
   if name == "unit_norm":
-    parts = zip(*(_mean_and_norm(b, np)[1:] for b in blocks()))
+    parts = zip(*(_mean_and_norm(b, np)[1:] for b in read()))
     means, norms, varies = (np.concatenate(part) for part in parts)
     return {"mean": means.mean(), "divisor": norms[varies].mean() if varies.any() else 1.0}
   if name == "zca":
@@ -256,7 +258,7 @@ def _fit(name, settings, blocks, shape) -> dict[str, np.ndarray]:
         f"zca: expected at most {_MAX_ZCA_FEATURES} numbers a row (it takes a d x d matrix), got {d}"
       )
     moment = np.zeros((d, d))
-    for b in blocks():
+    for b in read():
       flat = b.reshape(len(b), d)
       moment += flat.T @ flat
     moment /= max(n - settings["ddof"], 1)
@@ -310,11 +312,10 @@ def _transform(step: Step, x, xp, dtype, inverse):
   return x * divisor + mean if inverse else (x - mean) / divisor
 
 
-def _blocks(x, steps, dtype, inverse=False):
+def _processed_blocks(x, steps, dtype, inverse=False):
   """Yields (slice of rows, those rows after `steps`), about `_BLOCK_NUMBERS` numbers at a time."""
   size = max(1, _BLOCK_NUMBERS // max(1, math.prod(x.shape[1:])))
-  for start in range(0, x.shape[0], size):
-    rows = slice(start, start + size)
+  for rows in blocks.row_slices(x.shape[0], size):
     block = x[rows].astype(np.float64)
     for step in steps:
       block = _transform(step, block, np, dtype, inverse)

@@ -138,7 +138,8 @@ def estimated_dimensions(
   import jax.numpy as jnp
 
   from kipcore import linalg
-  from kipcore.kernels.gram import gram_matvec, map_row_blocks
+  from kipcore.blocks import map_row_blocks
+  from kipcore.kernels.gram import gram_matvec
   from kipcore.selection import scoring
 
   n = x.shape[0]

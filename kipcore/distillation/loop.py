@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
-from kipcore import checks, keys, linalg
+from kipcore import blocks, checks, keys, linalg
 from kipcore.devices import AXIS, device_axis, pmap
 from kipcore.distillation import snapshot
 from kipcore.distillation.method import Batch, Method, Params, Sampler
@@ -221,18 +221,16 @@ def _refresh(
   if not every:
     return state
 
-  def block(sampler, first):
-    # The last block starts early enough to be complete; a row scored twice gets the same score.
-    rows = jnp.minimum(first, max(capacity - size, 0)) + jnp.arange(
-      min(size, capacity), dtype=jnp.int32
-    )
+  def block(sampler, rows, present):
+    del present  # a row scored twice has the same score
     batch = Batch(targets.x[rows], targets.y[rows], axis_name)
     weights = jnp.ones(rows.shape, targets.y.dtype)
     _, info = distiller.method.loss(state.params, state.aux, batch, weights, key)
     return distiller.sampler.update(sampler, rows, batch.y, info), None
 
   def score_all(sampler):
-    return jax.lax.scan(block, sampler, jnp.arange(0, capacity, size, dtype=jnp.int32))[0]
+    rows = jnp.arange(capacity, dtype=jnp.int32)
+    return blocks.scan_row_blocks(block, sampler, rows, size)[0]
 
   due = (state.step > 0) & (state.step % every == 0)
   return state._replace(

@@ -5,33 +5,34 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, Shaped
 
 from kipcore import checks, krr
 from kipcore.kernels.gram import gram_matvec
-from kipcore.types import Array, KernelFn, Support
+from kipcore.types import Array, ArrayLike, KernelFn, Support
 
 
 class KRREvaluation(NamedTuple):
   """`accuracy` in [0, 1], `loss` (half mean squared error), `status`; all scalars."""
 
-  accuracy: Array
-  loss: Array
-  status: Array
+  accuracy: Float[Array, ""]
+  loss: Float[Array, ""]
+  status: Int[Array, ""]
 
 
 def evaluate_krr(
   kernel_fn: KernelFn,
   support: Support,
-  x: Array,
-  y: Array,
-  ridge=None,
+  x: Shaped[ArrayLike, "n ..."],
+  y: Float[ArrayLike, "n c"],
+  ridge: float | ArrayLike | None = None,
   relative_ridge: float | None = None,
   block_size: int = 2000,
 ) -> KRREvaluation:
-  """Fits ridge regression on the support and scores it on rows it has not seen.
+  """Fit ridge regression on the support and score it on held-out rows.
 
   Args:
-    kernel_fn: the kernel (hashable).
+    kernel_fn: the kernel.
     support: inputs `(m, ...)` and labels `(m, c)`.
     x: `(n, ...)` test rows.
     y: `(n, c)` test labels; the largest entry of a row is its class.
@@ -43,22 +44,29 @@ def evaluate_krr(
     `KRREvaluation`.
 
   Raises:
-    ValueError, TypeError: for shapes that disagree, no rows, integers, test rows that are not finite, or not exactly one kind
-      of ridge.
+    ValueError, TypeError: for shapes that do not match, empty or integer arrays, test rows that
+      are not finite, or unless exactly one kind of ridge is given.
   """
   if (ridge is None) == (relative_ridge is None):
     raise ValueError(f"expected one of ridge and relative_ridge, got {ridge} and {relative_ridge}")
   check_support(support, x, y)
-  value = relative_ridge if ridge is None else ridge
-  checks.positive("ridge", value)
+  block_size = checks.positive_int("block_size", block_size)
+  relative = ridge is None
+  name, value = ("relative_ridge", relative_ridge) if relative else ("ridge", ridge)
+  if relative or not jnp.ndim(value):
+    value = checks.scalar(name, value)
+  else:
+    checks.shape(name, value, support.x.shape[:1])
+  checks.positive(name, value)
   value = jnp.asarray(value, support.x.dtype)
+  kernel_fn = checks.hashable(kernel_fn)
   return _evaluate_krr(
-    kernel_fn, ridge is None, block_size, support, jnp.asarray(x), jnp.asarray(y), value
+    kernel_fn, relative, block_size, support, jnp.asarray(x), jnp.asarray(y), value
   )
 
 
-def check_support(support, x, y) -> None:
-  """That support and test rows go together, and test rows are finite; what a support leads to, the status tells."""
+def check_support(support: Support, x, y) -> None:
+  """Check that support and test rows match, and that test rows are finite."""
   for name, array in (("support.x", support.x), ("support.y", support.y), ("x", x), ("y", y)):
     checks.floating(name, array)
   checks.same_rows("support.x", support.x, "support.y", support.y)

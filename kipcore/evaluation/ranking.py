@@ -1,4 +1,4 @@
-"""Distilled sets beside their baselines: every set under every kernel and network, with intervals and scores."""
+"""Comparison of training sets: each set under each kernel and network, with intervals and scores."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,23 +6,24 @@ from typing import NamedTuple
 
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Float, Shaped
 
 from kipcore import checks, keys
 from kipcore.architectures import Architecture
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.evaluation import networks as network_evaluation
-from kipcore.types import Array, KernelFn, Support
+from kipcore.types import ArrayLike, KernelFn, Support
 
 
 class KernelEvaluator(NamedTuple):
-  """Ridge regression with `kernel_fn`, its ridge `relative_ridge` of tr(K_ss) / m."""
+  """Ridge regression with `kernel_fn` and a ridge of `relative_ridge` times tr(K_ss) / m."""
 
   kernel_fn: KernelFn
   relative_ridge: float = 1e-6
 
 
 class NetworkEvaluator(NamedTuple):
-  """Finite networks trained on the set; the fields are arguments of `evaluate.evaluate_network`."""
+  """Finite networks trained on the set; the fields are arguments of `evaluate_network`."""
 
   network: Architecture | nn.Module
   width: int = 128
@@ -33,14 +34,15 @@ class NetworkEvaluator(NamedTuple):
 
 
 class EvaluationEntry(NamedTuple):
-  """One set under one evaluator.
+  """The accuracy of one set under one evaluator.
 
   Attributes:
     set: name of the set.
     evaluator: name of the evaluator.
-    accuracies: in [0, 1], one a seed; a single one where nothing was drawn.
-    mean: of them.
-    half_width: half of the 95 % interval of the mean, by Student's t over the seeds; None for a single value.
+    accuracies: in [0, 1], one per seed; a single one if nothing is random.
+    mean: mean of the accuracies.
+    half_width: half of the 95 % confidence interval of the mean, by Student's t over the seeds;
+      None for a single value.
   """
 
   set: str
@@ -51,7 +53,13 @@ class EvaluationEntry(NamedTuple):
 
 
 class RankingScores(NamedTuple):
-  """What a set is worth beside random rows and all data; accuracies as shares, `label_robust` in [0, 1]."""
+  """A set compared with random rows and with all data; see `ranking_scores`.
+
+  Attributes:
+    gain_over_random: difference of accuracies, in [-1, 1].
+    gap_to_full: difference of accuracies, in [-1, 1].
+    label_robust: both as one score in [0, 1].
+  """
 
   gain_over_random: float
   gap_to_full: float
@@ -62,34 +70,36 @@ def evaluation_table(
   key,
   sets: Mapping[str, Sequence[Support]],
   evaluators: Mapping[str, KernelEvaluator | NetworkEvaluator],
-  x: Array,
-  y: Array,
+  x: Shaped[ArrayLike, "n ..."],
+  y: Float[ArrayLike, "n c"],
   num_seeds: int = 5,
   relative_ridges: Mapping[str, float] | None = None,
   progress: Callable[[EvaluationEntry], None] | None = None,
 ) -> list[EvaluationEntry]:
-  """Scores every set under every evaluator on rows that none of them has seen.
+  """Score every set under every evaluator on held-out rows.
 
-  Seed s trains network s on support s of the set, or on its only one. Ridge regression draws nothing, so a set
-  of one support has one value there. No step, rate or seed is chosen by looking at the test rows.
+  Seed s trains network s on support s of the set, or on its only one. Ridge regression is
+  deterministic, so a set of one support has one value there. The test rows are used for nothing
+  but the final scores.
 
   Args:
-    key: random key (or int seed) of the networks.
-    sets: supports by name: one, or `num_seeds` of them where the set itself is drawn.
+    key: random key (or integer seed) of the networks.
+    sets: supports by name: one, or `num_seeds` of them if the set itself is random.
     evaluators: by name.
-    x, y: test rows `(n, ...)` and labels `(n, c)`.
-    num_seeds: networks (and draws) of each set.
-    relative_ridges: by name of a set, in the place of the evaluator's.
+    x: `(n, ...)` test rows.
+    y: `(n, c)` test labels.
+    num_seeds: number of networks (and draws) per set.
+    relative_ridges: by name of a set; replaces the ridge of the evaluator.
     progress: called with each entry.
 
   Returns:
-    `EvaluationEntry` list, set by set.
+    List of `EvaluationEntry`, set by set.
 
   Raises:
-    ValueError: for a set with another number of supports, or shapes that disagree.
-    NumericalError: where ridge regression failed; it names set and evaluator.
+    ValueError, TypeError: for a set with another number of supports, or shapes that do not match.
+    NumericalError: if ridge regression failed; the message names the set and the evaluator.
   """
-  checks.positive_int("num_seeds", num_seeds)
+  num_seeds = checks.positive_int("num_seeds", num_seeds)
   for name, supports in sets.items():
     if len(supports) not in (1, num_seeds):
       raise ValueError(f"sets: expected 1 or {num_seeds} supports of {name!r}, got {len(supports)}")
@@ -136,16 +146,16 @@ def evaluation_table(
 
 
 def half_width(values: Sequence[float], confidence: float = 0.95) -> float | None:
-  """Half of Student's t interval of a mean; None for fewer than two values.
+  """Half the width of Student's t interval of a mean; None for fewer than two values.
 
       t_{n-1, (1 + confidence) / 2} s / sqrt(n)
 
   Args:
-    values: independent, about normal.
+    values: independent and approximately normal.
     confidence: in (0, 1).
 
   Returns:
-    A number in their units, or None.
+    A number in the units of the values, or None.
   """
   from scipy import stats  # slow to import
 
@@ -158,26 +168,28 @@ def half_width(values: Sequence[float], confidence: float = 0.95) -> float | Non
 def ranking_scores(
   distilled: float, random: float, full: float, weight: float = 0.5
 ) -> RankingScores:
-  """Gain over random rows, gap to all data, and both as one score.
+  """The gain over random rows, the gap to all data, and both as one score.
 
       label_robust = (e^a - e^-1) / (e - e^-1),  a = weight (distilled - random) - (1 - weight) (full - distilled)
 
-  The score lies in [0, 1], the values at a = -1 and a = 1; 0.27 is a set that gains nothing and lacks nothing.
-  Here all three accuracies are under one evaluator; DD-Ranking, which calls the score LRS, takes the gap with hard labels.
+  The score is 0 at a = -1, 1 at a = 1, and 0.27 for a set with neither gain nor gap. All three
+  accuracies are under one evaluator; DD-Ranking, which calls the score LRS, computes the gap with
+  hard labels.
 
   Args:
     distilled: accuracy of the set, in [0, 1].
-    random: of as many class-balanced random rows.
-    full: of all data.
-    weight: of the gain, in [0, 1].
+    random: accuracy of as many class-balanced random rows.
+    full: accuracy of all data.
+    weight: weight of the gain, in [0, 1].
 
   Returns:
     `RankingScores`.
 
   Raises:
-    ValueError: for an accuracy or weight outside [0, 1].
+    ValueError, TypeError: for an accuracy or weight outside [0, 1].
 
-  Source: Li et al., DD-Ranking (arXiv 2505.13300).
+  References:
+    Li et al. (2025), DD-Ranking, arXiv 2505.13300.
   """
   for name, value in (
     ("distilled", distilled),
@@ -185,6 +197,7 @@ def ranking_scores(
     ("full", full),
     ("weight", weight),
   ):
+    checks.real(name, value)
     if not 0.0 <= value <= 1.0:
       raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
   gain, gap = distilled - random, full - distilled
@@ -195,13 +208,13 @@ def ranking_scores(
 
 
 def markdown(table: Sequence[EvaluationEntry]) -> str:
-  """A line a set, a column an evaluator: mean and half of the 95 % interval, in percent.
+  """A Markdown table with one row per set and one column per evaluator, in percent.
 
   Args:
-    table: of `evaluation_table`.
+    table: result of `evaluation_table`.
 
   Returns:
-    A markdown table.
+    Means with half of their 95 % intervals.
   """
   evaluators = list(dict.fromkeys(entry.evaluator for entry in table))
   cells = {(entry.set, entry.evaluator): shown(entry.mean, entry.half_width) for entry in table}
@@ -217,11 +230,11 @@ def markdown(table: Sequence[EvaluationEntry]) -> str:
 
 
 def shown(mean: float, spread: float | None) -> str:
-  """A share with what it is uncertain by, in percent.
+  """A share and its uncertainty, in percent.
 
   Args:
     mean: in [0, 1].
-    spread: of the same units, or None.
+    spread: in the same units, or None.
 
   Returns:
     Text such as `61.2 ± 0.4`.

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kipcore import linalg
+from kipcore import blocks, linalg
 from kipcore.architectures import AvgPool, Conv, Flatten, GlobalAvgPool
-from kipcore.kernels import covariance, dense, gram
+from kipcore.kernels import covariance, dense
 from kipcore.types import Array
 
 # Numbers of a tile: what a core's cache holds, or what fills an accelerator.
@@ -155,7 +155,7 @@ def _self_pass(plan: _Plan, x: Array) -> _Image:
 
 def _map_tiles(fn, images, tile: int):
   """`fn` on runs of at most `tile` rows, recomputed in a gradient; the last run is padded by its last row."""
-  return gram.map_row_blocks(
+  return blocks.map_row_blocks(
     jax.checkpoint(fn), images, _even(jax.tree.leaves(images)[0].shape[0], tile)
   )
 
@@ -240,7 +240,7 @@ def _pairs(plan: _Plan, x1: Array, x2: Array, variances1, variances2):
     first = lambda pair: _first(plan, *pair, own)
     if plan.batched:
       together = max(1, plan.tile_elements // (x1.shape[1] * x1.shape[2]) ** 2)
-      nngp, ntk = gram.map_row_blocks(jax.vmap(first), (x1, x2), _even(x1.shape[0], together))
+      nngp, ntk = blocks.map_row_blocks(jax.vmap(first), (x1, x2), _even(x1.shape[0], together))
     else:
       nngp, ntk = jax.lax.map(first, (x1, x2))
     nngp, ntk = through(plan.whole[1:], nngp, ntk)

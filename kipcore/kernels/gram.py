@@ -1,68 +1,47 @@
-"""Kernel matrices and products with them in row blocks, so that memory is set by a block.
+"""Kernel matrices, their diagonals and products with them, in row blocks.
 
-The blocks are traced once inside `jax.lax.map`; the last one is padded. All
-functions are pure and can be jitted with the kernel function closed over.
+Each function is compiled once per kernel, block size and shape. Kernels that are not hashable are
+compared by identity, so a kernel must be a pure function that does not change.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Shaped
 
-from kipcore import checks, linalg
+from kipcore import blocks, checks, linalg
 from kipcore.devices import Axis, device_axis, pmap
-from kipcore.types import Array, KernelFn
+from kipcore.types import Array, ArrayLike, KernelFn
 
-
-def map_row_blocks(fn, x, block_size: int | None):
-  """Applies `fn` to blocks of rows and joins the results along the rows.
-
-  Args:
-    fn: maps `(b, ...)` (an array or a pytree of them with equal leading size) to an
-      array or pytree with leading size b; rows must not influence one another.
-    x: array or pytree, leading size n.
-    block_size: rows a block, None for all at once.
-
-  Returns:
-    `fn(x)`, computed with the memory of one block.
-  """
-  n = jax.tree.leaves(x)[0].shape[0]
-  if block_size is None or n <= block_size:
-    return fn(x)
-  blocks = -(-n // block_size)
-
-  def split(a):
-    # Padding repeats the last row: a valid input, so it makes no NaN of its own.
-    a = jnp.concatenate([a, jnp.broadcast_to(a[-1:], (blocks * block_size - n, *a.shape[1:]))])
-    return a.reshape(blocks, block_size, *a.shape[1:])
-
-  out = jax.lax.map(fn, jax.tree.map(split, x))
-  return jax.tree.map(lambda a: a.reshape(blocks * block_size, *a.shape[2:])[:n], out)
+_BLOCK_ENTRIES = 2**22  # kernel entries that `gram_matvec` holds by default
 
 
 def gram(
   kernel_fn: KernelFn,
-  x1: Array,
-  x2: Array | None = None,
+  x1: Shaped[ArrayLike, "n1 ..."],
+  x2: Shaped[ArrayLike, "n2 ..."] | None = None,
   block_size: int | None = None,
   devices: Sequence | None = None,
-) -> Array:
+) -> Float[Array, "n1 n2"]:
   """The kernel matrix k(x1_i, x2_j), computed in blocks of rows of `x1`.
 
   Args:
     kernel_fn: see `types.KernelFn`.
     x1: `(n1, ...)` rows.
     x2: `(n2, ...)` rows, or None for `x1` itself.
-    block_size: rows of `x1` at a time; None for all at once. It bounds the working
-      memory of the kernel, not the `(n1, n2)` result.
-    devices: of this process, to share out the rows of `x1` to; None for where the arrays are. Not
-      inside `jit`.
+    block_size: rows of `x1` at a time; None for all at once. It bounds the working memory of the
+      kernel, not the `(n1, n2)` result.
+    devices: devices of this process to divide the rows of `x1` over; None to compute where the
+      arrays are. Not inside `jit`.
 
   Returns:
     `(n1, n2)`.
 
   Raises:
-    ValueError: where the rows of `x1` and `x2` differ in shape, or a block size < 1.
+    ValueError, TypeError: for rows of `x1` and `x2` that differ in shape, or a block size that is
+      not a positive integer.
 
   Example:
     >>> x, kernel_fn = jnp.arange(12.0).reshape(6, 2), kipcore.rbf_fn(3.0)
@@ -72,71 +51,128 @@ def gram(
     >>> np.array_equal(np.diag(k), kipcore.gram_diag(kernel_fn, x))
     True
   """
-  if block_size is not None:
-    checks.positive_int("block_size", block_size)
-  if x2 is not None and x1.shape[1:] != x2.shape[1:]:
-    raise ValueError(f"expected rows of one shape, got x1 {x1.shape} and x2 {x2.shape}")
-  if devices is not None:
-    k = _rows_over_devices(
-      kernel_fn, x1, x1 if x2 is None else x2, block_size, device_axis(devices)
-    )
-  elif block_size is None or x1.shape[0] <= block_size:
-    return kernel_fn(x1, x2)
-  else:
-    k = _rows(x1, x1 if x2 is None else x2, kernel_fn, block_size)
+  block_size = _checked_block_size(block_size)
+  x1 = _rows("x1", x1)
+  if x2 is not None:
+    x2 = _rows("x2", x2)
+    if x1.shape[1:] != x2.shape[1:]:
+      raise ValueError(f"expected rows of one shape, got x1 {x1.shape} and x2 {x2.shape}")
+  kernel_fn = checks.hashable(kernel_fn)
+  if devices is None:
+    return _gram(kernel_fn, block_size, jax.default_backend(), x1, x2)
+  k = _rows_over_devices(kernel_fn, x1, x1 if x2 is None else x2, block_size, device_axis(devices))
   if x2 is None:
-    # A block does not know which of its pairs are a point with itself; the diagonal does, exactly.
-    diagonal = jnp.arange(x1.shape[0])
-    k = (0.5 * (k + k.T)).at[diagonal, diagonal].set(gram_diag(kernel_fn, x1, block_size))
+    k = _symmetric(k, gram_diag(kernel_fn, x1, block_size))
   return k
 
 
-def _rows(x1: Array, x2: Array, kernel_fn: KernelFn, block_size: int | None) -> Array:
-  return map_row_blocks(lambda block: kernel_fn(block, x2), x1, block_size)
-
-
-def _rows_over_devices(kernel_fn: KernelFn, x1, x2, block_size: int | None, axis: Axis) -> Array:
-  n = x1.shape[0]
-  if n == 0:
-    return kernel_fn(x1, x2)
-  rows = -(-n // axis.size)
-  # As many rows for each device; the last one stands in for those that lack.
-  x1 = jnp.take(x1, jnp.minimum(jnp.arange(axis.size * rows), n - 1), axis=0)
-  mapped = pmap(_rows, axis, in_axes=(0, None, None, None), static_broadcasted_argnums=(2, 3))
-  k = mapped(x1.reshape(axis.size, rows, *x1.shape[1:]), x2, kernel_fn, block_size)
-  return jnp.asarray(jax.device_get(k)).reshape(axis.size * rows, -1)[:n]
-
-
-def gram_diag(kernel_fn: KernelFn, x: Array, block_size: int | None = None) -> Array:
+def gram_diag(
+  kernel_fn: KernelFn, x: Shaped[ArrayLike, "n ..."], block_size: int | None = None
+) -> Float[Array, " n"]:
   """The diagonal k(x_i, x_i) of a kernel matrix, without the matrix.
 
   Args:
-    kernel_fn: see `types.KernelFn`; its method `diag` is used where it has one.
+    kernel_fn: see `types.KernelFn`; its method `diag` is used if it has one.
     x: `(n, ...)` rows.
     block_size: rows at a time; None for all at once.
 
   Returns:
     `(n,)`.
+
+  Raises:
+    ValueError, TypeError: for a block size that is not a positive integer.
   """
-  one = getattr(kernel_fn, "diag", None)
-  if one is None:
-    one = jax.vmap(lambda row: kernel_fn(row[None], None)[0, 0])
-  return map_row_blocks(one, x, block_size)
+  block_size = _checked_block_size(block_size)
+  return _gram_diag(checks.hashable(kernel_fn), block_size, jax.default_backend(), _rows("x", x))
 
 
 def gram_matvec(
-  kernel_fn: KernelFn, x1: Array, x2: Array, v: Array, block_size: int | None = None
-) -> Array:
-  """The product K(x1, x2) v, never holding more than a block of K.
+  kernel_fn: KernelFn,
+  x1: Shaped[ArrayLike, "n1 ..."],
+  x2: Shaped[ArrayLike, "n2 ..."],
+  v: Float[ArrayLike, "n2 c"],
+  block_size: int | None = None,
+) -> Float[Array, "n1 c"]:
+  """The product K(x1, x2) v with the memory of one block of rows of K.
+
+  The gradient recomputes each block instead of storing it.
 
   Args:
     kernel_fn: see `types.KernelFn`.
     x1: `(n1, ...)` rows.
     x2: `(n2, ...)` rows.
     v: `(n2, c)`.
-    block_size: rows of `x1` at a time; None for all at once.
+    block_size: rows of `x1` at a time; None for blocks of about 4 million kernel entries.
 
   Returns:
     `(n1, c)`.
+
+  Raises:
+    ValueError, TypeError: for shapes that do not match, an integer `v`, or a block size that is
+      not a positive integer.
   """
-  return map_row_blocks(lambda block: linalg.matmul(kernel_fn(block, x2), v), x1, block_size)
+  x1, x2 = _rows("x1", x1), _rows("x2", x2)
+  if x1.shape[1:] != x2.shape[1:]:
+    raise ValueError(f"expected rows of one shape, got x1 {x1.shape} and x2 {x2.shape}")
+  checks.floating("v", v)
+  checks.shape("v", v, (x2.shape[0], None))
+  block_size = _checked_block_size(block_size) or max(1, _BLOCK_ENTRIES // max(1, x2.shape[0]))
+  return _gram_matvec(
+    checks.hashable(kernel_fn), block_size, jax.default_backend(), x1, x2, jnp.asarray(v)
+  )
+
+
+def _checked_block_size(block_size) -> int | None:
+  return None if block_size is None else checks.positive_int("block_size", block_size)
+
+
+def _rows(name: str, x) -> Array:
+  checks.array(name, x)
+  if not x.shape:
+    raise ValueError(f"{name}: expected rows (n, ...), got shape {x.shape}")
+  return jnp.asarray(x)
+
+
+# The backend is an argument because the programs of kernels may depend on it.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _gram(kernel_fn, block_size: int | None, backend: str, x1: Array, x2: Array | None) -> Array:
+  if block_size is None or x1.shape[0] <= block_size:
+    return kernel_fn(x1, x2)
+  k = _block_rows(x1, x1 if x2 is None else x2, kernel_fn, block_size)
+  return _symmetric(k, _gram_diag(kernel_fn, block_size, backend, x1)) if x2 is None else k
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _gram_diag(kernel_fn, block_size: int | None, backend: str, x: Array) -> Array:
+  diagonal = getattr(kernel_fn, "diag", None)
+  if diagonal is None:
+    diagonal = jax.vmap(lambda row: kernel_fn(row[None], None)[0, 0])
+  return blocks.map_row_blocks(diagonal, x, block_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _gram_matvec(kernel_fn, block_size: int, backend: str, x1, x2, v) -> Array:
+  product = jax.checkpoint(lambda rows: linalg.matmul(kernel_fn(rows, x2), v))
+  return blocks.map_row_blocks(product, x1, block_size)
+
+
+@jax.jit
+def _symmetric(k: Array, diagonal: Array) -> Array:
+  """The symmetric part of `k`, with an exact diagonal: a block does not know its equal pairs."""
+  i = jnp.arange(k.shape[0])
+  return (0.5 * (k + k.T)).at[i, i].set(diagonal)
+
+
+def _block_rows(x1: Array, x2: Array, kernel_fn, block_size: int | None) -> Array:
+  return blocks.map_row_blocks(lambda rows: kernel_fn(rows, x2), x1, block_size)
+
+
+def _rows_over_devices(kernel_fn, x1, x2, block_size: int | None, axis: Axis) -> Array:
+  n = x1.shape[0]
+  if n == 0:
+    return kernel_fn(x1, x2)
+  rows = -(-n // axis.size)
+  x1 = blocks.pad_rows(x1, axis.size * rows)
+  mapped = pmap(_block_rows, axis, in_axes=(0, None, None, None), static_broadcasted_argnums=(2, 3))
+  k = mapped(x1.reshape(axis.size, rows, *x1.shape[1:]), x2, kernel_fn, block_size)
+  return jnp.asarray(jax.device_get(k)).reshape(axis.size * rows, -1)[:n]

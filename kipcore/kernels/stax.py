@@ -1,17 +1,20 @@
-"""The only importer of neural_tangents: its kernels on current JAX, and ours as its layers.
+"""The only importer of neural_tangents: its kernels on current JAX, and architectures as its layers.
 
-neural-tangents 0.6.5, the last release, imports names that JAX has moved since. They
-are supplied while it is being imported, and taken away again. Its `experimental`
-package, which imports TensorFlow and holds nothing we use, is left out.
+neural-tangents 0.6.5, the last release, imports names that JAX has moved since. They are supplied
+during its import and removed afterwards. Its `experimental` package, which imports TensorFlow and
+is not used here, is left out.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import sys
 import types
 from collections.abc import Callable
 
-from kipcore import linalg
+import jax
+
+from kipcore import checks, linalg
 from kipcore.architectures import (
   Architecture,
   AvgPool,
@@ -25,13 +28,14 @@ from kipcore.architectures import (
   LeakyRelu,
   Relu,
 )
-from kipcore.types import KernelFn
+from kipcore.kernels.base import Kernel
+from kipcore.types import Array
 
 _MOVED_TO_EXTEND = ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var")
 
 
 def import_neural_tangents() -> types.ModuleType:
-  """The module `neural_tangents`, importable on current JAX; call it instead of `import`.
+  """Import `neural_tangents` on current JAX; use this instead of an import statement.
 
   Kernels (dense, convolutional, pooling; jit, grad) and the Jacobian-contraction
   empirical NTK work; structured derivatives do not.
@@ -40,7 +44,7 @@ def import_neural_tangents() -> types.ModuleType:
     The module; `neural_tangents.stax` is an attribute of it.
 
   Raises:
-    ImportError: if it is not installed, or JAX moved further names.
+    ImportError: if it is not installed, or JAX has moved more names.
   """
   if "neural_tangents" in sys.modules:
     return sys.modules["neural_tangents"]
@@ -63,7 +67,7 @@ def _names_of_old_jax():
 
     for name in _MOVED_TO_EXTEND:
       supply(jax.core, name, getattr(jax.extend.core, name))
-    # Used only as a key of a table of derivative rules that nothing looks up any more.
+    # Only a key in a table of derivative rules that nothing reads anymore.
     supply(jax.interpreters.ad, "zeros_like_p", object())
     stand_ins = {"neural_tangents.experimental": types.ModuleType("neural_tangents.experimental")}
     if not _importable("jax.util"):
@@ -91,28 +95,43 @@ def _safe_map(fn, *sequences):
   return [fn(*items) for items in _safe_zip(*map(list, sequences))]
 
 
-def from_stax(kernel_fn: Callable, get: str = "ntk") -> KernelFn:
+@dataclasses.dataclass(frozen=True)
+class StaxKernel(Kernel):
+  """A `neural_tangents.stax` kernel; equal if `kernel_fn` is the same object. See `from_stax`."""
+
+  kernel_fn: Callable
+  get: str = "ntk"
+
+  def __post_init__(self):
+    checks.one_of("get", self.get, ("ntk", "nngp"))
+    if not callable(self.kernel_fn):
+      raise TypeError(f"kernel_fn: expected a function, got a {type(self.kernel_fn).__name__}")
+
+  def _matrix(self, x1: Array, x2: Array | None) -> Array:
+    with linalg.permissive_promotion():
+      return self.kernel_fn(x1, x2, self.get).astype(x1.dtype)
+
+  def _diagonal(self, x: Array) -> Array:
+    return jax.vmap(lambda row: self._matrix(row[None], None)[0, 0])(x)
+
+
+def from_stax(kernel_fn: Callable, get: str = "ntk") -> StaxKernel:
   """A `neural_tangents.stax` kernel as a kipcore kernel.
 
   Args:
-    kernel_fn: the third of a stax triple, called as `kernel_fn(x1, x2, get)`.
+    kernel_fn: the third of a stax triple, called as `kernel_fn(x1, x2, get)`; it must work under
+      `jit`.
     get: "ntk" or "nngp".
 
   Returns:
-    `kernel_fn(x1, x2=None) -> (n1, n2)`. The whole covariance of the batch is in memory
-    for convolutional networks with pooling; block it with `gram(..., block_size=...)`.
+    `kernel_fn(x1, x2=None) -> (n1, n2)`. For convolutional networks with pooling, the covariance
+    of the whole batch is in memory; use `gram(..., block_size=...)`.
 
   Raises:
     ValueError: for another `get`.
+    TypeError: if `kernel_fn` is not callable.
   """
-  if get not in ("ntk", "nngp"):
-    raise ValueError(f"get: expected 'ntk' or 'nngp', got {get!r}")
-
-  def kernel(x1, x2=None):
-    with linalg.permissive_promotion():
-      return kernel_fn(x1, x2, get).astype(x1.dtype)
-
-  return kernel
+  return StaxKernel(kernel_fn, get)
 
 
 def to_stax(arch: Architecture, width: int = 1, num_outputs: int = 1) -> tuple:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, keys, linalg
-from kipcore.kernels.gram import gram_diag, map_row_blocks
+from kipcore import blocks, checks, keys, linalg
+from kipcore.kernels.gram import gram_diag
 from kipcore.selection.guarantees import (
   Basis,
   Data,
@@ -23,7 +23,6 @@ from kipcore.selection.guarantees import (
   exact_lower,
   guarantee_at,
   kernel_entries,
-  sum_blocks,
 )
 from kipcore.types import Array
 
@@ -247,11 +246,13 @@ def _basis(kernel_fn, data, landmarks, block_size):
   jitter = 10.0 * k.shape[0] * jnp.finfo(k.dtype).eps * jnp.mean(jnp.diagonal(k))
   chol = linalg.factor(k, jitter)
 
-  def products_of(rows, fresh):
-    z = coordinates(kernel_fn, data, landmarks, chol, rows) * fresh
+  def products_of(rows, present):
+    z = coordinates(kernel_fn, data, landmarks, chol, rows)
+    z = jnp.where(present[:, None], z, 0)
     return linalg.matmul(z.T, z), linalg.matmul(z.T, data.y[rows])
 
-  products, targets = sum_blocks(products_of, data.y, block_size)
+  rows = jnp.arange(data.y.shape[0], dtype=jnp.int32)
+  products, targets = blocks.sum_row_blocks(products_of, rows, block_size)
   normal = linalg.factor(products, data.ridge)
   dimension = k.shape[0] - data.ridge * jnp.sum(linalg.inverse_diagonal(normal))
   if kernel_fn is None:
@@ -273,14 +274,14 @@ def _unwhiten_all(f, b):
 def _bank(kernel_fn, key, data, landmarks, basis, num_queries, block_size):
   n, c = data.y.shape
   rows = jnp.arange(n, dtype=jnp.int32)
-  blocks = lambda fn: map_row_blocks(fn, rows, block_size)
+  over_rows = lambda fn: blocks.map_row_blocks(fn, rows, block_size)
 
   def scores(block):
     z = coordinates(kernel_fn, data, landmarks, basis.chol, block)
     leverage = jnp.sum(linalg.whiten(basis.normal, z.T) ** 2, axis=0)
     return leverage, data.y[block] - linalg.matmul(z, basis.optimum)
 
-  leverage, residuals = blocks(scores)
+  leverage, residuals = over_rows(scores)
   energy = jnp.sum(residuals**2, axis=1)
   best = jnp.sum(energy) + data.ridge * jnp.sum(basis.optimum**2)
   _, top = jax.lax.top_k(leverage + energy / best, min(num_queries, n))
@@ -320,7 +321,7 @@ def _bank(kernel_fn, key, data, landmarks, basis, num_queries, block_size):
   if landmarks.shape[0] < n:
     dimension_upper = basis.dimension + basis.residual / data.ridge
   return QueryBank(
-    blocks(losses), penalties, jnp.sum(energy), basis.dimension, dimension_upper, basis.status
+    over_rows(losses), penalties, jnp.sum(energy), basis.dimension, dimension_upper, basis.status
   )
 
 
@@ -338,7 +339,7 @@ def _subset_objective(kernel_fn, data, indices, weights, block_size):
     )
     return jnp.sum((predicted - data.y[block]) ** 2, axis=1)
 
-  losses = map_row_blocks(loss, jnp.arange(data.y.shape[0], dtype=jnp.int32), block_size)
+  losses = blocks.map_row_blocks(loss, jnp.arange(data.y.shape[0], dtype=jnp.int32), block_size)
   return _Objective(jnp.sum(losses) + data.ridge * jnp.sum(dual * linalg.matmul(k, dual)), f.status)
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, keys, linalg
-from kipcore.kernels.gram import gram, gram_diag, map_row_blocks
+from kipcore import blocks, checks, keys, linalg
+from kipcore.kernels.gram import gram, gram_diag
 from kipcore.selection.draws import draw_few_rows
 from kipcore.types import Array, KernelFn
 
@@ -351,7 +351,7 @@ def _assign(x, centers, block_size):
     distances = jnp.maximum(distances - 2 * linalg.matmul(rows, centers.T), 0)
     return jnp.argmin(distances, axis=1).astype(jnp.int32), jnp.min(distances, axis=1)
 
-  return map_row_blocks(block, x, block_size)
+  return blocks.map_row_blocks(block, x, block_size)
 
 
 def nearest_rows(x: Array, centers: Array, weights: Array | None = None) -> Array:

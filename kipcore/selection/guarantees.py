@@ -14,8 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kipcore import checks, linalg
-from kipcore.kernels.gram import map_row_blocks
+from kipcore import blocks, checks, linalg
 from kipcore.types import Array
 
 THEOREMS = ("krr", "krr_optimum", "pseudo_dimension", "single_query")
@@ -176,23 +175,6 @@ def kernel_entries(kernel_fn, operand, rows, columns):
   )
 
 
-def sum_blocks(fn, y, block_size):
-  """Sums of `fn(rows, fresh)` over blocks of rows; `fresh` `(b, 1)` is 0 where an earlier block had the row."""
-  n = y.shape[0]
-  size = min(block_size, n)
-
-  def of(start):
-    # The last block is moved back to end at n.
-    rows = jnp.minimum(start, n - size) + jnp.arange(size, dtype=jnp.int32)
-    return fn(rows, (rows >= start).astype(y.dtype)[:, None])
-
-  starts = jnp.arange(0, n, size, dtype=jnp.int32)
-  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of, starts[0]))
-  return jax.lax.scan(
-    lambda total, start: (jax.tree.map(jnp.add, total, of(start)), None), zeros, starts
-  )[0]
-
-
 def coordinates(kernel_fn, data, landmarks, chol, rows):
   """Z of some rows, `(b, l)`."""
   return linalg.whiten(chol, kernel_entries(kernel_fn, data.operand, landmarks, rows)).T.astype(
@@ -218,18 +200,20 @@ def dual_lower(kernel_fn, data, landmarks, basis, steps, block_size):
   def system(v):
     def block(r):
       entries = lambda columns: kernel_entries(kernel_fn, data.operand, r, columns).astype(v.dtype)
-      return sum_blocks(
-        lambda columns, fresh: linalg.matmul(entries(columns), v[columns] * fresh), v, block_size
+      product = lambda columns, present: linalg.matmul(
+        entries(columns), jnp.where(present[:, None], v[columns], 0)
       )
+      return blocks.sum_row_blocks(product, rows, block_size)
 
-    return map_row_blocks(block, rows, block_size) + data.ridge * v
+    return blocks.map_row_blocks(block, rows, block_size) + data.ridge * v
 
   def precondition(v):
     # (Z Z^T + ridge)^{-1} v = (v - Z G^{-1} Z^T v) / ridge, two passes over (n, l) entries.
     z = lambda r: coordinates(kernel_fn, data, landmarks, basis.chol, r)
-    inner = sum_blocks(lambda r, fresh: linalg.matmul(z(r).T, v[r] * fresh), v, block_size)
-    inner = linalg.solve(basis.normal, inner)
-    return (v - map_row_blocks(lambda r: linalg.matmul(z(r), inner), rows, block_size)) / data.ridge
+    product = lambda r, present: linalg.matmul(z(r).T, jnp.where(present[:, None], v[r], 0))
+    inner = linalg.solve(basis.normal, blocks.sum_row_blocks(product, rows, block_size))
+    outer = blocks.map_row_blocks(lambda r: linalg.matmul(z(r), inner), rows, block_size)
+    return (v - outer) / data.ridge
 
   def step(_, state):
     gain, residual, direction, slope = state

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kipcore import checks, keys, linalg
+from kipcore import blocks, checks, keys, linalg
 from kipcore.types import Array, KernelFn, Status
 
 # What is left of a vector below this many units of rounding counts as nothing: it lies in the span of others.
@@ -225,22 +225,16 @@ def _least_squares(kernel_fn, x, y, pool, ridge, block_size):
   With K_LL = C C^T and C^{-1} K_Ln K_nL C^{-T} + ridge I = R R^T, these are the rows of C R and
   R^{-1} C^{-1} B. M itself, whose condition is the square of the kernel's, is never formed.
   """
-  n = x.shape[0]
-  blocks = -(-n // block_size)
   k_pool = kernel_fn(pool, None)
   factor, jitter = linalg.factor_semidefinite(k_pool)
-  dtype, size = factor.lower.dtype, pool.shape[0]
+  dtype = factor.lower.dtype
 
-  def add(b, carry):
-    index = b * block_size + jnp.arange(block_size, dtype=jnp.int32)
-    mask = (index < n)[:, None]
-    index = jnp.minimum(index, n - 1)
-    k = linalg.whiten(factor, jnp.where(mask, kernel_fn(x[index], pool), 0).T)
-    return carry[0] + linalg.matmul(k, k.T), carry[1] + linalg.matmul(k, y[index].astype(dtype))
+  def products(block, present):
+    rows, labels = block
+    k = linalg.whiten(factor, jnp.where(present[:, None], kernel_fn(rows, pool), 0).T)
+    return linalg.matmul(k, k.T), linalg.matmul(k, labels.astype(dtype))
 
-  moments, targets = jax.lax.fori_loop(
-    0, blocks, add, (jnp.zeros((size, size), dtype), jnp.zeros((size, y.shape[1]), dtype))
-  )
+  moments, targets = blocks.sum_row_blocks(products, (x, y), block_size)
   root = linalg.factor(moments, ridge)
   status = jnp.maximum(factor.status, root.status)
   return (

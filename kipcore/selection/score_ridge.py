@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kipcore import checks, keys, linalg
+from kipcore import blocks, checks, keys, linalg
 from kipcore.selection import scoring
 from kipcore.types import Array, KernelFn, Status
 
@@ -168,13 +168,13 @@ def _nystrom_spectrum(kernel_fn, x, root, landmarks, block_size):
   xs, rs = x[landmarks], root[landmarks]
   f = scoring.nystrom_factor(kernel_fn, xs, rs)
 
-  def add(total, block):
-    v = linalg.whiten(f, scoring.weighted_block(kernel_fn, *block, xs, rs).T)
-    missed = jnp.sum(scoring.weighted_diagonal(kernel_fn, *block)) - jnp.sum(v**2)
-    return (total[0] + linalg.matmul(v, v.T), total[1] + missed), None
+  def moments(block, present):
+    rows, roots = block[0], jnp.where(present, block[1], 0)
+    v = linalg.whiten(f, scoring.weighted_block(kernel_fn, rows, roots, xs, rs).T)
+    missed = jnp.sum(scoring.weighted_diagonal(kernel_fn, rows, roots)) - jnp.sum(v**2)
+    return linalg.matmul(v, v.T), missed
 
-  zero = jnp.zeros_like(f.lower), jnp.zeros((), root.dtype)
-  (moment, tail), _ = jax.lax.scan(add, zero, scoring.split_blocks(block_size, x, root))
+  moment, tail = blocks.sum_row_blocks(moments, (x, root), block_size)
   return jnp.linalg.eigvalsh(moment), jnp.maximum(tail, 0)
 
 

@@ -6,12 +6,11 @@ available; a row of weight 0 (padding) plays no part.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from kipcore import checks, linalg
+from kipcore import blocks, checks, linalg
 from kipcore.kernels.gram import gram_diag
 from kipcore.types import Array, KernelFn, Status
 
@@ -85,21 +84,6 @@ def weighted_diagonal(kernel_fn: KernelFn, x, root) -> Array:
   return root**2 * gram_diag(kernel_fn, x).astype(root.dtype)
 
 
-def split_blocks(block_size: int | None, x, *others):
-  """Blocks of rows: `x` padded by its last row, the others (roots and weighted labels) by zeros."""
-  n = x.shape[0]
-  size = min(block_size or n, n)
-  pad = -(-n // size) * size - n
-  x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (pad, *x.shape[1:]))])
-  others = [jnp.pad(a, ((0, pad),) + ((0, 0),) * (a.ndim - 1)) for a in others]
-  return tuple(a.reshape(-1, size, *a.shape[1:]) for a in (x, *others))
-
-
-def join_blocks(out, n: int):
-  """The inverse of `split_blocks` for a pytree of results."""
-  return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], out)
-
-
 def score_factor(k: Array, ridge: Array) -> linalg.Factor:
   """Factor of K + ridge I whose status also tells a ridge that float32 cannot carry."""
   f = linalg.factor(k, ridge)
@@ -133,16 +117,13 @@ def feature_fit(z, root, y, ridge, block_size):
 
   `y` is already weighted, `(n, c)`.
   """
-  blocks = split_blocks(block_size, z, root, y)
   rows = lambda block: block[0].astype(root.dtype) * block[1][:, None]
-  d, c = z.shape[1], y.shape[1]
 
-  def add(total, block):
-    zw = rows(block)
-    return (total[0] + linalg.matmul(zw.T, zw), total[1] + linalg.matmul(zw.T, block[2])), None
+  def moments(block, present):
+    zw = jnp.where(present[:, None], rows(block), 0)
+    return linalg.matmul(zw.T, zw), linalg.matmul(zw.T, block[2])
 
-  zero = jnp.zeros((d, d), root.dtype), jnp.zeros((d, c), root.dtype)
-  (moment, cross), _ = jax.lax.scan(add, zero, blocks)
+  moment, cross = blocks.sum_row_blocks(moments, (z, root, y), block_size)
   f = linalg.factor(moment, ridge)
   w = linalg.solve(f, cross)
 
@@ -152,7 +133,7 @@ def feature_fit(z, root, y, ridge, block_size):
       (block[2] - linalg.matmul(zw, w)) ** 2, axis=1
     )
 
-  tau, residual2 = join_blocks(jax.lax.map(score, blocks), z.shape[0])
+  tau, residual2 = blocks.map_row_blocks(score, (z, root, y), block_size)
   return jnp.clip(tau, 0, 1), residual2, jnp.sum(residual2) + ridge * jnp.sum(w**2), f.status
 
 
@@ -165,12 +146,8 @@ def landmark_fit(kernel_fn, x, root, y, landmarks, landmark_weights, ridge, bloc
   s = landmark_solution(
     kernel_fn, x[landmarks], root[landmarks], y[landmarks], ridge, landmark_weights
   )
-  t, error2 = join_blocks(
-    jax.lax.map(
-      lambda block: landmark_block(kernel_fn, s, ridge, *block),
-      split_blocks(block_size, x, root, y),
-    ),
-    x.shape[0],
+  t, error2 = blocks.map_row_blocks(
+    lambda block: landmark_block(kernel_fn, s, ridge, *block), (x, root, y), block_size
   )
   if landmark_weights is not None:
     return t, error2, error2, s.factor.status

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kipcore import linalg
+from kipcore import blocks, linalg
 from kipcore.selection import scoring
 from kipcore.types import Array, Status
 
@@ -101,18 +101,24 @@ def landmark_scores(kernel_fn, x, y, ridge, root, landmarks, order, block_size, 
   if not refine:
     return (*one_pass_scores(*alone), status)
   s = nystrom_start(kernel_fn, x[landmarks], root[landmarks])
-  blocks = scoring.split_blocks(block_size, order, root[order], y[order])
-  gather = lambda totals, block: (
-    nystrom_gather(kernel_fn, s, totals, x[block[0]], *block[1:]),
-    None,
-  )
-  totals, _ = jax.lax.scan(gather, nystrom_totals(s, y.shape[1]), blocks)
+
+  def read(rows, present):
+    """Rows, roots and weighted labels of a block; padding has weight and labels zero."""
+    return x[rows], jnp.where(present, root[rows], 0), jnp.where(present[:, None], y[rows], 0)
+
+  def gather(totals, rows, present):
+    return nystrom_gather(kernel_fn, s, totals, *read(rows, present)), None
+
+  totals, _ = blocks.scan_row_blocks(gather, nystrom_totals(s, y.shape[1]), order, block_size)
   fit = nystrom_fit(s, totals, ridge)
-  *of_rows, unseen = jax.lax.map(
-    lambda block: nystrom_rows(kernel_fn, s, fit, ridge, x[block[0]], *block[1:]), blocks
-  )
-  rows = [jnp.zeros_like(root).at[order].set(a) for a in scoring.join_blocks(of_rows, x.shape[0])]
-  return two_pass_scores(alone, fit, *rows, jnp.sum(unseen, axis=0), ridge, status)
+
+  def score(unseen, rows, present):
+    tau, residual2, part = nystrom_rows(kernel_fn, s, fit, ridge, *read(rows, present))
+    return unseen + part, (tau, residual2)
+
+  unseen, of_rows = blocks.scan_row_blocks(score, jnp.zeros_like(y[0]), order, block_size)
+  rows = [jnp.zeros_like(root).at[order].set(a) for a in of_rows]
+  return two_pass_scores(alone, fit, *rows, unseen, ridge, status)
 
 
 def one_pass_scores(tau, residual2, part):

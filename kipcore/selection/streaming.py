@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, keys
+from kipcore import blocks, checks, keys
 from kipcore.selection import scoring, sensitivity, sensitivity_cores
 from kipcore.selection.sensitivity import SensitivityScores
 from kipcore.types import Array, KernelFn
@@ -71,22 +71,18 @@ def stream_krr_sensitivities(
   solution, start = _prepare(kernel_fn, xs, rs, ys.astype(rs.dtype), ridge)
   size = min(block_size, n)
 
-  def blocks():
-    """(first row, rows, a block padded to `size` by rows of weight 0)."""
-    for first in range(0, n, size):
-      rows = np.arange(first, min(first + size, n))
-      xb, yb = read(slice(first, first + rows.size), f"rows {first} to {first + rows.size - 1}")
-      pad = size - rows.size
-      if pad:
-        xb, yb = (
-          jnp.concatenate([xb, jnp.repeat(xb[-1:], pad, axis=0)]),
-          jnp.pad(yb, ((0, pad), (0, 0))),
-        )
-      yield rows, xb, jnp.asarray(np.arange(size) < rows.size, rs.dtype), yb.astype(rs.dtype)
+  def row_blocks():
+    """The rows of each block, and the block padded to `size` with rows of weight and labels 0."""
+    for part in blocks.row_slices(n, size):
+      rows = np.arange(part.start, part.stop)
+      xb, yb = read(part, f"rows {part.start} to {part.stop - 1}")
+      present = np.arange(size) < rows.size
+      yb = jnp.where(present[:, None], blocks.pad_rows(yb, size), 0)
+      yield rows, blocks.pad_rows(xb, size), jnp.asarray(present, rs.dtype), yb.astype(rs.dtype)
 
   totals = sensitivity_cores.nystrom_totals(start, y.shape[1])
   t, error2, tau, residual2 = (np.zeros(n, rs.dtype) for _ in range(4))
-  for rows, *block in blocks():
+  for rows, *block in row_blocks():
     (tb, eb), totals = _first_pass(kernel_fn, solution, start, totals, ridge, *block, refine)
     t[rows], error2[rows] = np.asarray(tb)[: rows.size], np.asarray(eb)[: rows.size]
   alone = _alone(solution, jnp.asarray(t), jnp.asarray(error2), landmarks, ridge)
@@ -96,7 +92,7 @@ def stream_krr_sensitivities(
   else:
     fit = _fit(start, totals, ridge)
     unseen = jnp.zeros(y.shape[1], rs.dtype)
-    for rows, *block in blocks():
+    for rows, *block in row_blocks():
       tb, rb, ub = _second_pass(kernel_fn, start, fit, ridge, *block)
       tau[rows], residual2[rows] = np.asarray(tb)[: rows.size], np.asarray(rb)[: rows.size]
       unseen = unseen + ub

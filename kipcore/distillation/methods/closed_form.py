@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from kipcore import checks, keys, linalg
+from kipcore import blocks, checks, keys, linalg
 from kipcore.preprocess import class_labels
 from kipcore.selection.coreset import class_balanced_indices
 from kipcore.types import Array, Status, Support
@@ -334,10 +334,10 @@ def _full_model(key, x, y, feature_map, options):
     )
   order = np.asarray(jax.random.permutation(key, n))
   held_out, fit = np.sort(order[:v]), np.sort(order[v:])
-  blocks = functools.partial(_blocks, x, y, min(options.block_size, n), dtype)
+  row_blocks = functools.partial(_row_blocks, x, y, min(options.block_size, n), dtype)
   p = map_features(feature_map, jnp.asarray(x[:1])).shape[1]
   sums = (jnp.zeros((p, p), dtype), jnp.zeros((p, y.shape[1]), dtype))
-  for block in blocks(fit):
+  for block in row_blocks(fit):
     sums = _add(feature_map, sums, block)
   checks.finite("moments of the features (x may hold NaN or be too large)", sums[0])
   floor = float(linalg.rounding_ridge(sums[0]))
@@ -353,7 +353,7 @@ def _full_model(key, x, y, feature_map, options):
     [linalg.matmul(vectors, rotated / (values + float(ridge))[:, None]) for ridge in ridges]
   )
   hits, squares = np.zeros(len(ridges)), np.zeros(len(ridges))
-  for block in blocks(held_out):
+  for block in row_blocks(held_out):
     sums = _add(feature_map, sums, block)
     right, wrong = _score(feature_map, models, block)
     hits, squares = hits + np.asarray(right), squares + np.asarray(wrong, np.float64)
@@ -369,15 +369,15 @@ def _full_model(key, x, y, feature_map, options):
   )
 
 
-def _blocks(x, y, size, dtype, rows):
+def _row_blocks(x, y, size, dtype, rows):
   """Yields blocks `(x, y, keep)` of the chosen rows; the last is padded with rows of which none is kept."""
-  for start in range(0, len(rows), size):
-    at = np.arange(start, start + size)
-    take = rows[np.minimum(at, len(rows) - 1)]
+  for part in blocks.row_slices(len(rows), size):
+    take = blocks.pad_rows(rows[part], size)
+    keep = np.arange(size) < part.stop - part.start
     yield (
       jnp.asarray(x[take]).astype(dtype),
       jnp.asarray(y[take]).astype(dtype),
-      jnp.asarray(at < len(rows)),
+      jnp.asarray(keep),
     )
 
 

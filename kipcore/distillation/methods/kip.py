@@ -6,10 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kipcore import checks, krr
+from kipcore import blocks, checks, krr
 from kipcore.distillation.features import cross_entropy
 from kipcore.distillation.method import Batch, LossInfo, Method, Params, value_equal
-from kipcore.kernels.gram import map_row_blocks
 from kipcore.types import Array, KernelFn, Support
 
 
@@ -92,7 +91,7 @@ def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
     predict = lambda rows: krr.krr_predict(fit, kernel_fn(rows, params["x"]))
     if options.block_size is not None:
       predict = jax.checkpoint(predict)
-    predictions = map_row_blocks(predict, batch.x, options.block_size)
+    predictions = blocks.map_row_blocks(predict, batch.x, options.block_size)
     if options.loss == "mse":
       per_example = 0.5 * jnp.mean((predictions - batch.y) ** 2, axis=1)
     else:
