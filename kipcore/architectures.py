@@ -1,13 +1,12 @@
-"""One description of a network, which the kernel, stax and Flax rooms each realize.
+"""The description of a network, from which kernel, stax and Flax versions are made.
 
-A description is a tuple of layer records: hashable, comparable, printable. Widths
-are not part of it, because a kernel is the limit of infinite width; a finite
-realization chooses one (`networks.py`).
+A description is a tuple of layer records: hashable, comparable and printable. It has no widths,
+because a kernel is the limit of infinite width; a finite network chooses one (`networks`).
 
-Every weight is drawn as N(0, w_std^2 / fan_in) and every bias as N(0, b_std^2) (the
-"NTK" parameterization keeps unit normals and multiplies, which changes the NTK and
-not the function at initialization). Published KIP uses w_std = sqrt(2), b_std = 0.1
-in every layer, the readout included.
+Every weight is drawn from N(0, w_std^2 / fan_in) and every bias from N(0, b_std^2). The "ntk"
+parameterization draws unit normals and multiplies them by these scales, which changes the NTK but
+not the function at initialization. Published KIP uses w_std = sqrt(2) and b_std = 0.1 in every
+layer, the readout included.
 """
 
 import dataclasses
@@ -18,12 +17,22 @@ import re
 from kipcore import checks
 
 SQRT2 = math.sqrt(2.0)
-_MOST_LAYERS = 1000  # of a file
-_MOST_STD = 1e6
+_MAX_LAYERS = 1000  # in a file
+_MAX_SCALE = 1e6
+
+
+class _Layer:
+  """Converts the numbers of a layer record to Python numbers, so that it is hashable and JSON."""
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      convert = checks.integer if field.name == "size" else checks.scalar
+      name = f"{field.name} of {type(self).__name__}"
+      object.__setattr__(self, field.name, convert(name, getattr(self, field.name)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense:
+class Dense(_Layer):
   """Fully connected layer; the last one of an architecture is the readout."""
 
   w_std: float = SQRT2
@@ -31,7 +40,7 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True)
-class Conv:
+class Conv(_Layer):
   """Square convolution, stride 1, zero padding that keeps the image size (SAME).
 
   The fan-in is size^2 * channels at every pixel, those at the border included.
@@ -48,8 +57,8 @@ class Relu:
 
 
 @dataclasses.dataclass(frozen=True)
-class LeakyRelu:
-  """max(x, 0) + slope min(x, 0)."""
+class LeakyRelu(_Layer):
+  """max(x, 0) + slope min(x, 0), for any finite slope; slope -1 is |x|."""
 
   slope: float = 0.01
 
@@ -61,7 +70,7 @@ class Erf:
 
 @dataclasses.dataclass(frozen=True)
 class Gelu:
-  """x Phi(x), Phi the normal distribution function; exact, not the tanh approximation."""
+  """x Phi(x), with Phi the normal distribution function; exact, not the tanh approximation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +79,8 @@ class Identity:
 
 
 @dataclasses.dataclass(frozen=True)
-class AvgPool:
-  """Mean over disjoint size x size windows; rows and columns left over are dropped (VALID)."""
+class AvgPool(_Layer):
+  """Mean over disjoint size x size windows; remaining rows and columns are dropped (VALID)."""
 
   size: int = 2
 
@@ -83,10 +92,10 @@ class GlobalAvgPool:
 
 @dataclasses.dataclass(frozen=True)
 class Flatten:
-  """Pixels and channels into one vector."""
+  """Reshape pixels and channels to one vector."""
 
 
-# By their names in `architecture`.
+# Activations by name.
 ACTIVATIONS = {
   "relu": Relu(),
   "leaky_relu": LeakyRelu(),
@@ -105,11 +114,11 @@ class Architecture:
   """A named sequence of layers that ends in a `Dense` readout.
 
   Attributes:
-    name: for people and files; two architectures are equal if name and layers are.
+    name: used in messages and files; two architectures are equal if name and layers are.
     layers: tuple of layer records.
 
   Raises:
-    ValueError: for layers that do not compose (see `_check_layers`).
+    ValueError: for layers that do not compose: see the messages of `_check_layers`.
   """
 
   name: str
@@ -135,11 +144,11 @@ class Architecture:
     try:
       raw = json.loads(text)
       layers = []
-      if len(raw["layers"]) > _MOST_LAYERS:
-        raise ValueError(f"expected at most {_MOST_LAYERS} layers, got {len(raw['layers'])}")
+      if len(raw["layers"]) > _MAX_LAYERS:
+        raise ValueError(f"expected at most {_MAX_LAYERS} layers, got {len(raw['layers'])}")
       for record in raw["layers"]:
         if not isinstance(record, dict):
-          raise TypeError(f"a layer that is a {type(record).__name__}")
+          raise TypeError(f"expected layers that are objects, got a {type(record).__name__}")
         record = dict(record)
         layers.append(LAYERS[record.pop("layer")](**record))
       return cls(str(raw["name"]), tuple(layers))
@@ -174,22 +183,17 @@ def _check_layers(layers: tuple) -> None:
       raise ValueError(
         f"layers: {layer!r} at position {i} is on the wrong side of {layers[reducers[0]]!r}"
       )
-    if spatial and (
-      type(layer.size) is not int
-      or layer.size < 1
-      or isinstance(layer, Conv)
-      and layer.size % 2 == 0
-    ):
+    if spatial and (layer.size < 1 or isinstance(layer, Conv) and layer.size % 2 == 0):
       raise ValueError(
         f"layers: expected an odd Conv size and a positive AvgPool size, got {layer!r}"
       )
-    if isinstance(layer, LeakyRelu) and not 0 <= layer.slope <= 1:
-      raise ValueError(f"layers: expected a slope in [0, 1], got {layer!r}")
+    if isinstance(layer, LeakyRelu) and not abs(layer.slope) < _MAX_SCALE:
+      raise ValueError(f"layers: expected |slope| below {_MAX_SCALE:g}, got {layer!r}")
     if isinstance(layer, (Dense, Conv)) and not (
-      0 < layer.w_std < _MOST_STD and 0 <= layer.b_std < _MOST_STD
+      0 < layer.w_std < _MAX_SCALE and 0 <= layer.b_std < _MAX_SCALE
     ):
       raise ValueError(
-        f"layers: expected w_std > 0 and b_std >= 0, both below {_MOST_STD:g}, got {layer!r}"
+        f"layers: expected w_std > 0 and b_std >= 0, both below {_MAX_SCALE:g}, got {layer!r}"
       )
 
 
@@ -201,7 +205,7 @@ def fc(
   Args:
     depth: number of hidden layers, >= 1.
     w_std, b_std: standard deviations of weights (times 1/sqrt(fan_in)) and biases.
-    activation: a name in `ACTIVATIONS`.
+    activation: "relu", "leaky_relu" (slope 0.01), "erf", "gelu" or "identity".
 
   Returns:
     The architecture `fc{depth}`, with the suffix `_{activation}` if that is not ReLU.
@@ -212,7 +216,7 @@ def fc(
     >>> kipcore.fc(2, activation="erf").name
     'fc2_erf'
   """
-  checks.positive_int("depth", depth)
+  depth = checks.positive_int("depth", depth)
   hidden = (Dense(w_std, b_std), _activation(activation)) * depth
   return _named(f"fc{depth}", activation, (Flatten(), *hidden, Dense(w_std, b_std)))
 
@@ -236,15 +240,15 @@ def conv_net(
 ) -> Architecture:
   """`depth` x (Conv 3x3, activation[, 2x2 average pool]), then Flatten or global pooling, then Dense.
 
-  `conv_net(3)` is the "ConvNet3" of KIP and the ConvNet of most of the field (there
-  with a norm layer); `pooling=False` is "ConvVec".
+  `conv_net(3)` is the "ConvNet3" of KIP and, with a norm layer, the ConvNet of most distillation
+  papers; `pooling=False` is "ConvVec".
 
   Args:
     depth: number of blocks, >= 1.
     w_std, b_std: standard deviations of weights (times 1/sqrt(fan_in)) and biases.
     pooling: a 2x2 average pool after each activation; the image side must be >= 2^depth.
     global_pooling: end with a global average pool instead of flattening.
-    activation: a name in `ACTIVATIONS`.
+    activation: as for `fc`.
 
   Returns:
     The architecture `conv{depth}`, with suffix `_vec` without pooling, `_gap` with
@@ -256,7 +260,7 @@ def conv_net(
     >>> kipcore.conv_net(2, global_pooling=True).layers[-2:]
     (GlobalAvgPool(), Dense(w_std=1.4142135623730951, b_std=0.1))
   """
-  checks.positive_int("depth", depth)
+  depth = checks.positive_int("depth", depth)
   block = (Conv(3, w_std, b_std), _activation(activation)) + ((AvgPool(2),) if pooling else ())
   name = f"conv{depth}" + ("" if pooling else "_vec") + ("_gap" if global_pooling else "")
   end = GlobalAvgPool() if global_pooling else Flatten()
@@ -271,17 +275,18 @@ def myrtle(
 ) -> Architecture:
   """The Myrtle networks of KIP: a stem, three blocks of convolutions, global average pooling.
 
-  Conv-activation is repeated [1, 1, 1], [1, 2, 2] or [2, 3, 3] times in the blocks of depth
-  5, 7 or 10, after a stem of one; a 2x2 average pool follows blocks 1 and 2.
+  The stem is one (Conv 3x3, activation). The three blocks repeat it [1, 1, 1], [1, 2, 2] or
+  [2, 3, 3] times for depth 5, 7 or 10; a 2x2 average pool follows the first and the second block.
 
   Args:
     depth: 5, 7 or 10.
     w_std, b_std: standard deviations of weights (times 1/sqrt(fan_in)) and biases.
-    activation: a name in `ACTIVATIONS`.
+    activation: as for `fc`.
 
   Returns:
     The architecture `myrtle{depth}`, with the suffix `_{activation}` if that is not ReLU.
   """
+  depth = checks.integer("depth", depth)
   checks.one_of("depth", depth, _MYRTLE_REPEATS)
   unit = (Conv(3, w_std, b_std), _activation(activation))
   first, second, third = (unit * r for r in _MYRTLE_REPEATS[depth])
@@ -290,7 +295,7 @@ def myrtle(
 
 
 def architecture(name: str) -> Architecture:
-  """The architecture of a name: `fcN`, `convN`, `convN_vec`, `convN_gap`, `convN_vec_gap`, `myrtle5|7|10`.
+  """The architecture with a given name: `fcN`, `convN`, `convN_vec`, `convN_gap`, `convN_vec_gap`, `myrtle5|7|10`.
 
   Args:
     name: e.g. "fc1", "conv3" (3 x conv 3x3, ReLU, 2x2 average pool; flatten; dense); with the suffix

@@ -1,4 +1,4 @@
-"""An architecture realized as a `flax.linen` module of finite width, and a residual network to evaluate with."""
+"""Architectures as `flax.linen` modules of finite width, and a residual network for evaluation."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,26 +21,28 @@ from kipcore.architectures import (
 )
 from kipcore.types import Array
 
-_MOST_WIDTH = 2**20
+_MAX_WIDTH = 2**20
 
 
 class Network(nn.Module):
   """The network of an architecture: `(n, ...) -> (n, num_outputs)`.
 
-  At initialization both parameterizations draw the same function. "ntk" keeps unit
-  normal parameters and multiplies them by w_std / sqrt(fan_in) and b_std, so that
-  its empirical NTK converges to `ntk_fn(arch)` as the width grows; "standard" draws
-  them at that scale, which is what is usually trained.
+  Both parameterizations draw the same function at initialization. "ntk" keeps unit normal
+  parameters and multiplies them by w_std / sqrt(fan_in) and b_std, so its empirical NTK converges
+  to `ntk_fn(arch)` as the width grows. "standard" draws them at that scale, which is the usual
+  choice for training.
 
   Attributes:
     arch: the architecture.
-    width: units or channels of every layer but the readout.
+    width: units or channels of every layer except the readout.
     num_outputs: units of the readout.
     parameterization: "standard" or "ntk".
-    norm: after each convolution, "none", "instance" (the ConvNet of DC, DM, MTT) or "batch" (FRePo;
-      its running means are the collection `batch_stats`). A network with a norm is not what `ntk_fn` describes.
+    norm: layer after each convolution: "none", "instance" (the ConvNet of DC, DM and MTT) or
+      "batch" (FRePo; its running means are the collection `batch_stats`). `ntk_fn` does not
+      describe networks with a norm.
     width_growth: factor of the channels after each pool.
-    softplus: beta > 0 for softplus(beta x) / beta in the place of ReLU (RCIG, whose gradients go through it twice).
+    softplus: if positive, softplus(beta x) / beta with this beta replaces ReLU (RCIG, which
+      differentiates its gradients).
   """
 
   arch: Architecture
@@ -53,7 +55,16 @@ class Network(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, features: bool = False, train: bool = False) -> Array:
-    """Outputs `(n, num_outputs)`, or with `features` what the readout sees, `(n, p)`; `train`: batch norm by the batch."""
+    """Apply the network.
+
+    Args:
+      x: `(n, ...)` rows, NHWC for convolutions.
+      features: whether to return the inputs of the readout, `(n, p)`, instead of its outputs.
+      train: whether batch norm uses the statistics of the batch.
+
+    Returns:
+      `(n, num_outputs)`, or `(n, p)`.
+    """
     last, width = len(self.arch.layers) - 1, self.width
     for i, layer in enumerate(self.arch.layers):
       if features and i == last:
@@ -128,7 +139,8 @@ class Convolution(nn.Module):
 def convolve(x: Array, kernel: Array) -> Array:
   """Convolution of `(n, h, w, c)` with `(size, size, c, features)`, size odd, zero padding, stride 1.
 
-  On CPUs as one product of patches: inside a loop XLA's own convolution is up to 30 times slower there, above all its gradient.
+  On CPUs this is one product of patches: inside a loop, XLA's own convolution and its gradient are
+  up to 30 times slower there.
   """
   if jax.default_backend() != "cpu":
     return jax.lax.conv_general_dilated(
@@ -143,7 +155,7 @@ def convolve(x: Array, kernel: Array) -> Array:
 
 
 def average_pool(x: Array, size: int) -> Array:
-  """Mean over disjoint windows of `(n, h, w, c)`; rows and columns left over are dropped."""
+  """Mean over disjoint windows of `(n, h, w, c)`; remaining rows and columns are dropped."""
   n, h, w, c = x.shape
   x = x[:, : h // size * size, : w // size * size]
   return jnp.mean(x.reshape(n, h // size, size, w // size, size, c), axis=(2, 4))
@@ -162,29 +174,30 @@ def network(
 
   Args:
     arch: the architecture.
-    width: units or channels of every layer but the readout, >= 1.
+    width: units or channels of every layer except the readout, >= 1.
     num_outputs: units of the readout, >= 1.
     parameterization: "standard" (usual for training) or "ntk"; see `Network`.
     norm: "none", "instance" or "batch".
     width_growth: factor of the channels after each pool, >= 1.
-    softplus: 0 for ReLU, else the beta of what stands in its place.
+    softplus: 0 for ReLU, or the beta > 0 of the softplus that replaces it.
 
   Returns:
     A `flax.linen` module; `init(key, x)` and `apply(variables, x)` with x `(n, ...)`
     (NHWC for convolutions) give `(n, num_outputs)`.
 
   Raises:
-    ValueError, TypeError: for a width, growth or number of outputs below 1, a negative softplus, or another
-      parameterization or norm.
+    ValueError, TypeError: for a width, growth or number of outputs that is not a positive integer,
+      a negative softplus, or another parameterization or norm.
   """
-  checks.positive_int("width", width)
-  checks.in_range("width", width, 1, _MOST_WIDTH)
-  checks.positive_int("num_outputs", num_outputs)
+  width = checks.positive_int("width", width)
+  checks.in_range("width", width, 1, _MAX_WIDTH)
+  num_outputs = checks.positive_int("num_outputs", num_outputs)
   checks.one_of("parameterization", parameterization, ("standard", "ntk"))
   checks.one_of("norm", norm, ("none", "instance", "batch"))
-  checks.positive_int("width_growth", width_growth)
-  if not softplus >= 0:
-    raise ValueError(f"softplus: expected a number >= 0, got {softplus}")
+  width_growth = checks.positive_int("width_growth", width_growth)
+  softplus = checks.scalar("softplus", softplus)
+  checks.non_negative("softplus", softplus)
+  checks.finite("softplus", softplus)
   return Network(arch, width, num_outputs, parameterization, norm, width_growth, softplus)
 
 
@@ -192,17 +205,20 @@ class ResNet(nn.Module):
   """Residual network of basic blocks: `(n, h, w, c) -> (n, num_outputs)`.
 
       stem: 3x3 convolution, norm, ReLU
-      block: x <- ReLU(shortcut(x) + norm(conv(ReLU(norm(conv(x))))));  shortcut is a 1x1 convolution where channels change
-      between stages: 2x2 average pool, twice the channels;  end: global average, dense
+      block: x <- ReLU(shortcut(x) + norm(conv(ReLU(norm(conv(x))))))
+      shortcut: identity, or a 1x1 convolution if the number of channels changes
+      between stages: 2x2 average pool, twice the channels
+      end: global average, dense
 
-  Strides are average pools, norms are by instance: batch norm has nothing to average over on ten images.
+  Average pools replace strides. Norms are instance norms: batch norm is meaningless on ten images.
 
   Attributes:
     width: channels of the first stage.
     num_outputs: units of the readout.
-    blocks: basic blocks of each stage; (2, 2, 2, 2) is the depth of ResNet-18.
+    blocks: basic blocks per stage; (2, 2, 2, 2) is the depth of ResNet-18.
 
-  Source: He et al. (CVPR 2016), section 3, figure 5 (left), in the manner of small images.
+  References:
+    He et al. (CVPR 2016), section 3 and figure 5 (left), adapted to small images.
   """
 
   width: int = 32
