@@ -119,7 +119,7 @@ def krr_fit(
   checks.same_rows("k_ss", k_ss, "y_support", y_support)
   if not k_ss.shape[0]:
     raise ValueError("k_ss: expected at least one row, got none")
-  return _krr_fit(k_ss, y_support, _checked_ridge("ridge", ridge, k_ss.shape[0]))
+  return _krr_fit(k_ss, y_support, checked_ridge("ridge", ridge, k_ss.shape[0]))
 
 
 @jax.jit
@@ -130,7 +130,8 @@ def _krr_fit(k_ss: Array, y_support: Array, ridge) -> KRRFit:
   return KRRFit(dual, status_with(factor.status, dual))
 
 
-def _checked_ridge(name: str, ridge, m: int) -> Ridge:
+def checked_ridge(name: str, ridge, m: int) -> Ridge:
+  """A positive finite ridge, scalar or `(m,)`."""
   if jnp.ndim(ridge):
     checks.shape(name, ridge, (m,))
   checks.positive(name, ridge)
@@ -365,7 +366,7 @@ def _label_ridges(ridge, fit_ridge, penalty: str, m: int) -> tuple[Ridge, Ridge]
     raise ValueError(
       f"fit_ridge: expected a number with a ridge of shape {jnp.shape(ridge)}, got None"
     )
-  ridge = _checked_ridge("ridge", ridge, m)
+  ridge = checked_ridge("ridge", ridge, m)
   if fit_ridge is None:
     return ridge, ridge
   checks.positive("fit_ridge", fit_ridge)

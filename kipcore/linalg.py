@@ -1,8 +1,8 @@
-"""Dense symmetric solves that report a status, at an explicit precision.
+"""Dense symmetric solves that report a status, and products at an explicit precision.
 
-Matrix products ask for the highest precision, because the default is bfloat16 on
-TPU and TF32 on recent GPUs. Factorizations run in the widest float that JAX's
-64-bit switch allows: float64 when it is on, else the dtype of the input.
+Matrix products request the highest precision, because the default is bfloat16 on TPU and TF32 on
+recent GPUs. Factorizations run in the widest float that JAX's 64-bit switch allows: float64 if it
+is on, otherwise the dtype of the input.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 @contextlib.contextmanager
 def permissive_promotion():
-  """Around calls of libraries that mix dtypes and ranks, which the caller may have forbidden."""
+  """A context for libraries that mix dtypes and ranks, which the caller may have disallowed."""
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     yield
 
@@ -59,18 +59,18 @@ def squared_distances(x1: Array, x2: Array | None = None) -> Array:
   return raw + jax.lax.stop_gradient(jnp.where(zero, 0.0, raw) - raw)
 
 
-# Mantissa bits and exponent bits of what products are rounded to.
+# Exponent bits and mantissa bits that factors of products are rounded to.
 PRECISIONS = {"float32": None, "tensorfloat32": (8, 10), "bfloat16": (8, 7)}
 
 
 def rounded(a: Array, precision: str) -> Array:
-  """float32 rounded to a narrower type, still as float32; other dtypes, and "float32", are left alone."""
+  """float32 values rounded to a narrower type, stored as float32; other dtypes are unchanged."""
   bits = PRECISIONS[precision]
   return a if bits is None or a.dtype != jnp.float32 else jax.lax.reduce_precision(a, *bits)
 
 
 def product(a: Array, b: Array, precision: str) -> Array:
-  """`a @ b.T`, summed in the dtype of the inputs, for factors that are `rounded` to that precision already."""
+  """`a @ b.T` of factors already `rounded` to that precision, summed in the dtype of the inputs."""
   narrow = a.dtype == jnp.float32
   if narrow and precision == "bfloat16":
     return jnp.matmul(
@@ -104,7 +104,7 @@ class Factor(NamedTuple):
 
 
 def add_ridge(k: Array, ridge) -> Array:
-  """K + diag(ridge); `ridge` is absolute, a scalar or one value a point `(m,)`."""
+  """K + diag(ridge); `ridge` is absolute, a scalar or one value per point `(m,)`."""
   m = k.shape[0]
   ridge = jnp.broadcast_to(jnp.asarray(ridge).astype(k.dtype), (m,))
   return k + jnp.diag(ridge)
@@ -118,8 +118,8 @@ def factor(k: Array, ridge=0.0) -> Factor:
     ridge: absolute, scalar or `(m,)`.
 
   Returns:
-    `Factor`; where the matrix is not finite or not positive definite its status
-    says so and its entries are NaN.
+    `Factor`; if the matrix is not finite or not positive definite, its entries are NaN and its
+    status is NOT_FINITE or NOT_POSITIVE_DEFINITE.
   """
   k = k.astype(widest_dtype(k.dtype))
   k = add_ridge(0.5 * (k + k.T), ridge)
@@ -130,14 +130,15 @@ def factor(k: Array, ridge=0.0) -> Factor:
 
 
 def rounding_ridge(k: Array) -> Array:
-  """10 m eps tr(K) / m, a ridge at the level of rounding: with it every positive semi-definite K has a factor."""
+  """10 m eps tr(K) / m: a ridge at the level of rounding, with which a semi-definite K has a factor."""
   return 10.0 * k.shape[0] * float(jnp.finfo(widest_dtype(k.dtype)).eps) * jnp.mean(jnp.diagonal(k))
 
 
 def factor_semidefinite(k: Array) -> tuple[Factor, Array]:
-  """The factor of K plus the least of `rounding_ridge` times 1, 30, 900, 27,000 with which there is one, and that ridge.
+  """The factor of K plus a ridge, and the ridge: the first of `rounding_ridge` times 1, 30, 900, 27,000
+  with which the factorization succeeds.
 
-  Kernels of deep or convolutional networks carry more rounding than a product of matrices does. The
+  Kernels of deep or convolutional networks have larger rounding errors than a matrix product. The
   search has no reverse-mode derivative.
   """
   unit = rounding_ridge(k).astype(widest_dtype(k.dtype))

@@ -1,6 +1,8 @@
 """Architectures as `flax.linen` modules of finite width, and a residual network for evaluation."""
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,30 +94,25 @@ class Network(nn.Module):
     return x
 
   def _normalized(self, i: int, x: Array, train: bool) -> Array:
-    options = dict(
-      epsilon=1e-5, param_dtype=x.dtype, force_float32_reductions=False, name=f"norm_{i}"
-    )
+    if self.norm == "none":
+      return x
+    norm: Any = nn.InstanceNorm
+    if self.norm == "batch":
+      norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
     with linalg.permissive_promotion():
-      match self.norm:
-        case "instance":
-          return nn.InstanceNorm(**options)(x)
-        case "batch":
-          return nn.BatchNorm(use_running_average=not train, momentum=0.9, **options)(x)
-    return x
+      return norm(
+        epsilon=1e-5, param_dtype=x.dtype, force_float32_reductions=False, name=f"norm_{i}"
+      )(x)
 
-  def _linear(self, i: int, layer, features: int, x: Array) -> Array:
+  def _linear(self, i: int, layer: Dense | Conv, features: int, x: Array) -> Array:
     size = layer.size if isinstance(layer, Conv) else 1
     weight_scale, bias_scale = layer.w_std / (x.shape[-1] * size**2) ** 0.5, layer.b_std
     ntk = self.parameterization == "ntk"
-    options = dict(
-      features=features,
-      kernel_init=nn.initializers.normal(1.0 if ntk else weight_scale),
-      name=f"layer_{i}",
-    )
+    init, name = nn.initializers.normal(1.0 if ntk else weight_scale), f"layer_{i}"
     if isinstance(layer, Conv):
-      y = Convolution(size=size, **options)(x)
+      y = Convolution(features, size, init, name=name)(x)
     else:
-      y = nn.Dense(use_bias=False, param_dtype=x.dtype, **options)(x)
+      y = nn.Dense(features, use_bias=False, param_dtype=x.dtype, kernel_init=init, name=name)(x)
     bias = self.param(
       f"bias_{i}", nn.initializers.normal(1.0 if ntk else bias_scale), (features,), x.dtype
     )

@@ -1,8 +1,9 @@
-"""Preprocessing as an explicit list of fitted steps with an exact inverse, and label centring.
+"""Preprocessing as a list of fitted steps with an exact inverse, and label centering.
 
-"ZCA" names five different recipes in published distillation code; an image made under one and read
-under another is at chance. So a `Preprocess` holds every step, its order, its settings and its fitted
-arrays, and travels with the distilled set. Pixels enter in the units they are stored in, never rescaled silently.
+"ZCA" names five different recipes in published distillation code, and images made with one are
+useless with another. So a `Preprocess` records every step, its order, its settings and its fitted
+arrays, and is stored with the distilled set. Pixels are taken in the units in which they are stored
+and are never rescaled silently.
 """
 
 import dataclasses
@@ -16,15 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from jaxtyping import Float, Int, Shaped
 
 from kipcore import blocks, checks, linalg
-from kipcore.types import Array
+from kipcore.types import Array, ArrayLike
 
 _FORMAT = 1
-_BLOCK_NUMBERS = 2**23  # in a row block: 64 MiB in float64
+_BLOCK_NUMBERS = 2**23  # per row block: 64 MiB in float64
 _MAX_ZCA_FEATURES = 2**14  # a d x d float64 matrix of 2 GiB
 
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
   "scale": {"divisor": 255.0},
   "standardize": {},
   "unit_norm": {},
@@ -59,7 +61,7 @@ KINDS = tuple(_RECIPES)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-  """One fitted step: its name, its settings (JSON values) and its float64 arrays, both read-only."""
+  """One fitted step: its name, its settings (JSON values) and its float64 arrays (read-only)."""
 
   name: str
   settings: Mapping[str, Any]
@@ -76,26 +78,40 @@ class Step:
 class Preprocess:
   """Fitted steps in the order in which `apply` runs them; made by `fit_preprocess`.
 
-  `apply` and `invert` take `(n, *row_shape)`. NumPy in gives NumPy out, in row blocks of about 64 MiB: entrywise
-  steps in float64, the whitening product in `dtype`. A `jax.Array` gives a `jax.Array`, all rows at once in `dtype`,
-  and may be traced, with the `(d, d)` whitening matrix a constant of the compiled function. `kind`: recipe or "custom".
+  `apply` and `invert` take `(n, *row_shape)`. For NumPy arrays they return NumPy arrays and work in
+  row blocks of about 64 MiB: entrywise steps in float64, the whitening product in `dtype`. For a
+  `jax.Array` they return a `jax.Array`, computed on all rows at once in `dtype`; it may be traced,
+  and the `(d, d)` whitening matrix is then a constant of the compiled function.
+
+  Attributes:
+    kind: name of the recipe, or "custom".
+    row_shape: shape of a row.
+    steps: the fitted steps.
   """
 
   kind: str
   row_shape: tuple[int, ...]
   steps: tuple[Step, ...]
 
-  def apply(self, x, dtype=np.float32):
-    """The preprocessed rows in `dtype`, from rows in stored pixel units; ValueError on another row shape."""
+  def apply(self, x: Shaped[ArrayLike, "n ..."], dtype: Any = np.float32) -> ArrayLike:
+    """The preprocessed rows in `dtype`, from rows in stored pixel units.
+
+    Raises:
+      ValueError: for another row shape.
+    """
     return self._run(x, dtype, self.steps)
 
-  def invert(self, x, dtype=np.float32):
-    """The rows in stored pixel units in `dtype`, not clipped; ValueError on another row shape.
+  def invert(self, x: Shaped[ArrayLike, "n ..."], dtype: Any = np.float32) -> ArrayLike:
+    """The rows in stored pixel units in `dtype`, not clipped.
 
-    Every step but `unit_norm` is a bijection: without it `invert` undoes `apply` up to rounding.
-    `unit_norm` forgets an image's mean and norm and `invert` puts their training averages there. So it is
-    a right inverse on the range of `apply` (apply(invert(z)) = z), and invert(apply(x)) is x up to each image's
-    brightness and contrast. Off it, as distilled images may be, apply(invert(z)) is z centered and rescaled there.
+    Every step except `unit_norm` is a bijection, which `invert` undoes up to rounding. `unit_norm`
+    discards the mean and the norm of an image, and `invert` inserts their training averages. So
+    apply(invert(z)) = z for z in the range of `apply`, and invert(apply(x)) is x up to the
+    brightness and contrast of each image. For other z, as distilled images may be,
+    apply(invert(z)) is z centered and rescaled.
+
+    Raises:
+      ValueError: for another row shape.
     """
     return self._run(x, dtype, self.steps[::-1], inverse=True)
 
@@ -113,7 +129,10 @@ class Preprocess:
     return out
 
   def to_arrays(self) -> tuple[dict, dict[str, np.ndarray]]:
-    """`(spec, arrays)` for `from_arrays`: JSON values and float64 arrays (a whitening matrix as its upper triangle)."""
+    """`(spec, arrays)` for `from_arrays`: JSON values and float64 arrays.
+
+    A whitening matrix is stored as its upper triangle.
+    """
     steps = [{"name": step.name, "settings": dict(step.settings)} for step in self.steps]
     arrays = {
       f"{i}_{step.name}_{name}": value[np.triu_indices(len(value))]
@@ -131,10 +150,11 @@ class Preprocess:
 
   @classmethod
   def from_arrays(cls, spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "Preprocess":
-    """The object whose `to_arrays` gave `spec` and `arrays`, bit for bit; other arrays are ignored.
+    """The object whose `to_arrays` returned `spec` and `arrays`, exactly; other arrays are ignored.
 
     Raises:
-      ValueError: another format, an unknown step or setting, an array missing or of wrong dtype, shape or range.
+      ValueError: for another format, an unknown step or setting, or an array that is missing or of
+        the wrong dtype, shape or range.
     """
     try:
       version, kind, row_shape = (
@@ -170,37 +190,46 @@ class Preprocess:
     return cls(kind, row_shape, tuple(steps))
 
 
-def fit_preprocess(x_train, kind: str | Sequence = "zca", pixel_max: float = 255.0) -> Preprocess:
-  """Fits a recipe on training rows, in float64 and in row blocks.
+def fit_preprocess(
+  x_train: Shaped[ArrayLike, "n ..."],
+  kind: str | Sequence = "zca",
+  pixel_max: float | ArrayLike = 255.0,
+) -> Preprocess:
+  """Fit a preprocessing recipe to training rows, in float64 and in row blocks.
 
-  Steps (X the n training rows as the steps before leave them, d numbers a row):
+  Steps (X: the n training rows after the previous steps, with d numbers per row):
     scale        x / divisor.
-    standardize  (x - mean) / std of each channel over rows and pixels (tabular: feature over rows); std 1 if constant.
-    unit_norm    each row less its mean, over its L2 norm (0 if constant); two numbers lost, see `Preprocess.invert`.
+    standardize  (x - mean) / std of each channel over rows and pixels (tabular data: of each
+                 feature over rows); the std of a constant channel is 1.
+    unit_norm    subtract the mean of each row, then divide by its L2 norm (constant rows become 0);
+                 two numbers per row are lost, see `Preprocess.invert`.
     center       subtract the mean training row.
-    zca          x W, W = (S + r I)^(-1/2) symmetric, S = X^T X / (n - ddof) about zero: put `center` before it
-                 for a covariance. regularization "trace_relative": r = value * tr(S) / d; "absolute": r = value.
-                 rank_control: where n < d, directions in which X is zero keep gain 1 instead of r^(-1/2), by numerical
-                 rank (published code: all but the n leading eigenvectors, arbitrary among equal eigenvalues).
+    zca          x W with W = (S + r I)^(-1/2) symmetric and S = X^T X / (n - ddof), not centered:
+                 precede it by `center` for a covariance. regularization "trace_relative":
+                 r = value * tr(S) / d; "absolute": r = value. rank_control: if n < d, directions in
+                 which X is zero (by numerical rank) keep gain 1 instead of r^(-1/2); published code
+                 keeps all but the n leading eigenvectors, which is arbitrary among equal eigenvalues.
   Kinds, all but the last for pixels of any scale:
-    none, standardize   what they say.
+    none, standardize   no step; the step of that name.
     zca           standardize, center, zca 0.1 tr/d with rank control (Zhou et al. 2022, FRePo).
     zca_kip       standardize, unit_norm, zca 0.1 tr/d with rank control (Nguyen et al. 2021).
     zca_rfad      standardize, zca 0.1 tr/d (Loo et al. 2022, RFAD, its CIFAR recipe).
-    zca_dcbench   scale, unit_norm, zca 0.1 tr/d with rank control (Cui et al. 2022, reading KIP's sets).
-    zca_absolute  scale to [0, 1], center, zca 0.1 absolute, ddof 1 (Cazenavette et al. 2022, MTT): needs `pixel_max`.
+    zca_dcbench   scale, unit_norm, zca 0.1 tr/d with rank control (Cui et al. 2022, for KIP's sets).
+    zca_absolute  scale to [0, 1], center, zca 0.1 absolute, ddof 1 (Cazenavette et al. 2022, MTT);
+                  needs `pixel_max`.
 
   Args:
-    x_train: `(n, ...)` training rows only; channels (or features) last.
-    kind: one of `KINDS`, or a sequence of steps, each a name or a pair (name, settings).
-    pixel_max: divisor of a `scale` step that names none: the stored white (255, 16 for scikit-learn's digits, or 1).
+    x_train: `(n, ...)` training rows only, integers or floats; channels (or features) last.
+    kind: one of the kinds, or a sequence of steps, each a name or a pair (name, settings).
+    pixel_max: divisor of a `scale` step without one: the stored value of white (255, 16 for
+      scikit-learn's digits, or 1).
 
   Returns:
     `Preprocess`. Extra memory: about 5 d^2 numbers for a zca step, plus row blocks.
 
   Raises:
-    ValueError, TypeError: x_train is empty, not numeric, not finite, or over 16384 numbers a row with
-      a zca step; unknown kinds, steps or settings; overflow.
+    ValueError, TypeError: if x_train is empty, not numeric, not finite, or has over 16384 numbers
+      per row with a zca step; for unknown kinds, steps or settings; on overflow.
 
   Example:
     >>> prepared = kipcore.fit_preprocess(x := np.arange(12.0).reshape(3, 2, 2, 1) ** 2, "zca")
@@ -216,14 +245,13 @@ def fit_preprocess(x_train, kind: str | Sequence = "zca", pixel_max: float = 255
     raise TypeError(f"x_train: expected integers or floats, got {x.dtype}")
   checks.finite("x_train", x)
   checks.positive("pixel_max", pixel_max)
+  pixel_max = checks.scalar("pixel_max", pixel_max)
   if isinstance(kind, str):
     checks.one_of("kind", kind, KINDS)
-  steps = []
+  steps: list[Step] = []
   for entry in _RECIPES[kind] if isinstance(kind, str) else kind:
     name, settings = (entry, {}) if isinstance(entry, str) else entry
-    settings = _settings(
-      name, {"divisor": float(pixel_max), **settings} if name == "scale" else settings
-    )
+    settings = _settings(name, {"divisor": pixel_max, **settings} if name == "scale" else settings)
     with np.errstate(over="ignore", invalid="ignore"):
       arrays = _fit(
         name, settings, lambda: (b for _, b in _processed_blocks(x, steps, np.float64)), x.shape
@@ -241,7 +269,7 @@ def _fit(name, settings, read, shape) -> dict[str, np.ndarray]:
     axes, count = tuple(range(len(shape) - 1)), n * d // shape[-1]
     mean = sum(b.sum(axes) for b in read()) / count
     std = np.sqrt(sum(((b - mean) ** 2).sum(axes) for b in read()) / count)
-    # The computed mean of equal numbers is off by rounding, so "constant" is not "exactly 0".
+    # The computed mean of equal numbers has a rounding error, so their computed std is not exactly 0.
     return {
       "mean": mean,
       "divisor": np.where(std > 64 * np.finfo(std.dtype).eps * np.abs(mean), std, 1.0),
@@ -255,7 +283,7 @@ def _fit(name, settings, read, shape) -> dict[str, np.ndarray]:
   if name == "zca":
     if d > _MAX_ZCA_FEATURES:
       raise ValueError(
-        f"zca: expected at most {_MAX_ZCA_FEATURES} numbers a row (it takes a d x d matrix), got {d}"
+        f"zca: expected at most {_MAX_ZCA_FEATURES} numbers per row (it needs a d x d matrix), got {d}"
       )
     moment = np.zeros((d, d))
     for b in read():
@@ -283,19 +311,19 @@ def _whitening(moment, n, settings) -> np.ndarray:
 
 
 def _mean_and_norm(x, xp):
-  """Rows minus their means, the means, the norms (1 for constant rows), and which rows vary."""
+  """Centered rows, their means, their norms (1 for constant rows), and which rows vary."""
   over = {"axis": tuple(range(1, x.ndim)), "keepdims": True}
   mean = x.mean(**over)
   x = x - mean
   squares = (x * x).sum(**over)
-  # Below this a norm is the rounding of the mean; dividing by it would blow noise up to an image.
+  # A smaller norm is rounding error of the mean; dividing by it would amplify noise.
   noise = 64 * float(np.finfo(x.dtype).eps) * xp.abs(mean)
   varies = squares > math.prod(x.shape[1:]) * noise * noise
   return x, mean, xp.sqrt(xp.where(varies, squares, 1.0)), varies
 
 
 def _transform(step: Step, x, xp, dtype, inverse):
-  """One step forward or back, on a block of rows."""
+  """Apply or invert one step on a block of rows."""
   if step.name == "zca":
     matrix = step.unwhitening if inverse else step.arrays["whitening"]
     flat = x.reshape(x.shape[0], matrix.shape[0]).astype(dtype)
@@ -313,7 +341,7 @@ def _transform(step: Step, x, xp, dtype, inverse):
 
 
 def _processed_blocks(x, steps, dtype, inverse=False):
-  """Yields (slice of rows, those rows after `steps`), about `_BLOCK_NUMBERS` numbers at a time."""
+  """Yield (slice of rows, those rows after `steps`), about `_BLOCK_NUMBERS` numbers at a time."""
   size = max(1, _BLOCK_NUMBERS // max(1, math.prod(x.shape[1:])))
   for rows in blocks.row_slices(x.shape[0], size):
     block = x[rows].astype(np.float64)
@@ -323,7 +351,7 @@ def _processed_blocks(x, steps, dtype, inverse=False):
 
 
 def _settings(name, given, complete=False) -> dict:
-  """The settings of a step, checked; gaps are filled with the defaults unless they must be `complete`."""
+  """The checked settings of a step; missing ones get defaults unless they must be `complete`."""
   checks.one_of("preprocess step", name, _DEFAULTS)
   expected, what = _DEFAULTS[name], f"settings of step {name}"
   if (
@@ -336,12 +364,16 @@ def _settings(name, given, complete=False) -> dict:
   for key, value in settings.items():
     if key in _CHOICES:
       checks.one_of(f"{what}: {key}", value, _CHOICES[key])
-    elif (
-      isinstance(value, bool)
-      or not isinstance(value, (int, float))
-      or not np.finfo(float).tiny <= value < np.inf
-    ):
-      raise ValueError(f"{what}: expected a positive finite {key}, got {value!r}")
+      if isinstance(value, (bool, np.bool_)) != isinstance(_CHOICES[key][0], bool):
+        raise ValueError(f"{what}: {key}: expected one of {_CHOICES[key]}, got {value!r}")
+      settings[key] = next(choice for choice in _CHOICES[key] if choice == value)
+    else:
+      try:
+        settings[key] = checks.scalar(key, value)
+      except (TypeError, ValueError):
+        settings[key] = np.nan
+      if not np.finfo(float).tiny <= settings[key] < np.inf:
+        raise ValueError(f"{what}: expected a positive finite {key}, got {value!r}")
   return settings
 
 
@@ -358,11 +390,13 @@ def _symmetric(triangle, d) -> np.ndarray:
   return matrix + np.triu(matrix, 1).T
 
 
-def one_hot_centered(labels, num_classes: int, dtype=jnp.float32) -> Array:
-  """One-hot labels minus 1/c, the targets of KIP (Nguyen et al. 2021), RFAD and FRePo; `uncenter` undoes it.
+def one_hot_centered(
+  labels: Int[ArrayLike, " n"], num_classes: int, dtype: Any = jnp.float32
+) -> Float[Array, "n c"]:
+  """One-hot labels minus 1/c, the targets of KIP, RFAD and FRePo; `uncenter` inverts it.
 
   Args:
-    labels: `(n,)` integers in [0, c), checked where they are concrete.
+    labels: `(n,)` integers in [0, c); checked unless traced.
     num_classes: c.
     dtype: floating dtype of the result.
 
@@ -370,13 +404,16 @@ def one_hot_centered(labels, num_classes: int, dtype=jnp.float32) -> Array:
     `(n, c)`: 1 - 1/c at the class, -1/c elsewhere.
 
   Raises:
-    ValueError, TypeError: on another rank, a label outside [0, c), or labels that are not integers.
+    ValueError, TypeError: for another rank, a label outside [0, c), or labels that are not integers.
+
+  References:
+    Nguyen et al. (2021).
 
   Example:
     >>> kipcore.one_hot_centered(np.array([1]), 4).tolist()
     [[-0.25, 0.75, -0.25, -0.25]]
   """
-  checks.positive_int("num_classes", num_classes)
+  num_classes = checks.positive_int("num_classes", num_classes)
   labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
   checks.rank("labels", labels, 1)
   if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -392,12 +429,12 @@ def one_hot_centered(labels, num_classes: int, dtype=jnp.float32) -> Array:
   return jax.nn.one_hot(labels.astype(jnp.int32), num_classes, dtype=dtype) - 1.0 / num_classes
 
 
-def uncenter(y: Array) -> Array:
-  """Y + 1/c for centered labels `(n, c)`: one-hot again."""
+def uncenter(y: Float[ArrayLike, "n c"]) -> Float[ArrayLike, "n c"]:
+  """Add 1/c to centered labels `(n, c)`, the inverse of `one_hot_centered`."""
   return y + 1.0 / y.shape[1]
 
 
-def class_labels(y: Array) -> Array:
-  """The class of each row of `(n, c)` labels, centered or not: int32 `(n,)`, ties to the first."""
+def class_labels(y: Shaped[ArrayLike, "n c"]) -> Int[Array, " n"]:
+  """The class of each row of `(n, c)` labels, centered or not; the first of equal maxima."""
   checks.rank("y", y, 2)
   return jnp.argmax(jnp.asarray(y), axis=1).astype(jnp.int32)

@@ -52,16 +52,13 @@ def evaluate_krr(
   check_support(support, x, y)
   block_size = checks.positive_int("block_size", block_size)
   relative = ridge is None
-  name, value = ("relative_ridge", relative_ridge) if relative else ("ridge", ridge)
-  if relative or not jnp.ndim(value):
-    value = checks.scalar(name, value)
-  else:
-    checks.shape(name, value, support.x.shape[:1])
-  checks.positive(name, value)
-  value = jnp.asarray(value, support.x.dtype)
+  if relative_ridge is not None:
+    checks.positive("relative_ridge", relative_ridge)
+    ridge = checks.scalar("relative_ridge", relative_ridge)
+  ridge = krr.checked_ridge("ridge", ridge, support.x.shape[0])
   kernel_fn = checks.hashable(kernel_fn)
   return _evaluate_krr(
-    kernel_fn, relative, block_size, support, jnp.asarray(x), jnp.asarray(y), value
+    kernel_fn, relative, block_size, support, jnp.asarray(x), jnp.asarray(y), ridge
   )
 
 

@@ -1,19 +1,19 @@
 """Closed-form NTK and NNGP of convolutional networks, in tiles of image pairs.
 
-The covariance of one pair of images is a (h, w, h', w') array: 10^6 numbers at 32x32. It is
-needed whole up to the last pooling layer; in front of Flatten, with no pooling in between,
-its spatial diagonal (h, w) is enough. Three things make it cheap:
+The covariance of one pair of images is an (h, w, h', w') array: 10^6 numbers for 32x32 images. All
+of it is needed up to the last pooling layer; between there and Flatten, its spatial diagonal (h, w)
+is enough. Three things make it cheap:
 
 * The first convolution is a product of patches: each pixel becomes a vector z with
   <z, z'> = w^2 <patch, patch'> / fan_in + b^2, and no 4-d array is shifted.
-* Activation and pooling follow the product slab by slab. With the pixels sorted by their place in the
-  pooling window a pooled covariance is a sum of contiguous slabs, each small enough for the cache,
-  so that the first covariance is never whole in memory.
+* Activation and pooling follow the product in slabs. With the pixels sorted by their position in
+  the pooling window, a pooled covariance is a sum of contiguous slabs, each small enough for the
+  cache, so the first covariance is never stored as a whole.
 * Later layers are batched over a tile of pairs, and K(x, x) needs half of the pairs.
 
-The gradient recomputes a tile instead of storing it. So the memory is set by `tile_elements` and not by the
-number of images. Activations need the variance of every pixel of both images; these come from
-the pair of each image with itself, computed once an image.
+The gradient recomputes a tile instead of storing it, so memory depends on `tile_elements` and not
+on the number of images. Activations need the variance of every pixel of both images; these come
+from the pair of each image with itself, computed once per image.
 """
 
 from typing import NamedTuple
@@ -26,23 +26,23 @@ from kipcore.architectures import AvgPool, Conv, Flatten, GlobalAvgPool
 from kipcore.kernels import covariance, dense
 from kipcore.types import Array
 
-# Numbers of a tile: what a core's cache holds, or what fills an accelerator.
+# Numbers per tile: enough for a core's cache, or to fill an accelerator.
 _CPU_TILE, _ACCELERATOR_TILE = 1 << 18, 1 << 25
 _NOTHING = covariance.Block(None, None, 1)
 
 
 class _Plan(NamedTuple):
-  """The spatial layers: blocks on whole covariances, blocks on their diagonals, and what ends them.
+  """The spatial layers: blocks on whole covariances, then blocks on their diagonals.
 
   Attributes:
     whole: blocks up to the last pooling; the convolution of the first becomes patches.
-    diagonal: blocks behind it.
-    average: True for GlobalAvgPool, False for Flatten.
-    with_ntk: whether tangent kernels are wanted.
-    precision: of products.
-    tile_elements: numbers of a tile.
-    batched: whether a tile of first covariances is one batch of products; on CPU they go pair by pair, since XLA's
-      batched products are ten times slower than single ones there.
+    diagonal: blocks after it.
+    average: True if GlobalAvgPool ends the spatial layers, False if Flatten does.
+    with_ntk: whether to compute tangent kernels.
+    precision: precision of products.
+    tile_elements: numbers per tile.
+    batched: whether a tile of first covariances is one batch of products. On CPU they are computed
+      pair by pair, because XLA's batched products are ten times slower there.
   """
 
   whole: tuple
@@ -55,12 +55,12 @@ class _Plan(NamedTuple):
 
 
 class _Image(NamedTuple):
-  """What a pair needs to know of each image (leading axis n).
+  """The data of each image that its pairs need (leading axis n).
 
   Attributes:
     x: `(n, h, w, channels)`.
-    variances: a map `(n, h, w)` in front of each activation behind the first block.
-    nngp: variance behind Flatten or GlobalAvgPool, `(n,)`.
+    variances: a map `(n, h, w)` before each activation after the first block.
+    nngp: variance after Flatten or GlobalAvgPool, `(n,)`.
     ntk: tangent kernel of the image with itself there, `(n,)`, or None.
   """
 
@@ -95,7 +95,7 @@ def conv_diag(kernel, x: Array) -> Array:
 
 
 def _plan(kernel) -> tuple[_Plan, tuple]:
-  """The plan of the spatial layers, and the dense layers behind them."""
+  """The plan of the spatial layers, and the dense layers after them."""
   layers = kernel.arch.layers
   end = next(i for i, layer in enumerate(layers) if isinstance(layer, (Flatten, GlobalAvgPool)))
   average = isinstance(layers[end], GlobalAvgPool)
@@ -124,24 +124,24 @@ def _plan(kernel) -> tuple[_Plan, tuple]:
 
 def _blocks(layers: tuple) -> tuple:
   """The layers in blocks of at most a convolution, an activation and a pooling, in this order."""
-  blocks = []
+  found: list[covariance.Block] = []
   for layer in layers:
-    last = blocks[-1] if blocks else None
+    last = found[-1] if found else None
     if isinstance(layer, Conv):
-      blocks.append(_NOTHING._replace(conv=layer))
+      found.append(_NOTHING._replace(conv=layer))
     elif isinstance(layer, AvgPool):
       if last is None or last.pool > 1:
-        blocks.append(_NOTHING)
-      blocks[-1] = blocks[-1]._replace(pool=layer.size)
+        found.append(_NOTHING)
+      found[-1] = found[-1]._replace(pool=layer.size)
     else:
       if last is None or last.activation or last.pool > 1:
-        blocks.append(_NOTHING)
-      blocks[-1] = blocks[-1]._replace(activation=layer)
-  return tuple(blocks)
+        found.append(_NOTHING)
+      found[-1] = found[-1]._replace(activation=layer)
+  return tuple(found)
 
 
 def _tile(plan: _Plan, x: Array) -> int:
-  """Pairs that go through the later layers at a time."""
+  """Pairs per tile of the later layers."""
   pixels = x.shape[1] * x.shape[2]
   if not plan.whole:
     return max(1, plan.tile_elements // pixels)
@@ -154,22 +154,20 @@ def _self_pass(plan: _Plan, x: Array) -> _Image:
 
 
 def _map_tiles(fn, images, tile: int):
-  """`fn` on runs of at most `tile` rows, recomputed in a gradient; the last run is padded by its last row."""
+  """`fn` on blocks of at most `tile` rows, recomputed in the gradient."""
   return blocks.map_row_blocks(
     jax.checkpoint(fn), images, _even(jax.tree.leaves(images)[0].shape[0], tile)
   )
 
 
 def _even(n: int, most: int) -> int:
-  """Rows in each of as few runs of at most `most` rows as n take, so that little is padded."""
+  """The block size of the fewest equal blocks of at most `most` rows that cover n rows."""
   return -(-n // -(-n // most))
 
 
 def _rectangle(plan: _Plan, a: _Image, b: _Image):
   """Nngp and ntk of all pairs, two `(n1, n2)` arrays."""
-  if (
-    a.x.shape[0] > b.x.shape[0]
-  ):  # tiles are runs of the second images, so these should be the many
+  if a.x.shape[0] > b.x.shape[0]:  # tiles are blocks of the second images: the larger set
     return tuple(None if k is None else k.T for k in _rectangle(plan, b, a))
   tile = _tile(plan, a.x)
 
@@ -203,9 +201,8 @@ def _symmetric(plan: _Plan, a: _Image):
   bands = jax.lax.map(band, jnp.arange(1, n // 2 + 1, dtype=jnp.int32))
   i, j = (k.astype(jnp.int32) for k in jnp.meshgrid(jnp.arange(n), jnp.arange(n), indexing="ij"))
   ahead = (j - i) % n
-  near = (2 * ahead < n) | (
-    (2 * ahead == n) & (i < j)
-  )  # of two images half a turn apart, one band entry serves both
+  # If j - i = n / 2 mod n, one entry of the last band serves both (i, j) and (j, i).
+  near = (2 * ahead < n) | ((2 * ahead == n) & (i < j))
 
   def matrix(own, bands):
     bands = jnp.concatenate([own[None], bands])
@@ -215,29 +212,30 @@ def _symmetric(plan: _Plan, a: _Image):
 
 
 def _pairs(plan: _Plan, x1: Array, x2: Array, variances1, variances2):
-  """Both kernels of t pairs behind the spatial layers, and the variances met on the way by images with themselves.
+  """Both kernels of t pairs after the spatial layers, and for images with themselves the variances.
 
   Args:
     plan: the layers.
     x1, x2: `(t, h, w, channels)`.
-    variances1, variances2: maps in front of the activations behind the first block; None for images with themselves.
+    variances1, variances2: maps before the activations after the first block; None for images
+      with themselves.
 
   Returns:
     nngp `(t,)`, ntk `(t,)` or None, variances (tuple of maps).
   """
   own = variances1 is None
   between = None if own else zip(variances1, variances2, strict=True)
-  met = []
+  found = []
 
-  def through(blocks, nngp, ntk):
-    for block in blocks:
+  def through(layers, nngp, ntk):
+    for block in layers:
       v = next(between) if between and block.activation else None
       nngp, ntk, v = covariance.later_block(block, nngp, ntk, plan.with_ntk, v)
-      met.extend([v] if own and block.activation else [])
+      found.extend([v] if own and block.activation else [])
     return nngp, ntk
 
   if plan.whole:
-    first = lambda pair: _first(plan, *pair, own)
+    first = lambda pair: _first(plan, pair[0], pair[1], own)
     if plan.batched:
       together = max(1, plan.tile_elements // (x1.shape[1] * x1.shape[2]) ** 2)
       nngp, ntk = blocks.map_row_blocks(jax.vmap(first), (x1, x2), _even(x1.shape[0], together))
@@ -247,12 +245,12 @@ def _pairs(plan: _Plan, x1: Array, x2: Array, variances1, variances2):
     if not plan.average:
       nngp, ntk = (None if k is None else covariance.spatial_diagonal(k) for k in (nngp, ntk))
   else:
-    # Channels in front: a sum over a short last axis is a scalar loop on CPU.
+    # Channels first: a sum over a short last axis is a scalar loop on CPU.
     x1, x2 = (jnp.moveaxis(linalg.rounded(x, plan.precision), -1, 1) for x in (x1, x2))
     nngp, ntk = jnp.sum(x1 * x2, axis=1) / x1.shape[1], None
   nngp, ntk = through(plan.diagonal, nngp, ntk)
   mean = lambda k: jnp.mean(k.reshape(k.shape[0], -1), axis=1)
-  return mean(nngp), None if ntk is None else mean(ntk), tuple(met)
+  return mean(nngp), None if ntk is None else mean(ntk), tuple(found)
 
 
 def _first(plan: _Plan, x1: Array, x2: Array, own: bool):

@@ -1,10 +1,11 @@
-"""What convolution, activation and pooling do to the covariance of pairs of images.
+"""The action of convolution, activation and pooling on the covariances of pairs of images.
 
-A covariance is `(t, h, w, h', w')` for t pairs of images, or its spatial diagonal `(t, h, w)`. `ntk` is the tangent
-kernel so far, of the same shape; None stands for zero.
+A covariance is `(t, h, w, h', w')` for t pairs of images, or its spatial diagonal `(t, h, w)`. `ntk`
+is the tangent kernel so far, of the same shape; None stands for zero.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from kipcore.types import Array
 
 
 class Block(NamedTuple):
-  """Convolution, activation and pooling, done in one go; None or 1 where one is missing."""
+  """Convolution, activation and pooling, computed together; None or 1 for a missing part."""
 
   conv: Conv | None
   activation: object | None
@@ -25,10 +26,10 @@ class Block(NamedTuple):
 
 
 def pixel_vectors(conv: Conv | None, x: Array) -> Array:
-  """z, `(..., h, w, features)`, with <z, z'> the covariance behind a first convolution (or of the pixels themselves).
+  """z, `(..., h, w, features)`, with <z, z'> the covariance after a first convolution.
 
   Args:
-    conv: a convolution on the images, or None.
+    conv: a convolution on the images, or None for the covariance of the pixels themselves.
     x: `(..., h, w, channels)`.
   """
   if conv is None:
@@ -54,20 +55,20 @@ def first_block(
   tile_elements: int,
   precision: str,
 ) -> tuple[Array, Array | None]:
-  """A block behind the products of pixel vectors of one pair, slab by slab.
+  """A block after the products of pixel vectors of one pair, in slabs.
 
-  Image 1 is cut into runs of rows of pooling windows and, within them, by the place of a pixel in its window: a
-  slab is the covariance of those pixels with all pixels of image 2, a matrix product of at most
-  some `tile_elements` numbers. It is recomputed in a gradient.
+  Image 1 is divided into runs of rows of pooling windows and, within them, by the position of a
+  pixel in its window. A slab is the covariance of those pixels with all pixels of image 2: a matrix
+  product of about `tile_elements` numbers at most. The gradient recomputes it.
 
   Args:
-    block: its convolution is in the pixel vectors already.
-    with_ntk: whether the tangent kernel is wanted.
+    block: its convolution is already in the pixel vectors.
+    with_ntk: whether to compute the tangent kernel.
     z1, z2: `(h, w, features)`.
     v1, v2: `(h, w)`, their squared norms.
-    own: whether the two images are one; then equal pixels are exactly that.
-    tile_elements: numbers in a slab.
-    precision: of the products.
+    own: whether the two images are the same; equal pixels then get their exact variance.
+    tile_elements: numbers per slab.
+    precision: precision of the products.
 
   Returns:
     nngp, ntk: `(h / pool, w / pool, h / pool, w / pool)`.
@@ -78,20 +79,20 @@ def first_block(
   run = _divisor(rows, tile_elements // (cols * p * p * windows))
   tangent = with_ntk and block.conv is not None
 
-  def by_place(a):
-    """`(rows, places, cols, ...)`."""
+  def by_position(a):
+    """`(rows, positions, cols, ...)`."""
     a = a[: rows * p, : cols * p].reshape(rows, p, cols, p, *a.shape[2:])
     return jnp.moveaxis(a, 3, 2).reshape(rows, p * p, cols, *a.shape[4:])
 
   def slabs(a):
-    """`(runs, places, run * cols, ...)`."""
-    a = by_place(a)
+    """`(runs, positions, run * cols, ...)`."""
+    a = by_position(a)
     a = a.reshape(rows // run, run, *a.shape[1:])
     return jnp.moveaxis(a, 2, 1).reshape(rows // run, p * p, run * cols, *a.shape[4:])
 
   def flat(a):
-    """`(places * windows, ...)`."""
-    a = by_place(a)
+    """`(positions * windows, ...)`."""
+    a = by_position(a)
     return jnp.moveaxis(a, 1, 0).reshape(p * p * windows, *a.shape[3:])
 
   pixels = jnp.arange(h * w, dtype=jnp.int32).reshape(h, w)
@@ -125,11 +126,11 @@ def later_block(
   Args:
     block: see `Block`.
     nngp, ntk: `(t, h, w, h', w')` or `(t, h, w)`.
-    with_ntk: whether the tangent kernel is wanted.
-    variances: a pair of `(t, h, w)`, in front of the activation; None for images with themselves.
+    with_ntk: whether to compute the tangent kernel.
+    variances: a pair of `(t, h, w)`, before the activation; None for images with themselves.
 
   Returns:
-    nngp, ntk, and what `variances` were for images with themselves (None without an activation).
+    nngp, ntk, and the variances before the activation (None without one).
   """
   if block.conv is not None:
     w2, b2 = block.conv.w_std**2, block.conv.b_std**2
@@ -152,7 +153,7 @@ def later_block(
 def _activated(
   activation, nngp: Array, ntk: Array | None, v1: Array, v2: Array
 ) -> tuple[Array, Array | None]:
-  """Recomputed in a gradient: to compute a dual again is cheaper than to keep what its derivative needs."""
+  """Recomputed in the gradient, which is cheaper than storing the intermediate values."""
   nngp, derivative = dual.activation(activation, nngp, v1, v2)
   return nngp, None if ntk is None else derivative * ntk
 
@@ -167,10 +168,10 @@ def spatial_diagonal(k: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def box(k: Array, size: int) -> Array:
-  """Mean of k[h + d, w + e, h' + d, w' + e] over |d|, |e| <= size // 2, zero outside; the same for a diagonal."""
+  """Mean of k[h + d, w + e, h' + d, w' + e] over |d|, |e| <= size // 2, with zero padding."""
   r, (h, w) = size // 2, k.shape[1:3]
   padded = jnp.pad(k, [(0, 0)] + [(r, r)] * (k.ndim - 1))
-  total = 0.0
+  total = jnp.zeros_like(k)
   for d in range(size):
     for e in range(size):
       total = total + padded[(slice(None),) + (slice(d, d + h), slice(e, e + w)) * (k.ndim // 2)]
@@ -179,8 +180,9 @@ def box(k: Array, size: int) -> Array:
 
 @box.defjvp
 def _box_jvp(size, primals, tangents):
-  # A box is its own adjoint. Written as the adjoint of the code above, the tangent is a sum of shifted pads, which JAX
-  # transposes into that code; left alone it would transpose into the pads, which are scalar loops on CPU.
+  # A box is self-adjoint. The tangent is written as the adjoint of the code above, a sum of shifted
+  # pads, so that its transpose is that code. The transpose of the code above would be a sum of pads,
+  # which are scalar loops on CPU.
   (k,), (dk,) = primals, tangents
   r, (h, w), zero = size // 2, k.shape[1:3], jnp.zeros((), k.dtype)
   total = 0.0
@@ -190,13 +192,13 @@ def _box_jvp(size, primals, tangents):
         dk, zero, [(0, 0, 0)] + [(d, 2 * r - d, 0), (e, 2 * r - e, 0)] * (k.ndim // 2)
       )
   tangent = total[(slice(None),) + (slice(r, r + h), slice(r, r + w)) * (k.ndim // 2)] / size**2
-  return box(k, size), _settled(tangent)
+  return box(k, size), _materialized(tangent)
 
 
-def _settled(k: Array) -> Array:
-  """`k`, written to memory: else XLA on CPU fuses what makes it with what reads it, and computes it anew for each shift of a box.
+def _materialized(k: Array) -> Array:
+  """`k`, written to memory. Otherwise XLA on CPU recomputes it for each shift of a box.
 
-  A loop of two rounds, because it looks through an `optimization_barrier`.
+  A loop of two iterations, because XLA fuses through an `optimization_barrier`.
   """
   halves = jnp.pad(k.reshape(-1), (0, k.size % 2)).reshape(2, -1)
   return (
@@ -208,24 +210,18 @@ def _settled(k: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def pool(k: Array, size: int) -> Array:
-  """Mean over size x size windows in both images; left-over rows and columns are dropped."""
-  # A sum of strided slices, because XLA's own reduction of these axes is a scalar loop on CPU.
-  windows, places = _windows(k, size), range(size)
-  return (
-    sum(
-      windows[:, :, a, :, b, :, c, :, d]
-      for a in places
-      for b in places
-      for c in places
-      for d in places
-    )
-    * size**-4
-  )
+  """Mean over size x size windows in both images; remaining rows and columns are dropped."""
+  # A sum of strided slices: XLA's reduction over these axes is a scalar loop on CPU.
+  windows = _windows(k, size)
+  total = jnp.zeros_like(windows[:, :, 0, :, 0, :, 0, :, 0])
+  for a, b, c, d in itertools.product(range(size), repeat=4):
+    total = total + windows[:, :, a, :, b, :, c, :, d]
+  return total * size**-4
 
 
 @pool.defjvp
 def _pool_jvp(size, primals, tangents):
-  # The reduction, on the other hand, has a fast adjoint.
+  # The adjoint of the reduction is fast.
   return pool(primals[0], size), jnp.sum(_windows(tangents[0], size), axis=(2, 4, 6, 8)) * size**-4
 
 
@@ -237,5 +233,5 @@ def _windows(k: Array, size: int) -> Array:
 
 
 def _divisor(n: int, most: int) -> int:
-  """The largest _divisor of n that is at most `most` (at least 1)."""
+  """The largest divisor of n that is at most `most` (at least 1)."""
   return next(d for d in range(min(n, max(most, 1)), 0, -1) if n % d == 0)

@@ -1,4 +1,4 @@
-"""Closed-form NTK and NNGP of fully connected networks: one matrix product, then entrywise."""
+"""Closed-form NTK and NNGP of fully connected networks: one matrix product, then entrywise maps."""
 
 import jax.numpy as jnp
 
@@ -9,12 +9,13 @@ from kipcore.types import Array
 
 
 def dense_kernel(kernel, x1: Array, x2: Array | None = None) -> Array:
-  """K(x1, x2), `(n1, n2)`, of a `NetworkKernel`; rows are flattened first. See `dense_tail` for the recursion."""
-  layers, symmetric = kernel.arch.layers[1:], x2 is None
-  x1, v1 = _rows(kernel, x1)
-  x2, v2 = (x1, v1) if symmetric else _rows(kernel, x2)
-  k = dense_tail(layers, kernel.get, linalg.product(x1, x2, kernel.precision) / x1.shape[1], v1, v2)
-  return with_exact_diagonal(k, dense_tail_diag(layers, kernel.get, v1)) if symmetric else k
+  """K(x1, x2), `(n1, n2)`, of a `NetworkKernel` on flattened rows; see `dense_tail`."""
+  layers = kernel.arch.layers[1:]
+  rows1, v1 = _rows(kernel, x1)
+  rows2, v2 = (rows1, v1) if x2 is None else _rows(kernel, x2)
+  nngp = linalg.product(rows1, rows2, kernel.precision) / rows1.shape[1]
+  k = dense_tail(layers, kernel.get, nngp, v1, v2)
+  return with_exact_diagonal(k, dense_tail_diag(layers, kernel.get, v1)) if x2 is None else k
 
 
 def dense_diag(kernel, x: Array) -> Array:
@@ -23,7 +24,7 @@ def dense_diag(kernel, x: Array) -> Array:
 
 
 def _rows(kernel, x: Array) -> tuple[Array, Array]:
-  """Flat rows as the products see them, and their mean squares."""
+  """Flattened rows, rounded to the precision of the kernel, and their mean squares."""
   x = linalg.rounded(x.reshape(x.shape[0], -1), kernel.precision)
   return x, jnp.mean(x * x, axis=1)
 
@@ -31,7 +32,7 @@ def _rows(kernel, x: Array) -> tuple[Array, Array]:
 def dense_tail(
   layers: tuple, get: str, nngp: Array, v1: Array, v2: Array, ntk: Array | None = None
 ) -> Array:
-  """The layers behind the inputs (or behind Flatten) applied to a covariance matrix.
+  """Apply the layers after Flatten (or a global average) to a covariance matrix.
 
       Dense: nngp <- w^2 nngp + b^2,  ntk <- nngp + w^2 ntk      (NTK parameterization)
       activation: (nngp, derivative) <- dual.activation(nngp),  ntk <- derivative ntk
@@ -39,14 +40,15 @@ def dense_tail(
   Args:
     layers: `Dense` and activation records.
     get: "ntk" or "nngp".
-    nngp: `(n1, n2)` covariance of the layer's inputs, per feature.
+    nngp: `(n1, n2)` covariance of the inputs of the first layer, per feature.
     v1, v2: `(n1,)` and `(n2,)` variances.
     ntk: `(n1, n2)` tangent kernel so far; None for zero.
 
   Returns:
     `(n1, n2)`.
 
-  Source: Jacot, Gabriel, Hongler 2018, theorem 1; Lee et al. 2018.
+  References:
+    Jacot, Gabriel and Hongler (2018), theorem 1; Lee et al. (2018).
   """
   ntk = jnp.zeros_like(nngp) if ntk is None else ntk
   for layer in layers:
@@ -61,7 +63,7 @@ def dense_tail(
 
 
 def dense_tail_diag(layers: tuple, get: str, v: Array, ntk: Array | None = None) -> Array:
-  """`dense_tail` for points with themselves, `(n,)`."""
+  """`dense_tail` of points with themselves, `(n,)`."""
   ntk = jnp.zeros_like(v) if ntk is None else ntk
   for layer in layers:
     if isinstance(layer, Dense):
@@ -74,6 +76,6 @@ def dense_tail_diag(layers: tuple, get: str, v: Array, ntk: Array | None = None)
 
 
 def with_exact_diagonal(k: Array, diagonal: Array) -> Array:
-  """`k` with its diagonal replaced: the arc cosine of a rounded 1 costs half of the digits."""
+  """`k` with another diagonal: the arc cosine of a rounded 1 loses half of the digits."""
   i = jnp.arange(k.shape[0])
   return k.at[i, i].set(diagonal)

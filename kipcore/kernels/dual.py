@@ -1,4 +1,4 @@
-"""Duals of activations: expectations over Gaussian pre-activations, with derivatives that stay finite.
+"""Duals of activations: expectations over Gaussian pre-activations, with finite derivatives.
 
 For (u, v) ~ N(0, [[v1, k], [k, v2]]) the dual of phi is E[phi(u) phi(v)], and the NTK
 also needs E[phi'(u) phi'(v)].
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from kipcore.architectures import Erf, Gelu, Identity, LeakyRelu, Relu
 from kipcore.types import Array
 
-# arccos(c) = sqrt(1 - c) P(c) for c in [0, 1]. In float32 with an absolute error of 2e-8 (Abramowitz & Stegun, eq. 4.4.46),
-# in float64 of 4e-16 (Chebyshev interpolation).
+# arccos(c) = sqrt(1 - c) P(c) for c in [0, 1], with an absolute error of 2e-8 in float32
+# (Abramowitz and Stegun, eq. 4.4.46) and 4e-16 in float64 (Chebyshev interpolation).
 _ARCCOS = {
   "float32": (
     1.5707963050,
@@ -61,15 +61,15 @@ def _arccos(c: Array) -> Array:
 
 
 def _root(x: Array) -> Array:
-  """sqrt, with derivative 0 where x = 0, so that second derivatives of the duals are no NaN at parallel rows."""
+  """Square root with derivative 0 at x = 0, so second derivatives of the duals are finite at parallel rows."""
   return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
 def _angle(k: Array, v1: Array, v2: Array):
   """(s, c, sin): s = sqrt(v1 v2), c = clip(k / s), and the sine of the angle between the two.
 
-  Where s = 0 the angle is taken as a right angle, as neural-tangents does. Cosines
-  within rounding of +-1 count as exactly parallel: their sine is noise.
+  If s = 0 the angle is a right angle, as in neural-tangents. Cosines within rounding of +-1 count
+  as exactly parallel, because their sine is noise.
   """
   s = jnp.sqrt(v1) * jnp.sqrt(v2)
   c = jnp.where(s > 0, k / jnp.where(s > 0, s, 1.0), 0.0)
@@ -86,19 +86,19 @@ def relu_dual(k: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
       E[relu(u) relu(v)]   = s / (2 pi) (sin t + (pi - t) cos t)
       E[relu'(u) relu'(v)] = (pi - t) / (2 pi)          s = sqrt(v1 v2), cos t = k / s
 
-  At t = 0 the derivative of the second is infinite, and automatic differentiation
-  gives NaN there. It is a cone: differentiable in every direction along which the
-  two points stay parallel, with slope 0, so the derivative returned there is 0. This
-  is exact for a point with itself, and the mean of the one-sided slopes otherwise.
+  At t = 0 the derivative of the second is infinite. It is a cone: differentiable with slope 0 along
+  directions in which the points stay parallel. The derivative returned there is 0, which is exact
+  for a point with itself and the mean of the one-sided slopes otherwise.
 
   Args:
     k: covariance, any shape.
-    v1, v2: variances >= 0 that broadcast against `k` (equal rank).
+    v1, v2: variances >= 0 of equal rank that broadcast against `k`.
 
   Returns:
-    The two duals, of the shape of `k`. At v1 v2 = 0 they are 0 and 1/4.
+    The two duals, in the shape of `k`. At v1 v2 = 0 they are 0 and 1/4.
 
-  Source: Cho & Saul 2009, eq. 3 and 6.
+  References:
+    Cho and Saul (2009), eq. 3 and 6.
   """
   s, c, sin = _angle(k, v1, v2)
   rest = (math.pi - _arccos(c)) * (0.5 / math.pi)
@@ -124,7 +124,12 @@ def _relative(dv: Array, v: Array) -> Array:
 
 
 def leaky_relu_dual(k: Array, v1: Array, v2: Array, slope: float) -> tuple[Array, Array]:
-  """Duals of max(x, 0) + a min(x, 0): (1 - a)^2 times those of ReLU, plus a k and a."""
+  """Duals of max(x, 0) + a min(x, 0) for any slope a.
+
+      E[phi(u) phi(v)] = (1 - a)^2 E[relu(u) relu(v)] + a k,  and its derivative by k
+
+  because phi(x) = (1 - a) relu(x) + a x and E[relu(u) v] = k / 2.
+  """
   value, derivative = relu_dual(k, v1, v2)
   return (1 - slope) ** 2 * value + slope * k, (1 - slope) ** 2 * derivative + slope
 
@@ -135,23 +140,24 @@ def erf_dual(k: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
       E[erf(u) erf(v)]   = 2 / pi arcsin(2 k / sqrt((1 + 2 v1)(1 + 2 v2)))
       E[erf'(u) erf'(v)] = 4 / pi / sqrt((1 + 2 v1)(1 + 2 v2) - 4 k^2)
 
-  Args, returns: as for `relu_dual`.
+  Args and returns: as for `relu_dual`.
 
-  Source: Williams 1997, eq. 11.
+  References:
+    Williams (1997), eq. 11.
   """
   m = (1 + 2 * v1) * (1 + 2 * v2)
   return (2 / math.pi) * jnp.arcsin(2 * k / jnp.sqrt(m)), (4 / math.pi) / jnp.sqrt(m - 4 * k * k)
 
 
 def gelu_dual(k: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
-  """Duals of x Phi(x), Phi the normal distribution function (the exact GELU, not its tanh approximation).
+  """Duals of x Phi(x), with Phi the normal distribution function (exact GELU).
 
   With m = (1 + v1)(1 + v2), D = m - k^2, p = 1/4 + arcsin(k / sqrt m) / (2 pi) and q = 1 / (2 pi sqrt D):
 
       E[phi(u) phi(v)] = k p + q r,    r = v1 v2 - k^2 + k^2 / (1 + v1) + k^2 / (1 + v2)
       E[phi'(u) phi'(v)] = its derivative by k (Price's theorem)
 
-  by Gaussian integration by parts. Args, returns: as for `relu_dual`.
+  by Gaussian integration by parts. Args and returns: as for `relu_dual`.
   """
   m = (1 + v1) * (1 + v2)
   d = m - k * k
@@ -163,14 +169,14 @@ def gelu_dual(k: Array, v1: Array, v2: Array) -> tuple[Array, Array]:
 
 
 def activation(layer, k: Array, v1: Array, v2: Array):
-  """The duals of an activation record; of None, which stands for no activation: k and 1.
+  """The duals of an activation record; None stands for the identity.
 
   Args:
     layer: `Relu`, `LeakyRelu`, `Erf`, `Gelu`, `Identity` or None.
     k, v1, v2: as for `relu_dual`.
 
   Returns:
-    E[phi(u) phi(v)], and E[phi'(u) phi'(v)] (a number where it is the same everywhere).
+    E[phi(u) phi(v)], and E[phi'(u) phi'(v)] (a number if it is constant).
   """
   match layer:
     case Relu():

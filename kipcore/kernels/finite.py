@@ -1,4 +1,4 @@
-"""Empirical kernels of finite networks, which approach the closed forms as the width grows."""
+"""Empirical kernels of finite networks, which converge to the closed forms as the width grows."""
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,11 @@ def empirical_ntk(apply_fn, variables, x1: Array, x2: Array | None = None) -> Ar
   Args:
     apply_fn: `apply_fn(variables, x) -> (n, c)`.
     variables: parameters theta, any pytree.
-    x1, x2: `(n, ...)` inputs; None for `x1` itself.
+    x1: `(n1, ...)` inputs.
+    x2: `(n2, ...)` inputs, or None for `x1` itself.
 
   Returns:
-    `(n1, n2)`; its expectation over unit-normal parameters tends to `ntk_fn` in width.
+    `(n1, n2)`; with unit-normal parameters its expectation converges to `ntk_fn`.
   """
 
   def jacobian(x):
@@ -30,12 +31,13 @@ def empirical_ntk(apply_fn, variables, x1: Array, x2: Array | None = None) -> Ar
 
 
 def empirical_nngp(apply_fn, variables, x1: Array, x2: Array | None = None) -> Array:
-  """Mean over outputs of f(x1) f(x2): `(n1, n2)`, with expectation `nngp_fn` in the limit of width.
+  """Mean over outputs of f(x1) f(x2): `(n1, n2)`, whose expectation converges to `nngp_fn`.
 
   Args:
     apply_fn: `apply_fn(variables, x) -> (n, c)`.
     variables: parameters, any pytree.
-    x1, x2: `(n, ...)` inputs; None for `x1` itself.
+    x1: `(n1, ...)` inputs.
+    x2: `(n2, ...)` inputs, or None for `x1` itself.
 
   Returns:
     `(n1, n2)`.
