@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Float
 
 from kipcore import checks, linalg
 from kipcore.architectures import (
@@ -21,7 +22,7 @@ from kipcore.architectures import (
   LeakyRelu,
   Relu,
 )
-from kipcore.types import Array
+from kipcore.types import Array, ArrayLike
 
 _MAX_WIDTH = 2**20
 
@@ -56,7 +57,9 @@ class Network(nn.Module):
   softplus: float = 0.0
 
   @nn.compact
-  def __call__(self, x: Array, features: bool = False, train: bool = False) -> Array:
+  def __call__(
+    self, x: Float[ArrayLike, "n ..."], features: bool = False, train: bool = False
+  ) -> Float[Array, "n p"]:
     """Apply the network.
 
     Args:
@@ -67,7 +70,7 @@ class Network(nn.Module):
     Returns:
       `(n, num_outputs)`, or `(n, p)`.
     """
-    last, width = len(self.arch.layers) - 1, self.width
+    x, last, width = jnp.asarray(x), len(self.arch.layers) - 1, self.width
     for i, layer in enumerate(self.arch.layers):
       if features and i == last:
         break
@@ -93,7 +96,7 @@ class Network(nn.Module):
           x = self._normalized(i, self._linear(i, layer, width, x), train)
     return x
 
-  def _normalized(self, i: int, x: Array, train: bool) -> Array:
+  def _normalized(self, i: int, x: ArrayLike, train: bool) -> Array:
     if self.norm == "none":
       return x
     norm: Any = nn.InstanceNorm
@@ -104,7 +107,7 @@ class Network(nn.Module):
         epsilon=1e-5, param_dtype=x.dtype, force_float32_reductions=False, name=f"norm_{i}"
       )(x)
 
-  def _linear(self, i: int, layer: Dense | Conv, features: int, x: Array) -> Array:
+  def _linear(self, i: int, layer: Dense | Conv, features: int, x: ArrayLike) -> Array:
     size = layer.size if isinstance(layer, Conv) else 1
     weight_scale, bias_scale = layer.w_std / (x.shape[-1] * size**2) ** 0.5, layer.b_std
     ntk = self.parameterization == "ntk"
@@ -128,17 +131,20 @@ class Convolution(nn.Module):
   kernel_init: Callable
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Float[ArrayLike, "n h w c"]) -> Float[Array, "n h w features"]:
     shape = (self.size, self.size, x.shape[-1], self.features)
     return convolve(x, self.param("kernel", self.kernel_init, shape, x.dtype))
 
 
-def convolve(x: Array, kernel: Array) -> Array:
+def convolve(
+  x: Float[ArrayLike, "n h w c"], kernel: Float[ArrayLike, "size size c features"]
+) -> Float[Array, "n h w features"]:
   """Convolution of `(n, h, w, c)` with `(size, size, c, features)`, size odd, zero padding, stride 1.
 
   On CPUs this is one product of patches: inside a loop, XLA's own convolution and its gradient are
   up to 30 times slower there.
   """
+  x, kernel = jnp.asarray(x), jnp.asarray(kernel)
   if jax.default_backend() != "cpu":
     return jax.lax.conv_general_dilated(
       x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -151,10 +157,10 @@ def convolve(x: Array, kernel: Array) -> Array:
   return (patches.reshape(-1, size**2 * c) @ kernel.reshape(size**2 * c, -1)).reshape(n, h, w, -1)
 
 
-def average_pool(x: Array, size: int) -> Array:
+def average_pool(x: Float[ArrayLike, "n h w c"], size: int) -> Float[Array, "n _ _ c"]:
   """Mean over disjoint windows of `(n, h, w, c)`; remaining rows and columns are dropped."""
   n, h, w, c = x.shape
-  x = x[:, : h // size * size, : w // size * size]
+  x = jnp.asarray(x)[:, : h // size * size, : w // size * size]
   return jnp.mean(x.reshape(n, h // size, size, w // size, size, c), axis=(2, 4))
 
 
@@ -223,7 +229,7 @@ class ResNet(nn.Module):
   blocks: Sequence[int] = (1, 1, 1)
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Float[ArrayLike, "n h w c"]) -> Float[Array, "n num_outputs"]:
     """Outputs `(n, num_outputs)` of images `(n, h, w, c)`."""
     with linalg.permissive_promotion():
       x = nn.relu(self._norm("stem_norm", self._convolution("stem", self.width, 3, x)))
@@ -237,17 +243,17 @@ class ResNet(nn.Module):
         jnp.mean(x, axis=(1, 2))
       )
 
-  def _block(self, name: str, features: int, x: Array) -> Array:
+  def _block(self, name: str, features: int, x: ArrayLike) -> Array:
     y = nn.relu(self._norm(f"{name}_norm_0", self._convolution(f"{name}_0", features, 3, x)))
     y = self._norm(f"{name}_norm_1", self._convolution(f"{name}_1", features, 3, y))
     if x.shape[-1] != features:
       x = self._convolution(f"{name}_shortcut", features, 1, x)
     return nn.relu(x + y)
 
-  def _convolution(self, name: str, features: int, size: int, x: Array) -> Array:
+  def _convolution(self, name: str, features: int, size: int, x: ArrayLike) -> Array:
     return Convolution(features, size, nn.initializers.he_normal(), name=name)(x)
 
-  def _norm(self, name: str, x: Array) -> Array:
+  def _norm(self, name: str, x: ArrayLike) -> Array:
     return nn.InstanceNorm(
       epsilon=1e-5, param_dtype=x.dtype, force_float32_reductions=False, name=name
     )(x)

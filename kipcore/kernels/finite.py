@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from kipcore import linalg
-from kipcore.types import Array
+from kipcore.types import Array, ArrayLike
 
 
-def empirical_ntk(apply_fn, variables, x1: Array, x2: Array | None = None) -> Array:
+def empirical_ntk(apply_fn, variables, x1: ArrayLike, x2: ArrayLike | None = None) -> Array:
   """<df(x1)/dtheta, df(x2)/dtheta> / c, summed over the c outputs: `(n1, n2)`.
 
   Args:
@@ -30,7 +30,7 @@ def empirical_ntk(apply_fn, variables, x1: Array, x2: Array | None = None) -> Ar
   return jnp.einsum("icp,jcp->ij", j1, j2, precision=linalg.HIGHEST) / j1.shape[1]
 
 
-def empirical_nngp(apply_fn, variables, x1: Array, x2: Array | None = None) -> Array:
+def empirical_nngp(apply_fn, variables, x1: ArrayLike, x2: ArrayLike | None = None) -> Array:
   """Mean over outputs of f(x1) f(x2): `(n1, n2)`, whose expectation converges to `nngp_fn`.
 
   Args:

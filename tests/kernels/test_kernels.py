@@ -251,7 +251,7 @@ def test_zero_rows_give_an_empty_matrix():
     (lambda x: kipcore.ntk_fn(kipcore.fc(1))(x, x[:, :2]), "expected rows of one shape"),
     (lambda x: kipcore.gram(kipcore.linear_fn(), x, x, 0), "positive integer"),
     (lambda x: kipcore.rbf_fn(0.0), "bandwidth"),
-    (lambda x: kipcore.from_stax(None, "both"), "'ntk' or 'nngp'"),
+    (lambda x: kipcore.from_stax(None, "both"), "get: expected one of ntk, nngp"),
     (lambda x: architecture("vgg16"), "got 'vgg16'"),
     (lambda x: kipcore.fc(0), "depth"),
     (lambda x: kipcore.myrtle(6), "expected one of 5, 7, 10"),
