@@ -45,7 +45,7 @@ def watched(config: DistillConfig) -> list[tuple[int, int, int]]:
 
   with tempfile.TemporaryDirectory() as folder, mock.patch.object(progress.Steps, "advance", noted):
     pipeline.run_distill(
-      config, folder + "/run", verbose=False, upkeep=CheckpointConfig(checkpoint_seconds=1.0)
+      config, folder + "/run", verbose=False, checkpoints=CheckpointConfig(checkpoint_seconds=1.0)
     )
   return points
 

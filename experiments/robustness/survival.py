@@ -46,7 +46,7 @@ def start(config: DistillConfig, folder, resume: bool) -> int:
 
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
       try:
-        pipeline.run_distill(config, str(folder), upkeep=CheckpointConfig(1e-9, resume=resume))
+        pipeline.run_distill(config, str(folder), checkpoints=CheckpointConfig(1e-9, resume=resume))
         status = 0
       except Stopped:
         status = 143

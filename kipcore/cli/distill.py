@@ -1,82 +1,83 @@
-"""Distills a dataset into a few images that teach a model almost as well.
+"""Distills a dataset into a few images that train a model almost as well as all of it.
 
 Examples:
   kipcore-distill
-      ten images of the embedded digits, in a few seconds
+      ten images of the included digits, in a few seconds
   kipcore-distill --dataset=mnist --images_per_class=10 --steps=4000
       97 % and more on MNIST, about a minute on two cores
   kipcore-distill --dataset=mnist --method=dm --dry_run
-      what that would do, take and need; nothing is written
+      what that would do, how long it would take, what it needs; nothing is written
 """
 
 import dataclasses
 import tempfile
 
-from absl import flags
-
-from kipcore.cli import flags as common
-from kipcore.cli.config import CheckpointConfig, DistillConfig, given_flags
-
-FLAGS = flags.FLAGS
-
-common.define_method()
-common.define_sampler()
-common.define_networks()
-common.define_common()
-flags.DEFINE_bool(
-  "tensorboard",
-  False,
-  "Also write event files for TensorBoard, under tensorboard/ of the run folder.",
-)
-common.define_checkpoints()
-common.define_distributed()
-common.first(
-  "dataset",
-  "data_dir",
-  "images_per_class",
-  "method",
-  "init",
-  "sampler",
-  "steps",
-  "seed",
-  "output_dir",
-  "dry_run",
+from kipcore.cli import flags
+from kipcore.cli.config import (
+  CheckpointConfig,
+  DistillConfig,
+  OutputConfig,
+  ProcessConfig,
+  from_flags,
+  given_flags,
 )
 
 
-def main() -> None:
+def main(values) -> None:
   """Builds the config from the flags and runs it."""
-  index = common.join_processes(FLAGS.distributed)
+  index = flags.join_processes(values.distributed)
   import jax
 
   from kipcore.cli import recipes
   from kipcore.cli.folder import event_log, resume
   from kipcore.cli.runs import dry_run, pipeline
 
-  event_log.require(FLAGS.tensorboard)
-  output_dir, given = FLAGS.output_dir, given_flags(DistillConfig, FLAGS)
-  if FLAGS.resume:
+  event_log.require(values.tensorboard)
+  output_dir, given = values.output_dir, given_flags(DistillConfig, values)
+  if values.resume:
     output_dir = str(resume.unfinished(output_dir))
-  config = resume.config_of(output_dir, given) if FLAGS.resume else recipes.resolve(**given)
+  config = resume.config_of(output_dir, given) if values.resume else recipes.resolve(**given)
   jax.config.update("jax_enable_x64", config.x64)
-  upkeep = CheckpointConfig(FLAGS.checkpoint_seconds, FLAGS.resume, FLAGS.retries)
-  if FLAGS.dry_run:
-    dry_run.of_distillation(config, output_dir, FLAGS.overwrite or FLAGS.resume)
+  checkpoints = from_flags(CheckpointConfig, values)
+  if values.dry_run:
+    dry_run.of_distillation(config, output_dir, values.overwrite, values.resume)
   elif index == 0:
     pipeline.run_distill(
-      config, output_dir, FLAGS.overwrite, tensorboard=FLAGS.tensorboard, upkeep=upkeep
+      config,
+      output_dir,
+      values.overwrite,
+      tensorboard=values.tensorboard,
+      checkpoints=checkpoints,
     )
-  else:  # the other processes do the same work and keep nothing
+  else:  # the other processes do the same work and keep no files
     with tempfile.TemporaryDirectory() as folder:
       pipeline.run_distill(
-        config, folder, verbose=False, upkeep=dataclasses.replace(upkeep, shared=output_dir)
+        config,
+        folder,
+        verbose=False,
+        checkpoints=dataclasses.replace(checkpoints, shared=output_dir),
       )
 
 
-def run() -> None:
-  """The console script."""
-  common.launch(main)
-
+run = flags.binary(
+  main,
+  DistillConfig,
+  OutputConfig,
+  ProcessConfig,
+  CheckpointConfig,
+  main_flags=(
+    "dataset",
+    "data_dir",
+    "images_per_class",
+    "method",
+    "init",
+    "sampler",
+    "steps",
+    "seed",
+    "output_dir",
+    "dry_run",
+  ),
+)
 
 if __name__ == "__main__":
   run()

@@ -1,25 +1,32 @@
-"""What a run ends with that is no defect; binaries turn each into one line and a status (2 for what the user can mend)."""
+"""Errors that end a command with one line and an exit status instead of a traceback."""
 
 import contextlib
 
 from kipcore.types import KipcoreError
 
-
 class UsageError(KipcoreError, ValueError):
-  """A wrong flag, file or value."""
+  """An invalid flag, file or value (exit status 2)."""
 
 
 class OutOfMemory(KipcoreError):
-  """Memory that ran out, or would; the message names the part and what helps. Binaries end with status 3."""
+  """Memory ran out, or would; the message names the part and what helps (exit status 3)."""
 
 
 class Stopped(KipcoreError):
-  """A run that was asked to stop, and did so at a checkpoint."""
+  """A run was asked to stop and did so at a checkpoint.
+
+  Attributes:
+    status: exit status: 130 after Ctrl-C, 143 after SIGTERM.
+  """
+
+  def __init__(self, message: str, status: int = 143):
+    super().__init__(message)
+    self.status = status
 
 
 @contextlib.contextmanager
 def usage():
-  """Turns the eager ValueError and TypeError of the library, met while setting up, into `UsageError`."""
+  """Converts ValueError and TypeError of the library's eager checks to `UsageError`."""
   try:
     yield
   except UsageError:

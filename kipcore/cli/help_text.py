@@ -1,36 +1,39 @@
-"""What `--help` and `--version` print: the binary's docstring, then its flags in groups, with defaults."""
+"""What `--help` and `--version` print: the command's docstring, then its flags in groups, with defaults."""
 
 import platform
 import shutil
+import sys
 import textwrap
 
-from absl import flags
+from kipcore.cli import config
 
 _WIDTH, _LEFT = 100, 26
-_LIBRARIES = ("absl", "orbax")  # that have flags of their own; orbax where it is imported
 HELP = ("--help", "-help", "-h", "--h", "-?", "--helpshort", "--helpfull", "-helpfull")
 VERSION = ("--version", "-version")
 
 
-def requested(argv: list[str], module) -> str | None:
-  """The text that the arguments ask for instead of work; it wins over flags that are wrong.
+def requested(argv: list[str], module, values, titles=None) -> str | None:
+  """The text that the arguments request instead of work; takes precedence over invalid flags.
 
   Args:
     argv: the command line, program name first.
-    module: of the binary, run or imported.
+    module: module of the command.
+    values: its flags.
+    titles: titles and names of flags; None for one group of all.
 
   Returns:
-    A text, None where none is asked for.
+    A text, or None if none is requested.
   """
   given = argv[1 : argv.index("--")] if "--" in argv else argv[1:]
   if any(argument in VERSION for argument in given):
     return version()
-  wanted = [argument for argument in given if argument in HELP]
-  return of(module, any("full" in argument for argument in wanted)) if wanted else None
+  if not any(argument in HELP for argument in given):
+    return None
+  return of(module, values, titles or [("Flags", _own(values))])
 
 
 def version() -> str:
-  """Our version, and those of what decides numbers."""
+  """Versions of kipcore, JAX and Python."""
   import jax
 
   import kipcore
@@ -39,84 +42,65 @@ def version() -> str:
 
 
 def commands(module) -> list[str]:
-  """How the binary can be called: as a console script, where it is one, and as a module."""
-  spec = getattr(module, "__spec__", None)
-  name = spec.name if spec else module.__name__
-  script = [f"kipcore-{name.rpartition('.run_')[2]}"] if ".run_" in name else []
-  return [*script, f"python -m {name}"]
+  """How a command can be started: as a console script, and from a clone if it was started so."""
+  name_of = lambda module: getattr(getattr(module, "__spec__", None), "name", module.__name__)
+  name, program = name_of(module), name_of(sys.modules["__main__"])
+  if not name.startswith("kipcore.cli."):
+    return [f"python -m {name}"]
+  clone = [f"python -m {program}"] if program.startswith("experiments.") else []
+  return [f"kipcore-{name.rpartition('.')[2]}", *clone]
 
 
-def of(module, everything: bool = False) -> str:
-  """The help: what the binary does, examples, flags.
+def of(module, values, titles: list[tuple[str, list[str]]]) -> str:
+  """The help: what the command does, examples, flags.
 
   Args:
-    module: of the binary, whose docstring says what it does.
-    everything: with the flags of libraries, which log and debug.
+    module: module whose docstring describes the command.
+    values: its flags.
+    titles: titles and names of flags.
 
   Returns:
-    Lines of 100 columns at most, less in a narrower terminal.
+    Lines of at most 100 columns, fewer in a narrower terminal.
   """
   width = min(_WIDTH, max(shutil.get_terminal_size((_WIDTH, 24)).columns, 60))
-  lines = [
-    (module.__doc__ or "").strip(),
-    "",
-    *textwrap.wrap(
-      f"Usage: {', or '.join(commands(module))}, then flags: --name=value, in any "
-      "order, none of them needed.",
-      width,
-    ),
-  ]
-  for title, names in groups(everything):
+  usage = f"Usage: {' or '.join(commands(module))}, then any flags, as --name=value."
+  lines = [(module.__doc__ or "").strip(), "", *textwrap.wrap(usage, width)]
+  for title, names in titles:
     lines += ["", *textwrap.wrap(title, width)]
     for name in names:
-      lines += _flag(flags.FLAGS[name], width)
-  lines += [
-    "",
-    *textwrap.wrap(
-      "Also: --help, --helpfull (with the flags of libraries), --version, --flagfile=FILE (flags from a file, one a "
-      "line).",
-      width,
-    ),
+      lines += _flag(values[name], width)
+  also = "Also: --help, --version, --flagfile=FILE (read flags from a file, one per line)."
+  return "\n".join([*lines, "", *textwrap.wrap(also, width)])
+
+
+def groups(settings: dict, main_flags: tuple[str, ...] = ()) -> list[tuple[str, list[str]]]:
+  """Titles and names of flags: the main ones, then the groups of the settings."""
+  found = [("Main flags", list(main_flags))] if main_flags else []
+  for title in config.GROUPS:
+    names = [
+      name
+      for name, field in settings.items()
+      if field.metadata["group"] == title and name not in main_flags
+    ]
+    found += [(title, names)] if names else []
+  return found
+
+
+def _own(values) -> list[str]:
+  """Flags that the program defines itself, not those of absl and other libraries."""
+  libraries = ("absl", "orbax")
+  module_of = lambda name: values.find_module_defining_flag(name) or "absl"
+  return [
+    name
+    for name in values
+    if values[name].name == name and not module_of(name).startswith(libraries)
   ]
-  return "\n".join(lines)
-
-
-_marks: list[tuple[str, int]] = []
-_first: list[str] = []
-
-
-def first(*names: str) -> None:
-  """The flags that most people set: they stand before all groups, in this order."""
-  _first[:] = names
-
-
-def group(title: str) -> None:
-  """Flags defined from here on stand under this title."""
-  _marks.append((title, len(flags.FLAGS)))
-
-
-def groups(everything: bool = False) -> list[tuple[str, list[str]]]:
-  """Titles and the names of their flags: the main ones, groups in the order of definition, and those of libraries, where wanted."""
-  own, others = {"Main flags": list(_first)} if _first else {}, []
-  for position, name in enumerate(flags.FLAGS):
-    flag = flags.FLAGS[name]
-    if flag.name != name or name in _first:
-      continue
-    if (flags.FLAGS.find_module_defining_flag(name) or "absl").startswith(_LIBRARIES):
-      others.append(name)
-      continue
-    title = next((title for title, first in reversed(_marks) if first <= position), "Flags")
-    own.setdefault(title, []).append(name)
-  return [*own.items(), *([("Flags of libraries", others)] if everything else [])]
 
 
 def _flag(flag, width: int) -> list[str]:
-  """A flag with its kind of value on the left, what it does and its default on the right."""
-  value = "=" + _kind(flag)
-  left = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}{value}"
-  text = " ".join((flag.help or "").split()).removeprefix(
-    f"<{_kind(flag)}>: "
-  )  # as absl begins the help of an enum
+  """A flag with its type on the left, its help and default on the right."""
+  left = f"  --[no]{flag.name}" if flag.boolean else f"  --{flag.name}={_kind(flag)}"
+  text = " ".join((flag.help or "").split()).removeprefix(f"<{_kind(flag)}>: ")  # absl's enums
   default = flag.default
   if flag.boolean:
     default = "yes" if default else "no"
@@ -134,6 +118,8 @@ def _flag(flag, width: int) -> list[str]:
 
 
 def _kind(flag) -> str:
-  kinds = {"int": "N", "float": "X", "comma separated list of strings": "A,B,..."}
-  values = getattr(flag.parser, "enum_values", None)
-  return "|".join(values) if values else kinds.get(flag.flag_type(), "TEXT")
+  """How the value of a flag is written."""
+  names = {"int": "N", "float": "X", "comma separated list of strings": "A,B,..."}
+  field = getattr(flag.parser, "field", None)
+  choices = field.metadata["choices"] if field else getattr(flag.parser, "enum_values", None)
+  return "|".join(choices) if choices else names.get(flag.flag_type(), "TEXT")

@@ -1,7 +1,8 @@
-"""Methods by name: how each is built from a config, and its settings, published and at CPU size."""
+"""Methods by name: how each is built from a config, and its settings, as published and for a few CPU cores."""
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ PRESETS = ("cpu", "published")
 
 
 class Problem(NamedTuple):
-  """What a method needs to know of the data: the kernel with its architecture, the classes, and the file of MTT's experts."""
+  """What a method depends on besides the config: kernel with its architecture, number of classes, file of MTT's experts."""
 
   kernel_fn: Any
   num_classes: int
@@ -21,17 +22,17 @@ class Problem(NamedTuple):
 
 
 class Recipe(NamedTuple):
-  """A method under a name.
+  """How a method is built, and its settings.
 
   Attributes:
-    build: `(config, problem, options) -> distill.method.Method`; None for a method without a loop.
-    options: the method's own options, "room:class" in kipcore.distill, "" for none.
+    build: `(config, problem, options) -> Method`; None for a method without a loop.
+    options: the options class of the method, as "module:class" in kipcore.distillation.methods; "" for none.
     published: config fields of the published settings.
-    cpu: those that differ at a size for a few CPU cores.
-    cpu_options: options that differ from the published ones there.
-    kernel: whether the method works through the kernel of the run's architecture, and so starts by it.
-    hard_labels: whether the labels of the support are classes, which stay as they are.
-    norm: of the networks that the method learns through, and that judge its images.
+    cpu: those that differ for a few CPU cores.
+    cpu_options: options that differ from the published ones for a few CPU cores.
+    kernel: whether the method, and so its initialization, uses the kernel of the run's architecture.
+    hard_labels: whether the labels are classes, which are not changed.
+    norm: normalization of the networks that the method trains and that score its images.
   """
 
   build: Callable | None
@@ -45,7 +46,7 @@ class Recipe(NamedTuple):
 
 
 def module_of(config: DistillConfig, problem: Problem, **changes):
-  """The network that a method learns through: the run's architecture, with the method's norm."""
+  """The network that a method trains: the run's architecture with the method's normalization."""
   from kipcore.networks import network
 
   return network(
@@ -212,7 +213,7 @@ RECIPES = {
     "trajectory_matching:TrajectoryMatchingOptions",
     dict(_FIXED, learning_rate=1000.0, steps=5000, target_batch_size=256),
     dict(_CPU, steps=60, num_experts=4, expert_epochs=6, expert_rows=5000),
-    # At rate 0.01 a student of ten images overshoots, and the first update of the images undoes the start.
+    # At a rate of 0.01 a student trained on ten images overshoots, and the first update undoes the initialization.
     dict(syn_steps=10, expert_epochs=1, max_start_epoch=4, initial_rate=0.003),
     hard_labels=True,
     norm="instance",
@@ -222,12 +223,18 @@ METHODS = tuple(RECIPES)
 
 
 def has_loop(config: DistillConfig) -> bool:
-  """Whether the method learns step by step."""
+  """Whether the method is iterative."""
   return RECIPES[config.method].build is not None
 
 
 def resolve(**given) -> DistillConfig:
-  """The config of what was asked, on the method's settings of the preset, on the defaults.
+  """The config of the given settings; others are those of the method's preset, then the defaults.
+
+  Args:
+    **given: settings by name.
+
+  Returns:
+    A config.
 
   Raises:
     UsageError: for an unknown method or preset.
@@ -236,17 +243,17 @@ def resolve(**given) -> DistillConfig:
   method, preset = given.get("method", default.method), given.get("preset", default.preset)
   with usage():
     for name, value, known in (("method", method, METHODS), ("preset", preset, PRESETS)):
-      checks.one_of(name, value, known)
+      checks.one_of(f"--{name}", value, known)
   recipe = RECIPES[method]
   settings = {**recipe.published, **(recipe.cpu if preset == "cpu" else {}), **given}
   return dataclasses.replace(default, **settings)
 
 
 def options_of(config: DistillConfig):
-  """The method's own options: published, at CPU size, or as `--options` says; None for methods without.
+  """The method's options: published or for a few CPU cores, then as in `--options`; None if it has none.
 
   Raises:
-    UsageError: for an unknown option, or a value of another type.
+    UsageError: for an unknown option or a value of another type.
   """
   recipe = RECIPES[config.method]
   texts = [part for part in config.options.split(",") if part]
@@ -256,17 +263,25 @@ def options_of(config: DistillConfig):
         f"--options: expected none for --method={config.method}, got {config.options!r}"
       )
     return None
-  room, name = recipe.options.split(":")
-  options = getattr(importlib.import_module(f"kipcore.distillation.methods.{room}"), name)()
+  module, name = recipe.options.split(":")
+  options = getattr(importlib.import_module(f"kipcore.distillation.methods.{module}"), name)()
   options = dataclasses.replace(options, **(recipe.cpu_options if config.preset == "cpu" else {}))
   return dataclasses.replace(options, **parsed("--options", texts, dataclasses.asdict(options)))
 
 
 def parsed(flag: str, texts: list[str], defaults: dict) -> dict:
-  """name=value texts, each value in the type of its default.
+  """Parses name=value texts, each value with the type of its default.
+
+  Args:
+    flag: flag that the texts belong to, for messages.
+    texts: the texts.
+    defaults: valid names with their defaults.
+
+  Returns:
+    Values by name.
 
   Raises:
-    UsageError: for an unknown name, or a value of another type.
+    UsageError: for an unknown name or a value of another type.
   """
   given = {}
   for text in texts:
@@ -278,15 +293,25 @@ def parsed(flag: str, texts: list[str], defaults: dict) -> dict:
     kind = str if defaults[name] is None else type(defaults[name])
     try:
       given[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+      if kind is float and not math.isfinite(given[name]):
+        raise ValueError(value)
     except (KeyError, ValueError):
-      raise UsageError(
-        f"{flag}: expected {name} to be of type {kind.__name__}, got {value!r}"
-      ) from None
+      wanted = {bool: "true or false", int: "an integer", float: "a finite number"}[kind]
+      raise UsageError(f"{flag}: expected {name} to be {wanted}, got {value!r}") from None
   return given
 
 
 def distiller_of(config: DistillConfig, problem: Problem, sampler, batch_size: int):
   """The constant parts of a run. Equal settings give equal distillers, which share a compilation.
+
+  Args:
+    config: settings of the run.
+    problem: what the method depends on besides.
+    sampler: sampler of targets.
+    batch_size: targets per step.
+
+  Returns:
+    A `Distiller`.
 
   Raises:
     UsageError, ValueError: for options and numbers out of range.

@@ -109,12 +109,12 @@ def test_settings_come_from_the_method_unless_given():
 @pytest.mark.parametrize(
   "given, message",
   [
-    (dict(method="best"), "method: expected one of kip"),
-    (dict(method="dm", preset="huge"), "preset: expected one of cpu, published"),
+    (dict(method="best"), "--method: expected one of kip"),
+    (dict(method="dm", preset="huge"), "--preset: expected one of cpu, published"),
     (dict(method="kip", options="a=1"), "--options: expected none for --method=kip"),
     (dict(method="dm", options="pool=1"), "expected names among augmentation"),
-    (dict(method="frepo", options="pool_size=many"), "expected pool_size to be of type int"),
-    (dict(method="frepo", options="flip=2"), "expected flip to be of type bool"),
+    (dict(method="frepo", options="pool_size=many"), "expected pool_size to be an integer"),
+    (dict(method="frepo", options="flip=2"), "expected flip to be true or false"),
     (dict(method="dm", options="augmentation=blur"), "augmentation: expected names of"),
     (dict(method="frepo", options="pool_size=0"), "pool_size"),
     (dict(method="dc", optimizer="lion"), "optimizer: expected one of"),
@@ -174,7 +174,7 @@ def test_a_grid_gives_a_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch
     {k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows
   ]
   assert timeless(cells(tmp_path / "cut")) == timeless(rows)
-  with pytest.raises(UsageError, match="holds another grid, whose cells have steps=2, not 3"):
+  with pytest.raises(UsageError, match="contains another grid, whose cells have steps=2, not 3"):
     comparison.run_compare(GRID, {**SHARED, "steps": 3}, str(tmp_path / "cut"), False)
   # A folder that is older than one of the settings.
   recorded = json.loads((tmp_path / "cut" / "config.json").read_text())
@@ -216,10 +216,10 @@ def test_numbers_that_fail_become_a_line_of_the_table():
 @pytest.mark.parametrize(
   "changes, message",
   [
-    (dict(methods=("dm", "best")), "methods: expected one of kip"),
+    (dict(methods=("dm", "best")), "--methods: expected one of kip"),
     (dict(inits=("best",)), "init: expected one of"),
     (dict(samplers=("uniform", "best")), "sampler: expected one of"),
-    (dict(preset="huge"), "preset: expected one of"),
+    (dict(preset="huge"), "--preset: expected one of"),
   ],
 )
 def test_wrong_grids_are_named_before_any_cell(changes, message, tmp_path):
@@ -231,7 +231,7 @@ def test_wrong_grids_are_named_before_any_cell(changes, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "text, message", [("stepz=3", "expected names among"), ("steps=many", "type int")]
+  "text, message", [("stepz=3", "expected names among"), ("steps=many", "to be an integer")]
 )
 def test_wrong_fields_of_a_grid_are_named(text, message):
   with pytest.raises(UsageError, match=message):

@@ -37,7 +37,7 @@ def test_costly_runs_say_so_before_they_start(tmp_path, capsys, monkeypatch):
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=True)
   out = capsys.readouterr().out
   found = re.search(
-    r"estimate: ([\d,]+) pairs of images a step, ([\d.e-]+) ms each: ([\d.e-]+) s a step", out
+    r"estimate: ([\d,]+) pairs of images per step, ([\d.e-]+) ms each: ([\d.e-]+) s per step", out
   )
   assert found and int(found[1]) == 10 * 30 + 10 + 30 + 55
   assert float(found[3]) == pytest.approx(395e-3 * float(found[2]), rel=0.02)
@@ -64,7 +64,7 @@ def test_selection_says_what_it_takes_before_it_starts(tmp_path, capsys, monkeyp
     raise Stop
 
   monkeypatch.setattr(selection.coreset, "select_coreset", stop)
-  monkeypatch.setattr(estimate, "seconds_a_pair", lambda *_, **__: (1e-4, 0))
+  monkeypatch.setattr(estimate, "seconds_per_pair", lambda *_, **__: (1e-4, 0))
   with pytest.raises(Stop):
     selection.run_select(SelectConfig(**SMALL), str(tmp_path))
   rows = pipeline.load(SelectConfig(**SMALL)).x_train.shape[0]

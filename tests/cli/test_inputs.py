@@ -511,7 +511,7 @@ def test_artifacts_that_make_no_sense_are_refused(names, value, pattern, artifac
 def test_an_artifact_of_no_run_is_not_scored(artifact, tmp_path):
   for about in ({**artifact[1], "dataset": None}, {**artifact[1], "config": {}, "result": {}}):
     npz.save_checked(tmp_path / "a.npz", artifact[0], "kipcore-distilled", 1, about)
-    with pytest.raises(UsageError, match="expected the artifact of a run"):
+    with pytest.raises(UsageError, match="--artifact: expected the artifact of a run"):
       evaluation.run_evaluate(kipcore.load_artifact(tmp_path / "a.npz"), EvaluateConfig())
 
 

@@ -1,4 +1,4 @@
-"""Memory: blocks that fit, runs that are refused before they begin, and words for those that run out."""
+"""Memory: block sizes, runs that are refused before they start, and messages if memory runs out."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def test_the_plan_holds_what_xla_plans(depth, m, t):
     )
     return step.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
 
-  assert 0 < scratch(t) - scratch(8) < planner._ARRAYS_OF_A_BLOCK * m * t * 4
+  assert 0 < scratch(t) - scratch(8) < planner._ARRAYS_PER_BLOCK * m * t * 4
 
 
 def test_blocks_fit_and_leave_the_loss_as_it_is(dtype):
@@ -63,18 +63,21 @@ def test_blocks_fit_and_leave_the_loss_as_it_is(dtype):
     kipcore.kip(kernel_fn, kipcore.KIPOptions(block_size=0))
 
 
-def test_rows_at_a_time(monkeypatch):
-  assert planner.rows_at_a_time(1000, 10, 4) == 0 and planner.free_bytes() > 1e8
-  monkeypatch.setattr(planner, "free_bytes", lambda: 1e6)
-  assert planner.rows_at_a_time(1000, 10, 4) == 128, "0.25 MB over 40 arrays of 40 bytes a row: 156"
-  assert planner.rows_at_a_time(156, 10, 4) == 0
-  monkeypatch.setattr(planner, "free_bytes", lambda: 0.0)
-  assert planner.rows_at_a_time(1000, 10, 4) == 8
+def test_block_rows(monkeypatch):
+  assert planner.block_rows(1000, 10, 4) == 0 and planner.free_bytes() > 1e8
+  for free in (0.0, 1e6):  # of which the result must not depend
+    monkeypatch.setattr(planner, "free_bytes", lambda free=free: free)
+    assert planner.block_rows(1000, 10, 4) == 0
+  monkeypatch.setattr(planner, "BLOCK_BYTES", 0.25e6)
+  assert planner.block_rows(1000, 10, 4) == 128, "0.25 MB over 40 arrays of 40 bytes per row: 156"
+  assert planner.block_rows(156, 10, 4) == 0
+  monkeypatch.setattr(planner, "BLOCK_BYTES", 1.0)
+  assert planner.block_rows(1000, 10, 4) == 8
 
 
 @pytest.mark.slow
 def test_a_run_in_little_memory_takes_blocks_and_records_them(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(planner, "rows_at_a_time", lambda rows, *_: 64 if rows > 64 else 0)
+  monkeypatch.setattr(planner, "block_rows", lambda rows, *_: 64 if rows > 64 else 0)
   config = DistillConfig(steps=3, target_batch_size=200, num_devices=1, test_rows=100)
   folder, _ = pipeline.run_distill(config, str(tmp_path / "blocks"))
   assert "3 steps of 200 targets on 1 cpu device(s), 64 at a time" in capsys.readouterr().out
@@ -92,22 +95,22 @@ def test_rows_that_do_not_fit_are_refused_with_a_number_that_does(monkeypatch):
   monkeypatch.setattr(planner, "free_bytes", lambda: 4e5)
   with pytest.raises(
     UsageError,
-    match=r"fit into the 400.0 kB that are free, got 920.1 kB: 1,442 training and 355 test rows .*--train_rows=348 ",
+    match=r"fit into 400.0 kB of free memory, got 920.1 kB: 1,442 training and 355 test rows .*--train_rows=348 ",
   ):
     loading.load(DataConfig())
   assert len(loading.load(DataConfig(train_rows=348)).x_train) == 313
   monkeypatch.setattr(planner, "free_bytes", lambda: 1e5)
-  with pytest.raises(UsageError, match="--train_rows and --test_rows take a part"):
+  with pytest.raises(UsageError, match="--train_rows and --test_rows use a subset"):
     loading.load(DataConfig())
   assert len(loading.load(DataConfig(train_rows=100, test_rows=50)).x_test) == 50
 
 
 def test_steps_that_do_not_fit_are_refused_before_the_first(tmp_path, monkeypatch):
   monkeypatch.setattr(planner, "free_bytes", lambda: 3e6)
-  monkeypatch.setattr(planner, "rows_at_a_time", lambda *_: 0)
+  monkeypatch.setattr(planner, "block_rows", lambda *_: 0)
   with pytest.raises(
     OutOfMemory,
-    match=r"a step needs [\d.]+ MB of working memory, and 3.0 MB are free \(training rows .*; less by --target_block_size",
+    match=r"a step needs [\d.]+ MB of working memory, and 3.0 MB are free \(training rows .*; reduce --target_block_size",
   ):
     pipeline.run_distill(
       DistillConfig(steps=3, images_per_class=40, num_devices=1), str(tmp_path / "a"), verbose=False
@@ -125,7 +128,7 @@ def test_steps_that_do_not_fit_are_refused_before_the_first(tmp_path, monkeypatc
 def test_memory_that_runs_out_is_reported_with_the_part_and_what_helps(error):
   with pytest.raises(
     OutOfMemory,
-    match="out of memory in the part 'scoring' .*(5 bytes|MemoryError).*; less by --test_rows",
+    match="out of memory in the part 'scoring' .*(5 bytes|MemoryError).*; reduce --test_rows",
   ) as caught:
     with progress.working("scoring", shown=False, remedy="--test_rows"):
       raise error

@@ -19,7 +19,7 @@ import kipcore
 from kipcore.cli import recipes
 from kipcore.cli.config import CheckpointConfig, DistillConfig
 from kipcore.cli.errors import Stopped, UsageError
-from kipcore.cli.folder import resume
+from kipcore.cli.folder import lock, resume
 from kipcore.cli.runs import pipeline
 
 CONFIG = DistillConfig(steps=40, target_batch_size=60, num_devices=1, refresh_every=10)
@@ -32,13 +32,14 @@ def stopped_after(calls: int):
   """A run that is asked to stop after so many calls to the devices."""
   left = [calls]
 
-  @contextlib.contextmanager
-  def signals():
-    def came():
+  class Signals(resume.StopSignals):
+    def __call__(self):
       left[0] -= 1
       return left[0] < 0
 
-    yield came
+  @contextlib.contextmanager
+  def signals():
+    yield Signals()
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(pipeline, "stop_signals", signals)
@@ -69,9 +70,9 @@ def stopped(tmp_path_factory):
   folder = tmp_path_factory.mktemp("stopped") / "run"
   with (
     stopped_after(4),
-    pytest.raises(Stopped, match="stopped at step [1-9][0-9]* of 40, as asked; --resume"),
+    pytest.raises(Stopped, match="stopped at step [1-9][0-9]* of 40; --resume"),
   ):
-    pipeline.run_distill(CONFIG, str(folder), verbose=False, upkeep=EVERY)
+    pipeline.run_distill(CONFIG, str(folder), verbose=False, checkpoints=EVERY)
   return folder
 
 
@@ -83,11 +84,11 @@ def begun(stopped, tmp_path):
 
 def test_a_stopped_run_ends_with_the_same_bytes(begun, whole):
   assert not (begun / "result.json").exists() and (begun / "checkpoints").exists()
-  folder, result = pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)
+  folder, result = pipeline.run_distill(CONFIG, str(begun), verbose=False, checkpoints=GO_ON)
   assert artifact(folder) == artifact(whole) and untimed(folder) == untimed(whole)
   assert not (folder / "checkpoints").exists() and not (folder / ".lock").exists()
-  with pytest.raises(UsageError, match="has its result; nothing is left to do"):
-    pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)
+  with pytest.raises(UsageError, match="is already finished"):
+    pipeline.run_distill(CONFIG, str(begun), verbose=False, checkpoints=GO_ON)
 
 
 @pytest.mark.slow
@@ -109,9 +110,9 @@ def test_methods_with_files_and_networks_of_their_own(tmp_path, method):
   )
   folder, _ = pipeline.run_distill(config, str(tmp_path / "whole"), verbose=False)
   with stopped_after(2), pytest.raises(Stopped):
-    pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, upkeep=EVERY)
+    pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, checkpoints=EVERY)
   began = resume.config_of(tmp_path / "run", {})
-  pipeline.run_distill(began, str(tmp_path / "run"), verbose=False, upkeep=GO_ON)
+  pipeline.run_distill(began, str(tmp_path / "run"), verbose=False, checkpoints=GO_ON)
   assert untimed(folder) == untimed(tmp_path / "run")
   first, second = (
     kipcore.load_artifact(each / "distilled.npz") for each in (folder, tmp_path / "run")
@@ -125,7 +126,7 @@ def test_methods_with_files_and_networks_of_their_own(tmp_path, method):
 @pytest.mark.slow
 def test_another_number_of_devices_goes_on(begun, whole):
   config = resume.config_of(begun, {"num_devices": 3})
-  pipeline.run_distill(config, str(begun), verbose=False, upkeep=GO_ON)
+  pipeline.run_distill(config, str(begun), verbose=False, checkpoints=GO_ON)
   ends = [untimed(folder)[-1] for folder in (begun, whole)]
   assert ends[0]["step"] == ends[1]["step"] == 40 and ends[0]["loss"] == pytest.approx(
     ends[1]["loss"], rel=0.5
@@ -136,14 +137,14 @@ def test_flags_that_differ_are_refused_with_the_difference(begun):
   assert resume.config_of(begun, {"steps": 40, "data_dir": "elsewhere"}).data_dir == "elsewhere"
   with pytest.raises(UsageError, match="learning_rate: 0.04 then, 0.1 now; seed: 0 then, 3 now"):
     resume.config_of(begun, {"seed": 3, "learning_rate": 0.1})
-  with pytest.raises(UsageError, match="expected the folder of a run of run_distill"):
+  with pytest.raises(UsageError, match="expected the folder of a run of kipcore-distill"):
     resume.config_of(begun / "checkpoints", {})
   (begun / "config.json").write_text("{}")
-  with pytest.raises(UsageError, match="ended before it recorded its flags; begin it again"):
+  with pytest.raises(UsageError, match="ended before it recorded its settings; start it again"):
     resume.config_of(begun, {})
   with pytest.raises(UsageError, match="steps: 40 then, 50 now"):  # and by who calls the library
     pipeline.run_distill(
-      dataclasses.replace(CONFIG, steps=50), str(begun), verbose=False, upkeep=GO_ON
+      dataclasses.replace(CONFIG, steps=50), str(begun), verbose=False, checkpoints=GO_ON
     )
 
 
@@ -160,14 +161,14 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
     dataset=str(tmp_path / "a.npz"), steps=20, target_batch_size=10, num_devices=1
   )
   with stopped_after(3), pytest.raises(Stopped):
-    pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, upkeep=EVERY)
+    pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, checkpoints=EVERY)
   arrays["x_train"][0] += 1
   np.savez(tmp_path / "a.npz", **arrays)
   with pytest.raises(UsageError, match="dataset_hashes.*train"):
-    pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, upkeep=GO_ON)
+    pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, checkpoints=GO_ON)
   (tmp_path / "a.npz").unlink()  # data that vanished
   with pytest.raises(UsageError, match="expected an .npz file, got no such file"):
-    pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, upkeep=GO_ON)
+    pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, checkpoints=GO_ON)
   assert list((tmp_path / "run" / "checkpoints").iterdir()), "and nothing is lost"
 
 
@@ -182,7 +183,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_kept(begun, whole, monkeyp
     patch.setattr(os, "rename", full)
     patch.setattr(os, "replace", full)
     with pytest.raises((UsageError, OSError), match="No space left"):
-      pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)
+      pipeline.run_distill(CONFIG, str(begun), verbose=False, checkpoints=GO_ON)
   with monkeypatch.context() as patch:  # as tensorstore says it
     patch.setattr(
       kipcore.Checkpoints,
@@ -192,15 +193,15 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_kept(begun, whole, monkeyp
       ),
     )
     with pytest.raises(UsageError, match="expected a checkpoint to be written"):
-      pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)
+      pipeline.run_distill(CONFIG, str(begun), verbose=False, checkpoints=GO_ON)
   assert set(kept) <= {path.name for path in (begun / "checkpoints").iterdir()}
   assert artifact(
-    pipeline.run_distill(CONFIG, str(begun), verbose=False, upkeep=GO_ON)[0]
+    pipeline.run_distill(CONFIG, str(begun), verbose=False, checkpoints=GO_ON)[0]
   ) == artifact(whole)
 
 
 def test_a_folder_is_for_one_run_at_a_time(tmp_path):
-  with resume.alone(tmp_path / "run"):
+  with lock.lock_folder(tmp_path / "run"):
     with pytest.raises(UsageError, match="another run is writing to .*run; choose another folder"):
       pipeline.run_distill(CONFIG, str(tmp_path / "run"), verbose=False)
   assert not (tmp_path / "run" / "config.json").exists()
@@ -224,7 +225,9 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, whole, monkeypatc
     return now[0]
 
   monkeypatch.setattr(time, "time", back)
-  folder, result = pipeline.run_distill(CONFIG, str(tmp_path / "run"), verbose=False, upkeep=EVERY)
+  folder, result = pipeline.run_distill(
+    CONFIG, str(tmp_path / "run"), verbose=False, checkpoints=EVERY
+  )
   assert artifact(folder) == artifact(whole) and result["wall_seconds"] > 0
 
 
@@ -237,7 +240,7 @@ def test_numbers_that_fail_step_back_and_go_on_more_slowly(tmp_path, monkeypatch
     kipcore.NumericalError,
     match="(?s)distillation at step [0-9]+.*The state before that step is kept.*--retries=3.*--x64",
   ):
-    pipeline.run_distill(wild, str(tmp_path / "a"), verbose=False, upkeep=EVERY)
+    pipeline.run_distill(wild, str(tmp_path / "a"), verbose=False, checkpoints=EVERY)
   assert (tmp_path / "a" / "checkpoints").exists()
 
 
@@ -253,7 +256,7 @@ def environment(devices: int = 1) -> dict:
 
 
 def binary(*arguments, devices: int = 1) -> subprocess.Popen:
-  root = pathlib.Path(__file__).parent.parent
+  root = pathlib.Path(__file__).resolve().parents[2]
   return subprocess.Popen(
     [sys.executable, "-m", "experiments.run_distill", *arguments],
     cwd=root,
@@ -286,7 +289,7 @@ def test_a_killed_binary_goes_on_to_the_same_bytes(tmp_path, number, status):
   assert number == signal.SIGKILL or "stopped at step" in out and "Traceback" not in out
   again = binary("--resume", f"--output_dir={tmp_path / 'run'}")
   out = again.communicate(timeout=240)[0]
-  assert again.returncode == 0 and "going on from step" in out, out
+  assert again.returncode == 0 and "resuming from step" in out, out
   expected, _ = pipeline.run_distill(
     DistillConfig(steps=300, target_batch_size=60, num_devices=1),
     str(tmp_path / "whole"),
@@ -323,14 +326,14 @@ def test_a_process_that_is_lost_ends_the_others_and_all_go_on(tmp_path):
   out = first.communicate(timeout=120)[0]
   assert time.monotonic() - killed < 60 and first.returncode == 4, out
   assert (
-    "a process of this run was lost" in out
+    "a process of this run died" in out
     and "Traceback" not in out
     and not (tmp_path / "run" / "result.json").exists()
   )
   second.communicate()
   both = pair("--resume", f"--output_dir={tmp_path / 'run'}")
   outs = [process.communicate(timeout=240)[0] for process in both]
-  assert [process.returncode for process in both] == [0, 0] and "going on from step" in outs[0], (
+  assert [process.returncode for process in both] == [0, 0] and "resuming from step" in outs[0], (
     outs
   )
   alone, _ = pipeline.run_distill(

@@ -1,7 +1,7 @@
-"""Time and memory of a run: formulas, and the few measurements that they need. Nothing is printed here.
+"""Time and memory of a run: formulas, and the few measurements that they need.
 
-Kernels of convolutional networks are counted in pairs of images, of which a few are timed; what is linear algebra is counted
-in operations. Both are right within a factor of about two, which is what is wanted before a run of minutes or days.
+Kernels of convolutional networks are counted in pairs of images, of which a few are timed; linear
+algebra is counted in operations. Both are accurate within a factor of about two.
 """
 
 import math
@@ -16,18 +16,18 @@ import numpy as np
 from kipcore.distillation import loop
 from kipcore.selection import coreset
 
-# What is expected to take less is done without a word.
+# Below these no estimate is printed.
 WORTH_SECONDS, WORTH_BYTES = 20.0, 1e9
-# Passes over the rows that Lloyd's algorithm takes, two starts together, with its seeding.
+# Passes over the rows by Lloyd's algorithm: two initializations together, with their seeding.
 _KMEANS_PASSES = 60
-# Dense factorizations and spectra, in units of n^3 operations of a matrix product.
+# Cost of a spectrum, in units of n^3 operations of a matrix product.
 _SPECTRUM = 20
-# Seconds of an operation, and of a pair of images for each of its features (fully connected kernels), on a slow core.
+# Seconds of an operation, and of a pair of images per feature (dense kernels), on a slow core.
 _SLOW, _SLOW_PAIR = 1e-10, 5e-11
 
 
 class Part(NamedTuple):
-  """A part of a run: seconds, or bytes."""
+  """A part of a run, with its seconds or bytes."""
 
   name: str
   amount: float
@@ -42,22 +42,22 @@ class Work(NamedTuple):
   def __add__(self, other):
     return Work(self.pairs + other.pairs, self.operations + other.operations)
 
-  def seconds(self, a_pair: float, operations_a_second: float) -> float:
-    """How long that takes."""
-    return self.pairs * a_pair + self.operations / operations_a_second
+  def seconds(self, pair_seconds: float, operations_per_second: float) -> float:
+    """Time of the work."""
+    return self.pairs * pair_seconds + self.operations / operations_per_second
 
 
 class Sizes(NamedTuple):
-  """Rows that a run of `run_distill` goes through, beside its config.
+  """Numbers of rows of a distillation.
 
   Attributes:
-    support: images.
-    batch: targets of a step.
-    solved: training rows that the labels of the start are solved from.
+    support: distilled images.
+    batch: targets per step.
+    solved: training rows from which the initial labels are solved.
     test: test rows.
     scores: how often all of them are scored.
     validation: validation rows, scored at each logged step.
-    devices: that share the steps.
+    devices: number of devices that share the steps.
   """
 
   support: int
@@ -69,8 +69,8 @@ class Sizes(NamedTuple):
   devices: int
 
 
-def seconds_a_pair(kernel_fn, x, gradient: bool) -> tuple[float, int]:
-  """Seconds of one pair of images, and bytes of scratch memory, from a small block of rows of `x`, after compilation."""
+def seconds_per_pair(kernel_fn, x, gradient: bool) -> tuple[float, int]:
+  """Seconds per pair of images and bytes of scratch memory, from a small block of rows of `x`, after compilation."""
   rows, others = (4, 8) if kernel_fn.arch.convolutional else (256, 512)
   a, b = jnp.asarray(x[:rows]), jnp.asarray(x[-others:])
   value = lambda a: jnp.sum(kernel_fn(a, b))
@@ -80,8 +80,8 @@ def seconds_a_pair(kernel_fn, x, gradient: bool) -> tuple[float, int]:
   ), compiled.memory_analysis().temp_size_in_bytes
 
 
-def operations_a_second(dtype) -> float:
-  """Of a matrix product, from one of a thousand rows."""
+def operations_per_second(dtype) -> float:
+  """Operations per second of a matrix product of a thousand rows."""
   a = jnp.ones((1024, 1024), dtype)
   product = (
     jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST)).lower(a).compile()
@@ -102,12 +102,12 @@ def pairs(rows: int, other_rows: int, symmetric: bool = False) -> int:
 
 
 def logged_rows(config, sizes: Sizes) -> int:
-  """Rows that are scored in all: tests, and validation while the run goes on."""
+  """Number of scored rows: test rows, and validation rows during the run."""
   return sizes.scores * sizes.test + len(loop.default_log_steps(config.steps)) * sizes.validation
 
 
-def of_start(strategy: str, rows: int, support: int, features: int, classes: int) -> Work:
-  """Choosing `support` points among so many rows."""
+def of_initialization(strategy: str, rows: int, support: int, features: int, classes: int) -> Work:
+  """Work of selecting `support` points among the rows."""
   per_class = max(support // classes, 1)
   if strategy in ("krr_sensitivity", "leverage"):
     return of_scores(rows, support)
@@ -125,7 +125,7 @@ def of_start(strategy: str, rows: int, support: int, features: int, classes: int
   if strategy == "auto":
     tried = sum(
       (
-        of_start(name, rows, support, features, classes)
+        of_initialization(name, rows, support, features, classes)
         for name in ("kmeans", "kmeans_plusplus", "krr_pursuit")
       ),
       Work(),
@@ -135,7 +135,7 @@ def of_start(strategy: str, rows: int, support: int, features: int, classes: int
 
 
 def of_scores(rows: int, support: int) -> Work:
-  """Ridge regression sensitivities of all rows: exact for few, else two passes over landmarks (the ridge, the scores)."""
+  """Work of the sensitivities of all rows: exact for few, else two passes over landmarks (ridge, scores)."""
   columns = coreset.num_score_columns(rows, support)
   if columns == rows:
     return Work(rows**2, float(_SPECTRUM) * rows**3)
@@ -145,7 +145,7 @@ def of_scores(rows: int, support: int) -> Work:
 def of_selection(
   strategy: str, rows: int, support: int, features: int, classes: int, test: int, dual_rows: int
 ) -> dict[str, Work]:
-  """The parts of `run_select`: points, scores, labels, certificate, and the scores of three sets."""
+  """Work of the parts of a selection: points, scores, labels, certificate, and test accuracies."""
   landmarks = min(1000, rows)
   scored = (
     {}
@@ -156,7 +156,7 @@ def of_selection(
   if landmarks < rows <= dual_rows:
     certificate += Work(rows**2)
   return {
-    f"points ({strategy})": of_start(strategy, rows, support, features, classes),
+    f"points ({strategy})": of_initialization(strategy, rows, support, features, classes),
     **scored,
     "solved labels": Work(rows * support, 2.0 * rows * support**2),
     **({} if strategy in ("kmeans", "noise") else {"certificate": certificate}),
@@ -165,7 +165,7 @@ def of_selection(
 
 
 def memory_of_selection(data, support: int, dtype) -> list[Part]:
-  """The largest arrays of `run_select`."""
+  """The largest arrays of a selection."""
   rows, size = data.x_train.shape[0], np.dtype(dtype).itemsize
   columns, block = coreset.num_score_columns(rows, support), min(rows, 1024)
   kernel = 4 * size * rows**2 if columns == rows else size * (4 * columns**2 + 2 * block * columns)
@@ -173,7 +173,7 @@ def memory_of_selection(data, support: int, dtype) -> list[Part]:
 
 
 def seconds_of(work: dict[str, Work], kernel_fn, x, measure: bool = False) -> list[Part]:
-  """How long that takes here; little work is not measured first, unless asked for, but taken to run as on a slow core."""
+  """Seconds of the parts on this machine; little work is estimated for a slow core instead, unless `measure`."""
   total = sum(work.values(), Work())
   if (
     not measure
@@ -182,12 +182,12 @@ def seconds_of(work: dict[str, Work], kernel_fn, x, measure: bool = False) -> li
   ):
     rates = _SLOW_PAIR * x[0].size, 1 / _SLOW
   else:
-    rates = seconds_a_pair(kernel_fn, x, gradient=False)[0], operations_a_second(x.dtype)
+    rates = seconds_per_pair(kernel_fn, x, gradient=False)[0], operations_per_second(x.dtype)
   return [Part(name, each.seconds(*rates)) for name, each in work.items()]
 
 
 def worth_reporting(seconds: list[Part], memory_parts: list[Part]) -> str | None:
-  """One line about what is long or large, None for what is neither."""
+  """A line about time and memory, or None if both are small."""
   time_total, memory_total = (
     sum(part.amount for part in parts) for parts in (seconds, memory_parts)
   )
@@ -210,11 +210,11 @@ def rows_bytes(data) -> int:
 
 
 def memory_of_steps(compiled, kernel: bool) -> list[Part]:
-  """What the steps of the loop need on each device, by part.
+  """Memory of the steps of the loop on each device, by part.
 
   Args:
-    compiled: the steps (`loop.distill`'s `compiled`), whose plan XLA tells.
-    kernel: whether the method works through kernel matrices, else through networks.
+    compiled: the compiled steps (`compiled` of `loop.distill`).
+    kernel: whether they use kernel matrices, not networks.
   """
   _, state, targets, *_ = compiled.args_info[0]
   devices = jax.tree.leaves(targets)[0].shape[0]
@@ -237,7 +237,7 @@ def memory_of_steps(compiled, kernel: bool) -> list[Part]:
 
 
 def available_bytes() -> int | None:
-  """Memory of a device: all of an accelerator's, what is free of a CPU's; None where nobody tells."""
+  """Memory of a device in bytes: total of an accelerator, free main memory of a CPU; None if unknown."""
   statistics = jax.local_devices()[0].memory_stats() or {}
   if "bytes_limit" in statistics:
     return statistics["bytes_limit"]
@@ -249,18 +249,18 @@ def available_bytes() -> int | None:
 
 
 def of_distillation(config, data, sizes: Sizes) -> str | None:
-  """What a run of `run_distill` will take, before it starts; None for cheap kernels and short runs.
+  """A line about the time and memory of a distillation; None for cheap kernels and short runs.
 
   Args:
-    config: of the run.
+    config: settings of the run.
     data: its data.
-    sizes: its sizes.
+    sizes: its numbers of rows.
   """
   kernel_fn = data.kernel_fn if config.method == "kip" else data.score_kernel
   if not kernel_fn.arch.convolutional:
     return None
-  forward, _ = seconds_a_pair(kernel_fn, data.x_train, gradient=False)
-  chosen = of_start(
+  forward, _ = seconds_per_pair(kernel_fn, data.x_train, gradient=False)
+  chosen = of_initialization(
     config.init, data.x_train.shape[0], sizes.support, data.x_train[0].size, data.y_train.shape[1]
   ).pairs
   solved = data.x_train.shape[0] if config.method == "label_solve" else sizes.solved
@@ -268,34 +268,34 @@ def of_distillation(config, data, sizes: Sizes) -> str | None:
   if config.method != "kip":
     return (
       (
-        f"estimate: {duration(other)} for start and scores by kernel ridge regression ({1e3 * forward:.3g} ms a pair of images; "
-        "--test_rows for less); the steps are the method's own"
+        f"estimate: {duration(other)} for initialization and scores by kernel ridge regression ({1e3 * forward:.3g} ms per pair of "
+        "images; --test_rows reduces it), without the steps"
       )
       if other > WORTH_SECONDS
       else None
     )
-  backward, scratch = seconds_a_pair(data.kernel_fn, data.x_train, gradient=True)
+  backward, scratch = seconds_per_pair(data.kernel_fn, data.x_train, gradient=True)
   step, step_pairs = step_of_pairs(sizes, backward)
   if config.steps * step + other < WORTH_SECONDS and scratch + 4 * step_pairs < WORTH_BYTES:
     return None
   return (
-    f"estimate: {step_pairs:,} pairs of images a step, {1e3 * backward:.3g} ms each: {step:.3g} s a step, {duration(config.steps * step)} "
-    f"for {config.steps} steps, and {duration(other)} for start, labels and scores ({1e3 * forward:.3g} ms a pair; --test_rows for "
-    f"less); {memory(scratch)} of scratch memory, {memory(4 * step_pairs)} of kernel matrices"
+    f"estimate: {step_pairs:,} pairs of images per step, {1e3 * backward:.3g} ms each: {step:.3g} s per step, {duration(config.steps * step)} "
+    f"for {config.steps} steps, and {duration(other)} for initialization and scores ({1e3 * forward:.3g} ms per pair; --test_rows "
+    f"reduces it); {memory(scratch)} of scratch memory, {memory(4 * step_pairs)} of kernel matrices"
   )
 
 
-def step_of_pairs(sizes: Sizes, a_pair: float) -> tuple[float, int]:
-  """Seconds of a step of KIP, and its pairs."""
+def step_of_pairs(sizes: Sizes, pair_seconds: float) -> tuple[float, int]:
+  """Seconds and pairs of a step of KIP."""
   shared = (
     1 if jax.default_backend() == "cpu" else sizes.devices
   )  # simulated devices share the cores
   count = pairs(sizes.support, sizes.batch, symmetric=True)
-  return count * a_pair / shared, count
+  return count * pair_seconds / shared, count
 
 
 def duration(seconds: float) -> str:
-  """Seconds for people."""
+  """Seconds as text."""
   for length, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
     if seconds >= 2 * length:
       return f"{seconds / length:.1f} {unit}"
@@ -303,17 +303,17 @@ def duration(seconds: float) -> str:
 
 
 def memory(count: float) -> str:
-  """Bytes for people."""
+  """Bytes as text."""
   for length, unit in ((1e9, "GB"), (1e6, "MB")):
     if count >= 0.95 * length:
       return f"{count / length:,.1f} {unit}"
   return f"{count / 1e3:,.1f} kB"
 
 
-def listed(parts: list[Part], shown, total: str | None = "together") -> str:
-  """Parts, a line each, and their sum under a name of its own, unless there is none; NaN where an amount is not known."""
+def listed(parts: list[Part], shown, total: str | None = "total") -> str:
+  """A line per part, and their sum under the name `total`; NaN for an unknown amount."""
   known = [part for part in parts if not math.isnan(part.amount)]
-  texts = {part.name: shown(part.amount) if part in known else "not known" for part in parts}
+  texts = {part.name: shown(part.amount) if part in known else "unknown" for part in parts}
   if total and len(parts) > 1:
     texts[total] = ("more than " if len(known) < len(parts) else "") + shown(
       sum(part.amount for part in known)

@@ -1,4 +1,4 @@
-"""How far a long run is: a bar with the time left, in a terminal alone; elsewhere plain lines and nothing else."""
+"""Progress of long runs: in a terminal a bar with the remaining time, otherwise plain lines."""
 
 import contextlib
 import sys
@@ -9,23 +9,23 @@ from tqdm import tqdm
 
 from kipcore.cli.cost import estimate, planner
 
-# Before so many seconds of steps nothing is said: compilation and short calls still weigh.
+# Seconds of steps before an estimate is printed: compilation and short calls still dominate.
 _SURE_SECONDS = 10.0
 
 
 class Steps:
-  """The bar of a loop, and one line that says how long it will take, where that is long.
+  """The progress bar of a loop, and a line with the expected time of a long one.
 
-  The time left counts steps and the work at logged steps apart: early in a run much is logged, and what is compiled for the
-  first log is no measure of anything.
+  The remaining time counts steps and the work at logged steps separately: early steps are logged
+  often, and the first log compiles.
 
   Args:
-    total: steps of the loop.
-    name: before the bar.
-    log_steps: after which `logged` is called.
-    say: prints a line; None for a silent loop.
-    kernel: whether the steps work through kernel matrices, else through networks.
-    clock: seconds.
+    total: number of steps.
+    name: text before the bar.
+    log_steps: steps after which `logged` is called.
+    write: prints a line; None for a silent loop.
+    kernel: whether the steps use kernel matrices, not networks.
+    clock: returns seconds.
   """
 
   def __init__(
@@ -33,14 +33,14 @@ class Steps:
     total: int,
     name: str,
     log_steps=(),
-    say=None,
+    write=None,
     kernel: bool = True,
     clock=time.perf_counter,
   ):
-    self._total, self._log_steps, self._say, self._kernel, self._clock = (
+    self._total, self._log_steps, self._write, self._kernel, self._clock = (
       total,
       tuple(log_steps),
-      say,
+      write,
       kernel,
       clock,
     )
@@ -50,16 +50,16 @@ class Steps:
       total=total,
       desc=name,
       unit="step",
-      disable=None if say and total else True,
+      disable=None if write and total else True,
       leave=False,
       bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
     )
     self._part = planner.part(
       f"the steps of {name}",
-      "less by --target_batch_size, --images_per_class, --train_rows or --width",
+      "reduce --target_batch_size, --images_per_class, --train_rows or --width",
     )
     self._bar.set_postfix_str(
-      "getting ready"
+      "preparing"
     )  # a method may train experts first; then its step is compiled
 
   def __enter__(self):
@@ -71,13 +71,13 @@ class Steps:
     return self._part.__exit__(*error)
 
   def compiled(self, executable) -> None:
-    """The steps are compiled: what they need is said, where that is much; OutOfMemory where it is not there."""
-    if self._say and (warning := memory_line(estimate.memory_of_steps(executable, self._kernel))):
-      self._say(warning)
+    """Called when the steps are compiled: prints a large need of memory; OutOfMemory if it does not fit."""
+    if self._write and (warning := memory_line(estimate.memory_of_steps(executable, self._kernel))):
+      self._write(warning)
     planner.check_steps(executable, self._kernel)
 
   def advance(self, done: int) -> None:
-    """So many steps are done, as of now."""
+    """Called when `done` steps are done."""
     now = self._clock()
     self._seconds += now - self._last
     self._last, self._done = now, done
@@ -85,63 +85,63 @@ class Steps:
     left = self.seconds_left()
     self._bar.set_postfix_str(f"{estimate.duration(left)} left", refresh=False)
     self._bar.update(done - self._bar.n)
-    if self._say and self._seconds > _SURE_SECONDS:
+    if self._write and self._seconds > _SURE_SECONDS:
       if left > estimate.WORTH_SECONDS:
-        self._say(
-          f"estimate: {self._a_step():.3g} s a step, {estimate.duration(left)} for the other {self._total - done:,} steps"
+        self._write(
+          f"estimate: {self._step_seconds():.3g} s per step, {estimate.duration(left)} for the remaining {self._total - done:,} steps"
         )
-      self._say = None
+      self._write = None
 
   def logged(self, step: int) -> None:
-    """The work of a logged step is done, as of now; that of step 0 is counted nowhere."""
+    """Called when the work of a logged step is done; that of step 0 is not counted."""
     now = self._clock()
     if step > 0:
       self._logs, self._log_seconds = self._logs + 1, self._log_seconds + now - self._last
     self._last = now
 
   def seconds_left(self) -> float:
-    """From the latest half of the steps done, and the mean of what was logged."""
-    steps = self._a_step() * (self._total - self._done)
+    """Remaining seconds, from the second half of the steps done and the mean time of a log."""
+    steps = self._step_seconds() * (self._total - self._done)
     logs = (
       self._log_seconds / max(self._logs, 1) * sum(step > self._done for step in self._log_steps)
     )
     return steps + logs
 
-  def _a_step(self) -> float:
-    """Seconds of a step; the first calls to the devices are of few steps, and slower."""
+  def _step_seconds(self) -> float:
+    """Seconds per step; the first calls to the devices have few steps and are slower."""
     done, seconds = max(mark for mark in self._marks if mark[0] <= self._done // 2)
     return (self._seconds - seconds) / max(self._done - done, 1)
 
 
 def memory_line(parts: list[estimate.Part]) -> str | None:
-  """What a device needs, where that is much or more than there is; else None."""
+  """The memory that a device needs, if it is large or more than there is; else None."""
   total, available = sum(part.amount for part in parts), estimate.available_bytes()
   if total < estimate.WORTH_BYTES and total < (available or total + 1):
     return None
   there = (
     ""
     if not available
-    else f", of {estimate.memory(available)} that there are"
-    + ("; it may not fit" if total > available else "")
+    else f" of {estimate.memory(available)}" + ("; it may not fit" if total > available else "")
   )
-  return f"memory: {estimate.memory(total)} a device{there}: " + ", ".join(
+  return f"memory: {estimate.memory(total)} per device{there}: " + ", ".join(
     f"{part.name} {estimate.memory(part.amount)}" for part in parts
   )
 
 
 @contextlib.contextmanager
 def working(text: str, expected: float | None = None, shown: bool = True, remedy: str = ""):
-  """In a terminal, after a second, a line with the seconds that the block has taken; `OutOfMemory` of that name, where memory runs out.
+  """Shows the elapsed seconds of the block in a terminal; names it if memory runs out.
 
   Args:
     text: what is being done.
-    expected: seconds that it should take, where known.
-    shown: False for no line at all.
-    remedy: flags that make the block need less memory.
+    expected: seconds that it should take, if known.
+    shown: whether to show a line.
+    remedy: flags that reduce the memory of the block.
   """
   with (
     planner.part(
-      f"the part {text!r}", f"less by {remedy}" if remedy else "--dry_run says what each part takes"
+      f"the part {text!r}",
+      f"reduce {remedy}" if remedy else "--dry_run shows what each part needs",
     ),
     _ticking(text, expected, shown),
   ):

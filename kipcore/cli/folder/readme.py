@@ -1,4 +1,4 @@
-"""README.txt of a run folder: what each file is, how to load it, and the commands that make and score it again."""
+"""README.txt of a run folder: what each file is, how to load it, and the commands that reproduce and score it."""
 
 import csv
 import dataclasses
@@ -17,33 +17,33 @@ _KINDS = {
   ".png": "a picture",
   ".html": "a page for a browser",
   ".json": "JSON",
-  ".npz": "arrays of NumPy",
-  ".npy": "an array of NumPy",
+  ".npz": "NumPy arrays",
+  ".npy": "a NumPy array",
 }
 _FOLDERS = {"tensorboard": "event files, for TensorBoard"}
 
 
 def of_distillation(folder: pathlib.Path, config: DistillConfig, result: dict) -> None:
-  """Writes the README of a run of `run_distill`.
+  """Writes the README of a distillation.
 
   Args:
-    folder: its folder, with all other files in it.
-    config: as asked for.
+    folder: folder of the run, with all other files in it.
+    config: its settings, as given.
     result: content of `result.json`.
   """
   how = f"{result['method']}, {result['steps']:,} steps" if result["steps"] else result["method"]
   title = (
-    f"{result['support_size']} distilled images of {result['dataset']} ({how}): "
+    f"{result['support_size']} distilled examples of {result['dataset']} ({how}): "
     f"{100 * result['test_accuracy']:.2f} % test accuracy, {100 * result['random_baseline_test_accuracy']:.2f} % "
-    "for as many random real images."
+    "for as many random real ones."
   )
   write(folder, title, distillation_command(config, folder))
 
 
 def of_selection(folder: pathlib.Path, config: SelectConfig, result: dict) -> None:
-  """Writes the README of a run of `run_select`; arguments as those of `of_distillation`."""
+  """Writes the README of a selection; arguments as those of `of_distillation`."""
   title = (
-    f"{result['support_size']} points of {result['dataset']} chosen by {result['chosen_strategy']}: "
+    f"{result['support_size']} points of {result['dataset']} selected by {result['chosen_strategy']}: "
     f"{100 * result['test_accuracy']:.2f} % test accuracy, {100 * result['random_baseline_test_accuracy']:.2f} % "
     "for as many random ones."
   )
@@ -51,23 +51,23 @@ def of_selection(folder: pathlib.Path, config: SelectConfig, result: dict) -> No
 
 
 def of_comparison(folder: pathlib.Path, config: CompareConfig, shared: dict, cells: int) -> None:
-  """Writes the README of a grid.
+  """Writes the README of a comparison.
 
   Args:
-    folder: its folder, with all other files in it.
+    folder: folder of the run, with all other files in it.
     config: the grid.
-    shared: settings of every cell that were asked for.
-    cells: how many there are.
+    shared: settings of every cell that were given.
+    cells: number of cells.
   """
   write(
     folder,
-    f"{cells} cells: {', '.join(config.methods)}, from {', '.join(config.inits)}, with targets by {', '.join(config.samplers)}.",
+    f"{cells} cells: methods {', '.join(config.methods)}; initializations {', '.join(config.inits)}; samplers {', '.join(config.samplers)}.",
     comparison_command(config, shared, folder),
   )
 
 
 def write(folder: pathlib.Path, title: str, command: str) -> None:
-  """The text, from the files that are there."""
+  """Writes the text, from the files in the folder."""
   found = sorted(
     path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
   )
@@ -79,7 +79,7 @@ def write(folder: pathlib.Path, title: str, command: str) -> None:
   width = max(map(len, (*names, *folders)))
   lines = [
     title,
-    "Paths are as seen from where the run was started.",
+    "Paths are relative to the folder in which the run was started.",
     "",
     "Files",
     *(
@@ -97,40 +97,40 @@ def write(folder: pathlib.Path, title: str, command: str) -> None:
       f"  stored = kipcore.load_artifact({str(artifact)!r})",
       "  stored.images, stored.labels       # in pixel space; one-hot minus 1/classes, or learned",
       '  stored.metadata["dataset"]         # its name, classes and hashes',
-      "  stored.evaluate(x_test, y_test)    # images as stored, integer classes",
-      "  stored.preprocess.apply(x_test)    # as the model saw them",
-      "or without kipcore",
+      "  stored.evaluate(x_test, y_test)    # images as the dataset stores them, integer classes",
+      "  stored.preprocess.apply(x_test)    # preprocessed, as the model receives them",
+      "Load it without kipcore",
       "  import numpy",
       f'  images = numpy.load({str(artifact)!r}, allow_pickle=False)["images"]',
     ]
-  lines += ["", "Make it again", f"  {command}"]
+  lines += ["", "Reproduce it", f"  {command}"]
   if jax.process_count() > 1:
-    lines.append(f"in each of {jax.process_count()} processes, with --distributed.")
+    lines.append(f"  in each of {jax.process_count()} processes, with --distributed")
   if artifact.name in names:
     lines += [
-      "Score it again, beside other sets of its size",
-      f"  python -m experiments.run_evaluate --artifact={shlex.quote(str(artifact))}",
+      "Score it next to other sets of its size",
+      f"  kipcore-evaluate --artifact={shlex.quote(str(artifact))}",
     ]
   atomic.write_atomically(folder / "README.txt", ("\n".join(lines) + "\n").encode())
 
 
 def distillation_command(config: DistillConfig, folder=None) -> str:
-  """The command line of a config: the flags that differ from the method's settings."""
+  """The command of a config: the flags that differ from the method's settings."""
   chosen = {name: getattr(config, name) for name in ("method", "preset")}
   changed = {
     **_changed(config, recipes.resolve(**chosen)),
     **{k: v for k, v in chosen.items() if v != getattr(DistillConfig(), k)},
   }
-  return _command("run_distill", changed, folder)
+  return _command("kipcore-distill", changed, folder)
 
 
 def selection_command(config: SelectConfig, folder=None) -> str:
-  """The command line of a config of `run_select`."""
-  return _command("run_select", _changed(config, SelectConfig()), folder)
+  """The command of a selection."""
+  return _command("kipcore-select", _changed(config, SelectConfig()), folder)
 
 
 def comparison_command(config: CompareConfig, shared: dict, folder=None) -> str:
-  """The command line of a grid; settings that `run_compare` has no flag for go by `--set`."""
+  """The command of a comparison; settings without a flag of their own are passed by `--set`."""
   known = {field.name for field in dataclasses.fields(DataConfig)} - {"seed"}
   changed = {
     **_changed(config, CompareConfig()),
@@ -139,7 +139,7 @@ def comparison_command(config: CompareConfig, shared: dict, folder=None) -> str:
   own = {field.name for field in dataclasses.fields(CompareConfig)}
   if others := [f"{name}={value}" for name, value in shared.items() if name not in known | own]:
     changed["set"] = tuple(others)
-  return _command("run_compare", changed, folder)
+  return _command("kipcore-compare", changed, folder)
 
 
 def _changed(config, base) -> dict:
@@ -148,10 +148,10 @@ def _changed(config, base) -> dict:
 
 
 def _command(binary: str, changed: dict, folder) -> str:
-  """Flags in the order of the config's fields; the folder with a new name beside the old one, None for no folder."""
+  """A command with its flags, and a folder named after the old one, if any."""
   given = [_flag(name, value) for name, value in changed.items() if value is not None]
   where = [] if folder is None else [f"--output_dir={shlex.quote(f'{folder}-again')}"]
-  return " ".join([f"python -m experiments.{binary}", *given, *where])
+  return " ".join([binary, *given, *where])
 
 
 def _flag(name: str, value) -> str:

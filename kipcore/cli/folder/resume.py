@@ -1,69 +1,80 @@
-"""Runs that go on: what is kept of one, when it is to stop, and its folder, to which no second run may write.
+"""Interrupted runs: checkpoints and signals that stop a run.
 
-`run_distill --resume` goes on with the run of a folder from its last checkpoint. The flags are those that it began with;
-one that is given again and differs is refused, but for those that change nothing of what is computed.
+`kipcore-distill --resume` continues the run of a folder from its last checkpoint. Its settings are
+those that it started with; a flag that is given again and differs is refused, except for those that
+do not change what is computed.
 """
 
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import jax
 
+from kipcore.cli import config as configs
 from kipcore.cli.config import DistillConfig
 from kipcore.cli.errors import Stopped, UsageError, usage
+from kipcore.cli.folder.run_folder import CHECKPOINTS
 from kipcore.distillation.snapshot import CheckpointPolicy, Snapshot, scale_learning_rate
 from kipcore.io import checkpoint
 from kipcore.types import NumericalError
 
-FOLDER = "checkpoints"
-# What may differ when a run goes on: where things are, and on how many devices (the mathematics is the same, the draws are not).
+# Settings that may differ in a resumed run: locations, and the number of devices (which changes the draws alone).
 FREE = ("data_dir", "num_devices", "experts")
 
 
 def config_of(folder, given: dict) -> DistillConfig:
-  """The config that a run began with, with the free ones of the flags that are given now.
+  """The config that a run started with, updated by the free settings that are given now.
 
   Args:
-    folder: of the run.
-    given: flags that the user set.
+    folder: folder of the run.
+    given: settings that the user gave.
+
+  Returns:
+    A config.
 
   Raises:
-    UsageError: for a folder without a run, or flags that differ from those of the run; all are named.
+    UsageError: for a folder without a run, or settings that differ; all of them are named.
   """
+  path = pathlib.Path(folder, "config.json")
+  wanted = "--resume: expected the folder of a run of kipcore-distill, got"
   try:
-    recorded = json.loads(pathlib.Path(folder, "config.json").read_text(encoding="utf-8"))
+    recorded = json.loads(path.read_text(encoding="utf-8"))
     known = {field.name for field in dataclasses.fields(DistillConfig)}
-    began = DistillConfig(**{name: value for name, value in recorded.items() if name in known})
-  except (OSError, ValueError, TypeError, AttributeError) as error:
-    raise UsageError(
-      f"--resume: expected the folder of a run of run_distill, got {folder} ({error})"
-    ) from error
+    started = DistillConfig(**{name: value for name, value in recorded.items() if name in known})
+  except OSError as error:
+    raise UsageError(f"{wanted} {folder} ({path.name}: {error.strerror})") from error
+  except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    raise UsageError(f"{wanted} {folder}, whose {path.name} is not that of a run") from error
   if "method" not in recorded:
     raise UsageError(
-      f"--resume: the run of {folder} ended before it recorded its flags; begin it again, with --overwrite"
+      f"--resume: the run of {folder} ended before it recorded its settings; start it again without "
+      "--resume"
     )
-  before = dataclasses.asdict(began)
+  configs.validate(started)
+  before = dataclasses.asdict(started)
   differing = checkpoint.differences(
     {name: before[name] for name in given if name not in FREE},
     {name: value for name, value in given.items() if name not in FREE},
   )
   if differing:
     raise UsageError(
-      f"--resume: expected the flags that the run of {folder} began with; " + "; ".join(differing)
+      f"--resume: expected the settings that the run of {folder} started with; "
+      + "; ".join(differing)
     )
-  return dataclasses.replace(
-    began, **{name: value for name, value in given.items() if name in FREE}
-  )
+  free = {name: value for name, value in given.items() if name in FREE}
+  return dataclasses.replace(started, **free)
 
 
 def unfinished(output_dir: str | None) -> pathlib.Path:
-  """The folder to go on with: as named, or the newest under runs/ that has a config and not all of its files."""
+  """The folder to resume: as given, or that of the newest unfinished run under runs/."""
   if output_dir:
     return pathlib.Path(output_dir)
   found = [
@@ -73,73 +84,81 @@ def unfinished(output_dir: str | None) -> pathlib.Path:
   ]
   if not found:
     raise UsageError(
-      "--resume: expected --output_dir, or a run under runs/ that did not finish; found none"
+      "--resume: expected --output_dir or an unfinished run under runs/; found neither"
     )
   return max(found, key=lambda path: path.stat().st_mtime)
 
 
-@contextlib.contextmanager
-def alone(folder: pathlib.Path) -> Iterator[None]:
-  """Holds the folder while the block runs; UsageError where another process does. A process that dies lets go of it."""
-  path = folder / ".lock"
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    opened = open(path, "a+b")
-  except OSError as error:
-    raise UsageError(
-      f"--output_dir: cannot write to {folder} ({error.strerror or error})"
-    ) from error
-  with opened as file:
-    with contextlib.suppress(ImportError):  # not on Windows
-      import fcntl
+class StopSignals:
+  """SIGTERM (sent by schedulers) and SIGINT (Ctrl-C), which stop a run at its next checkpoint.
 
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError as error:
-        raise UsageError(
-          f"--output_dir: another run is writing to {folder}; choose another folder, or wait for its end"
-        ) from error
+  Outside of `at_checkpoints`, Ctrl-C interrupts at once. A second signal ends the process.
+  """
+
+  def __init__(self):
+    self.number: int | None = None
+    self._waiting = False
+
+  def __call__(self) -> bool:
+    """Whether a signal has arrived."""
+    return self.number is not None
+
+  @property
+  def status(self) -> int:
+    """Exit status of the process."""
+    return 128 + (self.number or signal.SIGTERM)
+
+  @contextlib.contextmanager
+  def at_checkpoints(self):
+    """While the block runs, Ctrl-C stops the run at its next checkpoint."""
+    self._waiting = True
     try:
       yield
     finally:
-      path.unlink(missing_ok=True)
+      self._waiting = False
+
+  def note(self, number, frame) -> None:
+    """The signal handler."""
+    if number == signal.SIGINT and not self._waiting:
+      raise KeyboardInterrupt("interrupted before the first checkpoint")
+    self.number = number
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if number == signal.SIGINT:
+      text = "stopping at the next checkpoint; press Ctrl-C again to stop now"
+      os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-  """Whether SIGTERM came, as schedulers send before they take a machine away; a second one ends the process at once."""
-  came = threading.Event()
-
-  def note(number, frame):
-    came.set()
-    signal.signal(number, signal.SIG_DFL)
-
+def stop_signals() -> Iterator[StopSignals]:
+  """Handles SIGTERM and SIGINT while the block runs, in the main thread."""
+  stop = StopSignals()
   if threading.current_thread() is not threading.main_thread():
-    yield came.is_set
+    yield stop
     return
-  before = signal.signal(signal.SIGTERM, note)
+  before = {n: signal.signal(n, stop.note) for n in (signal.SIGTERM, signal.SIGINT)}
   try:
-    yield came.is_set
+    yield stop
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
-class Keeper:
-  """The checkpoints of one run: opened when they are first needed, deleted when the run has its result."""
+class RunCheckpoints:
+  """The checkpoints of one run: opened when first needed, deleted when the run has finished."""
 
   def __init__(self, folder: pathlib.Path, config: DistillConfig, hashes: dict, seconds: float):
-    """Nothing is opened yet.
+    """Opens nothing.
 
     Args:
-      folder: of the run.
-      config: of the run.
-      hashes: of its dataset, which must be the same when it goes on.
-      seconds: between checkpoints; 0 for none but at a stop and at a failure.
+      folder: folder of the run.
+      config: its settings.
+      hashes: hashes of its dataset, which must be the same when it is resumed.
+      seconds: time between checkpoints; 0 for checkpoints only when it is stopped or fails.
     """
     settings = {
       name: value for name, value in dataclasses.asdict(config).items() if name not in FREE
     }
-    self._folder, self._seconds = folder / FOLDER, seconds or float("inf")
+    self._folder, self._seconds = folder / CHECKPOINTS, seconds or float("inf")
     self._settings = json.loads(json.dumps({**settings, "dataset_hashes": hashes}))
     self._open = None
 
@@ -149,38 +168,39 @@ class Keeper:
     return self._open
 
   def last(self) -> Snapshot | None:
-    """The snapshot to go on from; None where the run was ended before its first; UsageError where it is of other settings."""
+    """The snapshot to resume from; None if there is none; UsageError if it has other settings."""
     with usage():
       return (
         self._checkpoints.restore() if self._folder.exists() and self._checkpoints.steps() else None
       )
 
-  def carry(
+  def run(
     self,
     distill: Callable,
     last: Snapshot | None,
-    stop: Callable[[], bool],
+    stop: StopSignals,
     retries: int,
     rewind: Callable[[list], None],
-    say: Callable[[str], None],
+    write: Callable[[str], None],
   ):
-    """Distills, from a snapshot or from the beginning, and steps back where numbers fail.
+    """Distills from a snapshot or from the beginning, and returns to a checkpoint after a failure.
 
     Args:
-      distill: of the keywords `keeping` and `resume` of `loop.distill`.
+      distill: takes the keywords `checkpoint_policy` and `resume` of `loop.distill`.
       last: the snapshot, or None.
-      stop: whether the run is to stop.
-      retries: times to step back, each at half the rate.
-      rewind: told the history when it steps back.
-      say: told what happens.
+      stop: signals that stop the run.
+      retries: how many times to return, each time with half the learning rate.
+      rewind: called with the history when it returns.
+      write: prints a line.
 
     Returns:
       What `distill` returns.
 
     Raises:
-      NumericalError: of the last try, with what can be done about it.
+      NumericalError: of the last attempt, with advice.
+      Stopped: after a signal.
     """
-    earlier = []  # the last snapshot that is not of a failure
+    earlier = []  # the last two snapshots; that of a failure is the second
 
     def save(snapshot):
       with usage():
@@ -189,12 +209,22 @@ class Keeper:
 
     for left in range(retries, -1, -1):
       try:
-        return distill(checkpoint_policy=CheckpointPolicy(save, self._seconds, stop), resume=last)
+        policy = CheckpointPolicy(save, self._seconds, stop)
+        with stop.at_checkpoints():
+          return distill(checkpoint_policy=policy, resume=last)
+      except Stopped as error:
+        raise Stopped(str(error), stop.status) from None
       except NumericalError as error:
         if not left:
+          kept = (
+            f"The state before that step is kept in {self._folder}; --resume --retries=3 returns to an "
+            "earlier checkpoint with half the learning rate. "
+            if earlier
+            else ""
+          )
           raise NumericalError(
-            f"{error}\nThe state before that step is kept in {self._folder}. What helps, in this order: --retries=3 "
-            "(back to an earlier checkpoint, at half the rate), a smaller --learning_rate, a larger --relative_ridge, --x64."
+            f"{str(error).rstrip('.')}. {kept}Otherwise try, in this order: a smaller --learning_rate, a "
+            "larger --relative_ridge, --x64."
           ) from error
         failed = earlier.pop()
         back = (
@@ -204,10 +234,10 @@ class Keeper:
         last = scale_learning_rate(back, 0.5)
         self._checkpoints.discard(last.step)
         rewind(last.history)
-        say(f"{error}: back to step {last.step}, at half the rate")
+        write(f"{error}: returning to step {last.step} with half the learning rate")
 
   def _beginning(self, distill: Callable) -> Snapshot:
-    """The snapshot of no steps."""
+    """The snapshot before the first step."""
     caught = []
     with contextlib.suppress(Stopped):
       distill(
@@ -216,7 +246,7 @@ class Keeper:
     return caught[0]
 
   def done(self) -> None:
-    """The run has its result: nothing is to go on."""
+    """Deletes the checkpoints of a run that has finished."""
     if self._open is not None:
       self._open.close()
     if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, metrics.jsonl, result.json, written atomically."""
+"""The folder of a run: which files it may hold, whether it is free, and JSON files written atomically."""
 
 import contextlib
 import dataclasses
@@ -7,50 +7,74 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterator
 
 import jax
 
 import kipcore
-from kipcore.cli.errors import UsageError
+from kipcore.cli.errors import Stopped, UsageError
 from kipcore.io import atomic
 
 # What a run may write, and what each file is.
 RUN_FILES = {
   "README.txt": "this text",
-  "config.json": "every setting of the run, versions and hardware",
-  "result.json": "what was measured: accuracies, seconds, target evaluations",
-  "metrics.jsonl": "a line of JSON for each logged step",
-  "distilled.npz": "the artifact: images in pixel space, labels, preprocessing, kernel, ridge, and the papers of the run",
-  "start.npz": "the images that it started from, in pixel space, and their labels",
-  "importance.npz": "the sampler's latest score of each training row (NaN: never drawn), and the images with the highest",
-  "images.png": "what the images look like, beside those they started from",
+  "config.json": "all settings of the run, versions and hardware",
+  "result.json": "results: accuracies, seconds, target evaluations",
+  "metrics.jsonl": "one line of JSON per logged step",
+  "distilled.npz": "the artifact: images in pixel space, labels, preprocessing, kernel, ridge, and the metadata of the run",
+  "start.npz": "the initial images, in pixel space, and their labels",
+  "importance.npz": "the sampler's latest score of each training row (NaN: never drawn), and the images with the highest scores",
+  "images.png": "the images, next to the initial ones",
   "learning_curve.png": "accuracy over the steps",
-  "report.html": "all of it on one page, for a browser",
-  "selection.npz": "indices of the chosen rows (-1 for made points), their weights, and the scores of all training rows",
-  "certificate.json": "what a weighted regression on the chosen points is measured, and promised, to lose",
-  "certificate.png": "the scores, and where the chosen points lie among them",
+  "report.html": "all results on one page, for a browser",
+  "selection.npz": "indices of the selected rows (-1 for synthetic points), their weights, and the scores of all training rows",
+  "certificate.json": "what a weighted regression on the selected points loses, measured and guaranteed",
+  "certificate.png": "the scores, and the selected points among them",
   "experts.npy": "trajectories of the networks that mtt imitates",
   "experts.json": "how they were trained",
-  "cells.csv": "a line for each cell of the grid",
-  "comparison.md": "the table: mean and deviation over seeds, and what each start and sampler gained",
+  "cells.csv": "one line per cell of the grid",
+  "comparison.md": "the table: mean and standard deviation over seeds, and the gain of each initialization and sampler",
   "comparison.png": "the same as bars",
 }
+CHECKPOINTS = "checkpoints"
+# Marks a run that failed, whose files and checkpoints a new run may replace.
+FAILED = ".failed"
+# Files that a run without a result may leave; a new run replaces them.
+_UNFINISHED = {"config.json", "metrics.jsonl", "experts.npy", "experts.json"}
 
 
 def planned(output_dir: str | None, name: str, overwrite: bool) -> pathlib.Path:
-  """The folder that `create` would make; nothing is written.
+  """The folder that a run would use; nothing is written.
+
+  A folder is occupied by a result, or by checkpoints of a run that did not fail.
+
+  Args:
+    output_dir: folder, or None for a new one under runs/.
+    name: of the run, for a new folder.
+    overwrite: whether an earlier run may be replaced.
+
+  Returns:
+    The folder; for a new one under runs/ its name up to a number that makes it unique.
 
   Raises:
-    UsageError: where it holds a run and `overwrite` is False, or cannot be written.
+    UsageError: if it is occupied or not writable.
   """
   stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
   path = pathlib.Path(output_dir or f"runs/{stamp}-{name}")
-  found = [file for file in RUN_FILES if (path / file).exists()]
-  if found and not overwrite:
-    raise UsageError(
-      f"--output_dir: {path} already holds a run ({', '.join(found)}); choose another, or --overwrite"
-    )
+  if output_dir and not overwrite and not (path / FAILED).exists():
+    if _checkpoints(path):
+      raise UsageError(
+        f"--output_dir: {path} contains an unfinished run; --resume continues it, --overwrite "
+        "replaces it"
+      )
+    found = [file for file in RUN_FILES if file not in _UNFINISHED and (path / file).exists()]
+    if found:
+      raise UsageError(
+        f"--output_dir: {path} already contains a run ({', '.join(found)}); choose another folder, "
+        "or --overwrite"
+      )
   above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
   if not (above.is_dir() and os.access(above, os.W_OK)):
     raise UsageError(
@@ -59,40 +83,91 @@ def planned(output_dir: str | None, name: str, overwrite: bool) -> pathlib.Path:
   return path
 
 
-def create(output_dir: str | None, name: str, overwrite: bool) -> pathlib.Path:
-  """A folder that can be written and holds no earlier run.
-
-  Raises:
-    UsageError: where it holds a run and `overwrite` is False, or cannot be written.
-  """
+def reserve(output_dir: str | None, name: str, overwrite: bool) -> pathlib.Path:
+  """The folder of a run, as `planned`; one under runs/ is created, under a name that no other run has."""
   path = planned(output_dir, name, overwrite)
+  if output_dir:
+    return path
   try:
-    path.mkdir(parents=True, exist_ok=True)
-    for file in RUN_FILES:
-      (path / file).unlink(missing_ok=True)
-    for file in path.glob("tensorboard/events.out.tfevents.*"):
-      file.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, number = path, 1
+    while True:
+      try:
+        path.mkdir()
+        return path
+      except FileExistsError:
+        number += 1
+        path = first.with_name(f"{first.name}-{number}")
+  except OSError as error:
+    raise not_writable(path, error) from error
+
+
+def clear(path: pathlib.Path) -> None:
+  """Deletes the files of an earlier run from a folder, and checks that files can be written."""
+  try:
+    discard(path)
     atomic.write_atomically(path / "config.json", b"{}")
   except OSError as error:
-    raise UsageError(f"--output_dir: cannot write to {path} ({error.strerror or error})") from error
-  return path
+    raise not_writable(path, error) from error
+
+
+def discard(path: pathlib.Path) -> None:
+  """Deletes the files of a run."""
+  for file in (*RUN_FILES, FAILED):
+    (path / file).unlink(missing_ok=True)
+  for file in path.glob("tensorboard/events.out.tfevents.*"):
+    file.unlink()
+  with contextlib.suppress(OSError):  # there is none, or other files are in it
+    (path / "tensorboard").rmdir()
+  shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def releasing(path: pathlib.Path, new: bool = True) -> Iterator[None]:
+  """If the block fails, leaves nothing in the folder that prevents the same or a corrected command.
+
+  A new run without checkpoints is deleted. One with checkpoints can be resumed; if it failed because
+  of its settings, it is marked, so that another run may replace it.
+
+  Args:
+    path: folder of the run.
+    new: whether the run was started by this command, not resumed.
+  """
+  try:
+    yield
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      if new and not _checkpoints(path) and not (path / "cells.csv").exists():
+        discard(path)
+      elif isinstance(error, Exception) and not isinstance(error, (UsageError, OSError, Stopped)):
+        (path / FAILED).write_text(f"{error}\n", encoding="utf-8")
+    raise
+  (path / FAILED).unlink(missing_ok=True)
+
+
+def _checkpoints(path: pathlib.Path) -> bool:
+  """Whether a folder holds at least one checkpoint."""
+  return any(child.name.isdigit() for child in path.glob(f"{CHECKPOINTS}/*"))
+
+
+def not_writable(path, error: OSError) -> UsageError:
+  """The error of a folder that cannot be written."""
+  return UsageError(f"--output_dir: cannot write to {path} ({error.strerror or error})")
 
 
 def check_file(flag: str, path: str | None) -> None:
-  """UsageError unless a file of that name, where there is one, can be written."""
+  """UsageError unless a file of that name, if one is given, can be written."""
   above = pathlib.Path(path or ".").absolute().parent
   if path and not (above.is_dir() and os.access(above, os.W_OK)):
-    raise UsageError(
-      f"{flag}: expected a file in a folder that exists and can be written, got {path}"
-    )
+    raise UsageError(f"{flag}: expected a file in an existing, writable folder, got {path}")
 
 
 def newest(name: str) -> pathlib.Path:
-  """The latest file of that name under runs/; UsageError where there is none."""
+  """The latest file of that name under runs/; UsageError if there is none."""
   found = sorted(pathlib.Path("runs").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
   if not found:
     raise UsageError(
-      f"--artifact: expected a file, or a run under runs/ that holds a {name}; found none"
+      f"--artifact: expected a file, or a run under runs/ that contains a {name}; found none"
     )
   return found[-1]
 
@@ -103,27 +178,27 @@ def write_json(path, content: dict) -> None:
 
 
 def write_config(path: pathlib.Path, config, **resolved) -> None:
-  """`config.json`: every resolved value, versions and hardware."""
+  """Writes `config.json`: all resolved values, versions and hardware."""
   write_json(
     path / "config.json", {**dataclasses.asdict(config), **resolved, "environment": environment()}
   )
 
 
 def append_metrics(path: pathlib.Path, record: dict) -> None:
-  """One more line of `metrics.jsonl`."""
+  """Appends a line to `metrics.jsonl`."""
   with open(path / "metrics.jsonl", "a", encoding="utf-8") as file:
     file.write(json.dumps(record) + "\n")
 
 
 def write_metrics(path: pathlib.Path, history: list[dict]) -> None:
-  """`metrics.jsonl` as it was at a checkpoint: lines of steps that come again are dropped."""
+  """Rewrites `metrics.jsonl` as it was at a checkpoint, without the steps that will be repeated."""
   atomic.write_atomically(
     path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode()
   )
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
-  """The lines of `metrics.jsonl`; none where the run logged no step."""
+  """The lines of `metrics.jsonl`; none if the run logged no step."""
   if not (path / "metrics.jsonl").exists():
     return []
   return [
@@ -131,13 +206,18 @@ def read_metrics(path: pathlib.Path) -> list[dict]:
   ]
 
 
+def visible_files(path: pathlib.Path) -> list[str]:
+  """Names of the files of a folder, without hidden ones."""
+  return sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
+
+
 def peak_memory() -> dict[str, int]:
-  """Bytes that the process, and the busiest of its devices, held at most; what nobody tells is left out."""
+  """Peak memory of the process and of its devices in bytes; unknown values are left out."""
   found = {}
   with contextlib.suppress(ImportError):  # not on Windows
     import resource
 
-    # In kilobytes, but on macOS.
+    # Kilobytes, except on macOS.
     unit = 1 if platform.system() == "Darwin" else 1024
     found["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
   statistics = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -147,7 +227,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def process_bytes(name: str) -> int:
-  """A size of this process as Linux counts it, such as VmRSS (what it holds) or VmData (what it asked for); OSError elsewhere."""
+  """A size of this process in bytes, such as VmRSS (resident) or VmData (allocated); OSError except on Linux."""
   status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
   return 1024 * int(status.partition(f"{name}:")[2].split()[0])
 
@@ -186,16 +266,16 @@ def environment() -> dict:
 
 
 def _commit() -> str | None:
-  """The commit of the source tree, marked where it has local changes; None outside a checkout."""
-  root = pathlib.Path(__file__).resolve().parents[3]
+  """The commit of the source tree, marked if it has local changes; None unless its repository is kipcore's own."""
+  root = pathlib.Path(kipcore.__file__).resolve().parents[1]
+  git = lambda *arguments: subprocess.run(
+    ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+  ).stdout.strip()
   try:
-    out = subprocess.run(
-      ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
-      capture_output=True,
-      text=True,
-      timeout=10,
-      check=True,
-    )
-    return out.stdout.strip()
+    # An installed package may lie in the working tree of another project.
+    if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+      return None
+    git("ls-files", "--error-unmatch", "kipcore/__init__.py")
+    return git("describe", "--always", "--dirty", "--abbrev=40")
   except (OSError, subprocess.SubprocessError):
     return None

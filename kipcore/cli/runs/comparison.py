@@ -1,5 +1,6 @@
-"""A grid of methods, starts and samplers over seeds: cells, table and figure."""
+"""A grid of methods, initializations, samplers and seeds: cells, table and figure."""
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -17,10 +18,10 @@ from tqdm import tqdm
 
 from kipcore import checks
 from kipcore.cli import recipes
-from kipcore.cli.config import CompareConfig, DataConfig, DistillConfig
+from kipcore.cli.config import CompareConfig, DataConfig, DistillConfig, validate
 from kipcore.cli.cost import estimate, progress
 from kipcore.cli.errors import UsageError, usage
-from kipcore.cli.folder import readme, reporting, run_folder
+from kipcore.cli.folder import lock, readme, reporting, run_folder
 from kipcore.cli.runs import pipeline
 from kipcore.io import atomic
 from kipcore.report import pictures
@@ -57,7 +58,7 @@ class Cell(NamedTuple):
 
 
 def cells_of(config: CompareConfig) -> list[Cell]:
-  """The grid, seed by seed last, so that cells that share a compilation follow one another; one sampler where there is no loop."""
+  """The cells of a grid, in an order in which those that share a compilation are adjacent; one sampler for methods without a loop."""
   cells = []
   for method in config.methods:
     samplers = config.samplers if recipes.RECIPES[method].build else config.samplers[:1]
@@ -71,31 +72,51 @@ def cells_of(config: CompareConfig) -> list[Cell]:
 def run_compare(
   config: CompareConfig, shared: dict, output_dir: str | None, overwrite: bool
 ) -> pathlib.Path:
-  """Runs the cells that the folder lacks, and writes table and figure after each.
+  """Runs the missing cells of a folder, and writes table and figure after each.
 
   Args:
     config: the grid.
-    shared: fields of every cell's `DistillConfig` that the user set.
+    shared: settings of every cell that the user gave.
     output_dir: folder; None for a new one under runs/.
-    overwrite: begin anew where it holds cells of another grid.
+    overwrite: whether to replace the cells of another grid.
 
   Returns:
     The folder.
 
   Raises:
-    UsageError: for unknown names, or a folder whose cells have another config.
+    UsageError: for invalid settings, or a folder whose cells have other settings.
+    KeyboardInterrupt: after Ctrl-C, with the command that continues.
   """
   resolved = plan(config, shared)
   grid, known = opened(config, resolved, output_dir, overwrite)
   if set(resolved) - {cell_of(row) for row in known or ()}:
-    loaded(next(iter(resolved.values())))  # before there is a folder: a dataset may be missing
-  folder = (
-    pathlib.Path(output_dir)
-    if known is not None
-    else run_folder.create(output_dir, "compare", overwrite)
-  )
-  run_folder.write_json(folder / "config.json", {**grid, "environment": run_folder.environment()})
-  rows = {cell_of(row): row for row in known or ()}
+    loaded(next(iter(resolved.values())))  # before the folder is made: a dataset may be missing
+  with contextlib.ExitStack() as stack:
+    if known is None:
+      folder = stack.enter_context(lock.new_folder(output_dir, "compare", overwrite))
+    else:
+      folder = pathlib.Path(output_dir)
+      stack.enter_context(lock.lock_folder(folder))
+      stack.enter_context(run_folder.releasing(folder, new=False))
+    run_folder.write_json(folder / "config.json", {**grid, "environment": run_folder.environment()})
+    rows = {cell_of(row): row for row in known or ()}
+    try:
+      _run_cells(resolved, rows, folder)
+    except KeyboardInterrupt:
+      done = sum(cell in rows for cell in resolved)
+      raise KeyboardInterrupt(
+        f"interrupted after {done} of {len(resolved)} cells"
+        + (f"; the same command with --output_dir={folder} runs the others" if done else "")
+      ) from None
+    _write(folder, list(rows.values()))
+    readme.of_comparison(folder, config, shared, len(rows))
+  files = ", ".join(run_folder.visible_files(folder))
+  print(f"{markdown(list(rows.values()))}\n\nwritten to {folder}: {files}")
+  return folder
+
+
+def _run_cells(resolved: dict, rows: dict, folder: pathlib.Path) -> None:
+  """Runs the cells that have no row yet, and adds their rows."""
   with tqdm(
     total=len(resolved),
     desc="cells",
@@ -107,7 +128,7 @@ def run_compare(
     for cell, cell_config in resolved.items():
       if cell in rows:
         continue
-      # Experts know nothing of the start, so that the cells of a sampler and seed share them.
+      # Experts do not depend on the initialization: cells with the same sampler and seed share them.
       experts = (
         str(folder / f"experts-{cell.sampler}-{cell.seed}.npy") if cell.method == "mtt" else ""
       )
@@ -117,39 +138,23 @@ def run_compare(
       left = f", {estimate.duration(seconds_left(rows, missing))} left" if missing else ""
       bar.set_postfix_str(left.removeprefix(", "), refresh=False)
       bar.update()
+      scores = ", ".join(
+        f"{100 * float(row[key]):.1f} % ({name})" for key, name in SCORES.items() if row[key] != ""
+      )
       tqdm.write(
         f"{len(resolved) - len(missing)} of {len(resolved)}{left}  "
         + "  ".join(cell[:3])
-        + f"  seed {cell.seed}: "
-        + (
-          row["error"]
-          or ", ".join(
-            f"{100 * float(row[key]):.1f} % ({name})"
-            for key, name in SCORES.items()
-            if row[key] != ""
-          )
-        ),
+        + f"  seed {cell.seed}: {row['error'] or scores}",
         file=sys.stdout,
       )
-  _write(folder, list(rows.values()))
-  readme.of_comparison(folder, config, shared, len(rows))
-  print(
-    markdown(list(rows.values()))
-    + f"\n\nwritten to {folder}: "
-    + ", ".join(sorted(file.name for file in folder.iterdir()))
-  )
-  return folder
 
 
 def plan(config: CompareConfig, shared: dict) -> dict[Cell, DistillConfig]:
-  """The cells of a grid, with their configs, all checked.
-
-  Raises:
-    UsageError: for unknown names and wrong values.
-  """
+  """The cells of a grid with their configs; raises UsageError unless all are valid."""
+  validate(config)
   with usage():
     for name in config.methods:
-      checks.one_of("methods", name, recipes.METHODS)
+      checks.one_of("--methods", name, recipes.METHODS)
     cells = len(config.methods) * len(config.inits) * len(config.samplers) * config.num_seeds
     if not 1 <= cells <= _MOST_CELLS:
       raise UsageError(
@@ -162,7 +167,7 @@ def plan(config: CompareConfig, shared: dict) -> dict[Cell, DistillConfig]:
 
 
 def seconds_left(rows: dict, missing: list[Cell]) -> float:
-  """What the missing cells will take: as the cells of their method took, or as all did."""
+  """Expected time of the missing cells: the mean of the cells of their method, or of all."""
   seconds = {}
   for cell, row in rows.items():
     seconds.setdefault(cell.method, []).append(float(row["wall_seconds"]))
@@ -173,7 +178,7 @@ def seconds_left(rows: dict, missing: list[Cell]) -> float:
 
 
 def config_of(config: CompareConfig, shared: dict, cell: Cell) -> DistillConfig:
-  """The config of a cell: the method's settings, those of the grid, and the cell's own."""
+  """The config of a cell."""
   base = recipes.resolve(
     **{
       **shared,
@@ -193,12 +198,12 @@ def config_of(config: CompareConfig, shared: dict, cell: Cell) -> DistillConfig:
 
 
 def cell_of(row: dict) -> Cell:
-  """The cell of a line of cells.csv."""
+  """The cell of a row of cells.csv."""
   return Cell(row["method"], row["init"], row["sampler"], int(row["seed"]))
 
 
 def run_cell(config: DistillConfig) -> dict:
-  """One cell as a line of cells.csv; a run whose numbers failed says so under `error`."""
+  """Runs a cell; returns its row of cells.csv, with the message of a numerical failure under `error`."""
   started = time.perf_counter()
   row = dict.fromkeys(FIELDS, "")
   row.update(
@@ -210,7 +215,7 @@ def run_cell(config: DistillConfig) -> dict:
     start = pipeline.start(config, data)
     row["init_test_accuracy"] = pipeline.score(config, data, start.support)
     with progress.Steps(
-      config.steps if recipes.has_loop(config) else 0, config.method, say=lambda line: None
+      config.steps if recipes.has_loop(config) else 0, config.method, write=lambda line: None
     ) as bar:
       outcome = pipeline.distill(
         config,
@@ -237,12 +242,12 @@ def run_cell(config: DistillConfig) -> dict:
 
 
 def loaded(config: DistillConfig) -> pipeline.Data:
-  """The data of a cell, shared with the cells before it."""
+  """The data of a cell, shared with earlier cells."""
   return _loaded(_data_fields(config))
 
 
 def _data_fields(config: DistillConfig) -> DistillConfig:
-  """The config without what loading does not look at, so that cells share their data."""
+  """The settings that determine the data, so that cells share them."""
   names = {field.name for field in dataclasses.fields(DataConfig)} - {
     "images_per_class",
     "num_devices",
@@ -258,14 +263,20 @@ def _loaded(config: DistillConfig):
 def opened(
   config: CompareConfig, resolved: dict, output_dir, overwrite: bool
 ) -> tuple[dict, list[dict] | None]:
-  """What config.json is to hold, and the lines that the folder has, None where it holds no grid; nothing is written.
+  """Content for config.json, and the rows in the folder; None if it does not contain a grid. Writes nothing.
 
-  A grid may grow, but no cell of it may change.
+  A grid may be extended, but the settings of its cells may not change.
+
+  Args:
+    config: the grid.
+    resolved: its cells with their configs.
+    output_dir: folder, or None.
+    overwrite: whether to ignore what it contains.
 
   Raises:
-    UsageError: for a folder that holds something else.
+    UsageError: for a folder that contains something else.
   """
-  # Where the data lie is no part of what a cell is.
+  # The location of the data is not part of a cell.
   named = [
     {name: value for name, value in dataclasses.asdict(c).items() if name != "data_dir"}
     for c in resolved.values()
@@ -274,18 +285,22 @@ def opened(
   path = pathlib.Path(output_dir or "") / "config.json"
   if not output_dir or not path.exists() or overwrite:
     return grid, None
-  before = {cell_of(cell): cell for cell in json.loads(path.read_text()).get("cells", ())}
+  try:
+    cells = json.loads(path.read_text(encoding="utf-8")).get("cells", ())
+    before = {cell_of(cell): cell for cell in cells}
+  except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    before = {}
   if not before:
     raise UsageError(
-      f"--output_dir: {output_dir} holds something else than a comparison; choose another, or --overwrite"
+      f"--output_dir: {output_dir} contains a run that is not a comparison; choose another folder, or --overwrite"
     )
-  default = dataclasses.asdict(DistillConfig())  # of settings that are younger than the folder
+  default = dataclasses.asdict(DistillConfig())  # of settings added since
   for cell in grid["cells"]:
     old = {**default, **before.pop(cell_of(cell), cell)}
     changed = [name for name in cell if old.get(name) != cell[name]]
     if changed:
       raise UsageError(
-        f"--output_dir: {output_dir} holds another grid, whose cells have {changed[0]}={old.get(changed[0])!r}, not "
+        f"--output_dir: {output_dir} contains another grid, whose cells have {changed[0]}={old.get(changed[0])!r}, not "
         f"{cell[changed[0]]!r}; choose another folder, or --overwrite"
       )
   grid["cells"] += list(before.values())
@@ -310,14 +325,14 @@ def _write(folder: pathlib.Path, rows: list[dict]) -> None:
 
 
 def write_report(folder: pathlib.Path, rows: list[dict], path: pathlib.Path | None = None) -> None:
-  """`report.html` of a grid, or the file `path`, from its config.json and the lines of cells.csv."""
+  """Writes `report.html` of a grid, or the file `path`, from its config.json and the rows of cells.csv."""
   panels = {name: _bars(rows, key) for key, name in SCORES.items()}
   failed = {", ".join(map(str, cell_of(row))): row["error"] for row in rows if row["error"]}
   reporting.write_comparison(folder, markdown(rows), panels, failed, path)
 
 
 def arms(rows: list[dict], key: str) -> dict:
-  """{(method, init, sampler): {seed: percent}} of the lines that have the score, in the order of the grid."""
+  """{(method, init, sampler): {seed: percent}} of the rows that have the score, in the order of the grid."""
   found = {}
   for row in rows:
     if row[key] != "" and not row["error"]:
@@ -340,14 +355,14 @@ def gain(arm: dict, plain: dict) -> tuple[float, float | None]:
 
 
 def shown(mean: float, spread: float | None, sign: str = "") -> str:
-  """A mean with its deviation or error, where there is one."""
+  """A mean with its standard deviation or error, if there is one."""
   return f"{mean:{sign}.1f}" + ("" if spread is None else f" ± {spread:.1f}")
 
 
 def markdown(rows: list[dict]) -> str:
-  """A line a method, start and sampler: accuracies, and what was gained over the first start and sampler."""
+  """The table: accuracies by method, initialization and sampler, and gains over the first of these."""
   lines = [
-    "| method | start | targets | "
+    "| method | initialization | sampler | "
     + " | ".join(f"{name}, % | gained" for name in SCORES.values())
     + " | evaluations | seconds |",
     "| --- " * (5 + 2 * len(SCORES)) + "|",
@@ -373,7 +388,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def _bars(rows: list[dict], key: str) -> dict:
-  """{method: {start/targets: (mean, deviation)}}, for the figure."""
+  """{method: {initialization/sampler: (mean, deviation)}}, for the figure."""
   bars = {}
   for (method, init, sampler), values in arms(rows, key).items():
     mean, deviation = mean_and_deviation(values.values())

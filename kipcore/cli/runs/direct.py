@@ -1,4 +1,4 @@
-"""Methods without a loop: labels solved for, and distillation in closed form."""
+"""Methods without a loop: optimal labels of real images, and distillation in closed form."""
 
 import dataclasses
 import time
@@ -17,10 +17,17 @@ from kipcore.types import Support
 
 
 class Outcome(NamedTuple):
-  """What a method gave: the learned support, its history, and what it cost.
+  """The result of a method, and its cost.
 
-  `importance_gain` is the last that a sampler by loss saw, None for other samplers. `own` is what the method alone can
-  measure, for the result file. `scores` `(n,)` are the sampler's of all training rows, NaN where it never saw one, or None.
+  Attributes:
+    support: the distilled set.
+    history: a dict per logged step.
+    target_evaluations: targets whose predictions were computed.
+    compile_seconds: time of compilation.
+    seconds: time of the steps.
+    importance_gain: last value of a sampler by loss; None for other samplers.
+    own: further results of the method, for the result file.
+    scores: `(n,)` latest score of each training row, NaN if it was never drawn; None without scores.
   """
 
   support: Support
@@ -34,7 +41,7 @@ class Outcome(NamedTuple):
 
 
 def solve_labels(config: DistillConfig, data, support: Support) -> Outcome:
-  """The best labels for the images of the start, over all training rows."""
+  """The optimal labels of the initial images, over all training rows."""
   started = time.perf_counter()
   ridge = krr.relative_ridge(data.kernel_fn.diag(support.x), config.relative_ridge)
   solution = krr.label_solve_rows(
@@ -51,7 +58,7 @@ def solve_labels(config: DistillConfig, data, support: Support) -> Outcome:
 
 
 def closed_form(config: DistillConfig, data, support: Support) -> Outcome:
-  """The set whose ridge regression, in the features of an invertible map, is that of all training rows."""
+  """The set whose ridge regression, in the features of an invertible map, equals that of all training rows."""
   started = time.perf_counter()
   with usage():
     options = dataclasses.replace(recipes.options_of(config), relative_ridge=config.relative_ridge)

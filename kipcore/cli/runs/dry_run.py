@@ -1,4 +1,4 @@
-"""What `--dry_run` does: data loaded, everything checked, time and memory estimated and printed, nothing written."""
+"""`--dry_run`: loads the data, checks all settings, and prints estimates of time and memory; writes nothing."""
 
 import dataclasses
 import sys
@@ -14,40 +14,35 @@ from kipcore.cli.folder import readme, run_folder
 from kipcore.cli.runs import comparison, measure, pipeline, selection
 
 _READING = "reading and preprocessing the data"
-# Of a selection, which compiles much and is not tried.
+# Of a selection, which is not run.
 _COMPILING_SECONDS = 10.0
 
 
 def of_distillation(
-  config: DistillConfig, output_dir: str | None = None, overwrite: bool = False
+  config: DistillConfig,
+  output_dir: str | None = None,
+  overwrite: bool = False,
+  resume: bool = False,
 ) -> None:
-  """Prints what `pipeline.run_distill` would do with the same arguments.
-
-  Raises:
-    UsageError: as that would.
-  """
+  """Prints what `pipeline.run_distill` would do with the same arguments; raises the same UsageError."""
   started = time.perf_counter()
   planned = pipeline.plan(config)
   config = dataclasses.replace(config, target_block_size=planned.block)
-  folder = run_folder.planned(output_dir, planned.name, overwrite)
+  folder = run_folder.planned(output_dir, planned.name, overwrite or resume)
   reading = Part(_READING, time.perf_counter() - started)
   print(pipeline.description(config, planned))
   print(_settings(config))
-  own = _Process(planned.data)
+  process = _Process(planned.data)
   with progress.working(f"measuring {config.method}"):
     seconds, stored = measure.distillation(config, planned)
-  _print([reading, *seconds], own.with_program(stored))
+  _print([reading, *seconds], process.with_program(stored))
   _end(readme.distillation_command(config), folder)
 
 
 def of_selection(
   config: SelectConfig, output_dir: str | None = None, overwrite: bool = False
 ) -> None:
-  """Prints what `selection.run_select` would do with the same arguments.
-
-  Raises:
-    UsageError: as that would.
-  """
+  """Prints what `selection.run_select` would do with the same arguments; raises the same UsageError."""
   started = time.perf_counter()
   planned = selection.plan(config)
   folder = run_folder.planned(output_dir, planned.name, overwrite)
@@ -58,7 +53,7 @@ def of_selection(
   )
   print(
     f"{config.dataset}: {data.x_train.shape[0]:,} training, {data.x_test.shape[0]:,} test rows of shape {data.x_train.shape[1:]}, "
-    f"{data.raw.num_classes} classes\n{m} points ({config.images_per_class} a class) by {config.strategy}, scores by the "
+    f"{data.raw.num_classes} classes\n{m} points ({config.images_per_class} per class) by {config.strategy}, scores with the "
     f"{config.kernel} of {config.architecture}"
   )
   own = _Process(data)
@@ -74,18 +69,14 @@ def of_selection(
 def of_comparison(
   config: CompareConfig, shared: dict, output_dir: str | None = None, overwrite: bool = False
 ) -> None:
-  """Prints what `comparison.run_compare` would do with the same arguments; a cell of each method is measured.
-
-  Raises:
-    UsageError: as that would.
-  """
+  """Prints what `comparison.run_compare` would do with the same arguments; measures a cell of each method."""
   resolved = comparison.plan(config, shared)
   _, known = comparison.opened(config, resolved, output_dir, overwrite)
   done = {comparison.cell_of(row) for row in known or ()}
   missing = {cell: each for cell, each in resolved.items() if cell not in done}
   folder = output_dir if known is not None else run_folder.planned(output_dir, "compare", overwrite)
   print(
-    f"{len(resolved)} cells, {len(resolved) - len(missing)} of them done: {len(config.methods)} methods x {len(config.inits)} starts x "
+    f"{len(resolved)} cells, {len(resolved) - len(missing)} of them finished: {len(config.methods)} methods x {len(config.inits)} initializations x "
     f"{len(config.samplers)} samplers x {config.num_seeds} seeds (methods without a loop: one sampler)"
   )
   seconds, stored = [], []
@@ -97,20 +88,20 @@ def of_comparison(
       process = _Process(planned.data)
       parts, memory = measure.distillation(own[-1], planned)
     samplers = {other.sampler for other in own}
-    # Cells of a sampler share what is compiled, and those of a seed besides the experts.
-    together = {
+    # Cells with the same sampler share compilation, and with the same seed also the experts.
+    shared_parts = {
       "compiling": len(samplers),
       "experts": len({(other.sampler, other.seed) for other in own}),
       "artifact": 1,
     }
     times = [
-      next((count for start, count in together.items() if start in part.name), len(own))
+      next((count for name, count in shared_parts.items() if name in part.name), len(own))
       for part in parts
     ]
     each = sum(part.amount for part, count in zip(parts, times) if count == len(own))
     seconds.append(
       Part(
-        f"{method}: {len(own)} cells of {estimate.duration(each)}, and what they share",
+        f"{method}: {len(own)} cells of {estimate.duration(each)}, and shared parts",
         sum(count * part.amount for part, count in zip(parts, times)),
       )
     )
@@ -122,14 +113,14 @@ def of_comparison(
 
 
 class _Process:
-  """What the process itself takes, where main memory is the device's: what it held at most beyond the parts that are known."""
+  """Memory of the process beyond the known parts, if main memory is that of the device."""
 
   def __init__(self, data):
     self._dataset = Part("the dataset as read and as preprocessed", estimate.dataset_bytes(data))
     self._read = self._peak()
 
   def with_program(self, stored: list[Part]) -> list[Part]:
-    """All parts; measurements may not have held all of `stored`, but reading did not hold any of it."""
+    """All parts; `stored` may not have been allocated yet, and was not while reading."""
     if jax.default_backend() != "cpu":
       return stored
     rest = (
@@ -143,7 +134,7 @@ class _Process:
 
 
 def _settings(config: DistillConfig) -> str:
-  """What differs from the defaults of the flags, which are those of kip."""
+  """The settings that differ from the defaults, which are those of kip."""
   changed = {
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)
@@ -155,18 +146,18 @@ def _settings(config: DistillConfig) -> str:
   )
 
 
-def _print(seconds: list[Part], stored: list[Part], total: str | None = "together") -> None:
-  print("\ntime, about\n" + estimate.listed(seconds, estimate.duration))
-  print("\nmemory of a device, about\n" + estimate.listed(stored, estimate.memory, total))
+def _print(seconds: list[Part], stored: list[Part], total: str | None = "total") -> None:
+  print("\nestimated time\n" + estimate.listed(seconds, estimate.duration))
+  print("\nestimated memory per device\n" + estimate.listed(stored, estimate.memory, total))
   if available := estimate.available_bytes():
     needed = (max if total is None else sum)(
       part.amount for part in stored if not part.name.endswith("on disk")
     )
     print(
-      f"  of {estimate.memory(available)} that it has free"
+      f"  of {estimate.memory(available)} available"
       + ("; IT MAY NOT FIT" if needed > available else "")
     )
 
 
 def _end(command: str, folder) -> None:
-  print(f"\nnothing was written; without --dry_run, into {folder}:\n  {command}")
+  print(f"\nNothing was written. Without --dry_run, results go to {folder}:\n  {command}")

@@ -1,4 +1,4 @@
-"""A saved artifact beside its baselines, behind its own preprocessing, on the test split of its dataset."""
+"""An evaluation: a saved artifact next to its baselines, with its own preprocessing, on its test split."""
 
 import dataclasses
 import sys
@@ -10,7 +10,7 @@ import numpy as np
 from kipcore import augment, checks, datasets, kernels, keys
 from kipcore.architectures import architecture
 from kipcore.cli import recipes
-from kipcore.cli.config import DistillConfig, EvaluateConfig
+from kipcore.cli.config import DistillConfig, EvaluateConfig, validate
 from kipcore.cli.errors import UsageError, usage
 from kipcore.cli.runs import pipeline
 from kipcore.evaluation import ranking
@@ -31,14 +31,13 @@ ALL_EVALUATORS = (
   "network:resnet",
 )
 BASELINES = ("uniform", "kmeans", "herding", "k_center", "leverage", "full")
-_MOST_SEEDS = 10_000
 _RANDOM, _SOLVED = "uniform", "uniform_solved"
-# What the short names of networks are; ConvNet is that of DC, DM and MTT.
+# Architecture and normalization of the short names; convnet is that of DC, DM and MTT.
 _NETWORKS = {"mlp": ("fc3", "none"), "convnet": ("conv3", "instance")}
 
 
 class Evaluation(NamedTuple):
-  """What an artifact is scored with: its config, data, and the sets by name, the distilled one first."""
+  """Config and data of an artifact, and the sets by name, the distilled one first."""
 
   config: DistillConfig
   data: pipeline.Data
@@ -54,18 +53,18 @@ def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, progress=Non
     progress: called with each `ranking.EvaluationEntry`.
 
   Returns:
-    JSON-able results; `test_accuracy` is to the last digit what was recorded, `table` and `scores` are those of
-    `ranking.evaluation_table` and `ranking.ranking_scores`, `markdown` the table to read.
+    Results for JSON: `test_accuracy` reproduces the recorded one exactly, `table` and `scores` are those of
+    `ranking.evaluation_table` and `ranking.ranking_scores`, `markdown` is the table as text.
 
   Raises:
-    UsageError: for a wrong evaluator or baseline, or a dataset that is not the recorded one.
+    UsageError: for an invalid evaluator or baseline, or a dataset that is not the recorded one.
   """
+  validate(config)
   with usage():
     for name in config.evaluators:
-      checks.one_of("evaluators", name.split(":")[0], ("krr", "network"))
+      checks.one_of("--evaluators", name.split(":")[0], ("krr", "network"))
     for name in config.baselines:
-      checks.one_of("baselines", name, (*BASELINES, _SOLVED))
-    checks.in_range("num_seeds", config.num_seeds, 1, _MOST_SEEDS)
+      checks.one_of("--baselines", name, (*BASELINES, _SOLVED))
     if not config.evaluators:
       raise UsageError("--evaluators: expected at least one, got none")
     evaluation = prepare(stored, config)
@@ -108,7 +107,7 @@ def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, progress=Non
 
 
 def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
-  """The artifact's data and sets.
+  """Loads the data of an artifact and makes its baselines.
 
   Args:
     stored: the artifact.
@@ -118,7 +117,7 @@ def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
     `Evaluation`.
 
   Raises:
-    UsageError: for a dataset that is not the recorded one, or metadata that name none.
+    UsageError: for a dataset that is not the recorded one, or an artifact without metadata of a run.
   """
   try:
     about, recorded, _ = (stored.metadata[part] for part in ("dataset", "config", "result"))
@@ -136,12 +135,12 @@ def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
     )
   except (KeyError, TypeError, AttributeError) as error:
     raise UsageError(
-      "expected the artifact of a run, whose metadata name its dataset, config and result; got another "
-      f"({error!r})"
+      "--artifact: expected the artifact of a run, with dataset, config and result in its metadata; got "
+      f"one without ({checks.one_line(error)})"
     ) from error
   if raw.hashes["test"] != hashed:
     raise UsageError(
-      f"the test split of {name} is not the one that the artifact was scored on: "
+      f"--dataset: the test split of {name} differs from the one that the artifact was scored on: "
       f"expected sha256 {hashed[:12]}..., got {raw.hashes['test'][:12]}..."
     )
   data = pipeline.prepare(distilled, raw, stored.preprocess, stored.kernel_fn())._replace(
@@ -156,15 +155,22 @@ def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
 def baseline(
   name: str, distilled: DistillConfig, data: pipeline.Data, config: EvaluateConfig
 ) -> list[Support]:
-  """A baseline as large as the distilled set: a support a seed where it is drawn, else one; class labels unless "solved".
+  """A baseline of the size of the distilled set, from the artifact's preprocessed training rows.
 
-  Rows are chosen from the training rows of the artifact alone, behind its preprocessing.
+  Args:
+    name: of the baseline.
+    distilled: config of the artifact.
+    data: its data.
+    config: settings of the evaluation.
+
+  Returns:
+    One support per seed if it is drawn at random, else one.
   """
   if name == "full":
     stride = -(-data.x_train.shape[0] // config.full_rows) if config.full_rows else 1
     return [Support(jnp.asarray(data.x_train[::stride]), jnp.asarray(data.y_train[::stride]))]
   seeds = range(config.seed, config.seed + config.num_seeds)
-  if name == "leverage":  # scored once, drawn from several times
+  if name == "leverage":  # scored once, drawn from once per seed
     m = distilled.images_per_class * data.raw.num_classes
     _, scores = coreset.score_rows(
       keys.stream(config.seed, "leverage"),
@@ -211,20 +217,34 @@ def evaluator_of(
 ):
   """The evaluator of a name: krr[:ARCHITECTURE[:ntk|nngp]] or network[:ARCHITECTURE|mlp|convnet|resnet[:dsa]].
 
+  Args:
+    name: of the evaluator.
+    stored: the artifact.
+    distilled: config of the artifact.
+    config: settings of the evaluation.
+
+  Returns:
+    An evaluator.
+
   Raises:
     ValueError: for another name.
   """
   kind, *rest = name.split(":")
   what, option = (*rest, "", "")[:2]
   if len(rest) > 2:
-    raise ValueError(f"evaluators: expected at most two colons, got {name!r}")
+    raise ValueError(f"--evaluators: expected at most two colons, got {name!r}")
   if kind == "krr":
-    checks.one_of("evaluators: kernel", option or "ntk", ("ntk", "nngp"))
+    checks.one_of(f"--evaluators={name}: kernel", option or "ntk", ("ntk", "nngp"))
     kernel = (
-      kernels.NetworkKernel(architecture(what), option or "ntk") if what else stored.kernel_fn()
+      kernels.NetworkKernel(_architecture(name, what), option or "ntk")
+      if what
+      else stored.kernel_fn()
     )
     return ranking.KernelEvaluator(kernel, stored.relative_ridge)
-  checks.one_of("evaluators: option", option, ("", "dsa"))
+  if option not in ("", "dsa"):
+    raise ValueError(
+      f"--evaluators={name}: expected nothing or dsa after the second colon, got {option!r}"
+    )
   own = architecture(distilled.architecture) if distilled.score_architecture else stored.arch
   norm = recipes.RECIPES[distilled.method].norm
   if what == "resnet":
@@ -232,21 +252,30 @@ def evaluator_of(
   elif what in _NETWORKS:
     network, norm = architecture(_NETWORKS[what][0]), _NETWORKS[what][1]
   else:
-    network = architecture(what) if what else own
+    network = _architecture(name, what, (*_NETWORKS, "resnet")) if what else own
   return ranking.NetworkEvaluator(
     network, config.width, norm, augment.DSA if option else "", config.network_steps
   )
 
 
+def _architecture(name: str, what: str, others: tuple = ()):
+  """The architecture in the name of an evaluator."""
+  try:
+    return architecture(what)
+  except ValueError as error:
+    names = "".join(f"{other}, " for other in others)
+    raise ValueError(f"--evaluators={name}: expected {names}or an architecture; {error}") from None
+
+
 def _too_costly(evaluator) -> bool:
-  """Kernels of convolutional networks on thousands of rows: hours on CPU."""
+  """Whether an evaluator needs a convolutional kernel, which takes hours on thousands of rows."""
   return isinstance(evaluator, ranking.KernelEvaluator) and evaluator.kernel_fn.arch.convolutional
 
 
 def scores_of(table) -> dict:
-  """By evaluator `ranking.RankingScores` of the distilled set, where random rows and all data were scored under it.
+  """`ranking.RankingScores` of the distilled set by evaluator, if random rows and all data were scored by it.
 
-  With `network:NAME` and `network:NAME:dsa` also what the gain over random rows owes to augmentation.
+  With `network:NAME` and `network:NAME:dsa` also how much of the gain over random rows is due to augmentation.
   """
   means = {(entry.set, entry.evaluator): entry.mean for entry in table}
   evaluators = list(dict.fromkeys(entry.evaluator for entry in table))
@@ -269,9 +298,9 @@ def scores_of(table) -> dict:
 
 
 def print_entry(entry: ranking.EvaluationEntry) -> None:
-  """A line of a table that is being made, as work goes on; standard output is left for the result."""
+  """Prints an entry of the table as soon as it is known, to the error stream."""
   print(
-    f"{entry.set} under {entry.evaluator}: {ranking.shown(entry.mean, entry.half_width)} %",
+    f"{entry.set}, {entry.evaluator}: {ranking.shown(entry.mean, entry.half_width)} %",
     file=sys.stderr,
     flush=True,
   )

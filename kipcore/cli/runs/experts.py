@@ -1,4 +1,4 @@
-"""The experts of MTT: trained once, kept beside the run, read from disk."""
+"""The expert trajectories of MTT: trained once, stored with the run, read from disk."""
 
 import pathlib
 
@@ -15,20 +15,24 @@ _BATCH = 256
 
 
 def prepare(config: DistillConfig, data, sampler, path) -> int:
-  """Trains the experts of a run into a file, or finds them there.
+  """Trains the experts of a run and writes them to a file, unless it exists.
 
   Args:
-    config: of the run: how many experts, epochs and rows.
-    data: its data; with fewer rows wanted, evenly spaced ones.
-    sampler: which targets the experts learn from.
+    config: settings of the run.
+    data: its data; of which `--expert_rows` evenly spaced rows are used.
+    sampler: sampler of the rows that the experts are trained on.
     path: `.npy` file.
 
   Returns:
-    Target evaluations that training them takes (or took).
+    Target evaluations of their training.
 
   Raises:
-    UsageError: where the file holds experts of another run.
+    UsageError: if the file contains the experts of another run.
   """
+  if config.expert_rows > len(data.x_train):
+    raise UsageError(
+      f"--expert_rows: expected at most the {len(data.x_train)} training rows, got {config.expert_rows}"
+    )
   rows = np.linspace(0, len(data.x_train) - 1, config.expert_rows or len(data.x_train)).astype(int)
   module = recipes.module_of(config, recipes.Problem(data.kernel_fn, data.y_train.shape[1]))
   augmentation = recipes.options_of(config).augmentation
@@ -56,13 +60,11 @@ def prepare(config: DistillConfig, data, sampler, path) -> int:
   }
   with usage():
     if pathlib.Path(path).exists():
-      known = trajectories.load_trajectories(
-        path, verify=False
-      ).metadata  # mtt does, when it opens them
+      known = trajectories.load_trajectories(path, verify=False).metadata  # mtt verifies them
       different = [name for name in about if known.get(name) != about[name]]
       if different:
         raise UsageError(
-          f"--experts: {path} holds the experts of another run: {different[0]} is {known.get(different[0])!r}, "
+          f"--experts: {path} contains the experts of another run: {different[0]} is {known.get(different[0])!r}, "
           f"expected {about[different[0]]!r}"
         )
     else:

@@ -1,4 +1,4 @@
-"""The first rooms of the path: a dataset, behind its preprocessing, with the kernels of the run checked against it."""
+"""Loads and preprocesses a dataset, and checks that the kernels of the run accept it."""
 
 from typing import NamedTuple
 
@@ -7,15 +7,16 @@ import numpy as np
 
 from kipcore import datasets, kernels, preprocess
 from kipcore.architectures import architecture
-from kipcore.cli.config import DataConfig
+from kipcore.cli.config import DataConfig, validate
 from kipcore.cli.cost import planner
-from kipcore.cli.errors import usage
+from kipcore.cli.errors import UsageError, usage
 
 
 class Data(NamedTuple):
-  """A dataset behind its preprocessing, as host arrays of the run's dtype.
+  """A preprocessed dataset, as host arrays of the run's dtype.
 
-  `y_*` are one-hot labels minus 1/c; `kernel_fn` is of the network that methods learn through, `score_kernel` of the one that scores.
+  `y_*` are one-hot labels minus 1/c; `kernel_fn` is the kernel of the network that methods use,
+  `score_kernel` of the one that scores.
   """
 
   raw: datasets.Dataset
@@ -31,11 +32,18 @@ class Data(NamedTuple):
 
 
 def load(config: DataConfig) -> Data:
-  """The dataset, preprocessed, with the kernel of the run checked against it.
+  """Loads and preprocesses the dataset of a config.
+
+  Args:
+    config: settings of the run.
+
+  Returns:
+    The data, with the kernels.
 
   Raises:
-    UsageError: for anything that the user can mend.
+    UsageError: for invalid settings or data.
   """
+  validate(config)
   with usage():
     arch = architecture(config.architecture)
     raw = datasets.load_dataset(
@@ -53,7 +61,7 @@ def load(config: DataConfig) -> Data:
 
 
 def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel_fn) -> Data:
-  """Applies a fitted preprocessing to every split of a dataset."""
+  """The data of a dataset with a fitted preprocessing."""
   dtype = np.dtype("float64" if config.x64 else "float32")
   test_rows = config.test_rows or raw.x_test.shape[0]
 
@@ -72,7 +80,20 @@ def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel
       architecture(config.score_architecture or config.architecture), config.kernel
     ),
   )
-  for kernel in (data.kernel_fn, data.score_kernel):
-    # The kernel's own checks of rank and size, without computing anything.
-    jax.eval_shape(kernel, jax.ShapeDtypeStruct((1, *data.x_train.shape[1:]), dtype))
+  names = ("architecture", "score_architecture" if config.score_architecture else "architecture")
+  for flag, kernel in zip(names, (data.kernel_fn, data.score_kernel)):
+    check_rows(f"--{flag}={kernel.arch.name}", kernel, data.x_train.shape[1:], dtype)
   return data
+
+
+def check_rows(what: str, kernel_fn, shape: tuple, dtype) -> None:
+  """Raises UsageError, with `what` the user chose, unless a kernel accepts rows of a shape."""
+  if kernel_fn.arch.convolutional and len(shape) != 3:
+    raise UsageError(
+      f"{what}: expected a dataset of images (height, width, channels), got rows of shape {shape}; "
+      "fc1, fc2, ... accept them"
+    )
+  try:  # the kernel's checks of rank and size, without computing anything
+    jax.eval_shape(kernel_fn, jax.ShapeDtypeStruct((1, *shape), dtype))
+  except (ValueError, TypeError) as error:
+    raise UsageError(f"{what}: not possible for rows of shape {shape}: {error}") from error

@@ -1,6 +1,6 @@
-"""What a run of `run_distill` takes, part by part: its start, its scores and a few of its steps, done and timed.
+"""Time and memory of a distillation, part by part: initialization, scores and a few steps are run and timed.
 
-What would itself be long, or would not fit into memory, is not done but estimated.
+Parts that take long or do not fit into memory are estimated instead.
 """
 
 import contextlib
@@ -21,45 +21,45 @@ from kipcore.distillation import loop, optimizers
 from kipcore.distillation.methods import experts as in_experts
 from kipcore.distillation.methods import trajectory_matching
 
-# What is expected to take longer is estimated, not done.
-_PATIENCE = 10.0
+# Parts that are expected to take longer are estimated, not run.
+_LONGEST_SECONDS = 10.0
 _STEPS_SECONDS, _EXPERT_ROWS, _NETWORK_STEPS, _ROWS = 3.0, 512, 20, 4000
-# Artifact, pictures and report, with the import of matplotlib.
+# Artifact, pictures and report, including the import of matplotlib.
 FILES_SECONDS = 4.0
 
 
 class _StopMeasuring(Exception):
-  """Nothing more is to be measured."""
+  """All measurements are done."""
 
 
 def distillation(config: DistillConfig, planned: pipeline.Plan) -> tuple[list, list]:
   """Seconds and bytes of the parts of a run.
 
   Args:
-    config: of the run.
+    config: settings of the run.
     planned: its data and sizes.
 
   Returns:
-    `estimate.Part`s in seconds, and in bytes on each device.
+    Parts in seconds, and parts in bytes on each device.
   """
   data, sizes, kernel_fn = planned.data, planned.sizes, planned.data.score_kernel
-  a_pair, _ = estimate.seconds_a_pair(kernel_fn, data.x_train, gradient=False)
-  rate = estimate.operations_a_second(data.x_train.dtype)
+  pair_seconds, _ = estimate.seconds_per_pair(kernel_fn, data.x_train, gradient=False)
+  rate = estimate.operations_per_second(data.x_train.dtype)
   seconds, support, compiling = [], planned.baselines[0], 0.0
-  work = estimate.of_start(
+  work = estimate.of_initialization(
     config.init, len(data.x_train), sizes.support, data.x_train[0].size, data.y_train.shape[1]
   )
-  expected = (work + Work(sizes.solved * sizes.support)).seconds(a_pair, rate)
-  if expected < _PATIENCE:
+  expected = (work + Work(sizes.solved * sizes.support)).seconds(pair_seconds, rate)
+  if expected < _LONGEST_SECONDS:
     expected, compiled, found = _apart(lambda: pipeline.start(config, data))
     compiling, support = compiling + compiled, found.support
-  seconds.append(Part(f"start ({config.init})", expected))
-  expected, compiled = _scores(config, planned, support, a_pair)
+  seconds.append(Part(f"initialization ({config.init})", expected))
+  expected, compiled = _scores(config, planned, support, pair_seconds)
   compiling += compiled
-  seconds.append(Part("scores of random images, start, progress and result", expected))
+  seconds.append(Part("scores of random images, initialization, progress and result", expected))
   stored = [Part("training and test rows", estimate.rows_bytes(data))]
   if not recipes.has_loop(config):
-    seconds.append(Part(config.method, _direct(config, planned, support, a_pair, rate)))
+    seconds.append(Part(config.method, _direct(config, planned, support, pair_seconds, rate)))
     stored.append(Part("kernel and feature matrices", _matrices(config, planned)))
   else:
     own, compiled, stored = _loop(config, planned, support)
@@ -69,7 +69,7 @@ def distillation(config: DistillConfig, planned: pipeline.Plan) -> tuple[list, l
   if config.network_seeds:
     expected, compiled = _networks(config, data, support)
     compiling += compiled
-    seconds.append(Part(f"{config.network_seeds} networks to judge the result", expected))
+    seconds.append(Part(f"{config.network_seeds} networks to score the result", expected))
   seconds.append(Part("compiling", compiling))
   seconds.append(Part("artifact, pictures and report", FILES_SECONDS))
   return seconds, [part for part in stored if part.amount]
@@ -88,25 +88,25 @@ def _apart(call) -> tuple:
   return again, max(first - again, 0.0), out
 
 
-def _scores(config, planned, support, a_pair) -> tuple[float, float]:
+def _scores(config, planned, support, pair_seconds) -> tuple[float, float]:
   data, sizes = planned.data, planned.sizes
   rows = (
     estimate.logged_rows(config, sizes) if recipes.has_loop(config) else sizes.scores * sizes.test
   )
-  expected = rows * sizes.support * a_pair
-  if expected > _PATIENCE:
+  expected = rows * sizes.support * pair_seconds
+  if expected > _LONGEST_SECONDS:
     return expected, 0.0
   again, compiled, _ = _apart(lambda: pipeline.score(config, data, support))
   times = 2 if sizes.validation and recipes.has_loop(config) else 1  # once for each number of rows
   return again * rows / sizes.test, times * compiled
 
 
-def _direct(config, planned, support, a_pair, rate) -> float:
-  """A method without a loop, on a part of the rows where there are many."""
+def _direct(config, planned, support, pair_seconds, rate) -> float:
+  """Seconds of a method without a loop, measured on a subset of many rows."""
   data, m = planned.data, planned.sizes.support
   rows = len(data.x_train)
   if config.method == "label_solve":
-    return Work(rows * m, 2.0 * rows * m**2).seconds(a_pair, rate)
+    return Work(rows * m, 2.0 * rows * m**2).seconds(pair_seconds, rate)
   stride = -(-rows // _ROWS)
   part = data._replace(
     x_train=data.x_train[::stride],
@@ -119,7 +119,7 @@ def _direct(config, planned, support, a_pair, rate) -> float:
 
 
 def _matrices(config, planned) -> float:
-  """The largest arrays of a method without a loop: a block of rows, and squares of what it solves for."""
+  """Bytes of the largest arrays of a method without a loop."""
   data, block = planned.data, min(2048, len(planned.data.x_train))
   wide = planned.sizes.support
   if config.method == "krr_closed_form":
@@ -128,16 +128,16 @@ def _matrices(config, planned) -> float:
 
 
 def _loop(config, planned, support) -> tuple[list, float, list]:
-  """The steps: compiled, and a few of them done. Seconds of parts, of compilation, and bytes."""
+  """Compiles the steps and runs a few: seconds of parts, of compilation, and bytes of parts."""
   data, sizes = planned.data, planned.sizes
   seconds, on_disk = _experts(config, data, support) if config.method == "mtt" else ([], [])
   distiller = _distiller(config, data, support, planned.batch)
   recipe, calls, stored, compiling = recipes.RECIPES[config.method], [], [], time.perf_counter()
   costly = recipe.kernel and data.kernel_fn.arch.convolutional
-  told = [0.0]
+  compile_seconds = [0.0]
 
   def compiled(executable):
-    told[0] = time.perf_counter() - compiling
+    compile_seconds[0] = time.perf_counter() - compiling
     stored.extend(estimate.memory_of_steps(executable, recipe.kernel))
     available = estimate.available_bytes()
     if (
@@ -169,9 +169,9 @@ def _loop(config, planned, support) -> tuple[list, float, list]:
     )
   if costly:
     one, _ = estimate.step_of_pairs(
-      sizes, estimate.seconds_a_pair(data.kernel_fn, data.x_train, gradient=True)[0]
+      sizes, estimate.seconds_per_pair(data.kernel_fn, data.x_train, gradient=True)[0]
     )
-  elif len(calls) > 1:  # the last call to the devices: the first ones are of few steps, and slower
+  elif len(calls) > 1:  # the last call: the first ones have few steps and are slower
     (before, started), (done, ended) = calls[-2:]
     one = (ended - started) / (done - before)
   else:
@@ -179,13 +179,13 @@ def _loop(config, planned, support) -> tuple[list, float, list]:
   every = config.refresh_every
   passes = (
     (config.steps - 1) // every * len(data.x_train) / planned.batch / 2 if every else 0.0
-  )  # forward alone: half a step
+  )  # forward only: half a step
   runs = 2 if config.measure_gain else 1
   name = f"{config.steps:,} steps of {one:.3g} s" + (
     ", twice, once with uniform targets" if runs > 1 else ""
   )
   seconds.append(Part(name, runs * (config.steps + passes) * one))
-  return seconds, runs * told[0], stored + on_disk
+  return seconds, runs * compile_seconds[0], stored + on_disk
 
 
 def _distiller(config, data, support, batch):
@@ -196,7 +196,7 @@ def _distiller(config, data, support, batch):
       pipeline.sampler_of(config),
       batch,
     )
-  # Made-up experts: their values change neither time nor memory.
+  # Random experts: their values change neither time nor memory.
   options = recipes.options_of(config)
   module = recipes.module_of(config, recipes.Problem(data.kernel_fn, data.y_train.shape[1]))
   size, _ = in_experts.flat_parameters(module, support.x)
@@ -214,7 +214,7 @@ def _distiller(config, data, support, batch):
 
 
 def _experts(config, data, support) -> tuple[list, list]:
-  """Training the experts, or nothing where their file is there; it is checked then."""
+  """Seconds and disk space of the experts; no seconds if their file exists, which is then checked."""
   module = recipes.module_of(config, recipes.Problem(data.kernel_fn, data.y_train.shape[1]))
   size, _ = in_experts.flat_parameters(module, support.x)
   on_disk = [
@@ -237,7 +237,7 @@ def _experts(config, data, support) -> tuple[list, list]:
     augmentation=recipes.options_of(config).augmentation,
   )
   again, compiled, _ = _apart(lambda: train(0))
-  # Steps cost alike whatever the rows.
+  # All steps take the same time.
   epochs = config.num_experts * config.expert_epochs
   return [
     Part(
@@ -254,5 +254,5 @@ def _networks(config, data, support) -> tuple[float, float]:
   step, batch = again / _NETWORK_STEPS, min(256, support.x.shape[0])
   scoring = (
     2 * len(data.x_test) * step / (3 * batch)
-  )  # two passes forward, where a step has one and one back
+  )  # two forward passes; a step has one forward and one backward
   return config.network_seeds * (config.network_steps * step + scoring), compiled

@@ -1,4 +1,4 @@
-"""The one path of the data: dataset, preprocessing, start, distillation, artifact, evaluation, pictures."""
+"""A distillation run: data, initialization, distillation, scores, artifact, pictures and report."""
 
 import dataclasses
 import pathlib
@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from kipcore import checks, kernels, keys, krr
 from kipcore.architectures import architecture
-from kipcore.cli import recipes
-from kipcore.cli.config import CheckpointConfig, DataConfig, DistillConfig
+from kipcore.cli import clock, recipes
+from kipcore.cli.config import CheckpointConfig, DataConfig, DistillConfig, validate
 from kipcore.cli.cost import estimate, planner, progress
 from kipcore.cli.errors import Stopped, UsageError, usage
-from kipcore.cli.folder import event_log, outputs, readme, reporting, run_folder
-from kipcore.cli.folder.resume import Keeper, alone, stop_signals
+from kipcore.cli.folder import event_log, lock, outputs, readme, reporting, run_folder
+from kipcore.cli.folder.resume import RunCheckpoints, StopSignals, stop_signals
 from kipcore.cli.runs import direct, experts
 from kipcore.cli.runs.direct import Outcome
 from kipcore.cli.runs.loading import Data, load, prepare  # noqa: F401, for callers
@@ -30,8 +30,8 @@ from kipcore.types import Support
 
 _BASELINE_DRAWS = 3
 _VALIDATION_ROWS = 2000
-# Fewer rows than this for each image do not determine its label.
-_ROWS_A_LABEL = 10
+# Fewer rows per image than this do not determine its label.
+_ROWS_PER_LABEL = 10
 
 
 def random_support(key, data: Data, images_per_class: int) -> Support:
@@ -44,7 +44,7 @@ def random_support(key, data: Data, images_per_class: int) -> Support:
 
 
 class Start(NamedTuple):
-  """Where a run starts: the coreset of its init, the support made of it, and the target evaluations that took."""
+  """The initialization of a run: coreset, support made of it, and target evaluations that it took."""
 
   coreset: coreset.Coreset
   support: Support
@@ -52,8 +52,8 @@ class Start(NamedTuple):
 
 
 def start(config: DistillConfig, data: Data) -> Start:
-  """The support of the config's init: with its weights absorbed, or with labels solved for where they are learned."""
-  # Methods through finite networks have no kernel of their own; that of the score is cheap at their CPU-size settings.
+  """The initial support: with its weights absorbed, or with optimal labels if labels are learned."""
+  # Methods through finite networks have no kernel; that of the score is cheap at their CPU settings.
   kernel_fn = data.kernel_fn if recipes.RECIPES[config.method].kernel else data.score_kernel
   with usage():
     chosen = coreset.select_coreset(
@@ -76,19 +76,20 @@ def start(config: DistillConfig, data: Data) -> Start:
 
 
 def label_stride(config: DistillConfig, data: Data, support_size: int) -> int:
-  """Every which training row the labels of the start are solved from, 0 for none of them.
+  """Stride of the training rows from which the initial labels are solved; 0 if they are not solved.
 
-  Evenly spaced, so that expensive kernels and short runs spend a tenth of their target evaluations at most.
+  Evenly spaced rows, so that expensive kernels and short runs spend at most a tenth of their target
+  evaluations on it.
   """
   if not (config.method == "kip" and config.learn_labels and config.solve_labels):
     return 0
   rows = data.x_train.shape[0]
   stride = -(-rows // max(config.steps * batch_size_of(config, data) // 10, 1))
-  return stride if rows // stride >= _ROWS_A_LABEL * support_size else 0
+  return stride if rows // stride >= _ROWS_PER_LABEL * support_size else 0
 
 
 def with_solved_labels(config, data: Data, support: Support, x, y) -> Support:
-  """The support with the labels that fit the given rows best (never worse than any weights: theory of `krr.label_solve`)."""
+  """The support with the labels that fit the given rows best (`krr.label_solve`)."""
   used = krr.relative_ridge(data.kernel_fn.diag(support.x), config.relative_ridge)
   solution = krr.label_solve_rows(
     data.kernel_fn,
@@ -98,12 +99,12 @@ def with_solved_labels(config, data: Data, support: Support, x, y) -> Support:
     float(used),
     coreset.objective_ridge(data.kernel_fn, jnp.asarray(x)),
   )
-  checks.raise_for_status("solving for the labels of the start", solution.status)
+  checks.raise_for_status("solving for the initial labels", solution.status)
   return Support(support.x, solution.labels)
 
 
 def distill(config: DistillConfig, data: Data, support: Support, **hooks) -> Outcome:
-  """Runs the method of the config from a starting support; `hooks` are those of `loop.distill`."""
+  """Runs the method of the config from an initial support; `hooks` are those of `loop.distill`."""
   if not recipes.has_loop(config):
     return direct.METHODS[config.method](config, data, support)
   batch_size = batch_size_of(config, data)
@@ -127,7 +128,7 @@ def distill(config: DistillConfig, data: Data, support: Support, **hooks) -> Out
   )
   if int(result.state.step) < config.steps:
     raise Stopped(
-      f"stopped at step {int(result.state.step)} of {config.steps}, as asked; --resume goes on from there"
+      f"stopped at step {int(result.state.step)} of {config.steps}; --resume continues from there"
     )
   evaluations += config.steps * batch_size + loop.scoring_evaluations(
     distiller, data.x_train.shape[0], config.steps
@@ -145,7 +146,7 @@ def distill(config: DistillConfig, data: Data, support: Support, **hooks) -> Out
 
 
 def uniform_targets(config: DistillConfig, data: Data, support: Support, evaluations: int) -> float:
-  """Test accuracy of the same run with uniform targets, for as many target evaluations."""
+  """Test accuracy of the same run with uniform targets and as many target evaluations."""
   steps = evaluations // batch_size_of(config, data)
   outcome = distill(dataclasses.replace(config, sampler="uniform", steps=steps), data, support)
   return score(config, data, outcome.support)
@@ -163,7 +164,7 @@ def sampler_of(config: DistillConfig) -> method.Sampler:
 
 
 def batch_size_of(config: DistillConfig, data: Data) -> int:
-  """The target batch: as asked, or 1,000 rows or all of fewer."""
+  """Targets per step: as given, or 1,000, or all rows if there are fewer."""
   rows = data.x_train.shape[0]
   if config.target_batch_size > rows:
     raise UsageError(
@@ -173,11 +174,11 @@ def batch_size_of(config: DistillConfig, data: Data) -> int:
 
 
 def devices_of(config: DataConfig) -> list:
-  """The devices that the work is mapped over: of this process, or all of them where there are several processes."""
+  """The devices to use: those of this process, or all if there are several processes."""
   if jax.process_count() > 1:
     if config.num_devices:
       raise UsageError(
-        f"--num_devices: expected 0 beside --distributed, where all devices take part, got {config.num_devices}"
+        f"--num_devices: expected 0 with --distributed, which uses all devices, got {config.num_devices}"
       )
     return jax.devices()
   found = jax.local_devices()
@@ -189,7 +190,7 @@ def devices_of(config: DataConfig) -> list:
 
 
 def score(config: DistillConfig, data: Data, support: Support, x=None, y=None) -> float:
-  """Test accuracy (or that on given rows) of ridge regression on a support; raises if the fit failed."""
+  """Accuracy of kernel ridge regression on a support, on the test rows or the given ones; raises if the fit fails."""
   x, y = (data.x_test, data.y_test) if x is None else (x, y)
   result = krr_evaluation.evaluate_krr(
     data.score_kernel,
@@ -197,19 +198,19 @@ def score(config: DistillConfig, data: Data, support: Support, x=None, y=None) -
     x,
     y,
     relative_ridge=config.relative_ridge,
-    block_size=planner.rows_at_a_time(x.shape[0], support.x.shape[0], x.dtype.itemsize) or None,
+    block_size=planner.block_rows(x.shape[0], support.x.shape[0], x.dtype.itemsize) or None,
   )
   checks.raise_for_status("kernel ridge regression on the support", result.status)
   return float(result.accuracy)
 
 
 def shown_rows(config: DistillConfig) -> int:
-  """Validation rows that are scored while a run goes on: few where the test rows are."""
+  """Number of validation rows to score during a run: at most the test rows."""
   return min(_VALIDATION_ROWS, config.test_rows or _VALIDATION_ROWS)
 
 
 def network_scores(config: DistillConfig, data: Data, support: Support) -> dict:
-  """Test accuracy of finite networks trained on a support, with the method's norm; {} where no seeds are asked for."""
+  """Test accuracy of finite networks trained on a support; {} without seeds."""
   if not config.network_seeds:
     return {}
   scores = network_evaluation.evaluate_network(
@@ -230,7 +231,7 @@ def network_scores(config: DistillConfig, data: Data, support: Support) -> dict:
 
 
 class Plan(NamedTuple):
-  """A run that has been checked: its data, devices, targets of a step, sizes, the random real images of its baseline, and targets a block."""
+  """A checked run: data, devices, targets per step, random real images, sizes, name of the folder, targets per block."""
 
   data: Data
   devices: list
@@ -242,10 +243,17 @@ class Plan(NamedTuple):
 
 
 def plan(config: DistillConfig, data: Data | None = None) -> Plan:
-  """Loads the data, unless they are given, and checks everything, before anything is written.
+  """Loads the data, unless they are given, and checks everything before anything is written.
+
+  Args:
+    config: settings of the run.
+    data: its data, if they are loaded already.
+
+  Returns:
+    A plan.
 
   Raises:
-    UsageError: for anything that the user can mend.
+    UsageError: for invalid settings or data.
   """
   devices = devices_of(config)
   check(config)
@@ -270,27 +278,27 @@ def plan(config: DistillConfig, data: Data | None = None) -> Plan:
     len(devices),
   )
   name = f"{outputs.slug(config.dataset)}-{config.method}-{config.architecture}-ipc{config.images_per_class}-seed{config.seed}"
-  dense = config.method == "kip" and not data.kernel_fn.arch.convolutional  # those work in tiles
+  dense = config.method == "kip" and not data.kernel_fn.arch.convolutional  # others work in tiles
   block = config.target_block_size or (
-    planner.rows_at_a_time(-(-batch // len(devices)), m, data.x_train.itemsize) if dense else 0
+    planner.block_rows(-(-batch // len(devices)), m, data.x_train.itemsize) if dense else 0
   )
   return Plan(data, devices, batch, baselines, sizes, name, block)
 
 
 def description(config: DistillConfig, planned: Plan) -> str:
-  """Two lines about what will be done."""
+  """Two lines that describe the run."""
   data, devices = planned.data, planned.devices
   kernel = f"the {config.kernel} of {config.score_architecture or config.architecture}"
   through = (
     f"with {kernel}"
     if recipes.RECIPES[config.method].kernel
-    else f"through networks of {config.architecture}, {config.width} wide, scored by {kernel}"
+    else f"through {config.architecture} networks of width {config.width}, scored with {kernel}"
   )
   return (
     f"{config.dataset}: {data.x_train.shape[0]:,} training, {data.x_validation.shape[0]:,} validation, "
     f"{data.x_test.shape[0]:,} test rows of shape {data.x_train.shape[1:]}, {data.raw.num_classes} classes\n"
-    f"{config.method} {through}: {planned.sizes.support} images "
-    f"({config.images_per_class} a class), {config.steps if recipes.has_loop(config) else 0} steps of {planned.batch} targets "
+    f"{config.method} {through}: {planned.sizes.support} {noun(data)} "
+    f"({config.images_per_class} per class), {config.steps if recipes.has_loop(config) else 0} steps of {planned.batch} targets "
     f"on {len(devices)} {devices[0].platform} device(s)"
     + (f", {planned.block} at a time" if planned.block else "")
   )
@@ -302,39 +310,39 @@ def run_distill(
   overwrite: bool = False,
   verbose: bool = True,
   tensorboard: bool = False,
-  upkeep: CheckpointConfig = CheckpointConfig(),
+  checkpoints: CheckpointConfig = CheckpointConfig(),
 ) -> tuple[pathlib.Path, dict]:
-  """The main job: distills, scores, and writes the run folder.
+  """Distills, scores, and writes the run folder.
 
   Args:
-    config: all choices.
+    config: all settings.
     output_dir: run folder; None for a new one under runs/.
-    overwrite: replace the files of an earlier run there.
-    verbose: print progress and a summary.
-    tensorboard: write event files as well.
-    upkeep: checkpoints, and whether to go on from the last one in `output_dir`.
+    overwrite: whether to replace the files of an earlier run there.
+    verbose: whether to print progress and a summary.
+    tensorboard: whether to write event files as well.
+    checkpoints: when to write checkpoints, and whether to resume from the last one in `output_dir`.
 
   Returns:
     The folder, and the content of `result.json`.
 
   Raises:
-    UsageError: for anything that the user can mend; NumericalError where numbers failed; Stopped after SIGTERM.
+    UsageError: for invalid settings, data or folders.
+    NumericalError: if a computation failed.
+    Stopped: after Ctrl-C or SIGTERM, at a checkpoint.
   """
+  started = clock.start()
   event_log.require(tensorboard)
   planned = plan(config)
-  if not upkeep.resume:  # another size of block is another order of sums
-    config = dataclasses.replace(config, target_block_size=planned.block)
-  folder = (
-    pathlib.Path(output_dir)
-    if upkeep.resume
-    else run_folder.planned(output_dir, planned.name, overwrite)
-  )
-  with alone(folder), stop_signals() as stop:
-    if not upkeep.resume:
-      run_folder.create(str(folder), planned.name, overwrite)
-    elif (folder / "README.txt").exists():  # the last of its files
-      raise UsageError(f"--resume: the run of {folder} has its result; nothing is left to do")
-    return _run(config, planned, folder, verbose, tensorboard, upkeep, stop)
+  if checkpoints.resume:
+    folder = pathlib.Path(output_dir or "")
+    with lock.lock_folder(folder), run_folder.releasing(folder, new=False), stop_signals() as stop:
+      if (folder / "README.txt").exists():  # the last of its files
+        raise UsageError(f"--resume: the run of {folder} is already finished")
+      return _run(config, planned, folder, verbose, tensorboard, checkpoints, stop, started)
+  # Another size of the blocks is another order of summation, so a resumed run keeps it.
+  config = dataclasses.replace(config, target_block_size=planned.block)
+  with lock.new_folder(output_dir, planned.name, overwrite) as folder, stop_signals() as stop:
+    return _run(config, planned, folder, verbose, tensorboard, checkpoints, stop, started)
 
 
 def _run(
@@ -343,25 +351,28 @@ def _run(
   folder: pathlib.Path,
   verbose: bool,
   tensorboard: bool,
-  upkeep: CheckpointConfig,
-  stop,
-) -> tuple:
-  """`run_distill` in a folder that is its own."""
-  started = time.perf_counter()
-  say = (lambda text: tqdm.write(text, file=sys.stdout)) if verbose else (lambda text: None)
+  checkpoints: CheckpointConfig,
+  stop: StopSignals,
+  started: float,
+) -> tuple[pathlib.Path, dict]:
+  """`run_distill` in a locked folder."""
+  write = (lambda text: tqdm.write(text, file=sys.stdout)) if verbose else (lambda text: None)
   data, _, batch, baselines, sizes, *_ = planned
-  asked, has_loop, m = config, recipes.has_loop(config), sizes.support
-  keeper = Keeper(
-    pathlib.Path(upkeep.shared or folder), config, data.raw.hashes, upkeep.checkpoint_seconds
+  given, has_loop, m = config, recipes.has_loop(config), sizes.support
+  kept = RunCheckpoints(
+    pathlib.Path(checkpoints.shared or folder),
+    config,
+    data.raw.hashes,
+    checkpoints.checkpoint_seconds,
   )
-  last = keeper.last() if upkeep.resume else None
+  last = kept.last() if checkpoints.resume else None
   events = event_log.EventLog(folder if tensorboard else None)
   if config.method == "mtt" and not config.experts:
     config = dataclasses.replace(config, experts=str(folder / "experts.npy"))
-  if upkeep.resume:
+  if checkpoints.resume:
     run_folder.write_metrics(folder, last.history if last else [])
-    say(f"going on from step {last.step if last else 0} of {config.steps}")
-  if upkeep.shared or last is None:
+    write(f"resuming from step {last.step if last else 0} of {config.steps}")
+  if checkpoints.shared or last is None:
     run_folder.write_config(
       folder,
       config,
@@ -371,26 +382,28 @@ def _run(
       dataset_hashes=data.raw.hashes,
       note=data.raw.note,
     )
-  say(description(config, planned))
+  write(description(config, planned))
   if expected := estimate.of_distillation(config, data, sizes):
-    say(expected)
-  with progress.working("scoring random real images", shown=verbose, remedy=planner.FEWER_ROWS):
+    write(expected)
+  with progress.working(
+    f"scoring random real {noun(data)}", shown=verbose, remedy=planner.FEWER_ROWS
+  ):
     baseline = [score(config, data, random) for random in baselines]
   with progress.working(
-    f"choosing the start ({config.init})", shown=verbose, remedy=planner.FEWER_ROWS
+    f"initialization ({config.init})", shown=verbose, remedy=planner.FEWER_ROWS
   ):
     chosen, support, evaluations = start(config, data)
     init_accuracy = score(config, data, support)
-  say(
-    f"random real images: {100 * np.mean(baseline):.1f} % test accuracy (mean of {_BASELINE_DRAWS} draws); "
-    f"start ({chosen.strategy}{', solved labels' if evaluations else ''}): {100 * init_accuracy:.1f} %"
+  write(
+    f"random real {noun(data)}: {100 * np.mean(baseline):.1f} % test accuracy (mean of {_BASELINE_DRAWS} draws); "
+    f"initial {noun(data)} ({chosen.strategy}{', solved labels' if evaluations else ''}): {100 * init_accuracy:.1f} %"
   )
   validation = data.x_validation[: sizes.validation], data.y_validation[: sizes.validation]
   with progress.Steps(
     config.steps if has_loop else 0,
     config.method,
     loop.default_log_steps(config.steps),
-    say if verbose else None,
+    write if verbose else None,
     recipes.RECIPES[config.method].kernel,
   ) as bar:
 
@@ -408,7 +421,7 @@ def _run(
           for k, v in record.items()
           if k.endswith("accuracy")
         )
-        say(
+        write(
           f"step {step:>6}/{config.steps}  loss {record['loss']:.5f}  {shown}  ({record['seconds']:.1f} s)"
         )
 
@@ -421,13 +434,13 @@ def _run(
       if has_loop
       else {}
     )
-    outcome = keeper.carry(
-      lambda **kept: distill(config, data, support, **hooks, **kept),
+    outcome = kept.run(
+      lambda **policy: distill(config, data, support, **hooks, **policy),
       last,
       stop,
-      upkeep.retries,
+      checkpoints.retries,
       lambda history: run_folder.write_metrics(folder, history),
-      say,
+      write,
     )
 
   with progress.working("scoring", shown=verbose, remedy=planner.FEWER_ROWS):
@@ -452,6 +465,7 @@ def _run(
     "test_accuracy": test_accuracy,
     **measured,
     **network_scores(config, data, outcome.support),
+    **scored_by(config),
     "importance_gain": outcome.importance_gain,
     **outcome.own,
     "random_baseline_test_accuracy": float(np.mean(baseline)),
@@ -476,53 +490,101 @@ def _run(
     outputs.write_importance(folder, config, data, outcome.support, outcome.scores)
     run_folder.write_json(folder / "result.json", result)
     reporting.write_report(folder)
+    result["wall_seconds"] = time.perf_counter() - started  # with the files
+    run_folder.write_json(folder / "result.json", result)
   events.close(result["steps"], [folder / "images.png", folder / "learning_curve.png"])
-  readme.of_distillation(folder, asked, result)
-  keeper.done()
-  say(_summary(folder, result, config.least_gain))
+  readme.of_distillation(folder, given, result)
+  kept.done()
+  write(_summary(folder, config, data, result))
   return folder, result
 
 
+def noun(data: Data) -> str:
+  """What the rows of a dataset are called."""
+  return "images" if data.x_train.ndim == 4 else "points"
+
+
+def scored_by(config: DistillConfig) -> dict:
+  """The models that scored a result, for `result.json`."""
+  score_architecture = config.score_architecture or config.architecture
+  found = {
+    "scored_by": f"kernel ridge regression with the {config.kernel.upper()} of {score_architecture}",
+    "score_architecture": score_architecture,
+    "relative_ridge": config.relative_ridge,
+  }
+  if config.network_seeds:
+    found["network_scored_by"] = (
+      f"{config.architecture} networks of width {config.width}, normalization "
+      f"{recipes.RECIPES[config.method].norm}, trained for {config.network_steps:,} steps"
+    )
+  return found
+
+
 def check(config: DistillConfig) -> None:
-  """Values that are wrong whatever the data, before any work."""
+  """Raises UsageError for settings that are invalid for any data."""
+  validate(config)
   with usage():
-    checks.one_of("method", config.method, recipes.METHODS)
-    checks.one_of("init", config.init, coreset.STRATEGIES)
-    checks.positive("relative_ridge", config.relative_ridge)
+    checks.one_of("--method", config.method, recipes.METHODS)
+    checks.one_of("--init", config.init, coreset.STRATEGIES)
     sampler_of(config)
     options = recipes.options_of(config)
-    if recipes.has_loop(config) and config.method != "mtt":  # whose experts are not there yet
+    if recipes.has_loop(config) and config.method != "mtt":  # it needs its experts
       kernel_fn = kernels.NetworkKernel(architecture(config.architecture), config.kernel)
       recipes.RECIPES[config.method].build(config, recipes.Problem(kernel_fn, 2), options)
     optimizers.NamedOptimizer(config.optimizer, config.learning_rate, config.steps, config.schedule)
 
 
-def _summary(folder, result: dict, least_gain: float) -> str:
-  gain, importance_gain = (
-    result["test_accuracy"] - result["random_baseline_test_accuracy"],
-    result["importance_gain"],
+def _summary(folder, config: DistillConfig, data: Data, result: dict) -> str:
+  m, accuracy, initial = (
+    result["support_size"],
+    result["test_accuracy"],
+    result["init_test_accuracy"],
   )
-  sampled = ""
-  if importance_gain is not None and result["steps"]:
-    sampled = (
-      f"targets by {result['sampler']}: importance gain {importance_gain:.1f} at the end, "
-      + (
-        "drawn by loss\n"
-        if importance_gain >= least_gain
-        else f"below {least_gain:g}, so drawn uniformly\n"
-      )
+  random, changed = (
+    result["random_baseline_test_accuracy"],
+    result["steps"] or not recipes.has_loop(config),
+  )
+  kind = noun(data)
+  lines = ["", f"{m} distilled {kind}: {100 * accuracy:.2f} % test accuracy"]
+  if changed:
+    lines[-1] += f", {compared(accuracy, initial)} the initial {kind} ({100 * initial:.2f} %)"
+  else:
+    lines[-1] = f"{m} initial {kind}, not distilled (0 steps): {100 * accuracy:.2f} % test accuracy"
+  lines[-1] += f", {compared(accuracy, random)} {m} random real {kind} ({100 * random:.1f} %)"
+  if changed and accuracy < initial:
+    lines.append(
+      f"warning: the result is worse than the initial {kind}; try a smaller --learning_rate, other "
+      "--steps or a larger --relative_ridge"
     )
+  elif accuracy < random:
+    lines.append(f"warning: the result is worse than random real {kind}")
+  gain = result["importance_gain"]
+  if gain is not None and result["steps"]:
+    drawn = (
+      "sampled by loss"
+      if gain >= config.least_gain
+      else f"below {config.least_gain:g}, so sampled uniformly"
+    )
+    lines.append(f"targets by {result['sampler']}: importance gain {gain:.1f} at the end, {drawn}")
   if "uniform_targets_test_accuracy" in result:
     uniform = result["uniform_targets_test_accuracy"]
-    sampled += (
-      f"with uniform targets, as many evaluations: {100 * uniform:.2f} % "
-      f"({100 * (result['test_accuracy'] - uniform):+.2f} points gained)\n"
+    lines.append(
+      f"with uniform targets and as many evaluations: {100 * uniform:.2f} % "
+      f"(the sampler changed the result by {100 * (accuracy - uniform):+.2f} points)"
     )
-  return (
-    f"\n{result['support_size']} distilled images: {100 * result['test_accuracy']:.2f} % test accuracy, "
-    f"{100 * gain:+.1f} points over {result['support_size']} random real images "
-    f"({100 * result['random_baseline_test_accuracy']:.1f} %)\n{sampled}"
-    f"{result['wall_seconds']:.1f} s in all, {result['compile_seconds']:.1f} s of it compiling the step\n"
-    f"written to {folder}: "
-    + ", ".join(sorted(file.name for file in folder.iterdir() if not file.name.startswith(".")))
+  if "network_test_accuracy_mean" in result:
+    lines.append(
+      f"networks trained on it: {100 * result['network_test_accuracy_mean']:.2f} % "
+      f"({result['network_scored_by']})"
+    )
+  lines.append(
+    f"{result['wall_seconds']:.1f} s in total, of which {result['compile_seconds']:.1f} s compiling the "
+    "step"
   )
+  return "\n".join([*lines, f"written to {folder}: {', '.join(run_folder.visible_files(folder))}"])
+
+
+def compared(accuracy: float, other: float) -> str:
+  """An accuracy relative to another, as in "1.2 points below"."""
+  points = 100 * (accuracy - other)
+  return f"{abs(points):.1f} points {'over' if points >= 0 else 'below'}"

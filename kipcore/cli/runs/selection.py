@@ -1,4 +1,4 @@
-"""Selection without distillation: scores, points, weights, and the measured certificate."""
+"""A selection: scores, points, weights, the measured certificate, and test accuracies."""
 
 import functools
 import pathlib
@@ -9,21 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from kipcore import checks, keys, krr
-from kipcore.cli.config import SelectConfig
+from kipcore.cli import clock
+from kipcore.cli.config import LARGEST, SMALLEST, SelectConfig, validate
 from kipcore.cli.cost import estimate, progress
 from kipcore.cli.errors import UsageError, usage
-from kipcore.cli.folder import outputs, readme, reporting, run_folder
+from kipcore.cli.folder import lock, outputs, readme, reporting, run_folder
 from kipcore.cli.runs import pipeline
 from kipcore.report import pictures
 from kipcore.selection import absorb, certificate, coreset
 from kipcore.types import Support
 
-# Beyond this the dual lower bound on F*, which evaluates every kernel entry, is left to the scores.
+# With more rows the dual lower bound on F*, which evaluates every kernel entry, is replaced by that of the scores.
 _DUAL_ROWS = 10_000
 
 
 class Plan(NamedTuple):
-  """A selection that has been checked: its data, as many random rows, the score ridge, and the name of its folder."""
+  """A checked selection: data, as many random rows, score ridge, name of the folder."""
 
   data: pipeline.Data
   baseline: Support
@@ -32,15 +33,21 @@ class Plan(NamedTuple):
 
 
 def plan(config: SelectConfig) -> Plan:
-  """Loads the data and checks everything, before anything is written.
+  """Loads the data and checks everything before anything is written.
+
+  Args:
+    config: settings of the selection.
+
+  Returns:
+    A plan.
 
   Raises:
-    UsageError: for anything that the user can mend.
+    UsageError: for invalid settings or data.
   """
+  validate(config)
   score_ridge = _score_ridge(config.score_ridge)
   with usage():
-    coreset.checks.one_of("strategy", config.strategy, coreset.STRATEGIES)
-    coreset.checks.positive("relative_ridge", config.relative_ridge)
+    checks.one_of("--strategy", config.strategy, coreset.STRATEGIES)
   data = pipeline.load(config)
   baseline = pipeline.random_support(
     keys.stream(config.seed, "baseline 0"), data, config.images_per_class
@@ -56,7 +63,7 @@ def plan(config: SelectConfig) -> Plan:
 def expectation(
   config: SelectConfig, data: pipeline.Data, m: int, measure: bool = False
 ) -> tuple[list, list]:
-  """Seconds and bytes of the parts of a selection of m points; see `estimate.seconds_of`."""
+  """Seconds and bytes of the parts of a selection of m points."""
   work = estimate.of_selection(
     config.strategy,
     data.x_train.shape[0],
@@ -77,27 +84,34 @@ def run_select(
   """Scores all rows, selects, certifies, and writes the run folder.
 
   Args:
-    config: all choices.
+    config: all settings.
     output_dir: run folder; None for a new one under runs/.
-    overwrite: replace the files of an earlier run there.
-    verbose: print a summary.
+    overwrite: whether to replace the files of an earlier run there.
+    verbose: whether to print a summary.
 
   Returns:
     The folder, and the content of `result.json`.
 
   Raises:
-    UsageError: for anything that the user can mend; NumericalError where numbers failed.
+    UsageError: for invalid settings, data or folders.
+    NumericalError: if a computation failed.
   """
-  started = time.perf_counter()
-  say = print if verbose else (lambda text: None)
+  planned = plan(config)
+  with lock.new_folder(output_dir, planned.name, overwrite) as folder:
+    return folder, _run(config, planned, folder, verbose)
+
+
+def _run(config: SelectConfig, planned: Plan, folder: pathlib.Path, verbose: bool) -> dict:
+  """`run_select` in a locked folder."""
+  started = clock.start()
+  write = print if verbose else (lambda text: None)
   working = functools.partial(progress.working, shown=verbose)
-  data, baseline, score_ridge, name = plan(config)
-  folder = run_folder.create(output_dir, name, overwrite)
+  data, baseline, score_ridge, _ = planned
   run_folder.write_config(folder, config, dataset_hashes=data.raw.hashes)
   x, y, m = jnp.asarray(data.x_train), jnp.asarray(data.y_train), baseline.x.shape[0]
   if expected := estimate.worth_reporting(*expectation(config, data, m)):
-    say(expected)
-  with usage(), working(f"choosing points ({config.strategy}) and scoring all rows"):
+    write(expected)
+  with usage(), working(f"selecting points ({config.strategy}) and scoring all rows"):
     chosen = coreset.select_coreset(
       config.seed,
       x,
@@ -113,22 +127,26 @@ def run_select(
       if chosen.scores is not None
       else coreset.score_rows(config.seed, x, y, m, data.kernel_fn, score_ridge)
     )
-  used = krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge)
   support = Support(chosen.x, chosen.y)
-  if chosen.ridge is not None:
-    support, _ = absorb.absorb_weights(data.kernel_fn, chosen, ridge, used)
+  used = krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge)
   with working("solving for labels"):
     solved = krr.label_solve_rows(
       data.kernel_fn, chosen.x, x, y, float(used), coreset.objective_ridge(data.kernel_fn, x)
     )
-  checks.raise_for_status("solving for the labels of the points", solved.status)
+  checks.raise_for_status("solving for the labels of the selected points", solved.status)
   with working("measuring the certificate"):
     certified = _certify(config, data.kernel_fn, x, y, ridge, chosen, scores)
   with working("scoring test rows"):
-    accuracies = [
-      pipeline.score(config, data, each)
-      for each in (support, Support(chosen.x, solved.labels), baseline)
-    ]
+    scored = {
+      "test_accuracy": support,
+      "weighted_test_accuracy": _weighted(config, data, chosen, ridge),
+      "solved_labels_test_accuracy": Support(chosen.x, solved.labels),
+      "random_baseline_test_accuracy": baseline,
+      "random_baseline_weighted_test_accuracy": _weighted(
+        config, data, _as_coreset(data, baseline), ridge
+      ),
+    }
+    accuracies = {name: pipeline.score(config, data, each) for name, each in scored.items()}
   result = {
     "dataset": config.dataset,
     "strategy": config.strategy,
@@ -142,16 +160,12 @@ def run_select(
     "label_mass": float(scores.label_mass),
     "max_over_mean_score": float(scores.max_over_mean),
     "second_moment": float(scores.second_moment),
-    "scores_are": "exact" if scores.guarantee == 0 else "certified over-estimates",
+    "scores_are": "exact" if scores.guarantee == 0 else "certified upper bounds",
     "measured_epsilon": certified.get("measured_epsilon"),
     "objective_ratio": certified.get("objective_ratio"),
     "objectives": chosen.objectives,
-    **dict(
-      zip(
-        ("test_accuracy", "solved_labels_test_accuracy", "random_baseline_test_accuracy"),
-        accuracies,
-      )
-    ),
+    **accuracies,
+    **pipeline.scored_by(config),
   }
   run_folder.write_json(folder / "certificate.json", certified)
   pictures.save_scores(
@@ -176,8 +190,8 @@ def run_select(
   run_folder.write_json(folder / "result.json", result)
   reporting.write_report(folder)
   readme.of_selection(folder, config, result)
-  say(_summary(folder, result))
-  return folder, result
+  write(_summary(folder, data, result))
+  return result
 
 
 def _score_ridge(text: str):
@@ -187,16 +201,18 @@ def _score_ridge(text: str):
     value = float(text)
   except ValueError:
     raise UsageError(f"--score_ridge: expected 'auto' or a number, got {text!r}") from None
-  if not value > 0 or not np.isfinite(value):
-    raise UsageError(f"--score_ridge: expected a finite number > 0, got {text}")
+  if not SMALLEST <= value <= LARGEST:
+    raise UsageError(
+      f"--score_ridge: expected 'auto' or a number from {SMALLEST:g} to {LARGEST:g}, got {text}"
+    )
   return value
 
 
 def _certify(config, kernel_fn, x, y, ridge, chosen, scores) -> dict:
-  """The measured certificate, or why there is none."""
+  """The measured certificate, or the reason why there is none."""
   if (chosen.indices < 0).any():
     return {
-      "note": f"{chosen.strategy} makes points that are not rows: no weighted subset, so no certificate"
+      "note": f"{chosen.strategy} returns synthetic points, not a weighted subset of rows, so there is no certificate"
     }
   measured = certificate.measure_coreset(
     config.seed,
@@ -213,7 +229,7 @@ def _certify(config, kernel_fn, x, y, ridge, chosen, scores) -> dict:
   content = measured.as_dict()
   lower = float(scores.objective)
   if content["objective_lower"] is None and lower > 0:
-    # The scores come with a certified lower bound on F* of their own.
+    # The scores have a certified lower bound on F* of their own.
     content["objective_lower"], content["objective_ratio"] = (
       lower,
       content["objective_subset"] / lower,
@@ -221,19 +237,42 @@ def _certify(config, kernel_fn, x, y, ridge, chosen, scores) -> dict:
   return content
 
 
-def _summary(folder, result: dict) -> str:
-  epsilon, ratio = result["measured_epsilon"], result["objective_ratio"]
-  certified = (
-    ""
-    if epsilon is None
-    else f"; measured epsilon {epsilon:.2f}"
-    + (f", F/F* at most {ratio:.2f}" if ratio is not None else "")
+def _as_coreset(data: pipeline.Data, support: Support) -> coreset.Coreset:
+  """Class-balanced rows as a coreset, each with the weight of its share of its class."""
+  classes = np.asarray(jnp.argmax(support.y, axis=1))
+  counts = np.bincount(data.raw.y_train, minlength=data.raw.num_classes)
+  weights = counts[classes] / np.bincount(classes, minlength=counts.size)[classes]
+  rows = np.full(classes.size, -1, np.int32)
+  return coreset.Coreset(
+    support.x, support.y, rows, jnp.asarray(weights, support.x.dtype), "uniform"
   )
-  return (
-    f"{result['support_size']} points by {result['chosen_strategy']}: "
-    f"{100 * result['test_accuracy']:.1f} % test accuracy ({100 * result['solved_labels_test_accuracy']:.1f} % with "
-    f"solved labels), random {100 * result['random_baseline_test_accuracy']:.1f} %\n"
+
+
+def _weighted(config: SelectConfig, data: pipeline.Data, chosen: coreset.Coreset, ridge) -> Support:
+  """The weighted regression on a coreset, at the ridge of the scores, as labels for an unweighted one."""
+  used = krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge)
+  return absorb.absorb_weights(data.kernel_fn, chosen, ridge, used)[0]
+
+
+def _summary(folder, data: pipeline.Data, result: dict) -> str:
+  kind, m = pipeline.noun(data), result["support_size"]
+  accuracy, random = result["test_accuracy"], result["random_baseline_test_accuracy"]
+  percent = lambda name: f"{100 * result[name]:.1f} %"
+  lines = [
+    f"{m} {kind} selected by {result['chosen_strategy']}: {100 * accuracy:.2f} % test accuracy, "
+    f"{pipeline.compared(accuracy, random)} {m} random ones ({100 * random:.1f} %)",
+    f"weighted regression: {percent('weighted_test_accuracy')}, random "
+    f"{percent('random_baseline_weighted_test_accuracy')}; with labels solved on all rows: "
+    f"{percent('solved_labels_test_accuracy')}",
     f"effective dimension {result['d_eff']:.1f}, total sensitivity {result['total_sensitivity']:.1f}, "
-    f"max / mean score {result['max_over_mean_score']:.2f}{certified}\nwritten to {folder}: "
-    + ", ".join(sorted(file.name for file in folder.iterdir()))
-  )
+    f"max / mean score {result['max_over_mean_score']:.2f}",
+  ]
+  if accuracy < random:
+    lines.append(f"warning: the selection is worse than random {kind}; try another --strategy")
+  if result["measured_epsilon"] is not None:
+    lines[2] += f", measured epsilon {result['measured_epsilon']:.2f}"
+  if result["objective_ratio"] is not None:
+    lines[2] += f", F/F* at most {result['objective_ratio']:.2f}"
+  lines.append(f"{result['wall_seconds']:.1f} s in total")
+  files = ", ".join(run_folder.visible_files(folder))
+  return "\n".join([*lines, f"written to {folder}: {files}"])
