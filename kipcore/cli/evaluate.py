@@ -4,7 +4,7 @@ Prints a table to the error stream, and the result as JSON to the output.
 
 Examples:
   kipcore-evaluate
-      the newest run under runs/, by kernel ridge regression; reproduces the recorded accuracy exactly
+      the newest run under runs/, by kernel ridge regression; reproduces the recorded accuracy
   kipcore-evaluate --artifact=RUN/distilled.npz --evaluators=krr,network:resnet --baselines=uniform
       also by finite networks trained on it, and on as many random images
 """

@@ -175,7 +175,7 @@ def _flag_error(error: flags.Error) -> str:
   text = str(error).replace(" ?", "?")
   if isinstance(error, flags.UnrecognizedFlagError):
     return f"{text} (--help lists all flags)"
-  if found := re.match(r"flag --(\w+)=(.*): Non-boolean argument", text, flags=re.S):
+  if found := re.match(r"flag --(\w+)=(.*): \('Non-boolean argument", text, flags=re.S):
     return f"--{found[1]}: expected true or false, got {found[2]!r}"
   text = text.replace("invalid literal for int() with base 10:", "expected an integer, got")
   text = text.replace("could not convert string to float:", "expected a number, got")
