@@ -4,6 +4,7 @@ import contextlib
 
 from kipcore.types import KipcoreError
 
+
 class UsageError(KipcoreError, ValueError):
   """An invalid flag, file or value (exit status 2)."""
 
