@@ -94,7 +94,7 @@ def main() -> None:
       config = dataclasses.replace(config, data_dir=FLAGS.data_dir)
       table |= {
         (entry["set"], entry["evaluator"]): entry
-        for entry in evaluation.run_evaluate(stored, config, evaluation.print_entry)["table"]
+        for entry in evaluation.run_evaluate(stored, config, evaluation.print_progress)["table"]
       }
       scores = evaluation.scores_of(
         [evaluation.ranking.EvaluationEntry(**entry) for entry in table.values()]

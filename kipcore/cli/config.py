@@ -4,6 +4,7 @@ A new setting is one line: a field made by `setting`. This module imports nothin
 """
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -467,6 +468,13 @@ def settings(*kinds: type) -> dict[str, dataclasses.Field]:
   return found
 
 
+@functools.cache
+def names() -> frozenset[str]:
+  """Names of all settings."""
+  kinds = [each for each in globals().values() if dataclasses.is_dataclass(each)]
+  return frozenset(settings(*kinds))
+
+
 def type_of(field: dataclasses.Field) -> type:
   """str, int, float, bool or tuple: the type of a setting's value if it is not None."""
   kind = field.type
@@ -477,7 +485,6 @@ def type_of(field: dataclasses.Field) -> type:
 
 def check(field: dataclasses.Field, value) -> None:
   """Raises ValueError, with what was expected, unless a value is valid for a setting."""
-  expected = expectation(field)
   kind, limits = type_of(field), field.metadata
   if value is None and field.default is None:
     return
@@ -489,7 +496,12 @@ def check(field: dataclasses.Field, value) -> None:
     valid = isinstance(value, (list, tuple) if kind is tuple else kind)
     valid = valid and (limits["choices"] is None or value in limits["choices"])
   if not valid:
-    raise ValueError(f"expected {expected}, got {value!r}")
+    raise ValueError(expectation_error(field, value))
+
+
+def expectation_error(field: dataclasses.Field, value) -> str:
+  """The message for an invalid value of a setting."""
+  return f"expected {expectation(field)}, got {value!r}"
 
 
 def bounds(field: dataclasses.Field) -> tuple[float, float]:

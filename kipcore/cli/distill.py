@@ -10,6 +10,7 @@ Examples:
 """
 
 import dataclasses
+import sys
 import tempfile
 
 from kipcore.cli import flags
@@ -39,6 +40,8 @@ def main(values) -> None:
   config = resume.config_of(output_dir, given) if values.resume else recipes.resolve(**given)
   jax.config.update("jax_enable_x64", config.x64)
   checkpoints = from_flags(CheckpointConfig, values)
+  for line in recipes.unused(config, given) if index == 0 else ():
+    print(line, file=sys.stderr)
   if values.dry_run:
     dry_run.of_distillation(config, output_dir, values.overwrite, values.resume)
   elif index == 0:

@@ -27,10 +27,14 @@ class Stopped(KipcoreError):
 
 @contextlib.contextmanager
 def usage():
-  """Converts ValueError and TypeError of the library's eager checks to `UsageError`."""
+  """Converts ValueError and TypeError of the library's eager checks to `UsageError`, and names of settings to flags."""
   try:
     yield
   except UsageError:
     raise
   except (ValueError, TypeError) as error:
-    raise UsageError(str(error)) from error
+    from kipcore.cli import config
+
+    text = str(error)
+    named = text.partition(":")[0] in config.names()
+    raise UsageError(f"--{text}" if named else text) from error

@@ -36,7 +36,7 @@ def main(values) -> None:
     config = dataclasses.replace(config, evaluators=evaluation.ALL_EVALUATORS)
   result = {
     "artifact": str(path),
-    **evaluation.run_evaluate(stored, config, evaluation.print_entry),
+    **evaluation.run_evaluate(stored, config, evaluation.print_progress),
   }
   if values.output:
     run_folder.write_json(values.output, {**result, "environment": run_folder.environment()})

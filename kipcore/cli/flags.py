@@ -165,12 +165,12 @@ def _parse(values, module, groups) -> None:
   try:
     rest = values(argv)
   except flags.Error as error:
-    _end(2, _flag_error(error))
+    _end(2, flag_error(error))
   if len(rest) > 1:
     _end(2, f"expected flags only, as --name=value, got {' '.join(rest[1:])!r}")
 
 
-def _flag_error(error: flags.Error) -> str:
+def flag_error(error: flags.Error) -> str:
   """The message of a flag that cannot be parsed."""
   text = str(error).replace(" ?", "?")
   if isinstance(error, flags.UnrecognizedFlagError):

@@ -249,6 +249,49 @@ def resolve(**given) -> DistillConfig:
   return dataclasses.replace(default, **settings)
 
 
+_LOOP = ("steps", "optimizer", "learning_rate", "schedule", "target_batch_size", "loss")
+_LOOP += ("learn_labels", "sampler", "log_test_accuracy")
+_BY_LOSS = ("uniform_mix", "weight_exponent", "least_gain", "refresh_every", "measure_gain")
+_EXPERTS = ("experts", "num_experts", "expert_epochs", "expert_rows")
+
+
+def unused(config: DistillConfig, given: dict) -> list[str]:
+  """Notes on the given flags that have no effect with the others.
+
+  Args:
+    config: settings of the run.
+    given: settings that the user gave.
+
+  Returns:
+    A line per reason.
+  """
+  recipe, loop = RECIPES[config.method], has_loop(config)
+  by_loss = loop and config.sampler not in ("uniform", "class_balanced")
+  through_networks = loop and not recipe.kernel
+  method = f"--method={config.method}"
+  rules = (
+    (() if loop else _LOOP, method),
+    (() if by_loss else _BY_LOSS, f"--sampler={config.sampler}" if loop else method),
+    (() if config.method == "mtt" else _EXPERTS, method),
+    (() if config.method == "kip" else ("target_block_size",), method),
+    (() if config.method == "kip" and config.learn_labels else ("solve_labels",), method),
+    (("learn_labels",) if recipe.hard_labels else (), f"{method}, whose labels are the classes"),
+    (() if config.method in ("kip", "rfad") or not loop else ("loss",), method),
+    (() if config.network_seeds else ("network_steps",), "--network_seeds=0"),
+    (
+      () if through_networks or config.network_seeds else ("width",),
+      f"{method} and --network_seeds=0",
+    ),
+    (() if recipe.published else ("preset",), method),
+  )
+  lines = []
+  for names, reason in rules:
+    if found := [f"--{name}" for name in names if name in given]:
+      verb = "has" if len(found) == 1 else "have"
+      lines.append(f"note: {', '.join(found)} {verb} no effect with {reason}")
+  return lines
+
+
 def options_of(config: DistillConfig):
   """The method's options: published or for a few CPU cores, then as in `--options`; None if it has none.
 

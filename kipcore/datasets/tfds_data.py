@@ -2,7 +2,13 @@
 
 import contextlib
 import difflib
+import functools
+import importlib.util
+import os
+import pathlib
+import re
 import socket
+import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
@@ -30,19 +36,55 @@ def read(name: str, data_dir, pick: Callable) -> dict:
   Raises:
     DatasetError: for an unknown name, other features, or data that are not there and cannot be fetched; and whatever TFDS raises.
   """
+  _require_known(name, data_dir)
   with quiet_tensorflow() as (_, tfds):
     return _read(tfds, name, data_dir, pick)
+
+
+def _require_known(name: str, data_dir) -> None:
+  """Rejects a misspelled name in a second, without the import of TensorFlow."""
+  own = re.split(r"[/:]", name)[0]
+  folders = (data_dir, os.environ.get("TFDS_DATA_DIR"), "~/tensorflow_datasets")
+  prepared = (pathlib.Path(folder).expanduser() / own for folder in folders if folder)
+  # Names with a namespace, and builders that the caller registered, are left to TFDS.
+  if ":" in name.partition("/")[0] or "tensorflow_datasets" in sys.modules:
+    return
+  if not pathlib.Path(name).exists() and not any(path.exists() for path in prepared):
+    names = builder_names()
+    if names and own not in names:
+      raise _unknown(name, names)
+
+
+@functools.cache
+def builder_names() -> frozenset[str]:
+  """Names of the datasets in the installed TFDS package (and of other classes), from its files alone."""
+  spec = importlib.util.find_spec("tensorflow_datasets")
+  names = set()
+  for folder in (spec.submodule_search_locations or ()) if spec else ():
+    for path in pathlib.Path(folder).rglob("*.py"):
+      if {"core", "testing", "scripts"} & set(path.relative_to(folder).parts[:1]):
+        continue
+      text = path.read_text(encoding="utf-8", errors="ignore")
+      for found in re.findall(r"^class (\w+)\(", text, flags=re.M):
+        spaced = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", found)
+        names.add(re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", spaced).lower())
+    names |= {path.name for path in pathlib.Path(folder, "datasets").glob("*") if path.is_dir()}
+  return frozenset(names)
+
+
+def _unknown(name: str, names) -> DatasetError:
+  close = difflib.get_close_matches(name, ["digits", *sorted(names)], n=3)
+  return DatasetError(
+    f"unknown dataset {name!r}: expected digits, a folder of images, a path ending in .npz or a TFDS name"
+    + (f"; did you mean {' or '.join(close)}?" if close else "")
+  )
 
 
 def _read(tfds, name, data_dir, pick) -> dict:
   try:
     builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
   except tfds.core.DatasetNotFoundError as error:
-    close = difflib.get_close_matches(name, ["digits", *tfds.list_builders()], n=3)
-    raise DatasetError(
-      f"unknown dataset {name!r}: expected digits, a folder of images, a path ending in .npz or a TFDS name"
-      + (f"; close: {', '.join(close)}" if close else "")
-    ) from error
+    raise _unknown(name, tfds.list_builders()) from error
   features = builder.info.features
   x_key, y_key = builder.info.supervised_keys or ("image", "label")
   if not (

@@ -236,7 +236,8 @@ def read_npy_header(what: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, n
       dtype.kind not in "biufSU" or not dtype.itemsize
     ):  # so no "O", and no "V", in which objects can hide
       raise NpzError(
-        f"{what}: expected a plain numeric or string array, got dtype {checks.one_line(dtype)} (Python objects are never unpickled)"
+        f"{what}: expected a plain numeric or string array, got dtype {checks.one_line(dtype)}"
+        + (" (Python objects are never unpickled)" if dtype.hasobject else "")
       )
     if len(shape) > _MAX_DIMENSIONS or not all(
       type(size) is int and size < 2**63 for size in shape

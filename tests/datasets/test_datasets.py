@@ -435,7 +435,9 @@ def test_faults_of_tfds_names(tmp_path, monkeypatch):
   fault(
     "mnist", "mnist: expected data_dir to be an existing directory", data_dir=tmp_path / "absent"
   )
-  fault("mnits", "unknown dataset 'mnits': expected digits, .*; close: mnist", data_dir=tmp_path)
+  fault(
+    "mnits", "unknown dataset 'mnits': expected digits, .*did you mean mnist", data_dir=tmp_path
+  )
   fault(
     "no such thing", "no such thing: expected a dataset that TFDS can load in", data_dir=tmp_path
   )

@@ -160,7 +160,7 @@ def of_selection(
     **scored,
     "solved labels": Work(rows * support, 2.0 * rows * support**2),
     **({} if strategy in ("kmeans", "noise") else {"certificate": certificate}),
-    "scores of the test rows": Work(3 * test * support),
+    "scores of the test rows": Work(5 * test * support),
   }
 
 

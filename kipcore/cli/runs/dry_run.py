@@ -11,11 +11,9 @@ from kipcore.cli.config import CompareConfig, DistillConfig, SelectConfig
 from kipcore.cli.cost import estimate, progress
 from kipcore.cli.cost.estimate import Part
 from kipcore.cli.folder import readme, run_folder
-from kipcore.cli.runs import comparison, measure, pipeline, selection
+from kipcore.cli.runs import comparison, loading, measure, pipeline, selection
 
 _READING = "reading and preprocessing the data"
-# Of a selection, which is not run.
-_COMPILING_SECONDS = 10.0
 
 
 def of_distillation(
@@ -30,7 +28,7 @@ def of_distillation(
   config = dataclasses.replace(config, target_block_size=planned.block)
   folder = run_folder.planned(output_dir, planned.name, overwrite or resume)
   reading = Part(_READING, time.perf_counter() - started)
-  print(pipeline.description(config, planned))
+  print("\n".join([*loading.notes(planned.data), pipeline.description(config, planned)]))
   print(_settings(config))
   process = _Process(planned.data)
   with progress.working(f"measuring {config.method}"):
@@ -59,9 +57,6 @@ def of_selection(
   own = _Process(data)
   with progress.working("measuring the kernel"):
     seconds, stored = selection.expectation(config, data, m, measure=True)
-  seconds.append(
-    Part("compiling, artifact, pictures and report", _COMPILING_SECONDS + measure.FILES_SECONDS)
-  )
   _print([reading, *seconds], own.with_program(stored))
   _end(readme.selection_command(config), folder)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from kipcore import augment, checks, datasets, kernels, keys
 from kipcore.architectures import architecture
 from kipcore.cli import recipes
 from kipcore.cli.config import DistillConfig, EvaluateConfig, validate
+from kipcore.cli.cost import estimate, progress
 from kipcore.cli.errors import UsageError, usage
 from kipcore.cli.runs import pipeline
 from kipcore.evaluation import ranking
@@ -44,13 +46,13 @@ class Evaluation(NamedTuple):
   sets: dict
 
 
-def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, progress=None) -> dict:
+def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, write=None) -> dict:
   """Scores an artifact and its baselines on the test split of its dataset.
 
   Args:
     stored: the artifact; JAX's 64-bit switch must suit its dtype.
     config: evaluators, baselines, seeds.
-    progress: called with each `ranking.EvaluationEntry`.
+    write: prints a line of progress; None for none.
 
   Returns:
     Results for JSON: `test_accuracy` reproduces the recorded one exactly, `table` and `scores` are those of
@@ -59,6 +61,7 @@ def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, progress=Non
   Raises:
     UsageError: for an invalid evaluator or baseline, or a dataset that is not the recorded one.
   """
+  write = write or (lambda text: None)
   validate(config)
   with usage():
     for name in config.evaluators:
@@ -67,23 +70,10 @@ def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, progress=Non
       checks.one_of("--baselines", name, (*BASELINES, _SOLVED))
     if not config.evaluators:
       raise UsageError("--evaluators: expected at least one, got none")
-    evaluation = prepare(stored, config)
+    evaluation = prepare(stored, config, write)
     distilled, data = evaluation.config, evaluation.data
     how = {name: evaluator_of(name, stored, distilled, config) for name in config.evaluators}
-    table = []
-    for name, supports in evaluation.sets.items():
-      ridges = {name: coreset.OBJECTIVE_RIDGE} if name == "full" else None
-      suited = {key: each for key, each in how.items() if name != "full" or not _too_costly(each)}
-      table += ranking.evaluation_table(
-        config.seed,
-        {name: supports},
-        suited,
-        data.x_test,
-        data.y_test,
-        config.num_seeds,
-        ridges,
-        progress,
-      )
+    table = _table(evaluation, how, config, write)
   result = {
     "dataset": stored.metadata["dataset"]["name"],
     "support_size": len(stored.images),
@@ -106,12 +96,50 @@ def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, progress=Non
   }
 
 
-def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
+def _table(evaluation: Evaluation, how: dict, config: EvaluateConfig, write) -> list:
+  """All entries of the evaluation table, each reported with the expected time of the others."""
+  data, table = evaluation.data, []
+  todo = [
+    (name, key)
+    for name in evaluation.sets
+    for key, each in how.items()
+    if name != "full" or not _too_costly(each)
+  ]
+  work = lambda name, key: (  # networks, or regressions
+    config.num_seeds
+    if isinstance(how[key], ranking.NetworkEvaluator)
+    else len(evaluation.sets[name])
+  )
+  seconds = {}  # of a unit of work, by evaluator
+  for i, (name, key) in enumerate(todo):
+    started = time.perf_counter()
+    with progress.working(f"scoring {name} with {key}"):
+      (entry,) = ranking.evaluation_table(
+        config.seed,
+        {name: evaluation.sets[name]},
+        {key: how[key]},
+        data.x_test,
+        data.y_test,
+        config.num_seeds,
+        {name: coreset.OBJECTIVE_RIDGE} if name == "full" else None,
+      )
+    table.append(entry)
+    seconds[key] = (time.perf_counter() - started) / work(name, key)
+    left = [seconds[k] * work(n, k) for n, k in todo[i + 1 :] if k in seconds]
+    known = len(left) == len(todo) - i - 1
+    accuracy = ranking.shown(entry.mean, entry.half_width)
+    text = f", {'about' if known else 'more than'} {estimate.duration(sum(left))} left"
+    write(f"{i + 1} of {len(todo)}  {name}, {key}: {accuracy} %" + (text if left else ""))
+  return table
+
+
+def prepare(stored: artifact.Artifact, config: EvaluateConfig, write=None) -> Evaluation:
   """Loads the data of an artifact and makes its baselines.
 
   Args:
     stored: the artifact.
     config: baselines and seeds.
+    write: prints a line of progress; None for none.
 
   Returns:
     `Evaluation`.
@@ -119,6 +147,7 @@ def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
   Raises:
     UsageError: for a dataset that is not the recorded one, or an artifact without metadata of a run.
   """
+  write = write or (lambda text: None)
   try:
     about, recorded, _ = (stored.metadata[part] for part in ("dataset", "config", "result"))
     name, fraction, hashed = (
@@ -130,6 +159,7 @@ def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
       **{f.name: recorded[f.name] for f in dataclasses.fields(DistillConfig) if f.name in recorded}
     )
     distilled = dataclasses.replace(distilled, test_rows=config.test_rows or distilled.test_rows)
+    write(f"loading {name}")
     raw = datasets.load_dataset(
       name, config.data_dir or distilled.data_dir, fraction, distilled.seed, distilled.train_rows
     )
@@ -148,7 +178,10 @@ def prepare(stored: artifact.Artifact, config: EvaluateConfig) -> Evaluation:
   )
   sets = {"distilled": [Support(jnp.asarray(stored.support), jnp.asarray(stored.labels))]}
   for name in config.baselines:
-    sets[name] = baseline(name, distilled, data, config)
+    started = time.perf_counter()
+    with progress.working(f"baseline {name}"):
+      sets[name] = baseline(name, distilled, data, config)
+    write(f"baseline {name}: {estimate.duration(time.perf_counter() - started)}")
   return Evaluation(distilled, data, sets)
 
 
@@ -297,10 +330,6 @@ def scores_of(table) -> dict:
   return scores
 
 
-def print_entry(entry: ranking.EvaluationEntry) -> None:
-  """Prints an entry of the table as soon as it is known, to the error stream."""
-  print(
-    f"{entry.set}, {entry.evaluator}: {ranking.shown(entry.mean, entry.half_width)} %",
-    file=sys.stderr,
-    flush=True,
-  )
+def print_progress(text: str) -> None:
+  """Prints a line of progress to the error stream; standard output is for the result."""
+  print(text, file=sys.stderr, flush=True)

@@ -86,6 +86,17 @@ def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel
   return data
 
 
+def notes(data: Data) -> list[str]:
+  """Lines about what may not be as intended in a dataset."""
+  shape, lines = data.x_train.shape[1:], []
+  if len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 2, 3, 4):
+    lines.append(
+      f"warning: rows of shape {shape} are read as images of {shape[0]} x {shape[1]} pixels with {shape[2]} "
+      "channels; if the channels are first, store x.transpose(0, 2, 3, 1)"
+    )
+  return lines
+
+
 def check_rows(what: str, kernel_fn, shape: tuple, dtype) -> None:
   """Raises UsageError, with `what` the user chose, unless a kernel accepts rows of a shape."""
   if kernel_fn.arch.convolutional and len(shape) != 3:

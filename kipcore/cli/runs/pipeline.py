@@ -19,7 +19,7 @@ from kipcore.cli.cost import estimate, planner, progress
 from kipcore.cli.errors import Stopped, UsageError, usage
 from kipcore.cli.folder import event_log, lock, outputs, readme, reporting, run_folder
 from kipcore.cli.folder.resume import RunCheckpoints, StopSignals, stop_signals
-from kipcore.cli.runs import direct, experts
+from kipcore.cli.runs import direct, experts, loading
 from kipcore.cli.runs.direct import Outcome
 from kipcore.cli.runs.loading import Data, load, prepare  # noqa: F401, for callers
 from kipcore.distillation import importance, loop, method, optimizers
@@ -382,7 +382,7 @@ def _run(
       dataset_hashes=data.raw.hashes,
       note=data.raw.note,
     )
-  write(description(config, planned))
+  write("\n".join([*loading.notes(data), description(config, planned)]))
   if expected := estimate.of_distillation(config, data, sizes):
     write(expected)
   with progress.working(

@@ -12,15 +12,18 @@ from kipcore import checks, keys, krr
 from kipcore.cli import clock
 from kipcore.cli.config import LARGEST, SMALLEST, SelectConfig, validate
 from kipcore.cli.cost import estimate, progress
+from kipcore.cli.cost.estimate import Part
 from kipcore.cli.errors import UsageError, usage
 from kipcore.cli.folder import lock, outputs, readme, reporting, run_folder
-from kipcore.cli.runs import pipeline
+from kipcore.cli.runs import loading, pipeline
 from kipcore.report import pictures
 from kipcore.selection import absorb, certificate, coreset
 from kipcore.types import Support
 
 # With more rows the dual lower bound on F*, which evaluates every kernel entry, is replaced by that of the scores.
 _DUAL_ROWS = 10_000
+# Compilation, and the files of the run with the import of matplotlib.
+_COMPILING_SECONDS, _FILES_SECONDS = 12.0, 5.0
 
 
 class Plan(NamedTuple):
@@ -73,9 +76,11 @@ def expectation(
     data.x_test.shape[0],
     _DUAL_ROWS,
   )
-  return estimate.seconds_of(
-    work, data.kernel_fn, data.x_train, measure
-  ), estimate.memory_of_selection(data, m, data.x_train.dtype)
+  seconds = estimate.seconds_of(work, data.kernel_fn, data.x_train, measure)
+  seconds.append(
+    Part("compiling, artifact, pictures and report", _COMPILING_SECONDS + _FILES_SECONDS)
+  )
+  return seconds, estimate.memory_of_selection(data, m, data.x_train.dtype)
 
 
 def run_select(
@@ -107,6 +112,8 @@ def _run(config: SelectConfig, planned: Plan, folder: pathlib.Path, verbose: boo
   write = print if verbose else (lambda text: None)
   working = functools.partial(progress.working, shown=verbose)
   data, baseline, score_ridge, _ = planned
+  for line in loading.notes(data):
+    write(line)
   run_folder.write_config(folder, config, dataset_hashes=data.raw.hashes)
   x, y, m = jnp.asarray(data.x_train), jnp.asarray(data.y_train), baseline.x.shape[0]
   if expected := estimate.worth_reporting(*expectation(config, data, m)):
