@@ -5,7 +5,7 @@ nothing but the exported file (experiments/studies/pytorch_training.py). One set
 labels, the other images and labels that KIP learned. Each half draws its own initializations, so means over networks
 are compared: the check passes where the 95 % interval of their difference (Welch) holds 0, and ends with status 3
 otherwise; the interval of our mean alone would leave out that the other mean varies as much. Writes
-experiments/results/pytorch_check.json. About six minutes on two cores; needs PyTorch (kipcore[torch]).
+experiments/results/pytorch_check.json. About six minutes on two cores; needs PyTorch (pip install torch).
 """
 
 import dataclasses
@@ -112,7 +112,7 @@ def main() -> None:
   from kipcore.cli.errors import UsageError
 
   if importlib.util.find_spec("torch") is None:
-    raise UsageError("expected PyTorch to be installed, found none; pip install 'kipcore[torch]'")
+    raise UsageError("expected PyTorch to be installed; pip install torch")
   import torch
 
   torch.set_num_threads(

@@ -6,7 +6,7 @@ regression on them loses, measured and guaranteed) and pictures.
 Examples:
   kipcore-select
       ten of the included digits
-  kipcore-select --dataset=mnist --images_per_class=50 --strategy=kmedoids
+  kipcore-select --dataset=mnist --images_per_class=50 --strategy=krr_sensitivity
       500 images of MNIST
 """
 

@@ -245,7 +245,7 @@ def _torch():
     import torch
   except ImportError as error:
     raise ImportError(
-      f"format torch: expected PyTorch to be installed, got {error}; pip install 'kipcore[torch]'"
+      f"--format=torch: expected PyTorch to be installed, got {error}; pip install torch"
     ) from error
   return torch
 

@@ -66,7 +66,7 @@ def test_selection_says_what_it_takes_before_it_starts(tmp_path, capsys, monkeyp
   monkeypatch.setattr(selection.coreset, "select_coreset", stop)
   monkeypatch.setattr(estimate, "seconds_per_pair", lambda *_, **__: (1e-4, 0))
   with pytest.raises(Stop):
-    selection.run_select(SelectConfig(**SMALL), str(tmp_path))
+    selection.run_select(SelectConfig(**SMALL, strategy="krr_sensitivity"), str(tmp_path))
   rows = pipeline.load(SelectConfig(**SMALL)).x_train.shape[0]
   said = re.search(
     r"estimate: about ([\d.]+) min \(points \(krr_sensitivity\) ([\d.]+) min",

@@ -232,7 +232,7 @@ def test_torch_gets_float32_channels_first(tmp_path, monkeypatch):
 
 
 def test_pytorch_reads_it_back(tmp_path, stored):
-  pytest.importorskip("torch", reason="needs PyTorch, the extra kipcore[torch]")
+  pytest.importorskip("torch", reason="needs PyTorch")
   stored.export(tmp_path / "set.pt", "torch")
   arrays, conventions = pytorch_training.load(tmp_path / "set.pt")
   same(arrays["images"].transpose(0, 2, 3, 1), stored.images)

@@ -17,7 +17,7 @@ from kipcore.distillation import loop
 from kipcore.selection import coreset
 
 # Below these no estimate is printed.
-WORTH_SECONDS, WORTH_BYTES = 20.0, 1e9
+WORTH_SECONDS, WORTH_BYTES = 30.0, 1e9
 # Passes over the rows by Lloyd's algorithm: two initializations together, with their seeding.
 _KMEANS_PASSES = 60
 # Cost of a spectrum, in units of n^3 operations of a matrix product.
