@@ -1,0 +1,1 @@
+"""Files of runs: folders, locks, checkpoints, reports."""

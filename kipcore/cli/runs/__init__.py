@@ -1,0 +1,1 @@
+"""Runs of the commands, from settings to files."""
