@@ -8,6 +8,7 @@ import functools
 import math
 import types
 import typing
+from typing import Any
 
 from kipcore.cli.errors import UsageError
 
@@ -28,7 +29,7 @@ DATA = "Data"
 KERNEL = "Kernel"
 OUTPUT = "Output and devices"
 CHECKPOINTS = "Checkpointing and resume"
-GROUPS = (
+GROUPS: tuple[str, ...] = (
   GRID,
   METHOD,
   INITIALIZATION,
@@ -39,8 +40,11 @@ GROUPS = (
   EVALUATION,
   EXPORT,
   REPORT,
+  DATA,
+  KERNEL,
+  OUTPUT,
+  CHECKPOINTS,
 )
-GROUPS += (DATA, KERNEL, OUTPUT, CHECKPOINTS)
 
 _INT32 = 2**31 - 1
 # Positive numbers beyond these limits overflow or underflow in products in float32.
@@ -461,7 +465,7 @@ class ReportConfig:
 
 def settings(*kinds: type) -> dict[str, dataclasses.Field]:
   """The fields of the configs that are flags, by name; of fields with the same name, the first."""
-  found = {}
+  found: dict[str, dataclasses.Field] = {}
   for kind in kinds:
     for field in dataclasses.fields(kind):
       if field.metadata:
@@ -472,13 +476,15 @@ def settings(*kinds: type) -> dict[str, dataclasses.Field]:
 @functools.cache
 def names() -> frozenset[str]:
   """Names of all settings."""
-  kinds = [each for each in globals().values() if dataclasses.is_dataclass(each)]
+  kinds = [
+    each for each in globals().values() if isinstance(each, type) and dataclasses.is_dataclass(each)
+  ]
   return frozenset(settings(*kinds))
 
 
-def type_of(field: dataclasses.Field) -> type:
+def type_of(field: dataclasses.Field) -> Any:
   """str, int, float, bool or tuple: the type of a setting's value if it is not None."""
-  kind = field.type
+  kind: Any = field.type
   if isinstance(kind, types.UnionType):
     kind = next(each for each in typing.get_args(kind) if each is not type(None))
   return typing.get_origin(kind) or kind

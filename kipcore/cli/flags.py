@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags, logging
 
@@ -54,13 +55,14 @@ _CONVERT = {str: str, int: int, float: float}
 def define(values: flags.FlagValues, *kinds: type) -> None:
   """Defines a flag for each setting of the configs."""
   for name, field in config.settings(*kinds).items():
-    text, kind = field.metadata["help"], config.type_of(field)
+    text, kind, default = field.metadata["help"], config.type_of(field), field.default
+    options: Any = (default, text, values)
     if kind is bool:
-      flags.DEFINE_bool(name, field.default, text, values)
+      flags.DEFINE_bool(name, *options)
     elif kind is tuple:
-      flags.DEFINE_list(name, list(field.default), text, values)
+      flags.DEFINE_list(name, *options)
     else:
-      flags.DEFINE(_Parser(field), name, field.default, text, values)
+      flags.DEFINE(_Parser(field), name, *options)
 
 
 def binary(main: Callable, *kinds: type, main_flags: tuple[str, ...] = ()) -> Callable[[], None]:
@@ -100,7 +102,7 @@ def join_processes(text: str) -> int:
     return 0
   import jax
 
-  addresses = {}
+  addresses: dict[str, Any] = {}
   if text != "auto":
     parts = text.split(",")
     if (

@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
     norm: normalization of the networks that the method trains and that score its images.
   """
 
-  build: Callable | None
+  build: Callable[..., Any] | None
   options: str = ""
   published: dict = {}
   cpu: dict = {}
@@ -249,8 +249,8 @@ def resolve(**given) -> DistillConfig:
   return dataclasses.replace(default, **settings)
 
 
-_LOOP = ("steps", "optimizer", "learning_rate", "schedule", "target_batch_size", "loss")
-_LOOP += ("learn_labels", "sampler", "log_test_accuracy")
+_LOOP: tuple[str, ...] = ("steps", "optimizer", "learning_rate", "schedule", "target_batch_size")
+_LOOP += ("loss", "learn_labels", "sampler", "log_test_accuracy")
 _BY_LOSS = ("uniform_mix", "weight_exponent", "least_gain", "refresh_every", "measure_gain")
 _EXPERTS = ("experts", "num_experts", "expert_epochs", "expert_rows")
 
@@ -269,7 +269,7 @@ def unused(config: DistillConfig, given: dict) -> list[str]:
   by_loss = loop and config.sampler not in ("uniform", "class_balanced")
   through_networks = loop and not recipe.kernel
   method = f"--method={config.method}"
-  rules = (
+  rules: tuple[tuple[tuple[str, ...], str], ...] = (
     (() if loop else _LOOP, method),
     (() if by_loss else _BY_LOSS, f"--sampler={config.sampler}" if loop else method),
     (() if config.method == "mtt" else _EXPERTS, method),
@@ -326,7 +326,7 @@ def parsed(flag: str, texts: list[str], defaults: dict) -> dict:
   Raises:
     UsageError: for an unknown name or a value of another type.
   """
-  given = {}
+  given: dict[str, Any] = {}
   for text in texts:
     name, _, value = text.partition("=")
     if name not in defaults:
@@ -342,6 +342,14 @@ def parsed(flag: str, texts: list[str], defaults: dict) -> dict:
       wanted = {bool: "true or false", int: "an integer", float: "a finite number"}[kind]
       raise UsageError(f"{flag}: expected {name} to be {wanted}, got {value!r}") from None
   return given
+
+
+def built(config: DistillConfig, problem: Problem):
+  """The method of a config; UsageError if it has no loop."""
+  build = RECIPES[config.method].build
+  if build is None:
+    raise UsageError(f"--method: expected a method with a loop, got {config.method}")
+  return build(config, problem, options_of(config))
 
 
 def distiller_of(config: DistillConfig, problem: Problem, sampler, batch_size: int):
@@ -361,7 +369,7 @@ def distiller_of(config: DistillConfig, problem: Problem, sampler, batch_size: i
   """
   from kipcore.distillation import loop, optimizers
 
-  method = RECIPES[config.method].build(config, problem, options_of(config))
+  method = built(config, problem)
   optimizer = optimizers.NamedOptimizer(
     config.optimizer, config.learning_rate, config.steps, config.schedule
   )

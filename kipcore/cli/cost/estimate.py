@@ -75,9 +75,9 @@ def seconds_per_pair(kernel_fn, x, gradient: bool) -> tuple[float, int]:
   a, b = jnp.asarray(x[:rows]), jnp.asarray(x[-others:])
   value = lambda a: jnp.sum(kernel_fn(a, b))
   compiled = jax.jit(jax.value_and_grad(value) if gradient else value).lower(a).compile()
-  return _timed(lambda: compiled(a)) / pairs(
-    a.shape[0], b.shape[0]
-  ), compiled.memory_analysis().temp_size_in_bytes
+  memory_plan = compiled.memory_analysis()
+  scratch = memory_plan.temp_size_in_bytes if memory_plan is not None else 0
+  return _timed(lambda: compiled(a)) / pairs(a.shape[0], b.shape[0]), scratch
 
 
 def operations_per_second(dtype) -> float:

@@ -12,9 +12,8 @@ import os
 import pathlib
 import shutil
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
@@ -125,7 +124,7 @@ class StopSignals:
     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if number == signal.SIGINT:
       text = "stopping at the next checkpoint; press Ctrl-C again to stop now"
-      os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())
+      os.write(2, f"\n{text}\n".encode())  # of the process: a signal handler must not use buffers
 
 
 @contextlib.contextmanager
@@ -146,7 +145,9 @@ def stop_signals() -> Iterator[StopSignals]:
 class RunCheckpoints:
   """The checkpoints of one run: opened when first needed, deleted when the run has finished."""
 
-  def __init__(self, folder: pathlib.Path, config: DistillConfig, hashes: dict, seconds: float):
+  def __init__(
+    self, folder: pathlib.Path, config: DistillConfig, hashes: Mapping[str, str], seconds: float
+  ):
     """Opens nothing.
 
     Args:
@@ -159,8 +160,8 @@ class RunCheckpoints:
       name: value for name, value in dataclasses.asdict(config).items() if name not in FREE
     }
     self._folder, self._seconds = folder / CHECKPOINTS, seconds or float("inf")
-    self._settings = json.loads(json.dumps({**settings, "dataset_hashes": hashes}))
-    self._open = None
+    self._settings = json.loads(json.dumps({**settings, "dataset_hashes": dict(hashes)}))
+    self._open: checkpoint.Checkpoints | None = None
 
   @property
   def _checkpoints(self) -> checkpoint.Checkpoints:
@@ -200,7 +201,7 @@ class RunCheckpoints:
       NumericalError: of the last attempt, with advice.
       Stopped: after a signal.
     """
-    earlier = []  # the last two snapshots; that of a failure is the second
+    earlier: list[Snapshot] = []  # the last two snapshots; that of a failure is the second
 
     def save(snapshot):
       with usage():
@@ -238,7 +239,7 @@ class RunCheckpoints:
 
   def _beginning(self, distill: Callable) -> Snapshot:
     """The snapshot before the first step."""
-    caught = []
+    caught: list[Snapshot] = []
     with contextlib.suppress(Stopped):
       distill(
         checkpoint_policy=CheckpointPolicy(caught.append, float("inf"), lambda: True), resume=None

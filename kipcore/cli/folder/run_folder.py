@@ -115,8 +115,8 @@ def discard(path: pathlib.Path) -> None:
   """Deletes the files of a run."""
   for file in (*RUN_FILES, FAILED):
     (path / file).unlink(missing_ok=True)
-  for file in path.glob("tensorboard/events.out.tfevents.*"):
-    file.unlink()
+  for events in path.glob("tensorboard/events.out.tfevents.*"):
+    events.unlink()
   with contextlib.suppress(OSError):  # there is none, or other files are in it
     (path / "tensorboard").rmdir()
   shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)

@@ -95,7 +95,7 @@ def run_compare(
     if known is None:
       folder = stack.enter_context(lock.new_folder(output_dir, "compare", overwrite))
     else:
-      folder = pathlib.Path(output_dir)
+      folder = pathlib.Path(output_dir or "")
       stack.enter_context(lock.lock_folder(folder))
       stack.enter_context(run_folder.releasing(folder, new=False))
     run_folder.write_json(folder / "config.json", {**grid, "environment": run_folder.environment()})
@@ -168,7 +168,7 @@ def plan(config: CompareConfig, shared: dict) -> dict[Cell, DistillConfig]:
 
 def seconds_left(rows: dict, missing: list[Cell]) -> float:
   """Expected time of the missing cells: the mean of the cells of their method, or of all."""
-  seconds = {}
+  seconds: dict[str, list[float]] = {}
   for cell, row in rows.items():
     seconds.setdefault(cell.method, []).append(float(row["wall_seconds"]))
   overall = float(np.mean([value for values in seconds.values() for value in values]))
@@ -205,7 +205,7 @@ def cell_of(row: dict) -> Cell:
 def run_cell(config: DistillConfig) -> dict:
   """Runs a cell; returns its row of cells.csv, with the message of a numerical failure under `error`."""
   started = time.perf_counter()
-  row = dict.fromkeys(FIELDS, "")
+  row: dict = dict.fromkeys(FIELDS, "")
   row.update(
     dataset=config.dataset,
     **{name: getattr(config, name) for name in ("method", "init", "sampler", "seed")},
@@ -281,7 +281,7 @@ def opened(
     {name: value for name, value in dataclasses.asdict(c).items() if name != "data_dir"}
     for c in resolved.values()
   ]
-  grid = {"grid": dataclasses.asdict(config), "cells": named}
+  grid: dict = {"grid": dataclasses.asdict(config), "cells": named}
   path = pathlib.Path(output_dir or "") / "config.json"
   if not output_dir or not path.exists() or overwrite:
     return grid, None
@@ -333,7 +333,7 @@ def write_report(folder: pathlib.Path, rows: list[dict], path: pathlib.Path | No
 
 def arms(rows: list[dict], key: str) -> dict:
   """{(method, init, sampler): {seed: percent}} of the rows that have the score, in the order of the grid."""
-  found = {}
+  found: dict = {}
   for row in rows:
     if row[key] != "" and not row["error"]:
       found.setdefault((row["method"], row["init"], row["sampler"]), {})[int(row["seed"])] = (
@@ -389,7 +389,7 @@ def markdown(rows: list[dict]) -> str:
 
 def _bars(rows: list[dict], key: str) -> dict:
   """{method: {initialization/sampler: (mean, deviation)}}, for the figure."""
-  bars = {}
+  bars: dict = {}
   for (method, init, sampler), values in arms(rows, key).items():
     mean, deviation = mean_and_deviation(values.values())
     bars.setdefault(method, {})[f"{init} / {sampler}"] = (mean, deviation or 0.0)

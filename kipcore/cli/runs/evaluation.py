@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -280,6 +280,7 @@ def evaluator_of(
     )
   own = architecture(distilled.architecture) if distilled.score_architecture else stored.arch
   norm = recipes.RECIPES[distilled.method].norm
+  network: Any
   if what == "resnet":
     network = ResNet(config.width, stored.labels.shape[1])
   elif what in _NETWORKS:
@@ -302,7 +303,8 @@ def _architecture(name: str, what: str, others: tuple = ()):
 
 def _too_costly(evaluator) -> bool:
   """Whether an evaluator needs a convolutional kernel, which takes hours on thousands of rows."""
-  return isinstance(evaluator, ranking.KernelEvaluator) and evaluator.kernel_fn.arch.convolutional
+  kernel_fn = getattr(evaluator, "kernel_fn", None)
+  return isinstance(kernel_fn, kernels.NetworkKernel) and kernel_fn.arch.convolutional
 
 
 def scores_of(table) -> dict:
@@ -314,9 +316,9 @@ def scores_of(table) -> dict:
   evaluators = list(dict.fromkeys(entry.evaluator for entry in table))
   scores = {}
   for how in evaluators:
-    known = [means.get((name, how)) for name in ("distilled", _RANDOM, "full")]
-    if None not in known:
-      scores[how] = ranking.ranking_scores(*known)._asdict()
+    names = [(name, how) for name in ("distilled", _RANDOM, "full")]
+    if all(name in means for name in names):
+      scores[how] = ranking.ranking_scores(*(means[name] for name in names))._asdict()
   gains = {
     how: means["distilled", how] - means[_RANDOM, how]
     for how in evaluators

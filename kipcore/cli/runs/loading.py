@@ -65,7 +65,7 @@ def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel
   dtype = np.dtype("float64" if config.x64 else "float32")
   test_rows = config.test_rows or raw.x_test.shape[0]
 
-  def split(x, labels):
+  def split(x, labels) -> tuple[np.ndarray, np.ndarray]:
     y = preprocess.one_hot_centered(labels, raw.num_classes, dtype)
     return fitted.apply(x, dtype), np.asarray(y)
 

@@ -14,7 +14,13 @@ from tqdm import tqdm
 from kipcore import checks, kernels, keys, krr
 from kipcore.architectures import architecture
 from kipcore.cli import clock, recipes
-from kipcore.cli.config import CheckpointConfig, DataConfig, DistillConfig, validate
+from kipcore.cli.config import (
+  CheckpointConfig,
+  DataConfig,
+  DistillConfig,
+  SelectConfig,
+  validate,
+)
 from kipcore.cli.cost import estimate, planner, progress
 from kipcore.cli.errors import Stopped, UsageError, usage
 from kipcore.cli.folder import event_log, lock, outputs, readme, reporting, run_folder
@@ -189,16 +195,13 @@ def devices_of(config: DataConfig) -> list:
   return found[: config.num_devices or len(found)]
 
 
-def score(config: DistillConfig, data: Data, support: Support, x=None, y=None) -> float:
+def score(
+  config: DistillConfig | SelectConfig, data: Data, support: Support, x=None, y=None
+) -> float:
   """Accuracy of kernel ridge regression on a support, on the test rows or the given ones; raises if the fit fails."""
   x, y = (data.x_test, data.y_test) if x is None else (x, y)
   result = krr_evaluation.evaluate_krr(
-    data.score_kernel,
-    support,
-    x,
-    y,
-    relative_ridge=config.relative_ridge,
-    block_size=planner.block_rows(x.shape[0], support.x.shape[0], x.dtype.itemsize) or None,
+    data.score_kernel, support, x, y, relative_ridge=config.relative_ridge
   )
   checks.raise_for_status("kernel ridge regression on the support", result.status)
   return float(result.accuracy)
@@ -504,15 +507,15 @@ def noun(data: Data) -> str:
   return "images" if data.x_train.ndim == 4 else "points"
 
 
-def scored_by(config: DistillConfig) -> dict:
+def scored_by(config: DistillConfig | SelectConfig) -> dict:
   """The models that scored a result, for `result.json`."""
   score_architecture = config.score_architecture or config.architecture
-  found = {
+  found: dict = {
     "scored_by": f"kernel ridge regression with the {config.kernel.upper()} of {score_architecture}",
     "score_architecture": score_architecture,
     "relative_ridge": config.relative_ridge,
   }
-  if config.network_seeds:
+  if isinstance(config, DistillConfig) and config.network_seeds:
     found["network_scored_by"] = (
       f"{config.architecture} networks of width {config.width}, normalization "
       f"{recipes.RECIPES[config.method].norm}, trained for {config.network_steps:,} steps"
@@ -527,10 +530,10 @@ def check(config: DistillConfig) -> None:
     checks.one_of("--method", config.method, recipes.METHODS)
     checks.one_of("--init", config.init, coreset.STRATEGIES)
     sampler_of(config)
-    options = recipes.options_of(config)
+    recipes.options_of(config)
     if recipes.has_loop(config) and config.method != "mtt":  # it needs its experts
       kernel_fn = kernels.NetworkKernel(architecture(config.architecture), config.kernel)
-      recipes.RECIPES[config.method].build(config, recipes.Problem(kernel_fn, 2), options)
+      recipes.built(config, recipes.Problem(kernel_fn, 2))
     optimizers.NamedOptimizer(config.optimizer, config.learning_rate, config.steps, config.schedule)
 
 
