@@ -152,7 +152,7 @@ def check(call):
   assert not second, f"the second call compiled {len(second)} programs (the first: {len(first)})"
 
 
-@pytest.mark.parametrize("name, call", kernel_cases())
+@pytest.mark.parametrize("name, call", list(kernel_cases()))
 def test_functions_of_kernels_compile_once(name, call):
   check(calls_of(KERNELS[name])[call])
 
