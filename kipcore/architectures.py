@@ -15,6 +15,7 @@ import math
 import re
 
 from kipcore import checks
+from kipcore.types import IntLike, RealLike
 
 SQRT2 = math.sqrt(2.0)
 _MAX_LAYERS = 1000  # in a file
@@ -198,7 +199,7 @@ def _check_layers(layers: tuple) -> None:
 
 
 def fc(
-  depth: int, w_std: float = SQRT2, b_std: float = 0.1, activation: str = "relu"
+  depth: IntLike, w_std: RealLike = SQRT2, b_std: RealLike = 0.1, activation: str = "relu"
 ) -> Architecture:
   """Flatten, then `depth` x (Dense, activation), then the Dense readout: the FC networks of KIP.
 
@@ -216,9 +217,13 @@ def fc(
     >>> kipcore.fc(2, activation="erf").name
     'fc2_erf'
   """
-  depth = checks.positive_int("depth", depth)
-  hidden = (Dense(w_std, b_std), _activation(activation)) * depth
-  return _named(f"fc{depth}", activation, (Flatten(), *hidden, Dense(w_std, b_std)))
+  depth, stds = checks.positive_int("depth", depth), _stds(w_std, b_std)
+  hidden = (Dense(*stds), _activation(activation)) * depth
+  return _named(f"fc{depth}", activation, (Flatten(), *hidden, Dense(*stds)))
+
+
+def _stds(w_std: RealLike, b_std: RealLike) -> tuple[float, float]:
+  return checks.scalar("w_std", w_std), checks.scalar("b_std", b_std)
 
 
 def _activation(name: str):
@@ -231,9 +236,9 @@ def _named(name: str, activation: str, layers: tuple) -> Architecture:
 
 
 def conv_net(
-  depth: int,
-  w_std: float = SQRT2,
-  b_std: float = 0.1,
+  depth: IntLike,
+  w_std: RealLike = SQRT2,
+  b_std: RealLike = 0.1,
   pooling: bool = True,
   global_pooling: bool = False,
   activation: str = "relu",
@@ -260,18 +265,18 @@ def conv_net(
     >>> kipcore.conv_net(2, global_pooling=True).layers[-2:]
     (GlobalAvgPool(), Dense(w_std=1.4142135623730951, b_std=0.1))
   """
-  depth = checks.positive_int("depth", depth)
-  block = (Conv(3, w_std, b_std), _activation(activation)) + ((AvgPool(2),) if pooling else ())
+  depth, stds = checks.positive_int("depth", depth), _stds(w_std, b_std)
+  block = (Conv(3, *stds), _activation(activation)) + ((AvgPool(2),) if pooling else ())
   name = f"conv{depth}" + ("" if pooling else "_vec") + ("_gap" if global_pooling else "")
   end = GlobalAvgPool() if global_pooling else Flatten()
-  return _named(name, activation, block * depth + (end, Dense(w_std, b_std)))
+  return _named(name, activation, block * depth + (end, Dense(*stds)))
 
 
 _MYRTLE_REPEATS = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}
 
 
 def myrtle(
-  depth: int, w_std: float = SQRT2, b_std: float = 0.1, activation: str = "relu"
+  depth: IntLike, w_std: RealLike = SQRT2, b_std: RealLike = 0.1, activation: str = "relu"
 ) -> Architecture:
   """The Myrtle networks of KIP: a stem, three blocks of convolutions, global average pooling.
 
@@ -286,12 +291,12 @@ def myrtle(
   Returns:
     The architecture `myrtle{depth}`, with the suffix `_{activation}` if that is not ReLU.
   """
-  depth = checks.integer("depth", depth)
+  depth, stds = checks.integer("depth", depth), _stds(w_std, b_std)
   checks.one_of("depth", depth, _MYRTLE_REPEATS)
-  unit = (Conv(3, w_std, b_std), _activation(activation))
+  unit = (Conv(3, *stds), _activation(activation))
   first, second, third = (unit * r for r in _MYRTLE_REPEATS[depth])
   layers = unit + first + (AvgPool(2),) + second + (AvgPool(2),) + third
-  return _named(f"myrtle{depth}", activation, (*layers, GlobalAvgPool(), Dense(w_std, b_std)))
+  return _named(f"myrtle{depth}", activation, (*layers, GlobalAvgPool(), Dense(*stds)))
 
 
 def architecture(name: str) -> Architecture:

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int, Shaped
 
 from kipcore import blocks, checks, linalg
-from kipcore.types import Array, ArrayLike, KernelFn, Status
-
-Ridge = float | ArrayLike
+from kipcore.types import Array, ArrayLike, IntLike, KernelFn, RealLike, Status
 
 
 class KRRFit(NamedTuple):
@@ -44,7 +42,7 @@ class LabelSolution(NamedTuple):
   status: Int[Array, ""]
 
 
-def relative_ridge(k: Float[ArrayLike, " n *n"], scale: float | ArrayLike) -> Float[Array, ""]:
+def relative_ridge(k: Float[ArrayLike, " n *n"], scale: RealLike) -> Float[Array, ""]:
   """The absolute ridge that is a fraction of the mean diagonal: scale * tr(K) / n.
 
   Args:
@@ -74,7 +72,7 @@ def relative_ridge(k: Float[ArrayLike, " n *n"], scale: float | ArrayLike) -> Fl
 
 
 def krr_fit(
-  k_ss: Float[ArrayLike, "m m"], y_support: Float[ArrayLike, "m c"], ridge: Ridge
+  k_ss: Float[ArrayLike, "m m"], y_support: Float[ArrayLike, "m c"], ridge: RealLike
 ) -> KRRFit:
   """Dual coefficients alpha = (K_ss + diag(ridge))^{-1} y.
 
@@ -130,7 +128,7 @@ def _krr_fit(k_ss: Array, y_support: Array, ridge) -> KRRFit:
   return KRRFit(dual, status_with(factor.status, dual))
 
 
-def checked_ridge(name: str, ridge, m: int) -> Ridge:
+def checked_ridge(name: str, ridge, m: int) -> RealLike:
   """A positive finite ridge, scalar or `(m,)`."""
   if jnp.ndim(ridge):
     checks.shape(name, ridge, (m,))
@@ -247,8 +245,8 @@ def label_solve(
   k_ss: Float[ArrayLike, "m m"],
   k_ts: Float[ArrayLike, "t m"],
   y_target: Float[ArrayLike, "t c"],
-  ridge: Ridge,
-  fit_ridge: Ridge | None = None,
+  ridge: RealLike,
+  fit_ridge: RealLike | None = None,
   penalty: str = "rkhs",
 ) -> Float[Array, "m c"]:
   """The labels of the support with which ridge regression fits the targets best.
@@ -313,10 +311,10 @@ def label_solve_rows(
   x_support: Shaped[ArrayLike, "m ..."],
   x: Shaped[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
-  ridge: Ridge,
-  fit_ridge: Ridge | None = None,
+  ridge: RealLike,
+  fit_ridge: RealLike | None = None,
   penalty: str = "rkhs",
-  block_size: int = 2048,
+  block_size: IntLike = 2048,
 ) -> LabelSolution:
   """`label_solve` over many targets, in row blocks: memory for `(block_size, m)` and `(m, m)`.
 
@@ -360,7 +358,7 @@ def _label_solve_rows(kernel_fn, penalty, block_size, x_support, x, y, ridge, fi
   return _label_solution(k_ss, factor, *sums, ridge, fit_ridge, penalty, y.dtype)
 
 
-def _label_ridges(ridge, fit_ridge, penalty: str, m: int) -> tuple[Ridge, Ridge]:
+def _label_ridges(ridge, fit_ridge, penalty: str, m: int) -> tuple[RealLike, RealLike]:
   checks.one_of("penalty", penalty, ("rkhs", "coefficients"))
   if fit_ridge is None and jnp.ndim(ridge):
     raise ValueError(

@@ -22,7 +22,7 @@ from kipcore.architectures import (
   LeakyRelu,
   Relu,
 )
-from kipcore.types import Array, ArrayLike
+from kipcore.types import Array, ArrayLike, IntLike, RealLike
 
 _MAX_WIDTH = 2**20
 
@@ -70,33 +70,33 @@ class Network(nn.Module):
     Returns:
       `(n, num_outputs)`, or `(n, p)`.
     """
-    x, last, width = jnp.asarray(x), len(self.arch.layers) - 1, self.width
+    h, last, width = jnp.asarray(x), len(self.arch.layers) - 1, self.width
     for i, layer in enumerate(self.arch.layers):
       if features and i == last:
         break
       match layer:
         case Flatten():
-          x = x.reshape(x.shape[0], -1)
+          h = h.reshape(h.shape[0], -1)
         case Relu():
-          x = nn.softplus(self.softplus * x) / self.softplus if self.softplus else nn.relu(x)
+          h = nn.softplus(self.softplus * h) / self.softplus if self.softplus else nn.relu(h)
         case LeakyRelu():
-          x = nn.leaky_relu(x, layer.slope)
+          h = nn.leaky_relu(h, layer.slope)
         case Erf():
-          x = jax.lax.erf(x)
+          h = jax.lax.erf(h)
         case Gelu():
-          x = nn.gelu(x, approximate=False)
+          h = nn.gelu(h, approximate=False)
         case AvgPool():
-          x = average_pool(x, layer.size)
+          h = average_pool(h, layer.size)
           width = width * self.width_growth
         case GlobalAvgPool():
-          x = jnp.mean(x, axis=(1, 2))
+          h = jnp.mean(h, axis=(1, 2))
         case Dense():
-          x = self._linear(i, layer, self.num_outputs if i == last else width, x)
+          h = self._linear(i, layer, self.num_outputs if i == last else width, h)
         case Conv():
-          x = self._normalized(i, self._linear(i, layer, width, x), train)
-    return x
+          h = self._normalized(i, self._linear(i, layer, width, h), train)
+    return h
 
-  def _normalized(self, i: int, x: ArrayLike, train: bool) -> Array:
+  def _normalized(self, i: int, x: Array, train: bool) -> Array:
     if self.norm == "none":
       return x
     norm: Any = nn.InstanceNorm
@@ -166,12 +166,12 @@ def average_pool(x: Float[ArrayLike, "n h w c"], size: int) -> Float[Array, "n _
 
 def network(
   arch: Architecture,
-  width: int = 128,
-  num_outputs: int = 10,
+  width: IntLike = 128,
+  num_outputs: IntLike = 10,
   parameterization: str = "standard",
   norm: str = "none",
-  width_growth: int = 1,
-  softplus: float = 0.0,
+  width_growth: IntLike = 1,
+  softplus: RealLike = 0.0,
 ) -> Network:
   """The Flax module of an architecture.
 
@@ -198,10 +198,10 @@ def network(
   checks.one_of("parameterization", parameterization, ("standard", "ntk"))
   checks.one_of("norm", norm, ("none", "instance", "batch"))
   width_growth = checks.positive_int("width_growth", width_growth)
-  softplus = checks.scalar("softplus", softplus)
-  checks.non_negative("softplus", softplus)
-  checks.finite("softplus", softplus)
-  return Network(arch, width, num_outputs, parameterization, norm, width_growth, softplus)
+  beta = checks.scalar("softplus", softplus)
+  checks.non_negative("softplus", beta)
+  checks.finite("softplus", beta)
+  return Network(arch, width, num_outputs, parameterization, norm, width_growth, beta)
 
 
 class ResNet(nn.Module):

@@ -20,7 +20,7 @@ import scipy.linalg
 from jaxtyping import Float, Int, Shaped
 
 from kipcore import blocks, checks, linalg
-from kipcore.types import Array, ArrayLike
+from kipcore.types import Array, ArrayLike, IntLike, RealLike
 
 _FORMAT = 1
 _BLOCK_NUMBERS = 2**23  # per row block: 64 MiB in float64
@@ -193,7 +193,7 @@ class Preprocess:
 def fit_preprocess(
   x_train: Shaped[ArrayLike, "n ..."],
   kind: str | Sequence = "zca",
-  pixel_max: float | ArrayLike = 255.0,
+  pixel_max: RealLike = 255.0,
 ) -> Preprocess:
   """Fit a preprocessing recipe to training rows, in float64 and in row blocks.
 
@@ -262,7 +262,7 @@ def fit_preprocess(
   return Preprocess(kind if isinstance(kind, str) else "custom", x.shape[1:], tuple(steps))
 
 
-def _fit(name, settings, read, shape) -> dict[str, np.ndarray]:
+def _fit(name, settings, read, shape) -> dict[str, Any]:
   """The arrays of one step, from passes over the blocks of rows that `read()` yields."""
   n, d = shape[0], math.prod(shape[1:])
   if name == "standardize":
@@ -391,7 +391,7 @@ def _symmetric(triangle, d) -> np.ndarray:
 
 
 def one_hot_centered(
-  labels: Int[ArrayLike, " n"], num_classes: int, dtype: Any = jnp.float32
+  labels: Int[ArrayLike, " n"], num_classes: IntLike, dtype: Any = jnp.float32
 ) -> Float[Array, "n c"]:
   """One-hot labels minus 1/c, the targets of KIP, RFAD and FRePo; `uncenter` inverts it.
 

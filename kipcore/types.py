@@ -8,6 +8,9 @@ import numpy as np
 
 Array = jax.Array
 ArrayLike = jax.Array | np.ndarray
+# Scalars: Python or NumPy numbers, or arrays of rank 0; booleans are rejected (see `checks`).
+RealLike = float | np.floating | np.integer | ArrayLike
+IntLike = int | np.integer | ArrayLike
 
 
 class Status(enum.IntEnum):

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Shaped
 
 from kipcore import checks, krr
 from kipcore.kernels.gram import gram_matvec
-from kipcore.types import Array, ArrayLike, KernelFn, Support
+from kipcore.types import Array, ArrayLike, IntLike, KernelFn, RealLike, Support
 
 
 class KRREvaluation(NamedTuple):
@@ -25,9 +25,9 @@ def evaluate_krr(
   support: Support,
   x: Shaped[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
-  ridge: float | ArrayLike | None = None,
-  relative_ridge: float | None = None,
-  block_size: int = 2000,
+  ridge: RealLike | None = None,
+  relative_ridge: RealLike | None = None,
+  block_size: IntLike = 2000,
 ) -> KRREvaluation:
   """Fit ridge regression on the support and score it on held-out rows.
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from kipcore import augment, blocks, checks, keys, krr, linalg, networks
 from kipcore.architectures import Architecture, Conv
 from kipcore.evaluation.krr import check_support
-from kipcore.types import ArrayLike, Status, Support
+from kipcore.types import ArrayLike, IntLike, RealLike, Status, Support
 
 
 def evaluate_network(
@@ -21,11 +21,11 @@ def evaluate_network(
   support: Support,
   x: Shaped[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
-  num_seeds: int = 5,
-  width: int = 512,
-  num_steps: int = 1000,
-  learning_rate: float | None = None,
-  batch_size: int = 256,
+  num_seeds: IntLike = 5,
+  width: IntLike = 512,
+  num_steps: IntLike = 1000,
+  learning_rate: RealLike | None = None,
+  batch_size: IntLike = 256,
   norm: str = "none",
   augmentation: str = "",
 ) -> Float[np.ndarray, " num_seeds"]:

@@ -12,7 +12,7 @@ from kipcore import checks, keys
 from kipcore.architectures import Architecture
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.evaluation import networks as network_evaluation
-from kipcore.types import ArrayLike, KernelFn, Support
+from kipcore.types import ArrayLike, IntLike, KernelFn, RealLike, Support
 
 
 class KernelEvaluator(NamedTuple):
@@ -72,7 +72,7 @@ def evaluation_table(
   evaluators: Mapping[str, KernelEvaluator | NetworkEvaluator],
   x: Shaped[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
-  num_seeds: int = 5,
+  num_seeds: IntLike = 5,
   relative_ridges: Mapping[str, float] | None = None,
   progress: Callable[[EvaluationEntry], None] | None = None,
 ) -> list[EvaluationEntry]:
@@ -166,7 +166,7 @@ def half_width(values: Sequence[float], confidence: float = 0.95) -> float | Non
 
 
 def ranking_scores(
-  distilled: float, random: float, full: float, weight: float = 0.5
+  distilled: RealLike, random: RealLike, full: RealLike, weight: RealLike = 0.5
 ) -> RankingScores:
   """The gain over random rows, the gap to all data, and both as one score.
 
@@ -191,20 +191,27 @@ def ranking_scores(
   References:
     Li et al. (2025), DD-Ranking, arXiv 2505.13300.
   """
-  for name, value in (
-    ("distilled", distilled),
-    ("random", random),
-    ("full", full),
-    ("weight", weight),
-  ):
-    checks.real(name, value)
-    if not 0.0 <= value <= 1.0:
-      raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+  distilled, random, full, weight = (
+    _share(name, value)
+    for name, value in (
+      ("distilled", distilled),
+      ("random", random),
+      ("full", full),
+      ("weight", weight),
+    )
+  )
   gain, gap = distilled - random, full - distilled
   score = (math.exp(weight * gain - (1.0 - weight) * gap) - math.exp(-1.0)) / (
     math.e - math.exp(-1.0)
   )
   return RankingScores(gain, gap, score)
+
+
+def _share(name: str, value: RealLike) -> float:
+  number = checks.scalar(name, value)
+  if not 0.0 <= number <= 1.0:
+    raise ValueError(f"{name}: expected a number in [0, 1], got {number}")
+  return number
 
 
 def markdown(table: Sequence[EvaluationEntry]) -> str:

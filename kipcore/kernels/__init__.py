@@ -13,7 +13,7 @@ from kipcore.architectures import Architecture, AvgPool
 from kipcore.kernels import conv, dense
 from kipcore.kernels.base import Kernel
 from kipcore.kernels.stax import StaxKernel, from_stax
-from kipcore.types import Array, ArrayLike
+from kipcore.types import Array, ArrayLike, RealLike
 
 __all__ = [
   "Kernel",
@@ -179,7 +179,7 @@ class LinearKernel(Kernel):
     return jnp.sum(x * x, axis=1)
 
 
-def rbf_fn(bandwidth: float) -> RBFKernel:
+def rbf_fn(bandwidth: RealLike) -> RBFKernel:
   """The Gaussian kernel exp(-||x - x'||^2 / (2 bandwidth^2)) on flattened rows.
 
   Args:
@@ -200,7 +200,7 @@ def rbf_fn(bandwidth: float) -> RBFKernel:
     [[1.     0.6065]
      [0.6065 1.    ]]
   """
-  return RBFKernel(bandwidth)
+  return RBFKernel(checks.scalar("bandwidth", bandwidth))
 
 
 def linear_fn() -> LinearKernel:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped
 
 from kipcore import blocks, checks, linalg
 from kipcore.devices import Axis, device_axis, pmap
-from kipcore.types import Array, ArrayLike, KernelFn
+from kipcore.types import Array, ArrayLike, IntLike, KernelFn
 
 _BLOCK_ENTRIES = 2**22  # kernel entries that `gram_matvec` holds by default
 
@@ -22,7 +22,7 @@ def gram(
   kernel_fn: KernelFn,
   x1: Shaped[ArrayLike, "n1 ..."],
   x2: Shaped[ArrayLike, "n2 ..."] | None = None,
-  block_size: int | None = None,
+  block_size: IntLike | None = None,
   devices: Sequence | None = None,
 ) -> Float[Array, "n1 n2"]:
   """The kernel matrix k(x1_i, x2_j), computed in blocks of rows of `x1`.
@@ -67,7 +67,7 @@ def gram(
 
 
 def gram_diag(
-  kernel_fn: KernelFn, x: Shaped[ArrayLike, "n ..."], block_size: int | None = None
+  kernel_fn: KernelFn, x: Shaped[ArrayLike, "n ..."], block_size: IntLike | None = None
 ) -> Float[Array, " n"]:
   """The diagonal k(x_i, x_i) of a kernel matrix, without the matrix.
 
@@ -91,7 +91,7 @@ def gram_matvec(
   x1: Shaped[ArrayLike, "n1 ..."],
   x2: Shaped[ArrayLike, "n2 ..."],
   v: Float[ArrayLike, "n2 c"],
-  block_size: int | None = None,
+  block_size: IntLike | None = None,
 ) -> Float[Array, "n1 c"]:
   """The product K(x1, x2) v with the memory of one block of rows of K.
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import image_problem
+from helpers import image_problem, standard_promotion
 
 import kipcore
 from kipcore import keys
@@ -13,9 +13,9 @@ from kipcore import keys
 OPTIONS = dict(num_seeds=2, width=8, num_steps=12, learning_rate=0.05)
 
 
-def test_equals_adam_with_a_cosine_schedule_written_out():
+def test_equals_adam_with_a_cosine_schedule_written_out(x64):
   """Step i of n has the rate 1/2 (1 + cos(pi i / n)) of the peak; the initial outputs are subtracted."""
-  support, x, y = image_problem(n=300)
+  support, x, y = image_problem(np.float64, n=300)
   arch, n = kipcore.fc(1), OPTIONS["num_steps"]
   scores = kipcore.evaluate_network(3, arch, support, x, y, **OPTIONS)
   module = kipcore.network(arch, OPTIONS["width"], 3)
@@ -29,12 +29,13 @@ def test_equals_adam_with_a_cosine_schedule_written_out():
     state = adam.init(params)
     for i in range(n):
       rate = OPTIONS["learning_rate"] * 0.5 * (1 + np.cos(np.pi * i / n))
-      direction, state = adam.update(gradient(params), state)
-      params = jax.tree.map(lambda p, d: p - np.float32(rate) * d, params, direction)
+      with standard_promotion():
+        direction, state = adam.update(gradient(params), state)
+      params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
     predictions = np.asarray(f(params, jnp.asarray(x)))
     expected.append(np.mean(predictions.argmax(1) == y.argmax(1)))
-  assert len(set(expected)) == 2 and min(expected) > 0.4
-  np.testing.assert_allclose(scores, expected, atol=1.01 / 300)  # at most one tie may flip
+  assert len(set(expected)) == 2  # the seeds differ, so the comparison is not trivial
+  np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
 
 def test_seeds_are_independent_of_their_number():

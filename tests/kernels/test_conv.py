@@ -65,7 +65,7 @@ def test_unusual_layers_equal_neural_tangents(name, get, x64):
   "name", ["conv2", "conv2_vec", pytest.param("myrtle5", marks=pytest.mark.slow)]
 )
 def test_symmetric_half_equals_all_pairs(name, x64):
-  """Even, odd, one and two rows; also in tiles that divide nothing."""
+  """Even, odd, one and two rows; also in tiles that divide neither the images nor the pairs."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 6, 4, 1)))
   for n, tile in ((1, None), (2, None), (5, 500), (6, 500)):
     kernel = jax.jit(NetworkKernel(architecture(name), "ntk", tile))
@@ -74,12 +74,12 @@ def test_symmetric_half_equals_all_pairs(name, x64):
     np.testing.assert_allclose(np.asarray(one)[off], np.asarray(two)[off], rtol=1e-12)
     np.testing.assert_allclose(
       one, two, rtol=1e-6
-    )  # at an angle of 0 an arc cosine loses half of the digits
+    )  # at an angle of 0 the arc cosine loses half of the digits
     np.testing.assert_array_equal(one, one.T)
 
 
 def test_duplicated_rescaled_and_constant_images():
-  """Equal images have equal rows; without biases the kernel is homogeneous; a constant image is nothing special."""
+  """Equal images have equal rows; without biases the kernel is homogeneous; a constant image is valid."""
   x, _ = images(np.float32, 5, shape=(8, 8, 3))
   x[4] = 0.7
   kernel = jax.jit(NetworkKernel(architecture("conv2"), "ntk"))
@@ -142,7 +142,7 @@ def test_box_equals_its_definition_and_is_its_own_adjoint(shape, size, x64):
     assert_close(tangent, box(jnp.asarray(other)), rtol=1e-13)
 
 
-def test_pool_drops_what_is_left_over(x64):
+def test_pool_drops_remaining_rows_and_columns(x64):
   k = np.random.default_rng(0).normal(size=(2, 5, 4, 5, 4))
   expected = k[:, :4, :, :4].reshape(2, 2, 2, 2, 2, 2, 2, 2, 2).mean(axis=(2, 4, 6, 8))
   pool = lambda k: covariance.pool(k, 2)
@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_the_pairs():
 
 @pytest.mark.parametrize("name", ["fc2", "conv2", "conv2_vec"])
 def test_narrow_products_have_the_stated_error(name):
-  """And the kernel of rounded inputs is a kernel still: no eigenvalue below what float32 allows."""
+  """The kernel of rounded inputs is positive semi-definite up to float32 rounding."""
   x = np.random.default_rng(0).normal(size=(6, 8, 8, 3)).astype(np.float32)
   x[1] = x[0]
   exact = np.asarray(kipcore.ntk_fn(architecture(name))(jnp.asarray(x)), np.float64)
@@ -190,7 +190,7 @@ def test_float64_ignores_the_precision(x64):
 
 @pytest.mark.slow
 def test_batches_of_products_change_nothing(x64, monkeypatch):
-  """What runs on accelerators, whole tiles as one batch, against pair by pair."""
+  """The computation on accelerators, tiles as one batch, equals that of single pairs."""
   x1, x2 = (jnp.asarray(x) for x in images(np.float64, 5, 4))
   expected = [NetworkKernel(architecture("conv2"), "ntk", tile)(x1, x2) for tile in (900, None)]
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -200,7 +200,7 @@ def test_batches_of_products_change_nothing(x64, monkeypatch):
 
 @pytest.mark.parametrize("name", ["fc2", pytest.param("conv1", marks=pytest.mark.slow)])
 def test_gram_over_devices_equals_gram_on_one(name, x64):
-  """8 simulated devices; rows that they do not divide, fewer rows than devices, one, none."""
+  """8 simulated devices; rows not divisible by them, fewer rows than devices, one row, no row."""
   x, other = (jnp.asarray(a) for a in images(np.float64, 11, 3))
   kernel = NetworkKernel(architecture(name), "ntk")
   for n in (11, 3, 1):

@@ -15,7 +15,7 @@ from kipcore.kernels.stax import import_neural_tangents, to_stax
 NAMES = ["fc1", "fc3", "conv2", "conv2_vec", "conv1_vec_gap", "conv2_gap", "myrtle5"]
 
 
-# float64 of pooled networks: `test_convolutions.py` has more of them.
+# float64 of pooled networks: see also `test_conv.py`.
 @pytest.mark.parametrize(
   "name, get, dtype",
   [
@@ -48,7 +48,7 @@ def test_equals_neural_tangents(name, get, dtype):
     distinct = np.ones(value.shape, bool)
     if other is None:
       # At parallel rows neural-tangents takes sqrt(v1 v2 - k^2) of rounding noise: half of the digits of its
-      # NTK are lost, in float64 too. `test_diagonal_is_exact` holds ours there.
+      # NTK are lost, in float64 too. `test_diagonal_is_exact` checks kipcore there.
       distinct[:3, :3], coincident = False, {"float32": 2e-4, "float64": 1e-6}[dtype.name]
       distinct[3, 3] = False
     np.testing.assert_allclose(np.asarray(value)[distinct], expected[distinct], rtol=rtol)
@@ -128,14 +128,14 @@ def test_gradients_stay_finite_at_degenerate_rows(make, depth, b_std, dtype):
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
-def test_naive_arc_cosine_gradient_is_nan_where_ours_is_not(x64):
+def test_gradient_is_finite_where_that_of_arccos_is_nan(x64):
   naive = lambda k, v: (jnp.pi - jnp.arccos(k / v)) / (2 * jnp.pi)
   assert np.isnan(jax.grad(lambda v: naive(v, v))(jnp.float64(2.0)))
   assert jax.grad(lambda v: dual.relu_dual(v, v, v)[1])(jnp.float64(2.0)) == 0.0
 
 
 def test_relu_dual_equals_quadrature(x64):
-  """Gauss-Hermite quadrature of E relu(u) relu(v) over the half plane by polar angle, exact for the step too."""
+  """Quadrature of E relu(u) relu(v) and of its step derivative over the polar angle."""
   v1, v2 = 1.3, 0.7
   for c in (-0.99, -0.3, 0.0, 0.6, 0.999):
     angle = np.linspace(0, 2 * np.pi, 200_001)[:-1]
@@ -178,7 +178,7 @@ def test_monte_carlo_of_the_flax_realization(name):
     assert np.abs(draws.mean(0) - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_parameterizations_draw_the_same_function_law():
+def test_parameterizations_draw_the_same_distribution_of_functions():
   arch = kipcore.conv_net(1)
   x = np.random.default_rng(4).normal(size=(2, 4, 4, 2)).astype(np.float32)
   moments = []
@@ -193,7 +193,7 @@ def test_parameterizations_draw_the_same_function_law():
 
 
 def test_neural_tangents_leaves_jax_as_it_was():
-  """Only while it is being imported are the moved names there; TensorFlow stays out."""
+  """The moved names exist only during its import; TensorFlow is not imported."""
   import subprocess
   import sys
 
@@ -234,6 +234,29 @@ def test_simple_kernels_equal_scikit_learn(dtype):
   )
 
 
+@pytest.mark.parametrize("mean, features, bandwidth", [(128, 3072, 55.0), (1000, 8, 1.0)])
+def test_rbf_kernel_does_not_depend_on_the_mean(mean, features, bandwidth):
+  """float32 rows far from the origin, against their differences in float64."""
+  x = (mean + np.random.default_rng(0).normal(size=(100, features))).astype(np.float32)
+  squared = np.stack([((row - x.astype(np.float64)) ** 2).sum(-1) for row in x.astype(np.float64)])
+  expected = np.exp(-0.5 * squared / bandwidth**2)
+  kernel = kipcore.rbf_fn(bandwidth)
+  k = np.asarray(kernel(jnp.asarray(x)))
+  np.testing.assert_array_equal(np.diag(k), 1)
+  np.testing.assert_array_equal(kernel.diag(jnp.asarray(x)), 1)
+  assert_close(k, expected, rtol=1e-5)
+  assert_close(kernel(jnp.asarray(x[:7]), jnp.asarray(x)), expected[:7], rtol=1e-5)
+  assert_close(kipcore.gram(kernel, x, None, 30), expected, rtol=1e-5)
+  assert np.linalg.eigvalsh(k.astype(np.float64)).min() > -1e-5
+
+
+def test_rbf_kernel_has_exact_second_derivatives_at_equal_rows(x64):
+  """d^2 k / dx dx' = I / bandwidth^2 at x = x'."""
+  kernel, x = kipcore.rbf_fn(2.0), jnp.asarray([[1.0, -3.0]])
+  mixed = jax.jacfwd(jax.jacrev(lambda a, b: kernel(a, b)[0, 0]), argnums=1)(x, x)
+  np.testing.assert_allclose(mixed.reshape(2, 2), np.eye(2) / 4, rtol=1e-12, atol=1e-12)
+
+
 def test_zero_rows_give_an_empty_matrix():
   x, _ = images(np.float32)
   for name in ("fc1", "conv1"):
@@ -264,13 +287,13 @@ def test_wrong_input_is_named(call, message):
     call(jnp.asarray(images(np.float32)[0]))
 
 
-def test_integers_are_refused():
+def test_integers_are_rejected():
   with pytest.raises(TypeError, match="floating"):
     kipcore.ntk_fn(kipcore.fc(1))(jnp.ones((2, 3), jnp.int32))
 
 
 @pytest.mark.parametrize("name", NAMES + ["myrtle7", "myrtle10", "conv3"])
-def test_description_survives_json_and_hashing(name):
+def test_descriptions_round_trip_through_json_and_hashing(name):
   arch = architecture(name)
   assert arch.name == name
   copy = kipcore.Architecture.from_json(arch.to_json())
