@@ -1,4 +1,4 @@
-"""Pictures of a run: image grids in pixel space, and the learning curve."""
+"""Figures of a run, drawn with matplotlib: image grids in pixel space, curves and bars."""
 
 import io
 
@@ -21,15 +21,15 @@ def save_image_grid(
   class_names=None,
   titles=("start", "distilled"),
 ) -> None:
-  """A PNG of the starting images beside the distilled ones: a row a class, up to 10 columns.
+  """A PNG of the starting images next to the distilled ones: one row per class, up to 10 columns.
 
   Args:
     path: PNG file name.
     before, after: `(m, h, w, 1 or 3)` in pixel space.
     labels: `(m,)` integer class of each image.
-    pixel_range: (black, white); values outside are clipped for the picture only.
+    pixel_range: (black, white); values outside are clipped in the picture only.
     class_names: names by class, or None for numbers.
-    titles: over the two halves.
+    titles: of the two halves.
 
   Raises:
     ValueError: for arrays that are not images with 1 or 3 channels.
@@ -44,7 +44,7 @@ def save_image_grid(
   if columns <= 2 and len(classes) > _MAX_ROW_OF_CLASSES:
     _grid_of_cells(path, before, after, labels, pixel_range, class_names, titles)
     return
-  if columns <= 2:  # one or two images a class: a row of classes reads better than a column
+  if columns <= 2:  # one or two images per class: a row of classes is easier to read than a column
     _grid_by_columns(
       path, before, after, labels, classes, columns, pixel_range, class_names, titles
     )
@@ -82,14 +82,14 @@ def _grid_by_columns(path, before, after, labels, classes, rows, pixel_range, cl
 
 
 def _grid_of_cells(path, before, after, labels, pixel_range, class_names, titles):
-  """Many classes of one or two images: cells in class order, wrapped, each with its name; at most 120 of them."""
+  """Many classes with one or two images: at most 120 labeled cells in class order, wrapped."""
   order = np.argsort(labels, kind="stable")[:_MAX_CELLS]
   across = _MAX_ROW_OF_CLASSES
   place = np.arange(order.size)
   down = -(-order.size // across)
   figure = _figure(across * 0.75, 2 * down * 0.75 + 0.8)
   for axes, x, title in zip(figure.subplots(2, 1), (before, after), titles):
-    # Lines of the wrapped grid stand in for classes.
+    # Lines of the wrapped grid take the place of classes.
     panel = _panel(np.asarray(x)[order], place // across, np.arange(down), across, pixel_range)
     _show(axes, panel, title)
     h, w = panel.shape[0] / down, panel.shape[1] / across
@@ -106,7 +106,7 @@ def _grid_of_cells(path, before, after, labels, pixel_range, class_names, titles
 
 
 def _panel(x, labels, classes, per_class, pixel_range, transpose=False) -> np.ndarray:
-  """One big image with a thin border round each cell; missing cells are white."""
+  """One large image with a thin border around each cell; missing cells are white."""
   low, high = pixel_range
   x = np.clip((np.asarray(x, np.float64) - low) / (high - low), 0.0, 1.0)
   h, w = x.shape[1] + 2, x.shape[2] + 2
@@ -126,19 +126,19 @@ def save_image_rows(
 
   Args:
     path: PNG file name.
-    panels: (title, images `(m, h, w, 1 or 3)` in pixel space, m captions) each; "" for no title.
-    pixel_range: (black, white); values outside are clipped for the picture only.
-    columns: images side by side.
+    panels: (title, images `(m, h, w, 1 or 3)` in pixel space, m captions) each; "": no title.
+    pixel_range: (black, white); values outside are clipped in the picture only.
+    columns: images per row.
 
   Raises:
-    ValueError: for arrays that are not images with 1 or 3 channels, or captions of another number.
+    ValueError: for arrays that are not images with 1 or 3 channels, or a different number of captions.
   """
   lines = []
   for title, x, captions in panels:
     checks.rank(title or "images", x, 4)
     if x.shape[-1] not in (1, 3) or len(captions) != x.shape[0]:
       raise ValueError(
-        f"{title or 'images'}: expected 1 or 3 channels and a caption an image, got shape {x.shape} and {len(captions)} captions"
+        f"{title or 'images'}: expected 1 or 3 channels and one caption per image, got shape {x.shape} and {len(captions)} captions"
       )
     lines += [
       (title if i == 0 else "", x[i : i + columns], captions[i : i + columns])
@@ -169,13 +169,24 @@ def save_image_rows(
 
 
 def save_learning_curve(path, history: list[dict], lines: dict[str, float] | None = None) -> None:
-  """A PNG of loss (left) and accuracies (right) against the step, on a scale that shows the early ones.
+  """Writes `learning_curve` as PNG.
 
   Args:
     path: PNG file name.
-    history: one dict a logged step, with `step`, `loss` and any keys that end in
-      `accuracy`.
-    lines: horizontal reference lines by name, e.g. the random baseline.
+    history, lines: see `learning_curve`.
+  """
+  _save(learning_curve(history, lines), path)
+
+
+def learning_curve(history: list[dict], lines: dict[str, float] | None = None):
+  """Loss (left) and accuracies (right) against the step, on a scale that shows early steps.
+
+  Args:
+    history: one dictionary per logged step, with `step`, `loss` and any keys that end in `accuracy`.
+    lines: horizontal reference lines by name, such as the random baseline.
+
+  Returns:
+    A matplotlib figure.
   """
   figure = _figure(9.0, 3.4)
   left, right = figure.subplots(1, 2)
@@ -201,17 +212,58 @@ def save_learning_curve(path, history: list[dict], lines: dict[str, float] | Non
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
-  _save(figure, path)
+  return figure
+
+
+def sampling_curves(panels: dict[str, dict], references: dict[str, tuple[str, float]]):
+  """Lines against the step, one panel per quantity.
+
+  Args:
+    panels: panel title -> line name -> list of (step, value).
+    references: panel title -> (name, height) of a horizontal line.
+
+  Returns:
+    A matplotlib figure.
+  """
+  figure = _figure(4.5 * len(panels), 3.4)
+  for axes, (title, lines) in zip(
+    figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
+  ):
+    for name, points in lines.items():
+      axes.plot(*zip(*points), label=name)
+    if title in references:
+      name, height = references[title]
+      axes.axhline(height, linestyle="--", color="gray", label=name)
+    axes.set_title(title, fontsize=10)
+    axes.set_xscale("symlog", linthresh=10)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    if len(lines) > 1 or title in references:
+      axes.legend(fontsize=7)
+  return figure
 
 
 def save_scores(path, scores, indices, certificate: dict) -> None:
-  """A PNG of the sorted scores with the chosen rows marked, and what the certificate measured.
+  """Writes `selection_scores` as PNG.
 
   Args:
     path: PNG file name.
+    scores, indices, certificate: see `selection_scores`.
+  """
+  _save(selection_scores(scores, indices, certificate), path)
+
+
+def selection_scores(scores, indices, certificate: dict):
+  """Sorted scores with the selected rows marked (left), and the measured errors in the certificate (right).
+
+  Args:
     scores: `(n,)` sensitivities.
-    indices: `(m,)` chosen rows, -1 for points that are no rows.
-    certificate: `certificate.json`.
+    indices: `(m,)` selected rows, -1 for synthetic points.
+    certificate: content of `certificate.json`.
+
+  Returns:
+    A matplotlib figure.
   """
   figure = _figure(9.0, 3.4)
   left, right = figure.subplots(1, 2)
@@ -225,7 +277,7 @@ def save_scores(path, scores, indices, certificate: dict) -> None:
   rows = chosen[chosen >= 0]
   if rows.size:
     left.plot(
-      place[rows] + 1, scores[rows] / scores.mean(), "o", ms=4, color="tab:red", label="chosen"
+      place[rows] + 1, scores[rows] / scores.mean(), "o", ms=4, color="tab:red", label="selected"
     )
   left.axhline(1.0, color="gray", linestyle="--", label="uniform")
   left.set_xscale("log")
@@ -236,7 +288,7 @@ def save_scores(path, scores, indices, certificate: dict) -> None:
     "epsilon, worst query": "measured_epsilon",
     "epsilon, mean": "mean_epsilon",
     "epsilon at the optimum": "epsilon_at_optimum",
-    "epsilon promised": "promised_epsilon",
+    "epsilon guaranteed": "promised_epsilon",
     "F / F* - 1 (at most)": "objective_ratio",
   }
   bars = {name: certificate[key] for name, key in shown.items() if certificate.get(key) is not None}
@@ -249,15 +301,13 @@ def save_scores(path, scores, indices, certificate: dict) -> None:
     right.margins(x=0.2)
     right.set_title("relative error of the weighted subset", fontsize=9)
   else:
-    right.text(
-      0.5, 0.5, "the points are not rows: no certificate", ha="center", va="center", fontsize=9
-    )
+    right.text(0.5, 0.5, "synthetic points: no certificate", ha="center", va="center", fontsize=9)
     right.axis("off")
-  _save(figure, path)
+  return figure
 
 
 def save_comparison(path, panels: dict, x_label: str, y_label: str, log_x: bool = False) -> None:
-  """A PNG of lines with error bars: a panel a setting, a line a competitor, one legend.
+  """A PNG of lines with error bars: one panel per setting, one line per competitor, one legend.
 
   Args:
     path: PNG file name.
@@ -273,7 +323,7 @@ def save_comparison(path, panels: dict, x_label: str, y_label: str, log_x: bool 
   for axes, (title, lines) in zip(grid, panels.items()):
     for name, points in lines.items():
       x, mean, deviation = np.array(sorted(points), float).T
-      # Slightly apart, so that bars do not hide one another.
+      # Shifted slightly, so that error bars do not hide each other.
       shift = 0.06 * (names.index(name) / max(len(names) - 1, 1) - 0.5)
       style = (
         {"color": "black", "lw": 2.2, "zorder": 5}
@@ -306,12 +356,24 @@ def save_comparison(path, panels: dict, x_label: str, y_label: str, log_x: bool 
 
 
 def save_bars(path, panels: dict, y_label: str) -> None:
-  """Groups of bars with error bars: a panel a score, a group a method, a bar a variant.
+  """Writes `bars` as PNG.
 
   Args:
     path: PNG file name.
+    panels, y_label: see `bars`.
+  """
+  _save(bars(panels, y_label), path)
+
+
+def bars(panels: dict, y_label: str):
+  """Groups of bars with error bars: one panel per score, one group per method, one bar per variant.
+
+  Args:
     panels: `{title: {group: {variant: (mean, deviation)}}}`.
     y_label: of all panels.
+
+  Returns:
+    A matplotlib figure.
   """
   figure = _figure(9.0, 3.2 * max(len(panels), 1))
   for i, (title, groups) in enumerate(panels.items()):
@@ -332,7 +394,17 @@ def save_bars(path, panels: dict, y_label: str) -> None:
     axes.set_title(title)
     axes.set_ylabel(y_label)
   figure.legend(fontsize=9, ncols=2, loc="outside upper center")
-  _save(figure, path)
+  return figure
+
+
+def svg(figure) -> bytes:
+  """A figure as SVG; equal figures give equal bytes."""
+  import matplotlib
+
+  buffer = io.BytesIO()
+  with matplotlib.rc_context({"svg.hashsalt": "kipcore"}):
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+  return buffer.getvalue()
 
 
 def _names(classes, class_names):
@@ -351,7 +423,7 @@ def _show(axes, panel, title):
 
 
 def _figure(width: float, height: float):
-  # The object interface: no global state, no display needed.
+  # The object-oriented interface: no global state, no display needed.
   from matplotlib.figure import Figure
 
   return Figure(figsize=(width, height), layout="constrained")

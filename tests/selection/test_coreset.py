@@ -233,7 +233,9 @@ def test_coresets_pass_through_jit():
   doubled = jax.jit(lambda c: dataclasses.replace(c, weights=2 * c.weights))(chosen)
   assert doubled.strategy == "krr_sensitivity"
   np.testing.assert_array_equal(doubled.weights, 2 * chosen.weights)
-  assert all(isinstance(leaf, (jax.Array, np.ndarray, float, int)) for leaf in jax.tree.leaves(chosen))
+  assert all(
+    isinstance(leaf, (jax.Array, np.ndarray, float, int)) for leaf in jax.tree.leaves(chosen)
+  )
 
 
 @pytest.mark.parametrize("offset, features", [(128.0, 300), (1000.0, 8)])

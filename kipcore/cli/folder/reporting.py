@@ -1,4 +1,4 @@
-"""`report.html` of a run folder: what was run, what came out, what it cost, and how to use it, in one file."""
+"""`report.html` of a run folder: settings, results, cost and usage in one file."""
 
 import datetime
 import json
@@ -8,9 +8,8 @@ import numpy as np
 
 from kipcore.cli.folder import outputs, run_folder
 from kipcore.io import artifact
-from kipcore.report import html
-from kipcore.report.charts import interval_chart, line_chart
-from kipcore.report.html import Html, Section
+from kipcore.report import html, pictures
+from kipcore.report.html import Section
 
 _MAX_CELLS = 120  # images with a caption each
 _MAX_IMAGES = 200  # in a grid of rows
@@ -23,7 +22,7 @@ def write_report(folder: pathlib.Path, path: pathlib.Path | None = None) -> None
   """Writes the report of a distillation or a selection from the files of its folder.
 
   Args:
-    folder: has config.json, result.json and distilled.npz; parts whose files are not there are left out.
+    folder: contains config.json, result.json and distilled.npz; sections whose files are missing are omitted.
     path: the file; None for report.html in the folder.
   """
   config, result = (
@@ -34,16 +33,19 @@ def write_report(folder: pathlib.Path, path: pathlib.Path | None = None) -> None
   kernel = f"the {config['kernel'].upper()} of {config['architecture']}"
   if (folder / "certificate.json").exists():
     title, lead = (
-      f"{m} selected images of {name}",
-      f"Chosen by {result['chosen_strategy']} with {kernel}, seed {config['seed']}.",
+      f"{m} selected {_kind(stored)} of {name}",
+      f"Selected by {result['chosen_strategy']} with {kernel}, seed {config['seed']}.",
     )
     sections = _selection(folder, config, result, stored)
   else:
     title, targets = (
-      f"{m} distilled images of {name}",
+      f"{m} distilled {_kind(stored)} of {name}",
       f", targets by {result['sampler']}" if result["steps"] else "",
     )
-    lead = f"Learned by {result['method']} with {kernel}; start {result['init']}{targets}, seed {config['seed']}."
+    lead = (
+      f"Learned by {result['method']} with {_learned_with(config)}; initialization {result['init']}{targets}, "
+      f"seed {config['seed']}."
+    )
     sections = _distillation(folder, config, result, stored)
   settings = {key: value for key, value in config.items() if key != "environment"}
   sections += [
@@ -64,10 +66,10 @@ def write_comparison(
   """Writes the report of a comparison.
 
   Args:
-    folder: has config.json.
+    folder: contains config.json.
     table: `comparison.md`.
-    panels: score -> method -> start and targets -> (mean, deviation), in percent.
-    errors: what failed, by cell.
+    panels: score -> method -> initialization and targets -> (mean, deviation), in percent.
+    errors: error messages by cell.
     path: the file; None for report.html in the folder.
   """
   config = json.loads((folder / "config.json").read_text())
@@ -76,26 +78,22 @@ def write_comparison(
   header, _, *rows = (
     [cell.strip() for cell in line.strip("| ").split(" | ")] for line in _padded_table(table)
   )
-  charts = [
-    interval_chart(f"Test accuracy, {name}", groups, "%")
-    for name, groups in panels.items()
-    if groups
-  ]
+  panels = {name: groups for name, groups in panels.items() if groups}
   sections = [
     Section(
       "Accuracy",
       [
-        "Means over seeds, with one standard deviation to each side, by start / targets.",
-        html.side_by_side(*charts),
+        "Mean over seeds with one standard deviation, by initialization / targets.",
+        html.chart(pictures.bars(panels, "test accuracy, %"), "Test accuracy of each method"),
       ]
-      if charts
+      if panels
       else [],
     ),
     Section(
       "Table",
       [
-        "Mean and deviation over seeds. Gained: the mean difference to the first start and sampler of the same method, over the same "
-        "seeds, with its standard error. Seconds are those of the steps, the median over seeds.",
+        "Mean and standard deviation over seeds. Gain: mean difference to the first initialization and sampler of the same method, over the same "
+        "seeds, with its standard error. Seconds: time of the steps, median over seeds.",
         html.table(header, rows, text_columns=3),
       ],
     ),
@@ -104,7 +102,7 @@ def write_comparison(
     Section("Environment", [html.properties(config["environment"])], True),
   ]
   lead = (
-    f"{len(dict.fromkeys(cell['method'] for cell in cells))} methods, {len(cells)} runs: starts {', '.join(grid['inits'])}; "
+    f"{len(dict.fromkeys(cell['method'] for cell in cells))} methods, {len(cells)} runs: initializations {', '.join(grid['inits'])}; "
     f"targets {', '.join(grid['samplers'])}; {grid['num_seeds']} seeds."
   )
   html.write_html(
@@ -117,12 +115,12 @@ def write_comparison(
 
 
 def _padded_table(text: str) -> list[str]:
-  """The lines of a Markdown table, so that an empty last cell is one too."""
+  """The lines of a Markdown table, with empty last cells kept."""
   return [line.replace("||", "|  |") for line in text.splitlines() if line.startswith("|")]
 
 
-def _settings_by_method(cells: list[dict]) -> list[Html]:
-  """What all methods share, and a table of the rest."""
+def _settings_by_method(cells: list[dict]) -> list[str]:
+  """A table of the settings that differ between methods, and the shared settings."""
   first = {cell["method"]: cell for cell in reversed(cells)}
   first = dict(reversed(first.items()))
   names = [name for name in cells[0] if name not in ("method", "init", "sampler", "seed")]
@@ -140,10 +138,10 @@ def _settings_by_method(cells: list[dict]) -> list[Html]:
 def _distillation(folder, config: dict, result: dict, stored: artifact.Artifact) -> list[Section]:
   history = run_folder.read_metrics(folder)
   return [
-    Section("Accuracy", _accuracies(config, result)),
+    Section("Accuracy", _accuracies(config, result, stored)),
     Section("Learning curve", _curves(history, result)),
     Section("Images", _before_and_after(folder, stored)),
-    Section("Which targets were drawn", _importance(folder, config, result, stored, history)),
+    Section("Target sampling", _importance(folder, config, result, stored, history)),
     Section("Cost", [html.properties(_cost(result))]),
   ]
 
@@ -152,15 +150,19 @@ def _percent(share: float, digits: int = 2) -> str:
   return f"{100 * share:.{digits}f} %"
 
 
-def _accuracies(config: dict, result: dict) -> list[Html]:
+def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> list[str]:
   random, spread = (
     result["random_baseline_test_accuracy"],
     result["random_baseline_test_accuracy_std"],
   )
   rows = [
-    ("distilled images", result["test_accuracy"], ""),
-    ("the start", result["init_test_accuracy"], result["init"]),
-    ("random real images", random, f"as many; ± {100 * spread:.2f} over draws"),
+    (f"distilled {_kind(stored)}", result["test_accuracy"], ""),
+    ("initialization", result["init_test_accuracy"], result["init"]),
+    (
+      "random real data",
+      random,
+      f"same size; standard deviation {100 * spread:.2f} points over draws",
+    ),
   ]
   if "uniform_targets_test_accuracy" in result:
     rows.insert(
@@ -168,7 +170,7 @@ def _accuracies(config: dict, result: dict) -> list[Html]:
       (
         "distilled with uniform targets",
         result["uniform_targets_test_accuracy"],
-        "as many target evaluations",
+        "equal target evaluations",
       ),
     )
   if "feature_map_test_accuracy" in result:
@@ -183,7 +185,7 @@ def _accuracies(config: dict, result: dict) -> list[Html]:
     )
     rows.append(
       (
-        "finite networks trained on the distilled images",
+        "networks trained on the distilled set",
         result["network_test_accuracy_mean"],
         note,
       )
@@ -193,10 +195,14 @@ def _accuracies(config: dict, result: dict) -> list[Html]:
     (
       _percent(result["test_accuracy"]),
       "distilled",
-      f"{gained:+.1f} points over random real images",
+      _difference(gained, "random real data"),
     ),
-    (_percent(random), "random real images", f"± {100 * spread:.2f}"),
-    (_percent(result["init_test_accuracy"]), "start", result["init"]),
+    (
+      _percent(random),
+      "random real data",
+      f"standard deviation {100 * spread:.2f} points",
+    ),
+    (_percent(result["init_test_accuracy"]), "initialization", result["init"]),
   ]
   return [
     html.cards(entries),
@@ -209,41 +215,22 @@ def _accuracies(config: dict, result: dict) -> list[Html]:
   ]
 
 
-def _curves(history: list[dict], result: dict) -> list[Html]:
+def _curves(history: list[dict], result: dict) -> list[str]:
   if len([r for r in history if "loss" in r]) < 2:
     return []
-  names = {"validation_accuracy": "validation", "test_accuracy": "test", "accuracy": "target batch"}
-  accuracies = {
-    label: [(r["step"], 100 * r[key]) for r in history if key in r] for key, label in names.items()
-  }
-  return [
-    html.side_by_side(
-      line_chart(
-        "Accuracy, %",
-        accuracies,
-        "step",
-        x_scale="symlog",
-        references={
-          "distilled, test": 100 * result["test_accuracy"],
-          "random real images, test": 100 * result["random_baseline_test_accuracy"],
-        },
-      ),
-      line_chart(
-        "Loss on the target batch",
-        _series(history, "loss"),
-        "step",
-        x_scale="symlog",
-        y_scale="log",
-      ),
-    ),
-    *(
-      [
-        "Targets drawn by score are harder than the average row: accuracy and loss of their batches are no measure of progress."
-      ]
-      if any("importance_gain" in r for r in history)
-      else []
-    ),
-  ]
+  figure = pictures.learning_curve(
+    history,
+    {
+      "distilled, test": result["test_accuracy"],
+      "random real images, test": result["random_baseline_test_accuracy"],
+    },
+  )
+  parts = [html.chart(figure, "Loss and accuracy against the step")]
+  if any("importance_gain" in r for r in history):
+    parts.append(
+      "Targets drawn by score are harder than the average row: accuracy and loss of their batches do not measure progress."
+    )
+  return parts
 
 
 def _series(history: list[dict], key: str, name: str = "", factor: float = 1.0) -> dict:
@@ -256,7 +243,7 @@ def _names(stored: artifact.Artifact) -> list[str]:
 
 
 def _pixel_range(stored: artifact.Artifact) -> tuple[float, float]:
-  """(black, white) of the dataset, or of the images where an older artifact does not tell."""
+  """(black, white) of the dataset, or of the images if the artifact does not record it."""
   return stored.metadata["dataset"].get("pixel_range") or (
     float(stored.images.min()),
     float(stored.images.max()),
@@ -267,7 +254,11 @@ def _are_images(x) -> bool:
   return x.ndim == 4 and x.shape[-1] in (1, 3)
 
 
-def _before_and_after(folder, stored: artifact.Artifact) -> list[Html]:
+def _kind(stored: artifact.Artifact) -> str:
+  return "images" if _are_images(stored.images) else "points"
+
+
+def _before_and_after(folder, stored: artifact.Artifact) -> list[str]:
   if not _are_images(stored.images) or not (folder / "start.npz").exists():
     return []
   before, labels = outputs.load_arrays(folder / "start.npz", "images", "classes")
@@ -277,15 +268,18 @@ def _before_and_after(folder, stored: artifact.Artifact) -> list[Html]:
   across = min(_MAX_COLUMNS, np.bincount(labels).max())
   if across <= 2:
     chosen = order[:_MAX_CELLS]
-    text = f"The start (left) and what was learned from it (right){_cut(len(chosen), len(order))}."
+    text = f"Initialization (left) and distilled images (right){_cut(len(chosen), len(order))}."
     return [
       text,
       html.image_cells(
         [
           (
-            (draw(before[i], "start", labels[i]), draw(stored.images[i], "distilled", labels[i])),
+            (
+              draw(before[i], "initialization", labels[i]),
+              draw(stored.images[i], "distilled", labels[i]),
+            ),
             names[labels[i]],
-            "",
+            [],
           )
           for i in chosen
         ]
@@ -297,19 +291,47 @@ def _before_and_after(folder, stored: artifact.Artifact) -> list[Html]:
     html.image_rows(
       title, [(names[c], [draw(x[i], title, c) for i in rows]) for c, rows in picked.items()]
     )
-    for title, x in (("Start", before), ("Distilled", stored.images))
+    for title, x in (("Initialization", before), ("Distilled", stored.images))
   ]
   cut = _cut(sum(map(len, picked.values())), len(order))
-  return ([f"A row a class{cut}."] if cut else []) + [html.side_by_side(*grids)]
+  return ([f"One row per class{cut}."] if cut else []) + [html.side_by_side(*grids)]
 
 
 def _cut(shown: int, total: int) -> str:
   return f"; the first {shown} of {total}" if shown < total else ""
 
 
+def _shown(shown: int, total: int) -> str:
+  return f"; {shown} of {total} are shown" if shown < total else ""
+
+
+def _some_of_each_class(labels, most: int) -> np.ndarray:
+  """Indices of at most `most` rows, grouped by class, with an equal number of each class as far as possible."""
+  labels = np.asarray(labels)
+  order = np.argsort(labels, kind="stable")
+  first = np.searchsorted(labels[order], labels[order])
+  position = np.arange(labels.size) - first
+  chosen = np.argsort(position, kind="stable")[:most]
+  return order[np.sort(chosen)]
+
+
+def _difference(points: float, reference: str) -> str:
+  """ "1.2 points above random real images", or below."""
+  return f"{abs(points):.1f} points {'above' if points >= 0 else 'below'} {reference}"
+
+
+def _learned_with(config: dict) -> str:
+  """The kernel, or the networks, that the method of a run learns with."""
+  from kipcore.cli import recipes
+
+  if recipes.RECIPES[config["method"]].kernel:
+    return f"the {config['kernel'].upper()} of {config['architecture']}"
+  return f"networks of {config['architecture']}, width {config['width']}"
+
+
 def _importance(
   folder, config: dict, result: dict, stored: artifact.Artifact, history: list[dict]
-) -> list[Html]:
+) -> list[str]:
   logged = [r for r in history if "importance_gain" in r]
   if not logged or not result["steps"] or not (folder / "importance.npz").exists():
     return []
@@ -320,20 +342,20 @@ def _importance(
   known = np.sort(scores[np.isfinite(scores)])[::-1]
   half = np.searchsorted(np.cumsum(known), known.sum() / 2) + 1 if known.sum() > 0 else known.size
   text = (
-    f"Targets were drawn in proportion to their {config['sampler']} under the distilled set of the moment, mixed with "
-    f"{_percent(config['uniform_mix'], 0)} uniform draws. The importance gain is the factor by which the law of the scores lowers the "
-    f"second moment of a draw: 1 where all rows are alike. Below {config['least_gain']:g} draws are uniform"
+    f"Targets were drawn in proportion to their {config['sampler']} under the current distilled set, mixed with "
+    f"{_percent(config['uniform_mix'], 0)} uniform draws. The importance gain is the factor by which sampling by score reduces the "
+    f"second moment of a draw: 1 if all losses are equal. Below {config['least_gain']:g} draws are uniform"
     + (", as they were at the end." if last["importance_gain"] < config["least_gain"] else ".")
   )
   entries = [
     (f"{last['importance_gain']:.1f}", "importance gain at the end", ""),
     (
       _percent(last["effective_share"], 0),
-      "of the rows, in effect, at the end",
-      "1 / (n sum p²) of the draws",
+      "effective share of rows at the end",
+      "1 / (n sum p²) of the sampling distribution",
     ),
-    (_percent(half / max(known.size, 1), 1), "of the rows hold half of the score", ""),
-    (_percent(known.size / scores.size, 0), "of the rows were seen", ""),
+    (_percent(half / max(known.size, 1), 1), "of the rows have half of the total score", ""),
+    (_percent(known.size / scores.size, 0), "of the rows were drawn at least once", ""),
   ]
   present = np.bincount(labels, minlength=len(names))
   ratio = np.asarray(last["class_shares"]) / np.maximum(present / labels.size, 1e-12)
@@ -354,45 +376,34 @@ def _importance(
     ]
     for c in order[:_MAX_CLASSES]
   ]
-  classes = html.joined(
-    [
-      html.element(
-        "h3", f"Classes at the end, by draws for their size{_cut(len(rows), len(names))}"
-      ),
-      html.table(["class", "of the rows", "of the draws", "mean score", ""], rows),
-    ]
+  gain_title, classes_title = (
+    "importance gain",
+    "share of draws by class, %"
+    if len(names) <= 10
+    else f"share of draws, %: the {_MAX_LINES} most drawn classes relative to size",
   )
   parts = [
     text,
     html.cards(entries),
-    html.side_by_side(
-      line_chart(
-        "Importance gain",
-        _series(logged, "importance_gain", "gain"),
-        "step",
-        x_scale="symlog",
-        references={"least gain for drawing by score": config["least_gain"]},
+    html.chart(
+      pictures.sampling_curves(
+        {
+          gain_title: _series(logged, "importance_gain", "gain"),
+          "effective share of the rows, %": _series(logged, "effective_share", "share", 100),
+          classes_title: of_classes,
+        },
+        {gain_title: ("threshold for sampling by score", config["least_gain"])},
       ),
-      line_chart(
-        "Effective share of the rows, %",
-        _series(logged, "effective_share", "1 / (n sum p²)", 100),
-        "step",
-        x_scale="symlog",
-      ),
-      line_chart(
-        "Share of the draws by class, %"
-        if len(names) <= 10
-        else f"Share of the draws, %: the {_MAX_LINES} classes drawn most for their size",
-        of_classes,
-        "step",
-        x_scale="symlog",
-      ),
-      html.element("figure", classes),
+      "Importance gain, effective share of the rows, and share of each class against the step",
     ),
+    html.heading(
+      f"Classes at the end, by draws relative to their size{_cut(len(rows), len(names))}"
+    ),
+    html.table(["class", "share of rows", "share of draws", "mean score", ""], rows),
   ]
   if _are_images(images) and hardest.size:
     note = lambda i, k: [
-      f"taken for {names[k]}" if k != labels[i] else "right by now",
+      f"predicted {names[k]}" if k != labels[i] else "predicted correctly",
       f"score {scores[i]:.3g}",
       f"row {i}",
     ]
@@ -400,25 +411,25 @@ def _importance(
       (
         (html.image(x, _pixel_range(stored), f"class {names[labels[i]]}"),),
         names[labels[i]],
-        html.joined(html.element("small", line) for line in note(i, k)),
+        note(i, k),
       )
       for i, x, k in zip(hardest, images, predicted)
     ]
     wrong = np.mean(predicted != labels[hardest])
     parts += [
-      html.element("h3", "The hardest training images"),
-      "Those with the highest latest score, with their class, the class "
-      f"that the distilled set takes them for ({_percent(wrong, 0)} wrongly), and their row among the training rows. Wrong labels "
-      "and odd images gather here.",
+      html.heading("The hardest training images"),
+      "The rows with the highest latest score: class, predicted class "
+      f"({_percent(wrong, 0)} are wrong), and row number in the training data. Wrong labels "
+      "and unusual images are frequent here.",
       html.image_cells(cells),
     ]
   return parts
 
 
 def _cost(result: dict) -> dict[str, str]:
-  entries = {"in all": f"{result['wall_seconds']:.1f} s"}
+  entries = {"total": f"{result['wall_seconds']:.1f} s"}
   if result.get("steps"):
-    entries["compiling the step"] = f"{result['compile_seconds']:.1f} s"
+    entries["compilation"] = f"{result['compile_seconds']:.1f} s"
   if "step_seconds" in result:
     entries[f"{result['steps']:,} steps" if result["steps"] else result["method"]] = (
       f"{result['step_seconds']:.1f} s"
@@ -455,7 +466,7 @@ accuracy = distilled.evaluate(x, y).accuracy  # y (n,): integer classes"""
     metadata["preprocess"]["kind"],
   )
   facts = {
-    "images": f"{stored.images.shape} {stored.images.dtype}, pixels from {low:g} to {high:g} as stored; learned values may leave that range",
+    "images": f"{stored.images.shape} {stored.images.dtype}, pixel values from {low:g} to {high:g}; learned values may lie outside",
     "labels": f"{stored.labels.shape}, {metadata['label_convention']['kind']}; the offset is 1/c = {offset:g}",
     "preprocessing": f"{kind}{f': {steps}' if steps != kind else ''}; fitted on training rows; its arrays are in the file",
     "ridge": f"{stored.relative_ridge:g} of tr(K_ss) / m",
@@ -464,7 +475,7 @@ accuracy = distilled.evaluate(x, y).accuracy  # y (n,): integer classes"""
   return [
     "With NumPy alone:",
     html.code(with_numpy),
-    "With kipcore, behind the same preprocessing:",
+    "With kipcore, with the same preprocessing:",
     html.code(with_kipcore),
     html.properties(facts),
   ]
@@ -474,7 +485,7 @@ _CERTIFIED = (
   (
     "measured_epsilon",
     "epsilon, worst query",
-    "largest |F_S / F - 1| over the queries: it can refute a promise, not prove one",
+    "largest |F_S / F - 1| over the queries: it can refute a guarantee, but not prove one",
   ),
   ("mean_epsilon", "epsilon, mean", "over the same queries"),
   (
@@ -484,16 +495,16 @@ _CERTIFIED = (
   ),
   (
     "promised_epsilon",
-    "epsilon promised",
+    "guaranteed epsilon",
     "by the theorem, with the total sensitivity of the scores",
   ),
   (
     "objective_ratio",
     "F / F*, at most",
-    "objective of the model trained on the points, over a certified lower bound",
+    "objective of the model trained on the points, divided by a certified lower bound",
   ),
   ("objective_subset", "F of the subset's model", "on all rows"),
-  ("objective_reference", "F of the reference", "the least objective found"),
+  ("objective_reference", "F of the reference", "the smallest objective found"),
   ("objective_lower", "lower bound on F*", "certified, up to rounding"),
   ("num_queries", "queries", ""),
   ("num_landmarks", "landmarks", "rows that span the queries"),
@@ -506,11 +517,11 @@ def _selection(folder, config: dict, result: dict, stored: artifact.Artifact) ->
   entries = [
     (
       _percent(result["test_accuracy"]),
-      "the points, weighted",
-      f"{100 * (result['test_accuracy'] - random):+.1f} points over random",
+      "the weighted points",
+      _difference(100 * (result["test_accuracy"] - random), "random real data"),
     ),
     (_percent(result["solved_labels_test_accuracy"]), "with labels solved on all rows", ""),
-    (_percent(random), "random real images, as many", ""),
+    (_percent(random), "random real data, same size", ""),
   ]
   scored = {
     "effective dimension": f"{result['d_eff']:.1f}, at least {result['d_eff_lower']:.1f}",
@@ -535,43 +546,34 @@ def _selection(folder, config: dict, result: dict, stored: artifact.Artifact) ->
   if "note" in certified:
     proof = [certified["note"][:1].upper() + certified["note"][1:] + "."]
   elif certified.get("promised_epsilon") is None:
-    proof.append(
-      "The theorems promise nothing for so few points: what counts here is what was measured."
-    )
+    proof.append("The theorems give no guarantee for this few points; rely on the measured errors.")
   indices, weights, scores = outputs.load_arrays(
     folder / "selection.npz", "indices", "weights", "scores"
   )
-  place = np.empty(scores.size, np.int64)
-  place[np.argsort(-scores, kind="stable")] = np.arange(scores.size)
-  height, rows = np.sort(scores)[::-1] / scores.mean(), indices[indices >= 0]
-  shown = np.unique(np.geomspace(1, scores.size, 200).astype(int))
-  chart = line_chart(
-    "Sensitivity over its mean, by rank",
-    {"all rows": [(int(r), float(height[r - 1])) for r in shown]},
-    "rank of the row",
-    x_scale="log",
-    references={"uniform": 1.0},
-    marks={"chosen": [(int(place[i]) + 1, float(scores[i] / scores.mean())) for i in rows]},
+  chart = html.chart(
+    pictures.selection_scores(scores, indices, certified),
+    "Sorted scores with the selected rows, and measured errors of the selection",
   )
   sections = [
     Section("Accuracy", [html.cards(entries)]),
     Section("Certificate", proof),
-    Section("Scores", [html.side_by_side(chart, html.properties(scored))]),
+    Section("Scores", [chart, html.properties(scored)]),
   ]
   if _are_images(stored.images):
     names, labels = _names(stored), stored.labels.argmax(axis=1)
-    order = np.argsort(labels, kind="stable")[:_MAX_CELLS]
+    order = _some_of_each_class(labels, _MAX_CELLS)
     cells = [
       (
         (html.image(stored.images[i], _pixel_range(stored), f"class {names[labels[i]]}"),),
         names[labels[i]],
-        f"weight {value(float(weights[i]))}",
+        [f"weight {value(float(weights[i]))}"],
       )
       for i in order
     ]
     sections.append(
       Section(
-        "Images", [f"The chosen points{_cut(len(order), len(labels))}.", html.image_cells(cells)]
+        "Images",
+        [f"Selected points, by class{_shown(len(order), len(labels))}.", html.image_cells(cells)],
       )
     )
   return [*sections, Section("Cost", [html.properties(_cost(result))])]
@@ -585,4 +587,4 @@ def _footer(folder, config: dict) -> str:
   written = datetime.datetime.fromtimestamp((folder / "config.json").stat().st_mtime).strftime(
     "%Y-%m-%d %H:%M"
   )
-  return f"kipcore {version}{f', commit {commit[:12]}' if commit else ''}; begun {written}."
+  return f"kipcore {version}{f', commit {commit[:12]}' if commit else ''}; started {written}."
