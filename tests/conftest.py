@@ -30,7 +30,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 import typechecks  # noqa: E402  (after the settings above)
 
-typechecks.install("kipcore")
+typechecks.install()
 
 from helpers import enable_x64  # noqa: E402  (imports kipcore)
 

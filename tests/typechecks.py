@@ -24,6 +24,21 @@ def _keyword_only(function) -> list[str]:
   return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
-def install(package: str):
-  """Checks every module of `package` that is imported from now on."""
-  return install_import_hook(package, "typechecks.after_call")
+# Packages whose functions take and return arrays with shape annotations.
+ARRAY_PACKAGES = (
+  "kipcore.linalg",
+  "kipcore.blocks",
+  "kipcore.augment",
+  "kipcore.preprocess",
+  "kipcore.krr",
+  "kipcore.kernels",
+  "kipcore.networks",
+  "kipcore.evaluation",
+  "kipcore.selection",
+  "kipcore.distillation",
+)
+
+
+def install(*packages: str):
+  """Checks every module of the packages that is imported from now on."""
+  return install_import_hook(packages or ARRAY_PACKAGES, "typechecks.after_call")

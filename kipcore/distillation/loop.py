@@ -21,6 +21,7 @@ from kipcore import blocks, checks, keys, linalg
 from kipcore.devices import AXIS, device_axis, pmap
 from kipcore.distillation import snapshot
 from kipcore.distillation.method import Batch, Method, Params, Sampler
+from kipcore.distillation.optimizers import NamedOptimizer
 from kipcore.distillation.snapshot import CheckpointPolicy, Snapshot, default_log_steps
 from kipcore.distillation.targets import Targets, arrange_targets
 from kipcore.types import Array, ArrayLike, NumericalError, Status, Support
@@ -42,7 +43,7 @@ class Distiller:
 
   method: Method
   sampler: Sampler
-  optimizer: optax.GradientTransformation
+  optimizer: optax.GradientTransformation | NamedOptimizer
   batch_size: int
 
 

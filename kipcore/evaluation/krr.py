@@ -27,7 +27,7 @@ def evaluate_krr(
   y: Float[ArrayLike, "n c"],
   ridge: RealLike | None = None,
   relative_ridge: RealLike | None = None,
-  block_size: IntLike = 2000,
+  block_size: IntLike | None = 2000,
 ) -> KRREvaluation:
   """Fit ridge regression on the support and score it on held-out rows.
 
@@ -38,7 +38,7 @@ def evaluate_krr(
     y: `(n, c)` test labels; the largest entry of a row is its class.
     ridge: absolute, > 0, scalar or `(m,)`; or else
     relative_ridge: fraction of tr(K_ss) / m. Exactly one of the two.
-    block_size: test rows at a time.
+    block_size: test rows at a time; None for all.
 
   Returns:
     `KRREvaluation`.
@@ -50,7 +50,8 @@ def evaluate_krr(
   if (ridge is None) == (relative_ridge is None):
     raise ValueError(f"expected one of ridge and relative_ridge, got {ridge} and {relative_ridge}")
   check_support(support, x, y)
-  block_size = checks.positive_int("block_size", block_size)
+  if block_size is not None:
+    block_size = checks.positive_int("block_size", block_size)
   relative = ridge is None
   if relative_ridge is not None:
     checks.positive("relative_ridge", relative_ridge)
