@@ -491,10 +491,9 @@ def _run(
       result,
     )
     outputs.write_importance(folder, config, data, outcome.support, outcome.scores)
+    result["wall_seconds"] = time.perf_counter() - started  # all but writing the report
     run_folder.write_json(folder / "result.json", result)
     reporting.write_report(folder)
-    result["wall_seconds"] = time.perf_counter() - started  # with the files
-    run_folder.write_json(folder / "result.json", result)
   events.close(result["steps"], [folder / "images.png", folder / "learning_curve.png"])
   readme.of_distillation(folder, given, result)
   kept.done()
