@@ -407,7 +407,7 @@ def test_a_report_is_written_anew_from_its_folder(run, tmp_path):
   with pytest.raises(UsageError, match="--run: expected the folder of a finished run, got"):
     report_command.write(tmp_path, tmp_path / "none.html")
   assert not (tmp_path / "none.html").exists()
-  with pytest.raises(UsageError, match="--output: expected a file in a folder that exists, got"):
+  with pytest.raises(UsageError, match="--output: expected a file in an existing folder, got"):
     report_command.write(run[0], tmp_path / "none" / "none.html")
 
 
@@ -560,7 +560,7 @@ def test_a_run_logs_to_a_writer(tmp_path, monkeypatch):
   (tmp_path / event_log.FOLDER).mkdir()
   (tmp_path / event_log.FOLDER / "events.out.tfevents.1").write_bytes(b"")
   run_folder.clear(tmp_path)
-  assert not list((tmp_path / event_log.FOLDER).iterdir()), "--overwrite"
+  assert not (tmp_path / event_log.FOLDER).exists(), "--overwrite"
   event_log.EventLog(None).scalars({"step": 0, "loss": 1.0})
   event_log.EventLog(None).close(0, [])
 
