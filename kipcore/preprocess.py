@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Integer, Shaped
 
 from kipcore import blocks, checks, linalg
 from kipcore.types import Array, ArrayLike, IntLike, RealLike
@@ -391,7 +391,7 @@ def _symmetric(triangle, d) -> np.ndarray:
 
 
 def one_hot_centered(
-  labels: Int[ArrayLike, " n"], num_classes: IntLike, dtype: Any = jnp.float32
+  labels: Integer[ArrayLike, " n"], num_classes: IntLike, dtype: Any = jnp.float32
 ) -> Float[Array, "n c"]:
   """One-hot labels minus 1/c, the targets of KIP, RFAD and FRePo; `uncenter` inverts it.
 

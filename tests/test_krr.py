@@ -40,7 +40,7 @@ def test_equals_scikit_learn(dtype):
 
 
 def test_a_ridge_vector_is_a_weighting(x64):
-  """Ridge / w_j equals the weighted primal problem, here solved as ridge on sqrt(w)-scaled features."""
+  """Ridge / w_j equals the weighted problem as scikit-learn solves it."""
   (k_ss, k_ts, y_s, _), *_ = problem()
   w = jnp.linspace(0.5, 3.0, 12)
   fit = kipcore.krr_fit(k_ss, y_s, 0.2 / w)
@@ -133,7 +133,7 @@ def test_failure_is_a_status_and_not_an_exception(dtype):
 
 
 def test_solves_run_in_the_widest_float(x64):
-  """float32 inputs with the 64-bit switch on: condition 1e9 is no obstacle."""
+  """float32 inputs with the 64-bit switch on: a condition number of 1e9 is solved accurately."""
   k = jnp.asarray(np.diag([1.0, 1e-9]), jnp.float32)
   dual = kipcore.krr_fit(k, jnp.ones((2, 1), jnp.float32), 1e-12).dual
   assert dual.dtype == jnp.float32

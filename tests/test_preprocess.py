@@ -77,7 +77,7 @@ def test_invert_undoes_apply_and_apply_undoes_invert(kind):
   assert_close(fitted.invert(fitted.apply(test, np.float64), np.float64), test, 1e-12)
   assert np.array_equal(
     np.rint(fitted.invert(fitted.apply(test))), test
-  )  # float32 gives the very pixels back
+  )  # float32 recovers the exact pixels
   z = np.random.default_rng(2).normal(size=test.shape)
   assert_close(fitted.apply(fitted.invert(z, np.float64), np.float64), z, 1e-12)
 
@@ -123,7 +123,7 @@ def test_whitened_covariance_and_the_symmetry_of_both_matrices(n):
   assert_close(after.T @ after / n, (vectors * (values / (values + ridge))) @ vectors.T, 1e-10)
 
 
-def test_rank_control_leaves_unseen_directions_alone_and_only_them():
+def test_rank_control_changes_only_directions_without_data():
   train = color_images(20)
   d = train[0].size
   steps = ["standardize", "center"]
@@ -178,7 +178,7 @@ def test_degenerate_images_give_finite_numbers_and_invert(kind, case):
       assert_close(back, x, 1e-10)
 
 
-def test_the_rounding_of_a_constant_image_is_not_blown_up_to_an_image():
+def test_rounding_errors_of_a_constant_image_are_not_amplified():
   levels = np.linspace(0.1, 254.9, 50)
   constant = np.broadcast_to(levels[:, None, None, None], (50, 5, 5, 3))
   assert (constant.mean((1, 2, 3)) != levels).any()
@@ -248,7 +248,7 @@ def test_row_blocks_do_not_change_the_result_and_bound_the_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "custom"])
-def test_storage_gives_the_same_object_bit_for_bit(kind, tmp_path):
+def test_storage_is_bit_exact(kind, tmp_path):
   train, test = color_images(), color_images(9, seed=1)
   steps = [("scale", {"divisor": 16.0}), "unit_norm", "center", ("zca", {"value": 0.02, "ddof": 1})]
   fitted = fit_preprocess(train, steps if kind == "custom" else kind)
@@ -333,15 +333,15 @@ def test_fitted_objects_are_read_only():
     (np.array([["a", "b"]]), "zca", TypeError, "expected integers or floats"),
     (np.array([[1e308, -1e308], [-1e308, 1e308]]), "standardize", ValueError, "expected finite"),
     (np.array([[1e200, -1e200], [-1e200, 1e200]]), ["zca"], ValueError, "expected finite"),
-    (np.zeros((1, 129, 128)), "zca", ValueError, "at most 16384 numbers a row"),
+    (np.zeros((1, 129, 128)), "zca", ValueError, "at most 16384 numbers per row"),
   ],
 )
-def test_bad_input_is_refused(x, kind, error, pattern):
+def test_bad_input_is_rejected(x, kind, error, pattern):
   with pytest.raises(error, match=pattern):
     fit_preprocess(x, kind)
 
 
-def test_rows_of_another_shape_are_refused_and_no_rows_are_fine():
+def test_rows_of_another_shape_are_rejected_and_zero_rows_are_valid():
   fitted = fit_preprocess(color_images(), "zca")
   for x in (np.ones((2, 5, 5, 1)), np.ones((5, 5, 3)), jnp.ones((2, 75))):
     with pytest.raises(ValueError, match="expected shape"):
@@ -385,7 +385,7 @@ def test_centered_labels_for_any_number_of_classes(dtype):
     ([0, 1], 2.0, TypeError),
   ],
 )
-def test_bad_labels_are_refused(labels, c, error):
+def test_bad_labels_are_rejected(labels, c, error):
   with pytest.raises(error, match="expected"):
     preprocess.one_hot_centered(np.array(labels), c)
 

@@ -97,7 +97,7 @@ def arrange_targets(x, y, num_devices: int = 1, key=None, wanted: slice = slice(
   """
   checks.rank("y", y, 2)
   checks.same_rows("x", x, "y", y)
-  checks.positive_int("num_devices", num_devices)
+  num_devices = checks.positive_int("num_devices", num_devices)
   for name, array in (("x", x), ("y", y)):
     checks.floating(name, array)
     checks.finite(name, array)

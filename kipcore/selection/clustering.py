@@ -47,7 +47,7 @@ def _check(x, num_clusters, weights, *ranks):
   x = jnp.asarray(x)
   checks.rank("x", x, *(ranks or range(1, 10)))
   checks.floating("x", x)
-  checks.positive_int("num_clusters", num_clusters)
+  num_clusters = checks.positive_int("num_clusters", num_clusters)
   if num_clusters > x.shape[0]:
     raise ValueError(
       f"num_clusters: expected at most the number of rows, {x.shape[0]}, got {num_clusters}"
@@ -101,7 +101,7 @@ def kmeans_plusplus(
     [0.0, 1.0]
   """
   x, weights = _check(x, num_clusters, weights, 2)
-  checks.positive_int("num_trials", num_trials)
+  num_trials = checks.positive_int("num_trials", num_trials)
   indices = _euclidean_seeds(keys.canonical_key(key), x, weights, num_clusters, num_trials)
   return Seeds(x[indices], indices)
 
@@ -135,7 +135,7 @@ def kernel_kmeans_plusplus(
     ValueError, TypeError: wrong shape, dtype or range, NaN rows.
   """
   x, weights = _check(x, num_clusters, weights)
-  checks.positive_int("num_trials", num_trials)
+  num_trials = checks.positive_int("num_trials", num_trials)
   indices = _kernel_seeds(
     keys.canonical_key(key), kernel_fn, x, weights, num_clusters, num_trials, block_size
   )
@@ -290,7 +290,7 @@ def kmeans(
     checks.positive_int(name, value)
   checks.non_negative("tolerance", tolerance)
   block_size = max(256, _BLOCK_ENTRIES // num_clusters) if block_size is None else block_size
-  checks.positive_int("block_size", block_size)
+  block_size = checks.positive_int("block_size", block_size)
   return _kmeans(
     keys.canonical_key(key),
     x,

@@ -183,7 +183,7 @@ def class_balanced_indices(key, labels, per_class: int, num_classes: int) -> np.
   Raises:
     ValueError: if a class has fewer rows than `per_class`; the message names the class.
   """
-  checks.positive_int("per_class", per_class)
+  per_class = checks.positive_int("per_class", per_class)
   labels = np.asarray(labels)
   checks.rank("labels", labels, 1)
   counts = np.bincount(labels, minlength=num_classes)

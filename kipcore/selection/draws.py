@@ -89,7 +89,7 @@ def check_scores(scores, num_samples, uniform_mix, input_weights, name="scores",
   scores = jnp.asarray(scores)
   checks.rank(name, scores, 1)
   checks.floating(name, scores)
-  checks.positive_int("num_samples", num_samples)
+  num_samples = checks.positive_int("num_samples", num_samples)
   if scores.shape[0] < 1:
     raise ValueError(f"{name}: expected at least one row, got none")
   checks.finite(name, scores)

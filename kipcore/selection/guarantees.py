@@ -111,7 +111,7 @@ def guarantee_at(
     inf
   """
   _check_theorem(total_sensitivity, dimension, delta, theorem)
-  checks.positive_int("num_samples", num_samples)
+  num_samples = checks.positive_int("num_samples", num_samples)
   m, t, d = num_samples, float(total_sensitivity), float(dimension)
   if theorem == "krr_optimum":
     root = _root(8 * t * math.log(4 / delta) / m, 1 / 6)

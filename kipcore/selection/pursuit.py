@@ -90,7 +90,7 @@ def krr_pursuit(
     checks.positive_int(name, value)
   checks.positive("ridge", ridge)
   if quota is not None:
-    checks.positive_int("quota", quota)
+    quota = checks.positive_int("quota", quota)
   rows, pool, classes = _pool(keys.canonical_key(key), x, y, candidates, quota, classes)
   if num_points > pool.shape[0]:
     raise ValueError(
@@ -114,7 +114,7 @@ def _pool(key, x, y, candidates, quota, classes):
   """The candidates as (their names, their inputs, their classes)."""
   n = x.shape[0]
   if isinstance(candidates, int):
-    checks.positive_int("candidates", candidates)
+    candidates = checks.positive_int("candidates", candidates)
     if candidates > n:
       raise ValueError(f"candidates: expected at most the number of rows, {n}, got {candidates}")
     if classes is not None:

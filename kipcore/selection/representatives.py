@@ -61,7 +61,7 @@ def _checked(x, num_rows, present):
   x = jnp.asarray(x)
   checks.floating("x", x)
   checks.finite("x", x)
-  checks.positive_int("num_rows", num_rows)
+  num_rows = checks.positive_int("num_rows", num_rows)
   present = jnp.ones(x.shape[:1], bool) if present is None else jnp.asarray(present).astype(bool)
   checks.shape("present", present, x.shape[:1])
   count = x.shape[0] if checks.is_traced(present) else int(present.sum())

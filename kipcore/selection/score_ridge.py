@@ -108,7 +108,7 @@ def landmark_score_ridge(
   """
   n = x.shape[0]
   _check_target(target, n)
-  checks.positive_int("num_landmarks", num_landmarks)
+  num_landmarks = checks.positive_int("num_landmarks", num_landmarks)
   values, tail = _landmark_spectrum(key, kernel_fn, x, num_landmarks, weights, block_size)
   return _bisect_ridge(values, tail, jnp.asarray(target, values.dtype), n)
 
@@ -142,7 +142,7 @@ def effective_dimension_bounds(
   Raises:
     ValueError: for shapes that do not fit or a ridge <= 0.
   """
-  checks.positive_int("num_landmarks", num_landmarks)
+  num_landmarks = checks.positive_int("num_landmarks", num_landmarks)
   checks.rank("ridge", ridge, 0, 1)
   checks.positive("ridge", ridge)
   values, tail = _landmark_spectrum(key, kernel_fn, x, num_landmarks, weights, block_size)

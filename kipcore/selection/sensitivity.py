@@ -254,8 +254,8 @@ def approximate_krr_sensitivities(
     True
   """
   ridge, root, y = _prepare_kernel_rows(kernel_fn, x, y, ridge, weights)
-  checks.positive_int("num_landmarks", num_landmarks)
-  checks.positive_int("block_size", block_size)
+  num_landmarks = checks.positive_int("num_landmarks", num_landmarks)
+  block_size = checks.positive_int("block_size", block_size)
   if landmarks is not None:
     landmarks = scoring.prepare_landmarks(landmarks, x.shape[0])
     checks.shape("landmarks", landmarks, (num_landmarks,))

@@ -139,7 +139,7 @@ def draw_map(
     ValueError: for an unknown name, or more features than inputs (no map onto them exists then).
   """
   checks.one_of("feature_map", name, FEATURE_MAPS)
-  checks.positive_int("depth", depth)
+  depth = checks.positive_int("depth", depth)
   checks.positive("bandwidth", bandwidth)
   d, p = num_inputs, num_inputs if num_features is None else num_features
   checks.positive_int("num_features", p)

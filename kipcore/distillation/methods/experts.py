@@ -82,8 +82,8 @@ def train_expert(
   """
   checks.shape("y", y, (None, module.num_outputs))
   checks.floating("x", x)
-  checks.positive_int("num_epochs", num_epochs)
-  checks.positive_int("batch_size", batch_size)
+  num_epochs = checks.positive_int("num_epochs", num_epochs)
+  batch_size = checks.positive_int("batch_size", batch_size)
   checks.positive("learning_rate", learning_rate)
   checks.in_range("momentum", momentum, 0, 1)
   augment.random_augmentation(augmentation)
