@@ -6,10 +6,9 @@ import pathlib
 import shutil
 import tempfile
 
-# The suite compiles far more than it computes: no LLVM optimization makes it half as long.
-os.environ.setdefault(
-  "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+import xla_flags
+
+os.environ.setdefault("XLA_FLAGS", xla_flags.known())
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
@@ -28,7 +27,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-import typechecks  # noqa: E402  (after the settings above)
+import typechecks  # noqa: E402
 
 typechecks.install()
 

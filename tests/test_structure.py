@@ -3,6 +3,8 @@
 import ast
 import importlib
 import inspect
+import json
+import os
 import pathlib
 import pkgutil
 import re
@@ -157,6 +159,83 @@ def test_no_public_name_hides_a_module():
     importlib.import_module(info.name) if ".cli" not in info.name else None
     if parent in sys.modules and hasattr(sys.modules[parent], last):
       assert inspect.ismodule(getattr(sys.modules[parent], last)), f"{info.name} is hidden"
+
+
+IMPORT_ALONE = """
+import importlib, json, os, sys
+import flax.linen, jax, optax  # the dependencies, shared by the forked processes
+assert not any(name.split(".")[0] in ("kipcore", "experiments") for name in sys.modules)
+failed = {}
+for name in json.loads(sys.argv[1]):
+  read, write = os.pipe()
+  process = os.fork()
+  if not process:
+    try:
+      importlib.import_module(name)
+    except BaseException as error:
+      os.write(write, repr(error).encode())
+    os._exit(0)
+  os.close(write)
+  with os.fdopen(read) as pipe:
+    message = pipe.read()
+  if os.waitpid(process, 0)[1] or message:
+    failed[name] = message
+print(json.dumps(failed))
+"""
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess:
+  """A new Python in the root of the repository."""
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  return subprocess.run(
+    [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+  )
+
+
+def test_each_module_imports_alone():
+  """In a process that has imported the dependencies and no module of kipcore."""
+  names = [name for name, _ in modules("kipcore", "experiments")]
+  assert json.loads(run_python("-c", IMPORT_ALONE, json.dumps(names)).stdout) == {}
+
+
+def test_order_of_imports_in_init_is_free(tmp_path):
+  """With the imports of `kipcore/__init__.py` reversed, all public names are the same objects."""
+  source = (PACKAGE / "__init__.py").read_text()
+  tree = ast.parse(source)
+  imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+  places = iter(reversed(imports))
+  tree.body = [next(places) if node in imports else node for node in tree.body]
+  reversed_source = ast.unparse(tree)
+  code = """
+import sys, types
+spec = __import__("importlib.util").util.find_spec("kipcore")
+kipcore = types.ModuleType("kipcore")
+kipcore.__path__, kipcore.__spec__, kipcore.__file__ = spec.submodule_search_locations, spec, spec.origin
+sys.modules["kipcore"] = kipcore
+if len(sys.argv) > 1:
+  exec(compile(open(sys.argv[1]).read(), spec.origin, "exec"), kipcore.__dict__)
+else:
+  spec.loader.exec_module(kipcore)
+for name in kipcore.__all__:
+  thing = getattr(kipcore, name)
+  print(name, getattr(thing, "__module__", ""), getattr(thing, "__qualname__", type(thing).__name__))
+kernel = kipcore.ntk_fn(kipcore.conv_net(1))
+import numpy as np
+print(kernel(np.ones((2, 4, 4, 1), np.float32)).shape)
+"""
+  path = tmp_path / "init.py"
+  path.write_text(reversed_source)
+  assert run_python("-c", code, str(path)).stdout == run_python("-c", code).stdout
+
+
+def test_import_takes_less_than_half_the_time_of_the_dependencies():
+  """A ratio of times in one process, so that neither the machine nor its load matters; bytecode is compiled before."""
+  run_python("-c", "import kipcore")
+  lines = run_python("-X", "importtime", "-c", "import kipcore").stderr.splitlines()
+  times = [re.match(r"import time:\s*(\d+) \|\s*\d+ \|\s*([\w.]+)$", line) for line in lines]
+  own = sum(int(t[1]) for t in times if t and t[2].split(".")[0] == "kipcore")
+  total = sum(int(t[1]) for t in times if t)
+  assert 0 < own < 0.5 * (total - own), (own, total)
 
 
 def test_import_is_light():
