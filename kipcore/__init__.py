@@ -1,11 +1,11 @@
 """kipcore: dataset distillation with provable subset selection, in JAX.
 
-The public functions, by the room they live in; the README has a quickstart.
+All public names; the README has a quickstart.
 """
 
 from kipcore.architectures import Architecture, architecture, conv_net, fc, myrtle
 from kipcore.augment import random_augmentation
-from kipcore.distillation.importance import importance, sampler
+from kipcore.distillation.importance import ImportanceSampler, ImportanceState, importance, sampler
 from kipcore.distillation.loop import (
   Distiller,
   DistillInfo,
@@ -15,13 +15,17 @@ from kipcore.distillation.loop import (
   distill_init,
   distill_step,
 )
-from kipcore.distillation.method import Batch, LossInfo, Method, Sampler
+from kipcore.distillation.method import Batch, Method, Sampler
 from kipcore.distillation.methods.closed_form import (
   ClosedForm,
   ClosedFormOptions,
+  FeatureKernel,
+  FeatureMap,
+  draw_map,
   feature_kernel,
   krr_closed_form,
 )
+from kipcore.distillation.methods.closed_form import Validation as RidgeValidation
 from kipcore.distillation.methods.distribution_matching import DMOptions, dm
 from kipcore.distillation.methods.experts import train_expert
 from kipcore.distillation.methods.frepo import FRePoOptions, frepo
@@ -35,6 +39,7 @@ from kipcore.distillation.methods.rfad import (
   rfad,
 )
 from kipcore.distillation.methods.trajectory_matching import TrajectoryMatchingOptions, mtt
+from kipcore.distillation.optimizers import Optimizer
 from kipcore.distillation.snapshot import CheckpointPolicy, Snapshot, scale_learning_rate
 from kipcore.distillation.targets import Targets, arrange_targets
 from kipcore.evaluation.krr import KRREvaluation, evaluate_krr
@@ -49,6 +54,8 @@ from kipcore.evaluation.ranking import (
 )
 from kipcore.io.artifact import Artifact, ArtifactError, load_artifact, save_artifact
 from kipcore.io.checkpoint import CheckpointError, Checkpoints
+from kipcore.io.export import DistilledSet
+from kipcore.io.npz import NpzError
 from kipcore.io.published import PublishedError, PublishedSet, load_published
 from kipcore.io.torch_files import read_torch_file
 from kipcore.io.trajectories import (
@@ -57,7 +64,16 @@ from kipcore.io.trajectories import (
   load_trajectories,
   save_trajectories,
 )
-from kipcore.kernels import from_stax, linear_fn, nngp_fn, ntk_fn, rbf_fn
+from kipcore.kernels import (
+  LinearKernel,
+  NetworkKernel,
+  RBFKernel,
+  from_stax,
+  linear_fn,
+  nngp_fn,
+  ntk_fn,
+  rbf_fn,
+)
 from kipcore.kernels.gram import gram, gram_diag, gram_matvec
 from kipcore.krr import (
   KRRFit,
@@ -70,12 +86,15 @@ from kipcore.krr import (
   label_solve_rows,
   relative_ridge,
 )
-from kipcore.networks import ResNet, network
+from kipcore.networks import Network, ResNet, network
 from kipcore.preprocess import Preprocess, fit_preprocess, one_hot_centered
+from kipcore.preprocess import Step as PreprocessStep
 from kipcore.selection.absorb import absorb_weights
 from kipcore.selection.certificate import Certificate, measure_coreset
-from kipcore.selection.cholesky import rpcholesky
+from kipcore.selection.cholesky import PivotedCholesky, rpcholesky
 from kipcore.selection.clustering import (
+  KMeansResult,
+  Seeds,
   kernel_kmeans_plusplus,
   kmeans,
   kmeans_plusplus,
@@ -88,6 +107,7 @@ from kipcore.selection.coreset import (
   measured_objective,
   select_coreset,
 )
+from kipcore.selection.draws import Plan as SamplingPlan
 from kipcore.selection.guarantees import guarantee_at, sample_size
 from kipcore.selection.leverage import (
   effective_dimension,
@@ -95,9 +115,12 @@ from kipcore.selection.leverage import (
   landmark_leverage_scores,
   ridge_leverage_scores,
 )
-from kipcore.selection.pursuit import krr_pursuit
+from kipcore.selection.pursuit import Pursuit, krr_pursuit
 from kipcore.selection.representatives import herding, k_center
 from kipcore.selection.sampling import (
+  MergedSample,
+  Sample,
+  SystematicSample,
   gumbel_sample,
   importance_sample,
   merge_duplicates,
@@ -106,6 +129,8 @@ from kipcore.selection.sampling import (
   systematic_sample,
 )
 from kipcore.selection.score_ridge import (
+  DimensionBounds,
+  ScoreRidge,
   effective_dimension_bounds,
   landmark_score_ridge,
   score_ridge_for_dimension,
@@ -121,7 +146,15 @@ from kipcore.selection.sensitivity import (
   lightweight_sensitivities,
 )
 from kipcore.selection.streaming import stream_krr_sensitivities
-from kipcore.types import NumericalError, Status, Support
+from kipcore.types import (
+  DatasetError,
+  KernelFn,
+  KipcoreError,
+  LossInfo,
+  NumericalError,
+  Status,
+  Support,
+)
 from kipcore.version import __version__
 
 __all__ = [
@@ -131,41 +164,67 @@ __all__ = [
   "Batch",
   "Certificate",
   "CheckpointError",
+  "CheckpointPolicy",
   "Checkpoints",
   "ClosedForm",
   "ClosedFormOptions",
   "Coreset",
   "DMOptions",
+  "DatasetError",
+  "DimensionBounds",
   "DistillInfo",
   "DistillResult",
   "DistillState",
+  "DistilledSet",
   "Distiller",
   "EvaluationEntry",
   "FRePoOptions",
+  "FeatureKernel",
+  "FeatureMap",
   "GradientMatchingOptions",
+  "ImportanceSampler",
+  "ImportanceState",
   "KIPOptions",
+  "KMeansResult",
   "KRREvaluation",
   "KRRFit",
   "KRRLoss",
-  "CheckpointPolicy",
   "KernelEvaluator",
+  "KernelFn",
+  "KipcoreError",
   "LabelSolution",
+  "LinearKernel",
   "LossInfo",
+  "MergedSample",
   "Method",
+  "Network",
   "NetworkEvaluator",
+  "NetworkKernel",
+  "NpzError",
   "NumericalError",
+  "Optimizer",
+  "PivotedCholesky",
   "Preprocess",
+  "PreprocessStep",
   "PublishedError",
   "PublishedSet",
+  "Pursuit",
+  "RBFKernel",
   "RCIGOptions",
   "RFADOptions",
   "RankingScores",
   "ResNet",
+  "RidgeValidation",
+  "Sample",
   "Sampler",
+  "SamplingPlan",
+  "ScoreRidge",
+  "Seeds",
   "SensitivityScores",
   "Snapshot",
   "Status",
   "Support",
+  "SystematicSample",
   "Targets",
   "Trajectories",
   "TrajectoriesError",
@@ -183,6 +242,7 @@ __all__ = [
   "distill_init",
   "distill_step",
   "dm",
+  "draw_map",
   "dsa",
   "effective_dimension",
   "effective_dimension_bounds",
@@ -236,6 +296,7 @@ __all__ = [
   "nngp_fn",
   "ntk_fn",
   "one_hot_centered",
+  "random_augmentation",
   "random_feature_kernel",
   "random_features",
   "ranking_scores",
@@ -250,11 +311,10 @@ __all__ = [
   "sampler",
   "save_artifact",
   "save_trajectories",
+  "scale_learning_rate",
   "score_ridge_for_dimension",
   "select_coreset",
   "sensitivity_sample",
-  "random_augmentation",
-  "scale_learning_rate",
   "stratified_sample",
   "stream_krr_sensitivities",
   "systematic_sample",

@@ -223,3 +223,45 @@ def hashable(fn) -> Any:
   except TypeError:
     return _ByIdentity(fn)
   return fn
+
+
+def number(
+  name: str, value, low: float = -np.inf, high: float = np.inf, above: bool = False
+) -> float:
+  """The value as a float; raises unless it is a real scalar (not a bool or NaN) in the range.
+
+  Args:
+    name: of the argument.
+    value: a Python or NumPy number, or an array without dimensions.
+    low, high: bounds, inclusive; an infinite value passes only if its bound is infinite.
+    above: whether `low` itself is out of range, and infinity too.
+  """
+  content = np.asarray(value) if np.ndim(value) == 0 else None
+  if content is None or content.dtype.kind not in "iuf" and content.dtype.name != "bfloat16":
+    raise TypeError(f"{name}: expected a number, got {value!r}")
+  got = float(content)
+  if above:
+    if not low < got < np.inf or got > high:
+      bound = "" if high == np.inf else f" and <= {high:g}"
+      raise ValueError(f"{name}: expected a finite number > {low:g}{bound}, got {got}")
+  elif not low <= got <= high:
+    wanted = f"a number >= {low:g}" if high == np.inf else f"a value in [{low}, {high}]"
+    raise ValueError(f"{name}: expected {wanted}, got {got}")
+  return got
+
+
+def count(name: str, value, least: int = 0) -> int:
+  """The value as an int; raises unless it is an integer scalar (not a bool) >= `least`."""
+  content = np.asarray(value) if np.ndim(value) == 0 else None
+  if content is None or content.dtype.kind not in "iu":
+    raise TypeError(f"{name}: expected an integer >= {least}, got {value!r}")
+  if int(content) < least:
+    raise ValueError(f"{name}: expected an integer >= {least}, got {int(content)}")
+  return int(content)
+
+
+def flag(name: str, value) -> bool:
+  """The value as a bool; raises TypeError unless it is a boolean scalar."""
+  if np.ndim(value) or np.asarray(value).dtype.kind != "b":
+    raise TypeError(f"{name}: expected True or False, got {value!r}")
+  return bool(value)

@@ -1,10 +1,11 @@
-"""Types shared by all modules."""
+"""Types and exceptions shared by all modules."""
 
 import enum
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 Array = jax.Array
 ArrayLike = jax.Array | np.ndarray
@@ -12,13 +13,22 @@ ArrayLike = jax.Array | np.ndarray
 RealLike = float | np.floating | np.integer | ArrayLike
 IntLike = int | np.integer | ArrayLike
 
+# Scalar arguments: NumPy scalars and arrays without dimensions are accepted and converted (`checks`).
+if TYPE_CHECKING:
+  Integer = int
+  Real = float
+  Flag = bool
+else:
+  Integer = int | np.integer | ArrayLike
+  Real = float | int | np.floating | np.integer | ArrayLike
+  Flag = bool | np.bool_ | ArrayLike
+
 
 class Status(enum.IntEnum):
   """How a traced computation ended; the host reads it with `checks.raise_for_status`.
 
-  Exceptions cannot be raised inside a compiled function on every backend, so a
-  failure travels as a value. When several parts each have a status, the largest
-  is kept.
+  Compiled functions cannot raise exceptions on every backend, so they return a
+  status. The status of several parts is the largest of theirs.
   """
 
   OK = 0
@@ -28,7 +38,7 @@ class Status(enum.IntEnum):
 
 
 class KipcoreError(Exception):
-  """Base class of the errors that kipcore defines; the message is one line."""
+  """Base class of the exceptions that kipcore defines."""
 
 
 class NumericalError(KipcoreError, ArithmeticError):
@@ -36,16 +46,17 @@ class NumericalError(KipcoreError, ArithmeticError):
 
 
 class DatasetError(KipcoreError, ValueError):
-  """The data are unavailable or unusable."""
+  """The dataset is unavailable or invalid; the message is one line."""
 
 
+@runtime_checkable
 @runtime_checkable
 class KernelFn(Protocol):
   """A positive semi-definite kernel, `kernel_fn(x1, x2=None) -> (n1, n2)`.
 
-  `x1` is `(n1, ...)`, `x2` is `(n2, ...)` or None for "with itself". It must be a
-  pure function of its arguments, so that it can be jitted and differentiated. It
-  may offer `diag(x) -> (n,)`, which `gram_diag` then uses.
+  `x1` is `(n1, ...)`; `x2` is `(n2, ...)`, or None for `x1`. The kernel must be a pure function
+  of its arguments, which `jax.jit` and `jax.grad` can transform. If it has a method `diag(x) -> (n,)`,
+  `gram_diag` uses it.
   """
 
   def __call__(self, x1: Array, x2: Array | None = None) -> Array: ...
@@ -61,3 +72,19 @@ class Support(NamedTuple):
 
   x: Array
   y: Array
+
+
+class LossInfo(NamedTuple):
+  """What a loss reports in addition to its value.
+
+  Attributes:
+    per_example: `(t,)` unweighted losses.
+    predictions: `(t, c)` in the convention of the labels; samplers score them.
+    accuracy: scalar in [0, 1] on the batch.
+    status: int32 scalar, a `Status`.
+  """
+
+  per_example: Float[Array, " t"]
+  predictions: Float[Array, "t c"]
+  accuracy: Float[Array, ""]
+  status: Int[Array, ""]

@@ -1,50 +1,50 @@
-"""Samplers that draw the targets from which there is most to learn.
+"""Importance samplers of target batches: rows that the distilled set predicts badly are drawn more often.
 
-Every row keeps a score of how badly the distilled set predicts it. A batch is drawn in
-proportion to the scores, mixed with the uniform law, and the drawn rows bring their scores
-up to date for free: the loss was computed anyway. Scores of the other rows are stale, which
-costs variance and not correctness, because a row is weighted by the probability it was
-really drawn with. For the same reason the law need not be made anew at every step: that takes
-several passes over all rows, a draw from a prepared law almost nothing.
+Every row has a score of how badly the distilled set predicts it. Batches are drawn in proportion to the scores, mixed
+with the uniform distribution. The drawn rows update their scores at no cost, since their loss was computed anyway.
+Stale scores of other rows increase the variance but do not bias the result, because each row is weighted by the
+probability it was drawn with. For the same reason the distribution is rebuilt only occasionally: that takes several
+passes over all rows, whereas a draw from a prepared distribution is cheap.
 """
 
-import functools
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float, Int
 
 from kipcore import checks
 from kipcore.distillation import samplers
-from kipcore.distillation.method import LossInfo, Sampler, value_equal
+from kipcore.distillation.method import LossInfo, Sampler
 from kipcore.selection import draws
-from kipcore.types import Array
+from kipcore.types import Array, Flag, Integer, Real
 
 # Golden-section steps of the temperature: the interval e^-4 .. e^8 shrinks to a thousandth of its logarithm.
 _SECTION_STEPS = 20
 _LOG_TEMPERATURES = (-4.0, 8.0)
 _CALIBRATION_ROWS = 1000
-# The law is made anew whenever this part of the rows was scored since: a cost of a few rows a target.
-_LAWS_A_PASS = 4
+# The distribution is rebuilt after a quarter of the rows were scored: the cost of a few rows per target.
+_REBUILDS_PER_PASS = 4
 
 
 class ImportanceState(NamedTuple):
-  """What an importance sampler knows of its rows.
+  """State of an importance sampler.
 
   Attributes:
-    scores: `(capacity,)` >= 0, the latest score of each row; 0 until `known`.
+    scores: `(capacity,)` >= 0, the latest score of each row; 0 for rows that are not `known`.
     known: `(capacity,)` bool, whether the row was drawn (or scored) before.
-    base: `(capacity,)` weights u of the rows in the mean that is learned from; 0 for padding.
+    base: `(capacity,)` weights u of the rows in the mean that is learned; 0 for padding.
     class_counts: `(c,)` int32.
-    log_temperature: scalar, of cross-entropy.
-    plan: the law in use, prepared for batches of `batch_size` targets.
-    gain: n sum p^2 of that law without its uniform share; 1 while there is no law.
-    batch_size: int32; 0 while there is no law.
-    fresh: int32, targets scored since the law was made.
-    laws: int32, laws made so far.
+    log_temperature: scalar, of the cross-entropy.
+    plan: the prepared distribution, for batches of `batch_size` targets.
+    gain: n sum p^2 of that distribution without its uniform part; 1 before the first.
+    batch_size: int32; 0 before the first distribution.
+    fresh: int32, targets scored since the last rebuild.
+    rebuilds: int32, distributions built so far.
   """
 
   scores: Array
@@ -56,21 +56,25 @@ class ImportanceState(NamedTuple):
   gain: Array
   batch_size: Array
   fresh: Array
-  laws: Array
+  rebuilds: Array
 
 
-def squared_error(predictions: Array, labels: Array) -> Array:
+def squared_error(
+  predictions: Float[Array, "t c"], labels: Float[Array, "t c"]
+) -> Float[Array, " t"]:
   """||P_t - y_t||^2, `(t,)`."""
   return jnp.sum((predictions - labels) ** 2, axis=1)
 
 
-def residual_norm(predictions: Array, labels: Array) -> Array:
-  """||P_t - y_t||, `(t,)`: for the squared loss, what is nearest to the norm of the row's gradient."""
+def residual_norm(
+  predictions: Float[Array, "t c"], labels: Float[Array, "t c"]
+) -> Float[Array, " t"]:
+  """||P_t - y_t||, `(t,)`: for the squared loss, a proxy of the norm of the row's gradient."""
   return jnp.sqrt(squared_error(predictions, labels))
 
 
-def margin(predictions: Array, labels: Array) -> Array:
-  """max(0, 1 - (prediction of the true class - best other)), `(t,)`: 0 for rows that are safely right."""
+def margin(predictions: Float[Array, "t c"], labels: Float[Array, "t c"]) -> Float[Array, " t"]:
+  """max(0, 1 - (prediction of the true class - best other)), `(t,)`: 0 for rows predicted with a margin."""
   true = labels == jnp.max(labels, axis=1, keepdims=True)
   best_other = jnp.max(jnp.where(true, -jnp.inf, predictions), axis=1)
   own = jnp.max(jnp.where(true, predictions, -jnp.inf), axis=1)
@@ -78,13 +82,15 @@ def margin(predictions: Array, labels: Array) -> Array:
 
 
 def calibrated_temperature(
-  predictions: Array, labels: Array, weights: Array | None = None
-) -> Array:
+  predictions: Float[Array, "t c"],
+  labels: Float[Array, "t c"],
+  weights: Float[Array, " t"] | None = None,
+) -> Float[Array, ""]:
   """The logarithm of the temperature b that minimizes the mean of CE(softmax(b P), class).
 
-  Ridge regression of one-hot labels does not give logits: at b = 1 a perfect prediction has almost
-  the loss of a wrong one and every law by cross-entropy is nearly uniform. The mean is convex in b;
-  golden sections of log b in [-4, 8].
+  Ridge regression of one-hot labels does not return logits: at b = 1 a perfect prediction has almost
+  the loss of a wrong one, and sampling by cross-entropy would be nearly uniform. The mean is convex in b;
+  golden-section search of log b in [-4, 8].
 
   Args:
     predictions: `(t, c)`.
@@ -128,7 +134,7 @@ SAMPLERS = (
   "residual_norm",
   "margin",
 )
-SCORES = {
+SCORES: dict[str, Any] = {
   "cross_entropy": None,
   "squared_error": squared_error,
   "residual_norm": residual_norm,
@@ -136,75 +142,33 @@ SCORES = {
 }
 
 
-@value_equal
-def importance(
-  score: str | Callable[[Array, Array], Array] = "cross_entropy",
-  uniform_mix: float = 0.5,
-  weight_exponent: float = 0.25,
-  least_gain: float = 1.1,
-  balanced: bool = False,
-  refresh_every: int = 0,
-  power: float = 1.0,
-) -> Sampler:
-  """Draws rows in proportion to what the distilled set gets wrong.
+@dataclasses.dataclass(frozen=True)
+class ImportanceSampler(Sampler):
+  """The sampler of `importance`, whose docstring describes the fields; its state is an `ImportanceState`."""
 
-      p_i = (1 - g) u_i s_i^a / sum(u s^a) + g u_i / n,   w_i = (u_i b / (n pi_i))^e
+  score: str | Callable[[Array, Array], Array] = "cross_entropy"
+  uniform_mix: float = 0.5
+  weight_exponent: float = 0.25
+  least_gain: float = 1.1
+  balanced: bool = False
+  refresh_every: int = 0
+  power: float = 1.0
 
-  with s the latest known scores (a row not seen yet has the mean of those seen), a = `power`, u_i = 1 (or
-  n / (c n_class), if balanced), g = `uniform_mix`, pi_i the exact inclusion probability of a systematic
-  draw of b rows without replacement, and e = `weight_exponent`. e = 1: mean(w f) is unbiased for
-  the mean of u f over all rows, whatever the scores. e = 0: no weights; the expected gradient is that
-  of another objective, which stresses rows of high loss. Between them the emphasis is partial:
-  a heuristic, which pays where the rows with high loss can be learned, and chases noise where they cannot.
+  @property
+  def name(self) -> str:  # type: ignore[override]
+    """The name of the score."""
+    score = self.score
+    return score if isinstance(score, str) else getattr(score, "__name__", "callable")
 
-  So the sampler watches the gain n sum p^2 (at g = 0), the factor by which a law proportional to
-  the scores lowers the second moment of a draw: it is large while few rows hold most of the loss, and
-  near 1 where nearly all rows are wrong. Below `least_gain` it draws as the uniform (or
-  class-balanced) sampler does, key by key (a heuristic of ours after the rule of Katharopoulos and
-  Fleuret 2018, section 3.3, who use it to decide when scoring pays).
+  @property
+  def _plain(self) -> Sampler:
+    return samplers.class_balanced() if self.balanced else samplers.uniform()
 
-  Law and temperature are made anew whenever a quarter of the rows has been scored since; until the first
-  quarter draws are uniform. A draw must have the size of the batches that `update` saw, else it is uniform.
-
-  Args:
-    score: "cross_entropy" (at a temperature calibrated on each batch), "squared_error", "residual_norm",
-      "margin", or any `(predictions (t, c), labels (t, c)) -> (t,)`, >= 0.
-    uniform_mix: g in [0, 1]; above 0 weights stay below 1 / g.
-    weight_exponent: e in [0, 1].
-    least_gain: importance is on while the gain is at least this; 1 for (almost) always.
-    balanced: learn from the mean over classes of the class means, instead of the mean over rows.
-    refresh_every: steps after which all rows are scored anew, at the cost of as many target
-      evaluations; 0 for never, since the drawn rows refresh themselves.
-    power: a >= 0; below 1 flatter than the scores, above 1 more peaked.
-
-  Returns:
-    A `Sampler`; its state is an `ImportanceState`. A draw of b is O(b log n), a new law O(n).
-
-  Raises:
-    ValueError: for an unknown score or a number out of range.
-    TypeError: for a score that is neither a name nor callable.
-  """
-  if isinstance(score, str):
-    checks.one_of("score", score, tuple(SCORES))
-  elif not callable(score):
-    raise TypeError(
-      f"score: expected a name or a callable (predictions, labels) -> (t,), got {score!r}"
-    )
-  for name, value in (("uniform_mix", uniform_mix), ("weight_exponent", weight_exponent)):
-    checks.in_range(name, value, 0, 1)
-  if not isinstance(refresh_every, int) or refresh_every < 0:
-    raise ValueError(f"refresh_every: expected an integer >= 0, got {refresh_every!r}")
-  checks.in_range("power", power, 0, 100)
-  if not least_gain >= 1:
-    raise ValueError(f"least_gain: expected a number >= 1, got {least_gain}")
-  calibrated = isinstance(score, str) and score == "cross_entropy"
-  score_fn = SCORES[score] if isinstance(score, str) else score
-
-  def init(class_counts: Array, capacity: int) -> ImportanceState:
+  def init(self, class_counts: Int[Array, " c"], capacity: int) -> ImportanceState:
     ends = jnp.cumsum(class_counts, dtype=jnp.int32)
     row = jnp.arange(capacity, dtype=jnp.int32)
     base = (row < ends[-1]).astype(jnp.float32)
-    if balanced:
+    if self.balanced:
       label = jnp.minimum(jnp.searchsorted(ends, row, side="right"), class_counts.shape[0] - 1)
       present = jnp.sum(class_counts > 0, dtype=jnp.int32)
       share = ends[-1].astype(jnp.float32) / (present * jnp.maximum(class_counts, 1)).astype(
@@ -212,47 +176,49 @@ def importance(
       )
       base = base * share[label]
     zeros, none = jnp.zeros((capacity,), jnp.float32), jnp.zeros((), jnp.int32)
-    log_b = jnp.full((), math.log(10.0), jnp.float32)
     return ImportanceState(
-      zeros,
-      zeros > 0,
-      base,
-      class_counts,
-      log_b,
-      draws.no_plan(capacity, base.dtype),
-      jnp.ones((), jnp.float32),
-      none,
-      none,
-      none,
+      scores=zeros,
+      known=zeros > 0,
+      base=base,
+      class_counts=class_counts,
+      log_temperature=jnp.full((), math.log(10.0), jnp.float32),
+      plan=draws.no_plan(capacity, base.dtype),
+      gain=jnp.ones((), jnp.float32),
+      batch_size=none,
+      fresh=none,
+      rebuilds=none,
     )
 
-  plain = samplers.class_balanced() if balanced else samplers.uniform()
-
-  def draw(key: Array, state: ImportanceState, size: int):
+  def draw(
+    self, key: Array, state: ImportanceState, size: int
+  ) -> tuple[Int[Array, " size"], Float[Array, " size"]]:
     num_rows = jnp.sum(state.class_counts, dtype=jnp.int32)
 
     def by_score(key):
       indices, inclusion = draws.pick(state.plan, jax.random.bits(key, (), jnp.uint32), size)
       ratio = state.base[indices] * (size / num_rows.astype(jnp.float32)) / inclusion
-      return indices, ratio**weight_exponent
+      return indices, ratio**self.weight_exponent
 
     def uniformly(key):
-      indices, weights = plain.draw(
-        key, plain.init(state.class_counts, state.scores.shape[0]), size
-      )
+      first = self._plain.init(state.class_counts, state.scores.shape[0])
+      indices, weights = self._plain.draw(key, first, size)
       return indices, weights.astype(jnp.float32)
 
-    # A batch of all rows or more leaves nothing to choose.
-    by_law = (state.gain >= least_gain) & (size < num_rows) & (size == state.batch_size)
-    return jax.lax.cond(by_law, by_score, uniformly, key)
+    # With a batch of all rows or more there is nothing to choose.
+    use_scores = (state.gain >= self.least_gain) & (size < num_rows) & (size == state.batch_size)
+    return jax.lax.cond(use_scores, by_score, uniformly, key)
 
   def update(
-    state: ImportanceState, indices: Array, labels: Array, info: LossInfo
+    self,
+    state: ImportanceState,
+    indices: Int[Array, " t"],
+    labels: Float[Array, "t c"],
+    info: LossInfo,
   ) -> ImportanceState:
     predictions, labels = info.predictions.astype(jnp.float32), labels.astype(jnp.float32)
     state = state._replace(fresh=state.fresh + indices.shape[0])
-    due = state.fresh >= jnp.sum(state.class_counts, dtype=jnp.int32) // _LAWS_A_PASS
-    if calibrated:
+    due = state.fresh >= jnp.sum(state.class_counts, dtype=jnp.int32) // _REBUILDS_PER_PASS
+    if self.score == "cross_entropy":
       log_b = jax.lax.cond(
         due,
         lambda: _recalibrated(state.log_temperature, predictions, labels),
@@ -263,53 +229,127 @@ def importance(
         jnp.exp(log_b) * predictions, jnp.argmax(labels, axis=1)
       )
     else:
+      score_fn = SCORES[self.score] if isinstance(self.score, str) else self.score
       scores = score_fn(predictions, labels)
       if scores.shape != indices.shape:
         raise ValueError(
-          f"score: expected one value a target, shape {indices.shape}, got {scores.shape}"
+          f"score: expected one value per target, shape {indices.shape}, got {scores.shape}"
         )
-    # A score that is no number leaves the old one: the loop reports the step itself.
+    # Invalid scores are ignored here: the loop reports the step itself.
     good = jnp.isfinite(scores) & (scores >= 0)
     place = jnp.where(good, indices, state.scores.shape[0])
     state = state._replace(
       scores=state.scores.at[place].set(scores.astype(jnp.float32), mode="drop"),
       known=state.known.at[place].set(True, mode="drop"),
     )
-    return jax.lax.cond(
-      due, lambda s: with_law(s, uniform_mix, indices.shape[0], power), lambda s: s, state
+    rebuild = lambda s: with_distribution(s, self.uniform_mix, indices.shape[0], self.power)
+    return jax.lax.cond(due, rebuild, lambda s: s, state)
+
+  def metrics(self, state: ImportanceState) -> dict[str, Array]:
+    return sampler_metrics(state, self.least_gain)
+
+  def scores(self, state: ImportanceState) -> Float[Array, " capacity"]:
+    return row_scores(state)
+
+  def regroup(
+    self, state: ImportanceState, previous: ImportanceState, scores: Float[Array, " capacity"]
+  ) -> ImportanceState:
+    known = jnp.isfinite(scores)
+    return state._replace(
+      scores=jnp.where(known, scores, 0).astype(state.scores.dtype),
+      known=known,
+      log_temperature=jnp.mean(previous.log_temperature),
+      fresh=jnp.sum(state.class_counts, dtype=jnp.int32),
+      rebuilds=jnp.max(previous.rebuilds),
     )
 
-  name = score if isinstance(score, str) else getattr(score, "__name__", "callable")
-  return Sampler(
-    name,
-    init,
-    draw,
-    update,
+
+def importance(
+  score: str | Callable[[Array, Array], Array] = "cross_entropy",
+  uniform_mix: Real = 0.5,
+  weight_exponent: Real = 0.25,
+  least_gain: Real = 1.1,
+  balanced: Flag = False,
+  refresh_every: Integer = 0,
+  power: Real = 1.0,
+) -> ImportanceSampler:
+  """Draws rows in proportion to the loss of the distilled set on them.
+
+      p_i = (1 - g) u_i s_i^a / sum(u s^a) + g u_i / n,   w_i = (u_i b / (n pi_i))^e
+
+  s are the latest known scores (an unseen row has the mean of the seen ones), a = `power`, u_i = 1 (or
+  n / (c n_class) if balanced), g = `uniform_mix`, e = `weight_exponent`, and pi_i is the exact inclusion
+  probability of a systematic draw of b rows without replacement.
+
+  Proved: with e = 1, mean(w f) is unbiased for the mean of u f over all rows, whatever the scores.
+  Heuristic: with e < 1 rows of high loss are emphasized. If the gain n sum p^2 (at g = 0), the ratio of second
+  moments of uniform and score-proportional draws, is below `least_gain`, draws equal those of the uniform (or
+  class-balanced) sampler.
+
+  The distribution and the temperature are updated after a quarter of the rows have been scored; draws
+  before the first update are uniform. Draws of another size than the batches passed to `update` are uniform.
+
+  Args:
+    score: "cross_entropy" (at a temperature calibrated on each batch), "squared_error", "residual_norm",
+      "margin", or any `(predictions (t, c), labels (t, c)) -> (t,)`, >= 0. Callables compare by identity.
+    uniform_mix: g in [0, 1]; if g > 0, weights are at most 1 / g.
+    weight_exponent: e in [0, 1].
+    least_gain: >= 1; 1 draws by score (almost) always.
+    balanced: learn the mean over classes of the class means instead of the mean over rows.
+    refresh_every: steps after which all rows are scored, at the cost of that many target evaluations; 0 for
+      never.
+    power: a in [0, 100]; smaller is flatter.
+
+  Returns:
+    An `ImportanceSampler`. A draw of b rows takes O(b log n), an update of the distribution O(n).
+
+  Raises:
+    ValueError: for an unknown score or a number out of range.
+    TypeError: for a score that is neither a name nor callable.
+
+  References:
+    Katharopoulos and Fleuret (2018), section 3.3, use a gain to decide when scoring pays.
+  """
+  if isinstance(score, str):
+    checks.one_of("score", score, tuple(SCORES))
+  elif not callable(score):
+    raise TypeError(
+      f"score: expected a name or a callable (predictions, labels) -> (t,), got {score!r}"
+    )
+  uniform_mix = checks.number("uniform_mix", uniform_mix, 0, 1)
+  weight_exponent = checks.number("weight_exponent", weight_exponent, 0, 1)
+  least_gain = checks.number("least_gain", least_gain, 1, math.inf)
+  power = checks.number("power", power, 0, 100)
+  refresh_every = checks.count("refresh_every", refresh_every)
+  return ImportanceSampler(
+    score,
+    uniform_mix,
+    weight_exponent,
+    least_gain,
+    checks.flag("balanced", balanced),
     refresh_every,
-    functools.partial(sampler_metrics, least_gain=least_gain),
-    row_scores,
-    regrouped,
+    power,
   )
 
 
-class Law(NamedTuple):
-  """`probabilities` `(capacity,)`, summing to 1, and the `gain` n sum p^2 of the unmixed scores."""
+class SamplingDistribution(NamedTuple):
+  """`probabilities` `(capacity,)`, which sum to 1, and the `gain` n sum p^2 of the unmixed scores."""
 
   probabilities: Array
   gain: Array
 
 
 def _recalibrated(log_b, predictions, labels):
-  """Half way from the old temperature to that of (up to 1,000 rows of) a batch."""
+  """The mean of the old log temperature and that of up to 1,000 rows of a batch."""
   stride = -(-predictions.shape[0] // _CALIBRATION_ROWS)
   fitted = calibrated_temperature(predictions[::stride], labels[::stride])
   return jnp.where(jnp.isfinite(fitted), 0.5 * (log_b + fitted), log_b)
 
 
-def with_law(
+def with_distribution(
   state: ImportanceState, uniform_mix, batch_size: int, power: float = 1.0
 ) -> ImportanceState:
-  """The state with its law made from the scores as they are now; `importance` does so by itself.
+  """The state with its distribution rebuilt from the current scores; `update` does this when it is due.
 
   Args:
     state: the sampler's state.
@@ -319,33 +359,33 @@ def with_law(
   Returns:
     `ImportanceState`.
   """
-  law = importance_law(state, uniform_mix, power)
+  distribution = sampling_distribution(state, uniform_mix, power)
   num_rows = jnp.sum(state.class_counts, dtype=jnp.int32)
-  # The order of a systematic draw may be any; a new one with every law keeps rows from meeting the same others.
-  words = jax.random.bits(jax.random.fold_in(jax.random.key(0), state.laws), (6,), jnp.uint32)
-  prepared = draws.plan(words, law.probabilities, jnp.minimum(num_rows, batch_size))
+  # Any order is valid for a systematic draw; a new one at each rebuild varies which rows are drawn together.
+  words = jax.random.bits(jax.random.fold_in(jax.random.key(0), state.rebuilds), (6,), jnp.uint32)
+  prepared = draws.plan(words, distribution.probabilities, jnp.minimum(num_rows, batch_size))
   return state._replace(
     plan=prepared,
-    gain=law.gain,
+    gain=distribution.gain,
     batch_size=jnp.full((), batch_size, jnp.int32),
     fresh=jnp.zeros((), jnp.int32),
-    laws=state.laws + 1,
+    rebuilds=state.rebuilds + 1,
   )
 
 
 def sampler_metrics(state: ImportanceState, least_gain: float) -> dict[str, Array]:
-  """What is logged of an importance sampler, of the next draw by its law in use.
+  """Metrics of an importance sampler: the distribution of its next draw.
 
   Args:
     state: the sampler's state.
     least_gain: of `importance`.
 
   Returns:
-    `importance_gain`; `effective_share`, 1 / (n sum p^2) of what rows are drawn with (1: uniformly); and `class_shares`
-    `(c,)`, the part of the draws that each class gets.
+    `importance_gain`; `effective_share`, 1 / (n sum p^2) of the drawing probabilities p (1 if uniform); and
+    `class_shares` `(c,)`, the fraction of the draws that each class has.
   """
-  by_law = (state.gain >= least_gain) & (state.batch_size > 0)
-  mass = jnp.where(by_law, state.plan.inclusion, state.base)
+  by_score_now = (state.gain >= least_gain) & (state.batch_size > 0)
+  mass = jnp.where(by_score_now, state.plan.inclusion, state.base)
   p = mass / draws.total(mass)
   counts = state.class_counts
   row = jnp.arange(p.shape[0], dtype=jnp.int32)
@@ -362,67 +402,49 @@ def sampler_metrics(state: ImportanceState, least_gain: float) -> dict[str, Arra
 
 
 def row_scores(state: ImportanceState) -> Array:
-  """The latest score of each row, NaN where it was not seen yet, `(capacity,)`."""
+  """The latest score of each row, `(capacity,)`; NaN for rows that were not seen."""
   return jnp.where(state.known, state.scores, jnp.nan)
 
 
-def regrouped(state: ImportanceState, before: ImportanceState, scores: Array) -> ImportanceState:
-  """A first state that knows the scores of a run on other devices; its law is made at the first step.
-
-  Args:
-    state: of `init`.
-    before: the states of the other devices, with a leading axis.
-    scores: `(capacity,)`, NaN where a row was not seen.
-
-  Returns:
-    `ImportanceState`.
-  """
-  known = jnp.isfinite(scores)
-  return state._replace(
-    scores=jnp.where(known, scores, 0).astype(state.scores.dtype),
-    known=known,
-    log_temperature=jnp.mean(before.log_temperature),
-    fresh=jnp.sum(state.class_counts, dtype=jnp.int32),
-    laws=jnp.max(before.laws),
-  )
-
-
-def importance_law(state: ImportanceState, uniform_mix, power: float = 1.0) -> Law:
-  """The law of the scores as they are now.
+def sampling_distribution(
+  state: ImportanceState, uniform_mix, power: float = 1.0
+) -> SamplingDistribution:
+  """The sampling distribution of the current scores.
 
   Args:
     state: the sampler's state.
     uniform_mix, power: of `importance`.
 
   Returns:
-    `Law`; uniform, with a gain of 1, where no score is positive.
+    `SamplingDistribution`; uniform, with a gain of 1, where no score is positive.
   """
   known = state.known & (state.base > 0)
   uniform = state.base / draws.total(state.base)
   seen = draws.total(jnp.where(known, uniform, 0))
   mean = draws.total(jnp.where(known, state.scores * uniform, 0)) / jnp.where(seen > 0, seen, 1)
-  # Relative to the mean score; a row not seen yet has just that.
+  # Relative to the mean score, which unseen rows have.
   relative = jnp.where(known & (mean > 0), state.scores / jnp.where(mean > 0, mean, 1), 1) ** power
   by_score = relative * uniform
   mass = draws.total(by_score)
   by_score = by_score / mass
   gain = draws.total(relative / mass * by_score)
-  return Law((1 - uniform_mix) * by_score + uniform_mix * uniform, gain)
+  return SamplingDistribution((1 - uniform_mix) * by_score + uniform_mix * uniform, gain)
 
 
 def sampler(
   name: str,
-  uniform_mix: float = 0.5,
-  weight_exponent: float = 0.25,
-  least_gain: float = 1.1,
-  refresh_every: int = 0,
+  uniform_mix: Real = 0.5,
+  weight_exponent: Real = 0.25,
+  least_gain: Real = 1.1,
+  refresh_every: Integer = 0,
 ) -> Sampler:
-  """The sampler of a name.
+  """A sampler by name.
 
   Args:
     name: "uniform", "class_balanced", or a score of `importance`: "cross_entropy", "squared_error",
       "residual_norm", "margin".
-    uniform_mix, weight_exponent, least_gain, refresh_every: of `importance`; the first two names do not use them.
+    uniform_mix, weight_exponent, least_gain, refresh_every: see `importance`; ignored by "uniform" and
+      "class_balanced", which do not use scores.
 
   Returns:
     A `Sampler`.

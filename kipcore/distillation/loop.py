@@ -21,10 +21,10 @@ from kipcore import blocks, checks, keys, linalg
 from kipcore.devices import AXIS, device_axis, pmap
 from kipcore.distillation import snapshot
 from kipcore.distillation.method import Batch, Method, Params, Sampler
-from kipcore.distillation.optimizers import NamedOptimizer
+from kipcore.distillation.optimizers import Optimizer
 from kipcore.distillation.snapshot import CheckpointPolicy, Snapshot, default_log_steps
 from kipcore.distillation.targets import Targets, arrange_targets
-from kipcore.types import Array, ArrayLike, NumericalError, Status, Support
+from kipcore.types import Array, ArrayLike, Integer, NumericalError, Status, Support
 
 _MAX_STEPS = 1000  # per call to the devices
 
@@ -43,8 +43,11 @@ class Distiller:
 
   method: Method
   sampler: Sampler
-  optimizer: optax.GradientTransformation | NamedOptimizer
-  batch_size: int
+  optimizer: Optimizer
+  batch_size: Integer
+
+  def __post_init__(self):
+    object.__setattr__(self, "batch_size", checks.count("batch_size", self.batch_size, 1))
 
 
 class DistillState(NamedTuple):
@@ -126,6 +129,7 @@ def distill_init(
   checks.same_rows("support.x", support.x, "support.y", support.y)
   checks.floating("support.x", support.x)
   checks.floating("support.y", support.y)
+  checks.rank("support.y", support.y, 2)
   params = distiller.method.init_params(support)
   opt_state = _optimizer(distiller, params).init(params)
   aux = distiller.method.init_aux(keys.stream(key, "aux"), params)
@@ -181,10 +185,6 @@ def _distill_step(key, distiller, state, targets, axis_name):
     status = jax.lax.pmax(status, axis_name)
   loss, accuracy, gradient = means
   norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
-  # A failed factorization makes the loss NaN as well: the first cause is reported.
-  not_finite = (status == Status.OK) & ~(jnp.isfinite(loss) & jnp.isfinite(norm))
-  status = jnp.where(not_finite, Status.NOT_FINITE, status)
-  ok = status == Status.OK
   with linalg.permissive_promotion():
     updates, opt_state = _optimizer(distiller, state.params).update(
       gradient, state.opt_state, state.params
@@ -192,6 +192,12 @@ def _distill_step(key, distiller, state, targets, axis_name):
     params = optax.apply_updates(
       state.params, jax.tree.map(lambda update: state.rate_scale * update, updates)
     )
+  # A failed factorization makes the loss NaN as well: the first cause is reported.
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+  for leaf in jax.tree.leaves(params):
+    finite &= jnp.all(jnp.isfinite(leaf))
+  status = jnp.where((status == Status.OK) & ~finite, Status.NOT_FINITE, status)
+  ok = status == Status.OK
   params, opt_state = jax.tree.map(
     lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
   )
@@ -260,7 +266,7 @@ def distill(
   support: Support,
   x_target: Float[ArrayLike, "n ..."],
   y_target: Float[ArrayLike, "n c"],
-  num_steps: int,
+  num_steps: Integer,
   devices: Sequence[jax.Device] | None = None,
   log_steps: Sequence[int] | None = None,
   callback: Callable[[int, Support, dict], None] | None = None,
@@ -301,9 +307,8 @@ def distill(
       a snapshot of another run.
   """
   axis = device_axis(devices)
-  if num_steps < 0:
-    raise ValueError(f"num_steps: expected an integer >= 0, got {num_steps}")
-  checks.positive_int("batch_size", distiller.batch_size)
+  num_steps = checks.count("num_steps", num_steps)
+  checks.rank("support.y", support.y, 2)
   checks.shape("x_target", x_target, (None, *support.x.shape[1:]))
   checks.shape("y_target", y_target, (None, support.y.shape[1]))
   log_steps = sorted(
@@ -316,7 +321,7 @@ def distill(
   state = init(jnp.asarray(targets.class_counts))
   history, done, seconds, record = [], 0, 0.0, {}
   if resume is not None:
-    state = snapshot.lay_out(resume, state, distiller.sampler, axis, *dealt)
+    state = snapshot.restore(resume, state, distiller.sampler, axis, *dealt)
     history, done, seconds = [dict(line) for line in resume.history], resume.step, resume.seconds
     if done > num_steps:
       raise ValueError(
@@ -338,7 +343,7 @@ def distill(
   )
   compile_seconds = time.perf_counter() - started
 
-  def ended():
+  def result():
     final, scores = _first(state), snapshot.row_scores(state, distiller.sampler, axis, *dealt)
     return DistillResult(
       distiller.method.support(final.params, final.aux),
@@ -349,21 +354,21 @@ def distill(
       scores,
     )
 
-  pace, kept, due = 1, time.monotonic(), False
+  pace, saved_at, due = 1, time.monotonic(), False
   for stop in log_steps:
     if resume is not None and stop <= resume.step:
       continue  # already in the history
     while done < stop:
-      asked = checkpoint_policy is not None and checkpoint_policy.stop()
+      stop_requested = checkpoint_policy is not None and checkpoint_policy.stop()
       overdue = (
-        checkpoint_policy is not None and time.monotonic() - kept >= checkpoint_policy.seconds
+        checkpoint_policy is not None and time.monotonic() - saved_at >= checkpoint_policy.seconds
       )
       started = time.perf_counter()
       state, infos, (count, due), metrics = run(
         raw_key,
         state,
         targets,
-        axis.every(0 if asked else min(stop - done, pace)),
+        axis.every(0 if stop_requested else min(stop - done, pace)),
         axis.every(overdue),
       )
       count, due = int(np.asarray(count)[0]), bool(np.asarray(due)[0])
@@ -375,10 +380,10 @@ def distill(
         not count or infos.status[-1] != Status.OK or due and done < stop
       ):
         checkpoint_policy.save(snapshot.take(state, axis, history, seconds))
-        kept, due = time.monotonic(), False
+        saved_at, due = time.monotonic(), False
       _raise_if_failed(infos, done)
       if not count:
-        return ended()
+        return result()
       record = {
         name: float(value[-1]) for name, value in infos._asdict().items() if name != "status"
       }
@@ -393,8 +398,8 @@ def distill(
     history.append(record)
     if checkpoint_policy is not None and (due or done == num_steps):
       checkpoint_policy.save(snapshot.take(state, axis, history, seconds))
-      kept = time.monotonic()
-  return ended()
+      saved_at = time.monotonic()
+  return result()
 
 
 def _run_steps(distiller: Distiller, raw_key, state, targets, count, due):
@@ -407,8 +412,8 @@ def _run_steps(distiller: Distiller, raw_key, state, targets, count, due):
   # Processes differ in speed and may request different numbers of steps; one that must stop requests none.
   count, due = jax.lax.pmin(count, AXIS), jax.lax.pmax(due, AXIS)
 
-  def body(carry):
-    i, state, infos, _ = carry
+  def body(loop):
+    i, state, infos, _ = loop
     state, info = distill_step(key, distiller, state, targets, AXIS)
     infos = jax.tree.map(
       lambda buffer, value: buffer.at[i].set(value.astype(buffer.dtype)), infos, info
@@ -418,7 +423,7 @@ def _run_steps(distiller: Distiller, raw_key, state, targets, count, due):
   dtype = jax.tree.leaves(state.params)[0].dtype
   zeros = jnp.zeros((_MAX_STEPS,), dtype)
   infos = DistillInfo(zeros, zeros, zeros, jnp.zeros((_MAX_STEPS,), jnp.int32))
-  more = lambda carry: (carry[0] < count) & (carry[3] == Status.OK)
+  more = lambda loop: (loop[0] < count) & (loop[3] == Status.OK)
   count, state, infos, _ = jax.lax.while_loop(
     more, body, (jnp.int32(0), state, infos, jnp.int32(Status.OK))
   )
@@ -447,10 +452,17 @@ def _optimizer(distiller: Distiller, params: Params) -> optax.GradientTransforma
 
 
 def _raise_if_failed(infos: DistillInfo, done: int) -> None:
-  if infos.status.size and infos.status[-1] != Status.OK:
-    try:
-      checks.raise_for_status(f"distillation at step {done + 1}", infos.status[-1])
-    except NumericalError as error:
-      raise NumericalError(
-        f"{error} (loss {infos.loss[-1]:.6g}, gradient norm {infos.gradient_norm[-1]:.6g})"
-      ) from None
+  """Raises NumericalError if the last step failed."""
+  if not infos.status.size or infos.status[-1] == Status.OK:
+    return
+  loss, norm, status = infos.loss[-1], infos.gradient_norm[-1], Status(int(infos.status[-1]))
+  what = f"distillation at step {done + 1}"
+  if status is Status.NOT_FINITE and np.isfinite(loss) and np.isfinite(norm):
+    raise NumericalError(
+      f"{what} failed ({status.name}): the loss ({loss:.6g}) and the gradient norm ({norm:.6g}) are "
+      "finite, but the updated parameters are not; lower the learning rate"
+    )
+  try:
+    checks.raise_for_status(what, status)
+  except NumericalError as error:
+    raise NumericalError(f"{error} (loss {loss:.6g}, gradient norm {norm:.6g})") from None

@@ -1,196 +1,223 @@
-"""The interfaces of distillation methods and target samplers.
+"""The two interfaces of distillation: `Method` (what is learned) and `Sampler` (which targets are drawn).
 
-A method defines what is learned and the loss; a sampler defines which targets the next batch
-contains; an initialization (`selection.coreset`) defines the start. The loop (`loop`) combines any
-method with any sampler.
+Both are configurations: immutable, hashable and compared by value, so that `jax.jit` compiles once for equal ones.
 """
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jaxtyping import Float, Int
 
-from kipcore.types import Array, Support
+from kipcore.types import Array, LossInfo, Support
 
 Params = dict[str, Array]
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=["x", "y"], meta_fields=["axis_name"]
+)
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """A batch of targets.
+  """Targets of one step on one device.
 
   Attributes:
     x: `(t, ...)` inputs.
     y: `(t, c)` labels.
-    axis_name: the mapped device axis over which the batch is divided, None on one device. Static
-      under `jit`. Methods whose loss is not a mean over targets sum over it (`sum_over_devices`).
+    axis_name: name of the mapped device axis over which the batch is divided, None on one device. It is
+      static metadata of the pytree. Methods whose loss is not a mean over targets use it through `sum_over_devices`.
   """
 
-  x: Float[Array, "t ..."]
-  y: Float[Array, "t c"]
-  axis_name: str | None = dataclasses.field(default=None, metadata={"static": True})
+  x: Array
+  y: Array
+  axis_name: str | None = None
 
 
-class LossInfo(NamedTuple):
-  """What a loss reports besides its value.
+class _Functions:
+  """Instances hold functions in place of methods; they are immutable and equal if their entries are."""
+
+  def __setattr__(self, name, value):
+    raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+
+  def __eq__(self, other):
+    return type(self) is type(other) and vars(self) == vars(other)
+
+  def __hash__(self):
+    return hash((type(self), *vars(self).items()))
+
+  def __repr__(self):
+    return f"{type(self).__bases__[1].__name__}(name={vars(self)['name']!r})"
+
+
+class Method:
+  """A distillation method: what is learned, and the loss that it is learned by.
+
+  Subclass it as a frozen dataclass, whose fields are the settings. Only `loss` has no default; the others learn the
+  inputs and keep the labels. Alternatively build one from functions that have the signatures of these methods,
+  `Method(name, init_params, support, trainable, loss, init_aux=None, update_aux=None)`; two such methods are equal
+  if they have the same functions. All methods are pure, and keys are the same on every device.
 
   Attributes:
-    per_example: `(t,)` unweighted losses.
-    predictions: `(t, c)` in the convention of the labels; samplers compute scores from them.
-    accuracy: scalar in [0, 1] on the batch.
-    status: int32 scalar, `types.Status`.
+    name: used in logs and artifacts.
+
+  Example:
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class ClassMeans(kipcore.Method):
+    ...   scale: float = 1.0
+    ...   name = "class_means"
+    ...
+    ...   def loss(self, params, aux, batch, weights, key):
+    ...     per_example = self.scale * jnp.sum((batch.x - batch.y @ params["x"]) ** 2, axis=1)
+    ...     zero = jnp.zeros(())
+    ...     info = kipcore.LossInfo(per_example, batch.y, zero, jnp.int32(0))
+    ...     return jnp.mean(weights * per_example), info
+    >>> ClassMeans() == ClassMeans(), ClassMeans() == ClassMeans(2.0)
+    (True, False)
   """
 
-  per_example: Float[Array, " t"]
-  predictions: Float[Array, "t c"]
-  accuracy: Float[Array, ""]
-  status: Int[Array, ""]
+  name: str = "method"
+
+  def __new__(cls, *args, **kwargs):
+    return object.__new__(_FunctionMethod if cls is Method else cls)
+
+  def init_params(self, support: Support) -> Params:
+    """Everything that the method learns, as a dict of arrays."""
+    return {"x": support.x, "y": support.y}
+
+  def support(self, params: Params, aux: Any) -> Support:
+    """The distilled set; the inverse of `init_params`."""
+    return Support(params["x"], params["y"])
+
+  def trainable(self, params: Params) -> Mapping[str, float]:
+    """The learning rate of each parameter as a multiple of the optimizer's; 0 or False keeps it constant."""
+    return {name: float(name == "x") for name in params}
+
+  def loss(
+    self,
+    params: Params,
+    aux: Any,
+    batch: Batch,
+    weights: Float[Array, " t"],
+    key: Any,
+  ) -> tuple[Float[Array, ""], LossInfo]:
+    """The loss of a batch with importance weights.
+
+    Methods like KIP return mean(weights * per_example); others document how the weights act.
+    """
+    raise NotImplementedError(f"{type(self).__name__}.loss is not implemented")
+
+  def init_aux(self, key: Array, params: Params) -> Any:
+    """Auxiliary state: random networks, a pool of networks, or () for none."""
+    return ()
+
+  def update_aux(self, key: Array, params: Params, aux: Any, step: Int[Array, ""]) -> Any:
+    """The auxiliary state after step number `step`, e.g. with networks redrawn or trained."""
+    return aux
 
 
-class _SameObject:
-  """Wraps an argument that is not hashable; equal only to wrappers of the same object."""
+class _FunctionMethod(_Functions, Method):
+  """A `Method` built from functions."""
 
-  def __init__(self, value):
-    self.value = value
-
-  def __eq__(self, other):
-    return isinstance(other, _SameObject) and self.value is other.value
-
-  def __hash__(self):
-    return id(self.value)
-
-  def __repr__(self):
-    return f"<{type(self.value).__name__}>"
-
-
-def _hashable(value) -> Hashable:
-  try:
-    hash(value)
-  except TypeError:
-    return _SameObject(value)
-  return value
-
-
-class _ByValue:
-  """Equality by constructor and arguments, for records of functions; by their functions otherwise."""
-
-  built_by: tuple | None
-
-  def _identity(self) -> tuple:
-    if self.built_by is not None:
-      return self.built_by
-    return tuple(getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore[arg-type]
-
-  def __eq__(self, other):
-    return type(self) is type(other) and self._identity() == other._identity()
-
-  def __hash__(self):
-    return hash(self._identity())
-
-  def __repr__(self):
-    if self.built_by is None:
-      return f"{type(self).__name__}({self.name!r})"  # type: ignore[attr-defined]
-    name, arguments = self.built_by
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments)})"
-
-
-def value_equal(constructor):
-  """Decorates a constructor of a `Method` or `Sampler`: equal arguments give equal results.
-
-  `jit` and `pmap` then reuse what they compiled for an equal method or sampler. Arguments that are
-  not hashable, such as arrays, are compared by identity.
-  """
-  signature = inspect.signature(constructor)
-
-  @functools.wraps(constructor)
-  def construct(*args, **kwargs):
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = tuple((name, _hashable(value)) for name, value in bound.arguments.items())
-    return dataclasses.replace(
-      constructor(*args, **kwargs), built_by=(constructor.__qualname__, arguments)
+  def __init__(
+    self,
+    name: str,
+    init_params: Callable[[Support], Params],
+    support: Callable[[Params, Any], Support],
+    trainable: Callable[[Params], Mapping[str, float]],
+    loss: Callable[..., tuple[Array, LossInfo]],
+    init_aux: Callable[[Array, Params], Any] | None = None,
+    update_aux: Callable[..., Any] | None = None,
+  ):
+    optional = {"init_aux": init_aux, "update_aux": update_aux}
+    vars(self).update(
+      name=name,
+      init_params=init_params,
+      support=support,
+      trainable=trainable,
+      loss=loss,
+      **{name: function for name, function in optional.items() if function is not None},
     )
 
-  return construct
 
+class Sampler:
+  """A sampling distribution of target batches, over rows that are grouped by class (`arrange_targets`).
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Method(_ByValue):
-  """A distillation method: a frozen record of pure functions.
-
-  Methods from the constructors of this package (`kip`, `dm`, ...) are equal if their arguments are;
-  other methods are equal if their functions are the same objects.
+  Subclass it as a frozen dataclass, or build one from functions that have the signatures of these methods,
+  `Sampler(name, init, draw, update=None, refresh_every=0, metrics=None, scores=None, regroup=None)`.
+  All methods are pure.
 
   Attributes:
-    name: for logs and artifacts.
-    init_params: `support -> params`, a dict of arrays with everything that is learned.
-    support: `(params, aux) -> Support`, the current distilled set.
-    trainable: `params -> {name: factor}`: the learning rate of each parameter as a factor of that of
-      the optimizer (True is 1); parameters with 0 or False stay constant.
-    loss: `(params, aux, batch, weights, key) -> (scalar, LossInfo)`. For methods with a loss per target
-      the scalar is mean(weights * per_example); other methods document their use of the weights.
-    init_aux: `(key, params) -> aux`: random networks, a pool of networks, expert parameters, or ().
-    update_aux: `(key, params, aux, step) -> aux`: redraw or train them after a step.
-    built_by: set by constructors; determines equality.
-
-  Keys are the same on every device, so that `aux` is too.
+    name: used in logs and artifacts.
+    refresh_every: steps after which the loop scores all rows and passes them to `update`; 0 for never.
   """
 
-  name: str
-  init_params: Callable[[Support], Params]
-  support: Callable[[Params, Any], Support]
-  trainable: Callable[[Params], dict[str, float]]
-  loss: Callable[..., tuple[Array, LossInfo]]
-  init_aux: Callable[[Array, Params], Any] = lambda key, params: ()
-  update_aux: Callable[..., Any] = lambda key, params, aux, step: aux
-  built_by: tuple | None = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Sampler(_ByValue):
-  """A sampling distribution of target batches: a frozen record of pure functions.
-
-  Rows are grouped by class (`targets.arrange_targets`). Equality is that of `Method`.
-
-  Attributes:
-    name: for logs and artifacts.
-    init: `(class_counts (c,) int32, capacity) -> state`, from the number of rows of each class, in order,
-      and the number of row slots, padding included.
-    draw: `(key, state, size) -> (indices (size,), weights (size,))`; the sampler documents the
-      expectation of mean(w_i f_i) over a draw.
-    update: `(state, indices, labels (size, c), LossInfo) -> state` after each step.
-    refresh_every: steps after which the loop scores all rows and passes them to `update`; 0: never.
-    metrics: `state -> {name: array}`, quantities to log; means over the devices are recorded.
-    scores: `state -> (capacity,)`, the latest score of each row, NaN without one; None if rows have no scores.
-    regroup: `(state, before, scores (capacity,)) -> state`: an initial state with the scores of a run on
-      another number of devices, whose states `before` have a leading axis; None if there is nothing to keep.
-    built_by: set by constructors; determines equality.
-  """
-
-  name: str
-  init: Callable[[Array, int], Any]
-  draw: Callable[[Array, Any, int], tuple[Array, Array]]
-  update: Callable[..., Any] = lambda state, indices, labels, info: state
+  name: str = "sampler"
   refresh_every: int = 0
-  metrics: Callable[[Any], dict[str, Array]] = lambda state: {}
-  scores: Callable[[Any], Array] | None = None
-  regroup: Callable[[Any, Any, Array], Any] | None = None
-  built_by: tuple | None = None
+
+  def __new__(cls, *args, **kwargs):
+    return object.__new__(_FunctionSampler if cls is Sampler else cls)
+
+  def init(self, class_counts: Int[Array, " c"], capacity: int) -> Any:
+    """The first state, from the rows of each class, in order, and the number of rows with padding."""
+    raise NotImplementedError(f"{type(self).__name__}.init is not implemented")
+
+  def draw(
+    self, key: Array, state: Any, size: int
+  ) -> tuple[Int[Array, " size"], Float[Array, " size"]]:
+    """Indices and weights of a batch; the sampler documents the expectation of mean(w_i f_i)."""
+    raise NotImplementedError(f"{type(self).__name__}.draw is not implemented")
+
+  def update(
+    self, state: Any, indices: Int[Array, " t"], labels: Float[Array, "t c"], info: LossInfo
+  ) -> Any:
+    """The state after a step on the rows `indices`."""
+    return state
+
+  def metrics(self, state: Any) -> dict[str, Array]:
+    """What is logged; means over the devices are recorded."""
+    return {}
+
+  def scores(self, state: Any) -> Float[Array, " capacity"] | None:
+    """The latest score of each row, NaN for rows without one; None if the sampler does not keep scores."""
+    return None
+
+  def regroup(self, state: Any, previous: Any, scores: Float[Array, " capacity"]) -> Any:
+    """A first state with the scores of a run on another number of devices.
+
+    Args:
+      state: of `init`.
+      previous: the states of the devices before, with a leading device axis.
+      scores: of this device's rows, NaN for rows without one.
+    """
+    return state
 
 
-def sum_over_devices(batch: Batch, sums):
-  """Sums over the devices that share a batch; the identity on one device.
+class _FunctionSampler(_Functions, Sampler):
+  """A `Sampler` built from functions."""
 
-  Args:
-    batch: the part of the batch on this device.
-    sums: tree of additive arrays, such as weighted sums over the targets of each class.
+  def __init__(
+    self,
+    name: str,
+    init: Callable[[Array, int], Any],
+    draw: Callable[[Array, Any, int], tuple[Array, Array]],
+    update: Callable[..., Any] | None = None,
+    refresh_every: int = 0,
+    metrics: Callable[[Any], dict[str, Array]] | None = None,
+    scores: Callable[[Any], Array] | None = None,
+    regroup: Callable[[Any, Any, Array], Any] | None = None,
+  ):
+    optional = {"update": update, "metrics": metrics, "scores": scores, "regroup": regroup}
+    vars(self).update(
+      name=name,
+      init=init,
+      draw=draw,
+      refresh_every=refresh_every,
+      **{name: function for name, function in optional.items() if function is not None},
+    )
 
-  Returns:
-    A tree of the same structure.
-  """
+
+def sum_over_devices(batch: Batch, sums: Any) -> Any:
+  """Sums a tree of arrays over the devices that share a batch; the identity on one device."""
   return sums if batch.axis_name is None else jax.lax.psum(sums, batch.axis_name)

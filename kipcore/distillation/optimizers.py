@@ -1,10 +1,12 @@
 """Optimizers of the published methods, by name and hashable by value, for the commands."""
 
 import dataclasses
+from typing import Any, Protocol, runtime_checkable
 
 import optax
 
 from kipcore import checks
+from kipcore.types import Integer, Real
 
 # SGD with momentum 0.5 is the optimizer of DC, DSA, DM and MTT.
 OPTIMIZERS = {
@@ -14,6 +16,17 @@ OPTIMIZERS = {
   "sgd": lambda rate: optax.sgd(rate, momentum=0.5),
 }
 SCHEDULES = ("constant", "cosine")
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+  """Anything with the `init` and `update` of an `optax.GradientTransformation`, such as that."""
+
+  @property
+  def init(self) -> Any: ...
+
+  @property
+  def update(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +41,17 @@ class NamedOptimizer:
   """
 
   name: str
-  learning_rate: float
-  num_steps: int
+  learning_rate: Real
+  num_steps: Integer
   schedule: str = "constant"
 
   def __post_init__(self):
     checks.one_of("optimizer", self.name, tuple(OPTIMIZERS))
-    checks.positive("learning_rate", self.learning_rate)
     checks.one_of("schedule", self.schedule, SCHEDULES)
-    if self.schedule == "constant":
-      object.__setattr__(self, "num_steps", 0)
+    rate = checks.number("learning_rate", self.learning_rate, 0, above=True)
+    num_steps = checks.count("num_steps", self.num_steps)
+    object.__setattr__(self, "learning_rate", rate)
+    object.__setattr__(self, "num_steps", 0 if self.schedule == "constant" else num_steps)
 
   def transformation(self) -> optax.GradientTransformation:
     """The optax transformation."""

@@ -1,57 +1,55 @@
-"""Samplers of target batches that do not look at predictions; `importance` has those that do.
+"""Samplers of target batches that do not look at predictions; see `importance` for those that do.
 
-Rows stand grouped by class, so dividing them into equal strata also balances the
-classes of every batch. A draw takes time proportional to the batch, not to the rows.
+Rows are grouped by class, so dividing them into equal strata also balances the classes of
+every batch. A draw takes time proportional to the batch size, not to the number of rows.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
-from kipcore.distillation.method import Sampler, value_equal
+from kipcore.distillation.method import Sampler
 from kipcore.types import Array
 
 
-@value_equal
-def uniform() -> Sampler:
-  """Every row with equal probability, one from each of `size` strata of consecutive rows.
+@dataclasses.dataclass(frozen=True)
+class Uniform(Sampler):
+  """The sampler of `uniform`; its state is the number of rows."""
 
-  Row r of a stratum of s rows is drawn with probability 1 / s; the strata differ by at
-  most one row, and the weight size * s / n makes mean(w f) exactly unbiased for the
-  mean over all rows. Batches larger than n repeat rows and share the weight.
+  name = "uniform"
 
-  Returns:
-    A `Sampler`; its state is the number of rows.
-  """
+  def init(self, class_counts: Int[Array, " c"], capacity: int) -> Int[Array, ""]:
+    return jnp.sum(class_counts, dtype=jnp.int32)
 
-  def draw(key: Array, num_rows: Array, size: int):
+  def draw(
+    self, key: Array, state: Int[Array, ""], size: int
+  ) -> tuple[Int[Array, " size"], Float[Array, " size"]]:
+    num_rows = state
     first, count = _stratum(jnp.arange(size, dtype=jnp.int32), num_rows, size)
     indices = first + _uniform_integers(key, count)
-    # Of more strata than rows, several are the same row.
+    # With more strata than rows, several strata contain the same row.
     copies = jnp.where(
       size > num_rows, -(-(indices + 1) * size // num_rows) + (-indices * size // num_rows), 1
     )
     weights = (count / copies).astype(jnp.float32) * (size / num_rows.astype(jnp.float32))
     return indices, weights
 
-  return Sampler(
-    "uniform", lambda class_counts, capacity: jnp.sum(class_counts, dtype=jnp.int32), draw
-  )
 
+@dataclasses.dataclass(frozen=True)
+class ClassBalanced(Sampler):
+  """The sampler of `class_balanced`; its state is the number of rows of each class."""
 
-@value_equal
-def class_balanced() -> Sampler:
-  """The same number of rows from each class (up to one), each class uniformly, weights 1.
+  name = "class_balanced"
 
-  mean(w f) estimates the mean over classes of the class means, which is the mean over
-  rows only if the classes are equally large. A batch that is not a multiple of the
-  number of classes gives the first ones a row more. Published KIP draws like this.
+  def init(self, class_counts: Int[Array, " c"], capacity: int) -> Int[Array, " c"]:
+    return class_counts
 
-  Returns:
-    A `Sampler`; its state is the number of rows of each class.
-  """
-
-  def draw(key: Array, class_counts: Array, size: int):
-    num_classes = class_counts.shape[0]
+  def draw(
+    self, key: Array, state: Int[Array, " c"], size: int
+  ) -> tuple[Int[Array, " size"], Float[Array, " size"]]:
+    class_counts, num_classes = state, state.shape[0]
     starts = jnp.cumsum(class_counts, dtype=jnp.int32) - class_counts
     position = jnp.arange(size, dtype=jnp.int32)
     label = position % num_classes
@@ -61,10 +59,28 @@ def class_balanced() -> Sampler:
     first, count = _stratum(position // num_classes, class_counts[label], per_class[label])
     return starts[label] + first + _uniform_integers(key, count), jnp.ones((size,), jnp.float32)
 
-  return Sampler("class_balanced", lambda class_counts, capacity: class_counts, draw)
+
+def uniform() -> Uniform:
+  """Draws one row from each of `size` strata of consecutive rows, uniformly.
+
+  Row r of a stratum of s rows is drawn with probability 1 / s. Strata differ by at most one row,
+  and the weight size * s / n makes mean(w f) exactly unbiased for the mean over all rows. Batches
+  larger than n repeat rows, which share the weight.
+  """
+  return Uniform()
 
 
-def _stratum(i: Array, num_rows: Array, size):
+def class_balanced() -> ClassBalanced:
+  """Draws the same number of rows from each class (up to one), uniformly within a class, with weights 1.
+
+  mean(w f) estimates the mean over classes of the class means, which equals the mean over rows only
+  if the classes are equally large. If the size is not a multiple of the number of classes, the first
+  classes have one row more. Published KIP draws this way.
+  """
+  return ClassBalanced()
+
+
+def _stratum(i: Array, num_rows: Array, size: int | Array) -> tuple[Array, Array]:
   """First row and number of rows of stratum i of `size`: disjoint, and at least one row each."""
   # floor(i n / size) with n = q size + r: no overflow of 32 bits up to a size of 46,340.
   q, r = num_rows // size, num_rows % size

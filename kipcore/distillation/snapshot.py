@@ -1,30 +1,31 @@
-"""A run between two steps, on the host: taken from the devices, and laid out over them again.
+"""The state of a run between two steps, on the host: saved from the devices and restored to them.
 
-Every random draw of a run depends on (key, step, device) alone. So a snapshot needs no generator, and a run that goes on from
-one on as many devices equals the uninterrupted run bit for bit. On another number of devices rows are dealt out anew, with
-their scores; the mathematics is the same, the draws are not.
+Every random draw of a run is a function of (key, step, device). So a snapshot needs no random state, and a run that
+resumes on the same number of devices is bit-identical to the uninterrupted one. On another number of devices the rows and
+their scores are redistributed: the distributions are the same, the draws are not.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from kipcore import checks
 from kipcore.devices import AXIS, Axis, pmap
 from kipcore.distillation.method import Sampler
 from kipcore.distillation.targets import deal_rows, gather_rows, scatter_rows
 
 
 class Snapshot(NamedTuple):
-  """What the steps to come need, in host memory.
+  """The state of a run, in host memory.
 
   Attributes:
-    arrays: the leaves of the `DistillState`, in their order; those of the sampler `(D, ...)`, of all devices.
+    arrays: the leaves of the `DistillState`, in order; those of the sampler have a leading axis over all D devices.
     step: steps done.
     num_devices: D.
-    history: what was logged so far.
-    seconds: the time of the steps so far.
+    history: the records logged so far.
+    seconds: time of the steps so far.
   """
 
   arrays: list[np.ndarray]
@@ -35,12 +36,12 @@ class Snapshot(NamedTuple):
 
 
 class CheckpointPolicy(NamedTuple):
-  """When and how a loop keeps snapshots.
+  """When and how the loop saves snapshots.
 
   Attributes:
-    save: called with a `Snapshot`, in every process; an exception of it ends the loop.
-    seconds: at most so long between two of them, give or take a call to the devices; 0 for one after every call.
-    stop: asked between calls; once it says True in one process, all of them save a snapshot and end.
+    save: called with a `Snapshot`, in every process; its exceptions end the loop.
+    seconds: interval between snapshots, to within one call to the devices; 0 for one after every call.
+    stop: called between calls to the devices; if it returns True in one process, all processes save a snapshot and end.
   """
 
   save: Callable[[Snapshot], None]
@@ -49,14 +50,14 @@ class CheckpointPolicy(NamedTuple):
 
 
 def default_log_steps(num_steps: int) -> list[int]:
-  """Early and then ever rarer steps, for a readable curve: 1, 2, 5, 10, 20, 50, 100, then 20 more."""
+  """Increasingly sparse steps for a learning curve: 1, 2, 5, 10, 20, 50, 100, then about 20 more."""
   early = [s for s in (1, 2, 5, 10, 20, 50, 100) if s <= num_steps]
   stride = max(100, -(-num_steps // 2000) * 100)
   return early + list(range(stride, num_steps + 1, stride))
 
 
 def scale_learning_rate(snapshot: Snapshot, factor: float) -> Snapshot:
-  """The snapshot with all updates to come multiplied by a factor more, for a run whose numbers failed after it.
+  """Returns the snapshot with all later updates multiplied by a factor, to resume before a numerical failure.
 
   Args:
     snapshot: from before the failure.
@@ -66,60 +67,64 @@ def scale_learning_rate(snapshot: Snapshot, factor: float) -> Snapshot:
     `Snapshot`.
 
   Raises:
-    ValueError: for a factor out of range.
+    ValueError, TypeError: for a factor out of range.
   """
-  if not 0 < factor <= 1:
-    raise ValueError(f"factor: expected a number in (0, 1], got {factor}")
+  factor = checks.number("factor", factor, 0, 1, above=True)
   *others, rate_scale = snapshot.arrays  # the last field of the state
   return snapshot._replace(arrays=[*others, np.asarray(factor * rate_scale, rate_scale.dtype)])
 
 
-def take(state, axis: Axis, history: list, seconds: float) -> Snapshot:
-  """The snapshot of a mapped state, every leaf of which has a leading axis over the local devices."""
+def take(state: Any, axis: Axis, history: list, seconds: float) -> Snapshot:
+  """Copies a mapped state, whose leaves have a leading axis over the local devices, to the host."""
   once = jax.tree.map(lambda leaf: np.asarray(leaf[0]), state._replace(sampler=()))
   arrays = jax.tree.leaves(once._replace(sampler=_of_all_devices(state.sampler, axis)))
   return Snapshot(arrays, int(once.step), axis.size, [dict(line) for line in history], seconds)
 
 
-def row_scores(state, sampler: Sampler, axis: Axis, labels: np.ndarray, key) -> np.ndarray | None:
-  """The sampler's latest score of each row, `(n,)` in their first order, NaN where it has none; None where rows have no scores.
+def row_scores(
+  state: Any, sampler: Sampler, axis: Axis, labels: np.ndarray, key: Any
+) -> np.ndarray | None:
+  """The sampler's latest score of each row, `(n,)` in the original order.
+
+  NaN for rows without a score; None if the sampler does not keep scores.
 
   Args:
     state: the mapped state of a run.
     sampler, axis, labels, key: as for `lay_out`.
   """
-  if sampler.scores is None:
-    return None
   return _scores_in_order(
     _of_all_devices(state.sampler, axis), sampler, deal_rows(labels, axis.size, key)
   )
 
 
-def _of_all_devices(tree, axis: Axis):
-  """Leaves `(D, ...)` on the host, of the devices of other processes too."""
+def _of_all_devices(tree: Any, axis: Axis) -> Any:
+  """Leaves `(D, ...)` on the host, including those of other processes."""
   if axis.local != axis.size:
     tree = jax.tree.map(lambda leaf: leaf[0], pmap(_gather, axis)(tree))
   return jax.tree.map(np.asarray, tree)
 
 
-def _gather(tree):
+def _gather(tree: Any) -> Any:
   return jax.lax.all_gather(tree, AXIS)
 
 
-def _scores_in_order(states, sampler: Sampler, shards) -> np.ndarray:
-  return gather_rows(shards, np.asarray(jax.vmap(sampler.scores)(states)))
+def _scores_in_order(states: Any, sampler: Sampler, shards: list[np.ndarray]) -> np.ndarray | None:
+  scores = jax.vmap(sampler.scores)(states)
+  return None if scores is None else gather_rows(shards, np.asarray(scores))
 
 
-def lay_out(snapshot: Snapshot, fresh, sampler: Sampler, axis: Axis, labels: np.ndarray, key):
+def restore(
+  snapshot: Snapshot, fresh: Any, sampler: Sampler, axis: Axis, labels: np.ndarray, key: Any
+) -> Any:
   """The mapped state of a snapshot.
 
   Args:
     snapshot: of the same run, on any number of devices.
-    fresh: the mapped state of its beginning, on these devices.
+    fresh: the mapped initial state of the run on these devices.
     sampler: of the run.
     axis: these devices.
     labels: `(n,)` classes of the target rows.
-    key: with which they were dealt out.
+    key: with which they were distributed.
 
   Returns:
     A state like `fresh`.
@@ -127,38 +132,37 @@ def lay_out(snapshot: Snapshot, fresh, sampler: Sampler, axis: Axis, labels: np.
   Raises:
     ValueError: for a snapshot of another run: other parameters, shapes or dtypes.
   """
-  structure = jax.tree.structure(fresh)
+  structure: Any = jax.tree.structure(fresh)
   if structure.num_leaves != len(snapshot.arrays):
     raise ValueError(
       f"snapshot: expected the {structure.num_leaves} arrays of this run, got {len(snapshot.arrays)}"
     )
   saved = jax.tree.unflatten(structure, snapshot.arrays)
   learned, first = saved._replace(sampler=()), fresh._replace(sampler=())
-  _check_alike(learned, jax.tree.map(lambda leaf: leaf[0], first))
+  _check_same_types(learned, jax.tree.map(lambda leaf: leaf[0], first))
   state = jax.tree.map(lambda leaf, value: np.broadcast_to(value, leaf.shape), first, learned)
   if snapshot.num_devices == axis.size:
     mine = jax.tree.map(lambda leaf: leaf[axis.own], saved.sampler)
-    _check_alike(mine, fresh.sampler)
+    _check_same_types(mine, fresh.sampler)
     return state._replace(sampler=mine)
-  if sampler.regroup is None:
+  found = jax.eval_shape(jax.vmap(sampler.scores), saved.sampler)
+  if found is None:
     return state._replace(sampler=fresh.sampler)
-  shards = deal_rows(labels, snapshot.num_devices, key)
-  capacity = jax.eval_shape(jax.vmap(sampler.scores), saved.sampler).shape
+  shards, capacity = deal_rows(labels, snapshot.num_devices, key), found.shape
   if capacity != (len(shards), max(map(len, shards))):
     raise ValueError(
-      f"snapshot: expected scores of {len(shards)} devices with {max(map(len, shards))} rows, got shape {capacity}"
+      f"snapshot: expected scores of shape {(len(shards), max(map(len, shards)))}, got {capacity}"
     )
   slots = jax.eval_shape(jax.vmap(sampler.scores), fresh.sampler).shape[1]
-  scores = scatter_rows(
-    deal_rows(labels, axis.size, key), _scores_in_order(saved.sampler, sampler, shards), slots
-  )[axis.own]
+  in_order: Any = _scores_in_order(saved.sampler, sampler, shards)
+  scores: Any = scatter_rows(deal_rows(labels, axis.size, key), in_order, slots)[axis.own]
   return state._replace(
     sampler=jax.vmap(sampler.regroup, (0, None, 0))(fresh.sampler, saved.sampler, scores)
   )
 
 
-def _check_alike(tree, like) -> None:
-  """ValueError where an array has not the shape or dtype of its counterpart."""
+def _check_same_types(tree: Any, like: Any) -> None:
+  """Raises ValueError if the shape or dtype of an array differs from its counterpart's."""
   for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)):
     if (leaf.shape, leaf.dtype) != (other.shape, other.dtype):
       raise ValueError(

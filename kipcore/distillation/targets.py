@@ -1,40 +1,43 @@
-"""How target rows are dealt out along the device axis."""
+"""Distribution of the target rows over the device axis."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int, Shaped
 
 from kipcore import checks, keys
-from kipcore.types import Array
+from kipcore.types import ArrayLike
 
 
 class Targets(NamedTuple):
-  """Rows to learn from, grouped by class; made by `arrange_targets`.
+  """Rows to learn from, grouped by class; from `arrange_targets`.
 
   Attributes:
-    x: `(n, ...)`, padded at the end with repeated rows that are never drawn.
+    x: `(n, ...)`, padded at the end by repeated rows, which are never drawn.
     y: `(n, c)` labels.
-    class_counts: `(c,)` int32, rows of each class without the padding.
-    share: scalar, these rows' share of all rows times the number of devices; 1 on one device.
+    class_counts: `(c,)` int32, rows of each class, without padding.
+    share: scalar, the fraction of all rows times the number of devices; 1 on one device.
   """
 
-  x: Array
-  y: Array
-  class_counts: Array
-  share: Array
+  x: ArrayLike
+  y: ArrayLike
+  class_counts: ArrayLike
+  share: ArrayLike
 
 
-def deal_rows(labels, num_devices: int = 1, key=None) -> list[np.ndarray]:
-  """Which rows each device gets, in the order in which `arrange_targets` lays them out.
+def deal_rows(
+  labels: Int[ArrayLike, " n"], num_devices: int = 1, key: Any = None
+) -> list[np.ndarray]:
+  """The rows of each device, in the order of `arrange_targets`.
 
   Args:
     labels: `(n,)` integer class of each row.
     num_devices: D.
-    key: shuffles the rows within their class; None keeps their order.
+    key: shuffles the rows within each class; None keeps their order.
 
   Returns:
-    D arrays of row numbers, together every row once.
+    D arrays of row numbers that partition the rows.
   """
   labels = np.asarray(labels)
   order = np.arange(labels.size)
@@ -44,56 +47,66 @@ def deal_rows(labels, num_devices: int = 1, key=None) -> list[np.ndarray]:
   return [order[d::num_devices] for d in range(num_devices)]
 
 
-def gather_rows(shards: list[np.ndarray], values) -> np.ndarray:
-  """One value a row from one a slot: the inverse of the deal, without the padding.
+def gather_rows(
+  shards: list[np.ndarray], values: Shaped[ArrayLike, "D capacity"]
+) -> Shaped[np.ndarray, " n"]:
+  """Returns values of the device layout to the original order of the rows, without padding.
 
   Args:
     shards: of `deal_rows`.
     values: `(D, capacity)`, in the layout of `Targets`.
 
   Returns:
-    `(n,)` in the order in which the rows were before.
+    `(n,)` in the original order of the rows.
   """
   values = np.asarray(values)
   gathered = np.empty(sum(map(len, shards)), values.dtype)
-  for rows, own in zip(shards, values):
-    gathered[rows] = own[: len(rows)]
+  for rows, shard in zip(shards, values):
+    gathered[rows] = shard[: len(rows)]
   return gathered
 
 
-def scatter_rows(shards: list[np.ndarray], values, capacity: int) -> np.ndarray:
-  """One value a slot from one a row: the inverse of `gather_rows`, NaN in the padding.
+def scatter_rows(
+  shards: list[np.ndarray], values: Float[ArrayLike, " n"], capacity: int
+) -> Float[np.ndarray, "D capacity"]:
+  """The inverse of `gather_rows`, with NaN in the padding.
 
   Args:
     shards: of `deal_rows`.
     values: `(n,)`, floating.
-    capacity: slots a device, at least the longest of the shards.
+    capacity: rows per device, at least those of the largest shard.
 
   Returns:
     `(D, capacity)`.
   """
   values = np.asarray(values)
-  dealt = np.full((len(shards), capacity), np.nan, values.dtype)
-  for own, rows in zip(dealt, shards):
-    own[: len(rows)] = values[rows]
-  return dealt
+  scattered = np.full((len(shards), capacity), np.nan, values.dtype)
+  for shard, rows in zip(scattered, shards):
+    shard[: len(rows)] = values[rows]
+  return scattered
 
 
-def arrange_targets(x, y, num_devices: int = 1, key=None, wanted: slice = slice(None)) -> Targets:
-  """Groups rows by class and deals them out to devices, with a leading device axis.
+def arrange_targets(
+  x: Float[ArrayLike, "n ..."],
+  y: Float[ArrayLike, "n c"],
+  num_devices: int = 1,
+  key: Any = None,
+  wanted: slice = slice(None),
+) -> Targets:
+  """Groups rows by class and distributes them over devices, with a leading device axis.
 
   Args:
     x: `(n, ...)` rows (host array).
     y: `(n, c)` labels; the largest entry of a row is its class.
-    num_devices: D; shards differ by at most one row a class.
-    key: shuffles the rows within their class; None keeps their order.
-    wanted: the devices to make shards for: those of this process, where there are several.
+    num_devices: D; shards differ by at most one row per class.
+    key: shuffles the rows within each class; None keeps their order.
+    wanted: the devices whose shards to return: those of this process, if there are several.
 
   Returns:
-    `Targets` with arrays `(D, n_max, ...)`, D the number of devices wanted.
+    `Targets` with arrays `(D, n_max, ...)`, D the number of wanted devices.
 
   Raises:
-    ValueError, TypeError: where `x` and `y` disagree, are integers, or hold NaN or infinity, or there are fewer rows than devices.
+    ValueError, TypeError: for different numbers of rows, an integer dtype, NaN or infinity, or fewer rows than devices.
   """
   checks.rank("y", y, 2)
   checks.same_rows("x", x, "y", y)
@@ -104,7 +117,7 @@ def arrange_targets(x, y, num_devices: int = 1, key=None, wanted: slice = slice(
   x, y = np.asarray(x), np.asarray(y)
   if x.shape[0] < num_devices:
     raise ValueError(
-      f"expected at least one target row a device, got {x.shape[0]} rows for {num_devices} devices"
+      f"expected at least one target row per device, got {x.shape[0]} rows for {num_devices} devices"
     )
   labels = np.argmax(y, axis=1)
   shards = deal_rows(labels, num_devices, key)

@@ -27,7 +27,7 @@ def scored(sampler, uniform_mix, size, seed=0, share=0.7):
   state = state._replace(
     scores=jnp.asarray(np.where(known, scores, 0), jnp.float32), known=jnp.asarray(known)
   )
-  return importance.with_law(state, uniform_mix, size)
+  return importance.with_distribution(state, uniform_mix, size)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -66,14 +66,14 @@ def test_full_weights_are_unbiased_whatever_the_scores(balanced):
 def test_the_law_is_the_documented_one(x64):
   sampler = importance.importance(uniform_mix=0.25)
   state = scored(sampler, 0.25, 12)
-  law = importance.importance_law(state, 0.25)
+  law = importance.sampling_distribution(state, 0.25)
   known, scores = np.asarray(state.known), np.asarray(state.scores, np.float64)
   s = np.where(known, scores, scores[known].mean())[:91]
   p = s / s.sum()
   assert_close(law.probabilities[:91], 0.75 * p + 0.25 / 91, 1e-5)
   assert float(jnp.sum(law.probabilities[91:])) == 0
   assert_close(law.gain, 91 * (p**2).sum(), 1e-5)
-  squared = importance.importance_law(state, 0.25, 2.0)
+  squared = importance.sampling_distribution(state, 0.25, 2.0)
   p2 = s**2 / (s**2).sum()
   assert_close(squared.probabilities[:91], 0.75 * p2 + 0.25 / 91, 1e-5)
   assert_close(squared.gain, 91 * (p2**2).sum(), 1e-5)
@@ -97,12 +97,12 @@ def test_a_law_serves_until_a_quarter_of_the_rows_has_been_scored():
   made, update = [], jax.jit(sampler.update)
   for step in range(7):
     state = update(state, rows + 10 * step, labels, info(predictions * (step + 1)))
-    made.append(int(state.laws))
+    made.append(int(state.rebuilds))
   assert made == [0, 0, 1, 1, 1, 2, 2]  # of 91 rows, 30 are the first that make a quarter
   assert int(jnp.sum(state.known)) == 70
   # The last row scored is not in the law yet, and then it is.
   assert not np.array_equal(
-    importance.with_law(state, 0.2, 10).plan.inclusion, state.plan.inclusion
+    importance.with_distribution(state, 0.2, 10).plan.inclusion, state.plan.inclusion
   )
 
 
@@ -131,9 +131,11 @@ def test_flat_scores_draw_like_the_plain_sampler(balanced):
     flat,
     state._replace(known=state.base > 0),
   ):  # nothing known, all equal, all zero
-    for got, want in zip(ours.draw(key, importance.with_law(before, 0.5, 20), 20), expected):
+    for got, want in zip(
+      ours.draw(key, importance.with_distribution(before, 0.5, 20), 20), expected
+    ):
       np.testing.assert_array_equal(got, want)
-  heavy = importance.with_law(flat._replace(scores=flat.scores.at[7].set(100.0)), 0.5, 20)
+  heavy = importance.with_distribution(flat._replace(scores=flat.scores.at[7].set(100.0)), 0.5, 20)
   # A law holds for batches of one size.
   for got, want in zip(
     ours.draw(key, heavy, 19), plain.draw(key, plain.init(counts, CAPACITY), 19)
@@ -212,7 +214,7 @@ def test_calibration_cures_flat_cross_entropy():
   update = jax.jit(sampler.update)
   for _ in range(40):
     state = update(state, rows, jnp.asarray(labels), info(jnp.asarray(predictions)))
-  assert float(importance.importance_law(state, 0.0).gain) > 5
+  assert float(importance.sampling_distribution(state, 0.0).gain) > 5
 
 
 def test_two_million_rows_and_never_one_without_a_score():
@@ -220,7 +222,7 @@ def test_two_million_rows_and_never_one_without_a_score():
   scores = np.where(np.arange(n) % 2, np.random.default_rng(0).pareto(1.5, n), 0).astype(np.float32)
   sampler = importance.importance("squared_error", uniform_mix=0.0, weight_exponent=1.0)
   state = sampler.init(jnp.asarray([n // 2, n // 2], jnp.int32), n)
-  state = importance.with_law(
+  state = importance.with_distribution(
     state._replace(scores=jnp.asarray(scores), known=state.base > 0), 0.0, size
   )
   rows, weights = jax.jit(jax.vmap(lambda key: sampler.draw(key, state, size)))(

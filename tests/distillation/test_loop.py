@@ -70,7 +70,7 @@ def test_only_what_is_asked_is_learned(dtype):
     (kip.KIPOptions(1e-3, "cross_entropy"), {"x", "log_temperature"}),
   ):
     result = loop.distill(0, distiller(options), support, x, y, 3)
-    start = kip.kip(None, options).init_params(support)
+    start = distiller(options).method.init_params(support)
     changed = {
       name for name, value in result.state.params.items() if not np.array_equal(value, start[name])
     }
@@ -203,9 +203,12 @@ def test_a_failure_names_the_step():
       lambda s, x, y: loop.distill(0, distiller(), s, x[:3], y[:3], 1, devices=jax.devices()),
       "3 rows for 8 devices",
     ),
-    (lambda s, x, y: kip.kip(None, kip.KIPOptions(relative_ridge=0.0)), "relative_ridge"),
     (
-      lambda s, x, y: kip.kip(None, kip.KIPOptions(loss="hinge")),
+      lambda s, x, y: kip.kip(kipcore.linear_fn(), kip.KIPOptions(relative_ridge=0.0)),
+      "relative_ridge",
+    ),
+    (
+      lambda s, x, y: kip.kip(kipcore.linear_fn(), kip.KIPOptions(loss="hinge")),
       "expected one of mse, cross_entropy",
     ),
     (lambda s, x, y: importance.sampler("best"), "expected one of uniform, class_balanced"),

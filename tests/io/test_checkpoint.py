@@ -12,6 +12,7 @@ import pytest
 from helpers import resumes_exactly, untimed
 
 import kipcore
+from kipcore.distillation.methods.kip import KIP
 
 DEVICES = jax.devices()
 
@@ -155,16 +156,19 @@ def test_a_step_that_fails_leaves_the_state_before_it():
   """A loss that is not a number from the fifth step on: named, and the snapshot is that of four steps."""
   support, x, y = problem()
 
-  def loss(params, aux, batch, weights, key):
-    value, info = METHOD.loss(params, (), batch, weights, key)
-    return jnp.where(aux >= 4, jnp.nan, 1.0) * value, info
+  @dataclasses.dataclass(frozen=True)
+  class Failing(KIP):
+    def loss(self, params, aux, batch, weights, key):
+      value, info = super().loss(params, (), batch, weights, key)
+      return jnp.where(aux >= 4, jnp.nan, 1.0) * value, info
 
-  method = dataclasses.replace(
-    METHOD,
-    loss=loss,
-    init_aux=lambda key, params: jnp.int32(0),
-    update_aux=lambda key, params, aux, step: aux + 1,
-  )
+    def init_aux(self, key, params):
+      return jnp.int32(0)
+
+    def update_aux(self, key, params, aux, step):
+      return aux + 1
+
+  method = Failing(METHOD.kernel_fn, METHOD.options)
   snapshots = []
   failing = dataclasses.replace(distiller("uniform"), method=method)
   with pytest.raises(kipcore.NumericalError, match="step 5 .*NOT_FINITE"):
@@ -190,11 +194,13 @@ def test_a_run_whose_numbers_fail_goes_on_more_slowly():
   """Gradient descent on sum x^4 at a rate that explodes; a millionth of it from an earlier snapshot does not."""
   support, x, y = problem()
 
-  def loss(params, aux, batch, weights, key):
-    return jnp.sum(params["x"] ** 4), METHOD.loss(params, aux, batch, weights, key)[1]
+  @dataclasses.dataclass(frozen=True)
+  class Quartic(KIP):
+    def loss(self, params, aux, batch, weights, key):
+      return jnp.sum(params["x"] ** 4), super().loss(params, aux, batch, weights, key)[1]
 
   wild = kipcore.Distiller(
-    dataclasses.replace(METHOD, loss=loss), kipcore.sampler("uniform"), optax.sgd(1.0), 48
+    Quartic(METHOD.kernel_fn, METHOD.options), kipcore.sampler("uniform"), optax.sgd(1.0), 48
   )
   snapshots = []
   with pytest.raises(kipcore.NumericalError):

@@ -328,7 +328,7 @@ def test_what_is_logged_of_a_sampler_is_its_law(balanced):
   base = (100 / (3 * counts))[labels] if balanced else np.ones(100)
   metrics, with_law = (
     jax.jit(sampler.metrics),
-    jax.jit(lambda state: importance.with_law(state, mix, 5)),
+    jax.jit(lambda state: importance.with_distribution(state, mix, 5)),
   )
   plain = metrics(state)
   expected = np.bincount(labels, base) / base.sum()

@@ -11,9 +11,10 @@ import numpy as np
 import scipy.linalg
 
 from kipcore import blocks, checks, keys, linalg
+from kipcore.distillation import options as option_checks
 from kipcore.preprocess import class_labels
 from kipcore.selection.coreset import class_balanced_indices
-from kipcore.types import Array, Status, Support
+from kipcore.types import Array, Integer, Real, Status, Support
 
 FEATURE_MAPS = ("linear", "fcnn", "rff")
 RIDGES = tuple(10.0 ** (half / 2) for half in range(-12, 12))
@@ -22,7 +23,7 @@ _SLOPE = 0.1  # of the leaky ReLU
 
 @dataclasses.dataclass(frozen=True)
 class ClosedFormOptions:
-  """Choices of `krr_closed_form`.
+  """Options of `krr_closed_form`.
 
   Attributes:
     feature_map, depth, num_features, bandwidth: "linear", "fcnn" or "rff", and its settings; see `draw_map`.
@@ -34,15 +35,31 @@ class ClosedFormOptions:
   """
 
   feature_map: str = "linear"
-  depth: int = 1
-  num_features: int | None = None
-  bandwidth: float = 1000.0**0.5
+  depth: Integer = 1
+  num_features: Integer | None = None
+  bandwidth: Real = 1000.0**0.5
   labels: str = "start"
   ridges: tuple[float, ...] = RIDGES
   criterion: str = "accuracy"
-  held_out: float = 0.05
-  relative_ridge: float = 1e-6
-  block_size: int = 2048
+  held_out: Real = 0.05
+  relative_ridge: Real = 1e-6
+  block_size: Integer = 2048
+
+  def __post_init__(self):
+    option_checks.validate(
+      self,
+      positive=("bandwidth", "relative_ridge", "held_out"),
+      counts={"depth": 1, "num_features": 1, "block_size": 1},
+      choices={
+        "feature_map": FEATURE_MAPS,
+        "labels": ("start", "predicted"),
+        "criterion": ("accuracy", "loss"),
+      },
+    )
+    ridges = tuple(checks.number("ridges", ridge, 0, above=True) for ridge in self.ridges)
+    if not ridges:
+      raise ValueError("ridges: expected at least one candidate, got none")
+    object.__setattr__(self, "ridges", ridges)
 
 
 @functools.partial(
@@ -168,7 +185,7 @@ def map_features(feature_map: FeatureMap, x: Array) -> Array:
     x = linalg.matmul(x, w.astype(x.dtype))
     if feature_map.name == "fcnn":
       x = jnp.where(x > 0, x, _SLOPE * x)
-  if feature_map.name == "rff":
+  if feature_map.shift is not None:
     x = (2 / x.shape[1]) ** 0.5 * jnp.cos(x + feature_map.shift.astype(x.dtype)[None, :])
   return x
 
@@ -248,11 +265,6 @@ def krr_closed_form(
 
   Source: Chen, Huang, Weng 2024, theorems for linear and surjective feature maps.
   """
-  checks.one_of("labels", options.labels, ("start", "predicted"))
-  checks.one_of("criterion", options.criterion, ("accuracy", "loss"))
-  for name in ("ridges", "relative_ridge", "held_out"):
-    checks.positive(name, getattr(options, name))
-  checks.positive_int("block_size", options.block_size)
   checks.same_rows("x", x, "y", y)
   checks.rank("y", y, 2)
   for name, array in {"x": x, "y": y}.items():

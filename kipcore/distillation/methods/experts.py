@@ -1,34 +1,39 @@
-"""Experts: the flat parameters of networks trained on the targets, an epoch at a time; what MTT imitates."""
+"""Experts of MTT: the parameters of networks trained on the targets, after every epoch."""
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Float
 
 from kipcore import augment, checks, keys, krr, linalg
 from kipcore.distillation import samplers
 from kipcore.distillation.features import cross_entropy, outputs
-from kipcore.distillation.method import LossInfo, Sampler
+from kipcore.distillation.method import Sampler
 from kipcore.distillation.targets import Targets, arrange_targets
 from kipcore.networks import Network
-from kipcore.types import Array, Status
+from kipcore.types import Array, ArrayLike, LossInfo, Status
 
 
-def flat_parameters(module: Network, x: Array):
-  """How many parameters a network has for rows like those of `x`, and `flat (p,) -> variables`.
+def flat_parameters(
+  module: Network, x: Float[ArrayLike, "n ..."]
+) -> tuple[int, Callable[[Float[Array, " p"]], Any]]:
+  """The number p of parameters of a network for rows like those of `x`, and the function from `(p,)` to variables.
 
   Raises:
-    ValueError: for a network that keeps more than parameters (batch norm).
+    ValueError: for a network with variables other than parameters (batch norm).
   """
   row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
   with linalg.permissive_promotion():
     shapes = jax.eval_shape(module.init, jax.random.key(0), row)
   if set(shapes) != {"params"}:
     raise ValueError(
-      f"module: expected a network with parameters alone, got one with {', '.join(sorted(shapes))}"
+      f"module: expected a network without other variables than parameters, got {', '.join(sorted(shapes))}"
     )
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["params"])
   flat, unravel = ravel_pytree(zeros)
@@ -36,28 +41,27 @@ def flat_parameters(module: Network, x: Array):
 
 
 def train_expert(
-  key,
+  key: Any,
   module: Network,
-  x,
-  y,
+  x: Float[ArrayLike, "n ..."],
+  y: Float[ArrayLike, "n c"],
   num_epochs: int,
   learning_rate: float = 0.01,
   batch_size: int = 256,
-  sampler: Sampler = samplers.uniform(),
+  sampler: Sampler = samplers.Uniform(),
   momentum: float = 0.0,
   augmentation: str = "",
-) -> Array:
-  """Trains one network by SGD on the cross-entropy of hard labels, and keeps its parameters after every epoch.
+) -> Float[Array, "points p"]:
+  """Trains one network by SGD on the cross-entropy of hard labels and keeps its parameters after every epoch.
 
       v <- momentum v + grad mean_i(w_i CE(f(x_i), class of y_i)),   theta <- theta - learning_rate v
 
-  The batch of each step is drawn by a sampler, as in the distillation loop: this is where "which targets to learn from" acts on
-  MTT, which sees the targets through its experts alone. What the sampler is shown as predictions is softmax(f) - 1/c, so that
-  "residual_norm" is the norm of the gradient in the logits (EL2N); a heuristic for all others. An epoch is ceil(n / batch_size)
-  steps whatever the sampler: equal numbers of target evaluations. Published: 100 experts of 50 epochs, rate 0.01, no momentum,
-  batch 256, with DSA (`augment.DSA`). Ours differs in that rows are drawn anew each step and not once an epoch, one transform
-  serves all images of a step (same expected gradient, more variance), weights start Gaussian (He) and not uniform, and seeds
-  repeat.
+  The sampler draws the batch of each step, as in the distillation loop. Its predictions are softmax(f) - 1/c, so that
+  "residual_norm" is the norm of the gradient in the logits (EL2N); other scores are heuristics. An epoch is
+  ceil(n / batch_size) steps for every sampler. Calls with equal modules, samplers and sizes compile once.
+  Published settings: 100 experts of 50 epochs, rate 0.01, no momentum, batch 256, with DSA (`augment.DSA`).
+  Differences from the published code: rows are drawn at each step instead of permuted once per epoch, one transform serves
+  all images of a step (same expected gradient, more variance), and initial weights are Gaussian (He) instead of uniform.
 
   Args:
     key: random key (or int seed) of this expert.
@@ -66,10 +70,10 @@ def train_expert(
     y: `(n, c)` labels; the largest entry of a row is its class.
     num_epochs: >= 1.
     learning_rate: > 0.
-    batch_size: rows a step; n if there are fewer.
-    sampler: of `samplers` or `importance`, without a refresh of its own.
+    batch_size: rows per step; n if there are fewer.
+    sampler: any sampler with `refresh_every` 0.
     momentum: in [0, 1].
-    augmentation: names for `augment.random_augmentation`, one transform a step; "" for none.
+    augmentation: names for `augment.random_augmentation`, one transform per step; "" for none.
 
   Returns:
     `(num_epochs + 1, p)`: parameters at the start and after each epoch, flattened by `ravel_pytree`, in the dtype of `x`.
@@ -78,19 +82,18 @@ def train_expert(
     NumericalError: if training diverged.
     ValueError, TypeError: for shapes that disagree, integers, numbers out of range, batch norm, or a sampler with a refresh.
 
-  Source: Cazenavette et al. 2022 (MTT), section 3.1.
+  References:
+    Cazenavette et al. (2022), MTT, section 3.1.
   """
   checks.shape("y", y, (None, module.num_outputs))
   checks.floating("x", x)
   num_epochs = checks.positive_int("num_epochs", num_epochs)
   batch_size = checks.positive_int("batch_size", batch_size)
-  checks.positive("learning_rate", learning_rate)
-  checks.in_range("momentum", momentum, 0, 1)
+  learning_rate = checks.number("learning_rate", learning_rate, 0, above=True)
+  momentum = checks.number("momentum", momentum, 0, 1)
   augment.random_augmentation(augmentation)
   if sampler.refresh_every:
-    raise ValueError(
-      f"sampler: expected refresh_every = 0, as an epoch has no evaluations to spare, got {sampler.refresh_every}"
-    )
+    raise ValueError(f"sampler: expected refresh_every = 0, got {sampler.refresh_every}")
   flat_parameters(module, x)
   key = keys.canonical_key(key)
   targets = jax.tree.map(
@@ -114,10 +117,10 @@ def _train(module, sampler, augmentation, num_epochs, size, key, targets: Target
   with linalg.permissive_promotion():
     start = ravel_pytree(module.init(keys.stream(key, "init"), targets.x[:1])["params"])[0]
 
-  def step(carry, i):
-    theta, velocity, state = carry
+  def step(state, i):
+    theta, velocity, sampler_state = state
     step_key = keys.at_step(keys.stream(key, "step"), i)
-    indices, weights = sampler.draw(keys.stream(step_key, "draw"), state, size)
+    indices, weights = sampler.draw(keys.stream(step_key, "draw"), sampler_state, size)
     x, y = targets.x[indices], targets.y[indices]
     x = augment.random_augmentation(augmentation)(keys.stream(step_key, "augment"))(x)
 
@@ -134,12 +137,16 @@ def _train(module, sampler, augmentation, num_epochs, size, key, targets: Target
       per_example, predictions, krr.accuracy(predictions, y), jnp.zeros((), jnp.int32)
     )
     velocity = momentum * velocity + gradient
-    return (theta - rate * velocity, velocity, sampler.update(state, indices, y, info)), None
+    return (
+      theta - rate * velocity,
+      velocity,
+      sampler.update(sampler_state, indices, y, info),
+    ), None
 
-  def epoch(carry, i):
-    carry, _ = jax.lax.scan(step, carry, i * num_steps + jnp.arange(num_steps, dtype=jnp.int32))
-    return carry, carry[0]
+  def epoch(state, i):
+    state, _ = jax.lax.scan(step, state, i * num_steps + jnp.arange(num_steps, dtype=jnp.int32))
+    return state, state[0]
 
-  carry = (start, jnp.zeros_like(start), sampler.init(targets.class_counts, num_rows))
-  _, trajectory = jax.lax.scan(epoch, carry, jnp.arange(num_epochs, dtype=jnp.int32))
+  first = (start, jnp.zeros_like(start), sampler.init(targets.class_counts, num_rows))
+  _, trajectory = jax.lax.scan(epoch, first, jnp.arange(num_epochs, dtype=jnp.int32))
   return jnp.concatenate([start[None], trajectory])

@@ -1,21 +1,25 @@
-"""Gradient matching (DC, DSA): the support gives a network, class by class, the training gradients that the data give it."""
+"""Gradient matching (DC, DSA): match, class by class, the training gradients of a network on support and data."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from kipcore import augment, checks, keys
+from kipcore.distillation import options as option_checks
 from kipcore.distillation.features import (
   class_weights,
-  draw_networks,
+  draw_network,
   features,
   outputs,
   ridge_loss_info,
 )
-from kipcore.distillation.method import Batch, Method, Params, sum_over_devices, value_equal
+from kipcore.distillation.method import Batch, Method, Params, sum_over_devices
 from kipcore.networks import Network
-from kipcore.types import Array, Support
+from kipcore.types import Array, Integer, LossInfo, Real
 
 _EPS, _TRAIN_BATCH = 1e-6, 256
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -23,41 +27,53 @@ _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50:
 
 @dataclasses.dataclass(frozen=True)
 class GradientMatchingOptions:
-  """Choices of DC and DSA.
+  """Options of DC and DSA.
 
   Attributes:
     outer_steps: steps after which the network is redrawn; None for `published_loops`.
     inner_steps: passes over the support that train the network after each step; None for `published_loops`.
-    network_rate: learning rate of that training, plain SGD.
-    augmentation: names for `augment.random_augmentation`, "" for none (DC). `dsa` sets it.
+    network_rate: learning rate of that training (SGD without momentum).
+    augmentation: names for `augment.random_augmentation`; "" for none (DC). `dsa` sets it.
   """
 
-  outer_steps: int | None = None
-  inner_steps: int | None = None
-  network_rate: float = 0.01
+  outer_steps: Integer | None = None
+  inner_steps: Integer | None = None
+  network_rate: Real = 0.01
   augmentation: str = ""
+
+  def __post_init__(self):
+    option_checks.validate(
+      self, positive=("network_rate",), counts={"outer_steps": 1, "inner_steps": 1}
+    )
+    augment.random_augmentation(self.augmentation)
 
 
 def published_loops(images_per_class: float) -> tuple[int, int]:
-  """`(outer_steps, inner_steps)` of the nearest published number of images per class, of 1, 10, 20, 30, 40, 50."""
+  """`(outer_steps, inner_steps)` of the nearest published number of images per class (1, 10, 20, 30, 40, 50)."""
   return _LOOPS[min(_LOOPS, key=lambda published: abs(published - images_per_class))]
 
 
-def class_gradients(objective, theta, x: Array, y: Array, weights: Array):
-  """sum_{t in k} w_t grad_theta objective_t for every class k, each row differentiated once.
+def class_gradients(
+  objective: Callable[..., Array],
+  theta: Any,
+  x: Float[Array, "b ..."],
+  y: Float[Array, "b c"],
+  weights: Float[Array, " b"],
+) -> Any:
+  """Computes sum_{t in k} w_t grad_theta objective_t for every class k, differentiating each row once.
 
-  Rows are sorted by class and cut into chunks of one class each, over which a scan goes. So memory is that of a chunk and of
-  c gradients, and time that of b rows plus at most c partly filled chunks (not c times b). Differentiable in x.
+  A scan runs over chunks of rows of one class: memory for one chunk and c gradients, time for b rows and at most c
+  partly filled chunks. Differentiable in x.
 
   Args:
-    objective: `(theta, x (q, ...), weights (q,), class) -> scalar`, the weighted sum over rows of that class.
+    objective: `(theta, x (q, ...), weights (q,), class) -> scalar`, the weighted sum over rows of one class.
     theta: tree of parameters.
     x: `(b, ...)` rows.
-    y: `(b, c)` labels; the largest of a row is its class.
+    y: `(b, c)` labels; the largest entry of a row is its class.
     weights: `(b,)`.
 
   Returns:
-    The tree of theta with leading axis c, zero for classes without rows.
+    A tree like `theta` with leading axis c; zero for classes without rows.
   """
   b, c = y.shape
   labels = jnp.argmax(y, axis=1).astype(jnp.int32)
@@ -65,7 +81,7 @@ def class_gradients(objective, theta, x: Array, y: Array, weights: Array):
   counts = jnp.sum(
     labels[None, :] == jnp.arange(c, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32
   )
-  # Of equal classes each is one chunk; of large ones four, so that unequal ones leave little of their last chunk empty.
+  # One chunk per class if classes are small; four if they are large, so that the last chunks are mostly full.
   per_class = -(-b // c)
   size = max(min(per_class, 64), -(-per_class // 4))
   chunks = -(-counts // size)
@@ -90,88 +106,54 @@ def class_gradients(objective, theta, x: Array, y: Array, weights: Array):
   return jax.lax.scan(add_chunk, zeros, jnp.arange(most, dtype=jnp.int32))[0]
 
 
-def distance(real, made) -> Array:
-  """Sum over layers and output units of 1 - cos of their weight gradients, for every class.
+def distance(real: Any, synthetic: Any) -> Float[Array, " c"]:
+  """The sum over layers and output units of 1 - cos of their weight gradients, for every class.
 
       cos = <r, s> / (|r| |s| + 1e-6),   r, s all weights into one unit or channel (the last axis)
 
-  Biases and scales of norms, which have one axis, do not count. A unit without gradient adds the constant 1.
+  Parameters with one axis (biases, scales of norms) are left out. A unit without gradient adds the constant 1.
 
   Args:
     real: tree of `(c, ..., out)` gradients.
-    made: the same tree.
+    synthetic: a tree of the same shapes.
 
   Returns:
     `(c,)`, in [0, 2 units].
 
-  Source: Zhao, Mopuri, Bilen 2021 (DC), "Gradient matching loss"; the 1e-6 is the published code's.
+  References:
+    Zhao, Mopuri, Bilen (2021), DC, "Gradient matching loss"; 1e-6 as in the published code.
   """
 
   def norm(a):
     squares = jnp.sum(a * a, axis=1)
-    positive = (
-      squares > 0
-    )  # at 0, where dead units are, the square root has no derivative; 0 is taken
+    positive = squares > 0  # the derivative of the square root is set to 0 at 0 (dead units)
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
 
-  total = 0.0
-  for r, s in zip(jax.tree.leaves(real), jax.tree.leaves(made)):
+  total: Any = 0.0
+  for r, s in zip(jax.tree.leaves(real), jax.tree.leaves(synthetic)):
     if r.ndim > 2:
       r, s = (a.reshape(a.shape[0], -1, a.shape[-1]) for a in (r, s))
       total += jnp.sum(1 - jnp.sum(r * s, axis=1) / (norm(r) * norm(s) + _EPS), axis=1)
   return total
 
 
-@value_equal
-def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptions()) -> Method:
-  """Dataset condensation with gradient matching.
+@dataclasses.dataclass(frozen=True)
+class GradientMatching(Method):
+  """The method of `dc` and `dsa`; its auxiliary state is the variables of one network."""
 
-      loss = sum_c distance(g_c, h_c)
-      g_c = grad_theta sum_{t in c} w_t CE(net(x_t), c) / sum_{t in c} w_t,   h_c = grad_theta mean_{s in c} CE(net(x_s), c)
+  module: Network
+  options: GradientMatchingOptions
+  name: str = "dc"
 
-  The network is redrawn every `outer_steps` steps; between, after each step, it is trained on the support with hard labels
-  (the class of a row; labels are not learned) in batches of up to 256 rows. The support is differentiated through h_c,
-  a second derivative, and not through that training. Weights act within a class as in `distribution_matching.dm`; a class
-  without targets or without support is left out. On several devices the sums of g_c are taken over all of them.
-  Samplers see `features.ridge_loss_info` of the rows as they are, without augmentation.
-  Published: 1000 networks, so 1000 `outer_steps` steps; SGD of rate 0.1 and momentum 0.5; 256 targets of each class
-  ("class_balanced"); ConvNet of depth 3, 128 channels and instance norm; start from noise (DC) or from data (DSA).
-  Ours differs in that numbers of images per class other than the six published take the loops of the nearest, and do not
-  exit; all classes of a step come in one batch; weights are Gaussian (He) and not uniform; batches of the training have
-  equal sizes, the last filled up with rows of the first; with augmentation all rows of such a batch are transformed alike
-  (published: one operation, but parameters for each row); seeds repeat.
-
-  Args:
-    module: `networks.network(conv_net(3), 128, c, norm="instance")`; batch norm would need statistics of its own.
-    options: see `GradientMatchingOptions`.
-
-  Returns:
-    A `Method` that learns `x`; its aux is the network's variables.
-
-  Raises:
-    ValueError, TypeError: for batch norm, steps below 1, a rate <= 0, or an unknown augmentation.
-
-  Source: Zhao, Mopuri, Bilen 2021 (DC), algorithm 1; Zhao and Bilen 2021 (DSA), algorithm 1. The training is plain SGD as in
-  the later published code; the first version had momentum 0.5.
-  """
-  checks.one_of("norm", module.norm, ("none", "instance"))
-  checks.positive("network_rate", options.network_rate)
-  for name in ("outer_steps", "inner_steps"):
-    if getattr(options, name) is not None:
-      checks.positive_int(name, getattr(options, name))
-  draw_transform = augment.random_augmentation(options.augmentation)
-
-  def cross_entropies(theta, x: Array, labels: Array) -> Array:
-    logits = outputs(module, {"params": theta}, x)
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
-
-  def loss(params: Params, aux, batch: Batch, weights: Array, key: Array):
+  def loss(
+    self, params: Params, aux: Any, batch: Batch, weights: Float[Array, " t"], key: Any
+  ) -> tuple[Float[Array, ""], LossInfo]:
     theta = aux["params"]
 
     def objective(theta, x, weights, k):
-      # As published, each class has its own transform, which its targets and its support share.
-      x = draw_transform(keys.at_step(keys.stream(key, "augment"), k))(x)
-      return jnp.sum(weights * cross_entropies(theta, x, jnp.full(x.shape[:1], k)))
+      # As published, each class has its own transform, shared by its targets and its support.
+      x = self._transform(keys.at_step(keys.stream(key, "augment"), k))(x)
+      return jnp.sum(weights * self._cross_entropies(theta, x, jnp.full(x.shape[:1], k)))
 
     def mean_gradients(x, y, weights, total=lambda sums: sums):
       mass = jnp.sum(class_weights(y.astype(x.dtype), weights), axis=1)
@@ -184,27 +166,46 @@ def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptio
         batch.x, batch.y, weights.astype(batch.x.dtype), lambda sums: sum_over_devices(batch, sums)
       )
     )
-    made, in_support = mean_gradients(
+    synthetic, in_support = mean_gradients(
       params["x"], params["y"], jnp.ones(params["x"].shape[:1], params["x"].dtype)
     )
-    value = jnp.sum(jnp.where(in_batch & in_support, distance(real, made), 0))
-    phi_s, phi_t = (features(module, aux, jax.lax.stop_gradient(x)) for x in (params["x"], batch.x))
+    value = jnp.sum(jnp.where(in_batch & in_support, distance(real, synthetic), 0))
+    phi_s, phi_t = (
+      features(self.module, aux, jax.lax.stop_gradient(x)) for x in (params["x"], batch.x)
+    )
     return value, ridge_loss_info(phi_s, params["y"], phi_t, batch)
 
-  def redraw(key: Array, params: Params):
-    return jax.tree.map(lambda a: a[0], draw_networks(key, module, params["x"], 1))
+  def init_aux(self, key: Array, params: Params) -> Any:
+    return draw_network(key, self.module, params["x"])
 
-  def train(key: Array, params: Params, aux, passes: int):
+  def update_aux(self, key: Array, params: Params, aux: Any, step: Int[Array, ""]) -> Any:
+    outer, inner = published_loops(params["y"].shape[0] / params["y"].shape[1])
+    outer, inner = self.options.outer_steps or outer, self.options.inner_steps or inner
+    # Each branch has its own stream: a key is used once.
+    return jax.lax.cond(
+      (step + 1) % outer == 0,
+      lambda: self.init_aux(keys.stream(key, "redraw"), params),
+      lambda: self._train(keys.stream(key, "train"), params, aux, inner),
+    )
+
+  def _transform(self, key: Array) -> Callable[[Array], Array]:
+    return augment.random_augmentation(self.options.augmentation)(key)
+
+  def _cross_entropies(self, theta: Any, x: Array, labels: Array) -> Array:
+    logits = outputs(self.module, {"params": theta}, x)
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+
+  def _train(self, key: Array, params: Params, aux: Any, passes: int) -> Any:
+    """The network after `passes` passes of SGD over the support."""
     x, labels = params["x"], jnp.argmax(params["y"], axis=1)
     batches = -(-x.shape[0] // _TRAIN_BATCH)
 
     def descend(theta, draw):
       rows, batch_key = draw
-      x_batch = draw_transform(batch_key)(x[rows])
-      gradient = jax.grad(lambda theta: jnp.mean(cross_entropies(theta, x_batch, labels[rows])))(
-        theta
-      )
-      return jax.tree.map(lambda a, g: a - options.network_rate * g, theta, gradient), None
+      x_batch = self._transform(batch_key)(x[rows])
+      mean = lambda theta: jnp.mean(self._cross_entropies(theta, x_batch, labels[rows]))
+      gradient = jax.grad(mean)(theta)
+      return jax.tree.map(lambda a, g: a - self.options.network_rate * g, theta, gradient), None
 
     def one_pass(theta, i):
       order_key, augment_key = (
@@ -217,43 +218,58 @@ def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptio
 
     return {"params": jax.lax.scan(one_pass, aux["params"], jnp.arange(passes, dtype=jnp.int32))[0]}
 
-  def update_aux(key: Array, params: Params, aux, step: Array):
-    outer, inner = published_loops(params["y"].shape[0] / params["y"].shape[1])
-    outer, inner = options.outer_steps or outer, options.inner_steps or inner
-    # Every branch has a stream of its own: a key is used once.
-    return jax.lax.cond(
-      (step + 1) % outer == 0,
-      lambda: redraw(keys.stream(key, "redraw"), params),
-      lambda: train(keys.stream(key, "train"), params, aux, inner),
-    )
 
-  return Method(
-    "dc",
-    lambda support: {"x": support.x, "y": support.y},
-    lambda params, aux: Support(params["x"], params["y"]),
-    lambda params: {"x": 1, "y": 0},
-    loss,
-    redraw,
-    update_aux,
-  )
+def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptions()) -> Method:
+  """Dataset condensation with gradient matching.
+
+      loss = sum_c distance(g_c, h_c)
+      g_c = grad_theta sum_{t in c} w_t CE(net(x_t), c) / sum_{t in c} w_t,   h_c = grad_theta mean_{s in c} CE(net(x_s), c)
+
+  The network is redrawn every `outer_steps` steps; after each other step it is trained on the support with hard labels in
+  batches of up to 256 rows. The gradient flows through h_c (a second derivative), not through that training. Weights act
+  within a class, as in `dm`; classes without targets or without support are left out. On several devices the sums of g_c
+  run over all of them. Samplers score the targets without augmentation (`features.ridge_loss_info`).
+  Published settings: 1000 networks, so 1000 `outer_steps` steps; SGD with rate 0.1 and momentum 0.5; 256 targets per class
+  ("class_balanced"); ConvNet of depth 3 with 128 channels and instance norm; start from noise (DC) or data (DSA).
+  Differences from the published code: other numbers of images per class use the loops of the nearest published one; one
+  batch has all classes; Gaussian (He) instead of uniform initial weights; training batches have equal sizes; one transform
+  serves all rows of a training batch (published: parameters for each row).
+
+  Args:
+    module: `networks.network(conv_net(3), 128, c, norm="instance")`; batch norm is not supported.
+    options: see `GradientMatchingOptions`.
+
+  Returns:
+    A `Method` that learns `x`.
+
+  Raises:
+    ValueError: for batch norm.
+
+  References:
+    Zhao, Mopuri, Bilen (2021), DC, algorithm 1; Zhao and Bilen (2021), DSA, algorithm 1. Training is plain SGD, as in
+    the later published code; the first version had momentum 0.5.
+  """
+  checks.one_of("norm", module.norm, ("none", "instance"))
+  return GradientMatching(module, options)
 
 
-@value_equal
 def dsa(module: Network, options: GradientMatchingOptions = GradientMatchingOptions()) -> Method:
-  """`dc` with differentiable siamese augmentation: all of `augment.DSA`, alike for targets and support of a class.
+  """`dc` with differentiable siamese augmentation, `augment.DSA`.
 
   Args:
     module: as for `dc`.
-    options: as for `dc`, but for the augmentation.
+    options: as for `dc`, except for the augmentation, which is replaced.
 
   Returns:
     A `Method`.
 
   Raises:
-    ValueError, TypeError: as `dc`.
+    ValueError: as `dc`.
 
-  Source: Zhao and Bilen 2021 (DSA), eq. 7.
+  References:
+    Zhao and Bilen (2021), DSA, eq. 7.
   """
-  return dataclasses.replace(
-    dc(module, dataclasses.replace(options, augmentation=augment.DSA)), name="dsa"
+  checks.one_of("norm", module.norm, ("none", "instance"))
+  return GradientMatching(
+    module, dataclasses.replace(options, augmentation=augment.DSA), name="dsa"
   )

@@ -209,16 +209,18 @@ def test_conjugate_gradients_solve_and_stop_at_negative_curvature(x64):
   positive = q @ np.diag([1.0, 2, 3, 5, 8, 13]) @ q.T
   for steps in (6, 40):
     np.testing.assert_allclose(
-      rcig._solve(lambda u: positive @ u, jnp.asarray(b), steps),
+      rcig._conjugate_gradients(lambda u: positive @ u, jnp.asarray(b), steps),
       np.linalg.solve(positive, b),
       rtol=1e-8,
     )
-  assert not rcig._solve(lambda u: -u, jnp.asarray(b), 5).any()
+  assert not rcig._conjugate_gradients(lambda u: -u, jnp.asarray(b), 5).any()
   # The first direction is good and the second is not: the first step is what remains.
   bent = np.diag([1.0, -0.5])
-  first = rcig._solve(lambda u: bent @ u, jnp.asarray([1.0, 0.5]), 1)
+  first = rcig._conjugate_gradients(lambda u: bent @ u, jnp.asarray([1.0, 0.5]), 1)
   np.testing.assert_allclose(first, np.array([1.0, 0.5]) * 1.25 / 0.875)
-  np.testing.assert_allclose(rcig._solve(lambda u: bent @ u, jnp.asarray([1.0, 0.5]), 9), first)
+  np.testing.assert_allclose(
+    rcig._conjugate_gradients(lambda u: bent @ u, jnp.asarray([1.0, 0.5]), 9), first
+  )
 
 
 def test_implicit_part_is_clipped_to_the_norm_of_the_direct_one(x64, quick):

@@ -419,14 +419,17 @@ BATCH_NORM = networks.network(kipcore.conv_net(1), 4, C, norm="batch")
       lambda s, x, y, w: trajectory_matching.mtt(MODULE, w[0]),
       "trajectories: expected an array with 3 dimensions",
     ),
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w), "trajectories: expected 29 points"),
+    (
+      lambda s, x, y, w: trajectory_matching.mtt(MODULE, w),
+      "trajectories: expected at least one expert with at least 29 points",
+    ),
     (
       lambda s, x, y, w: trajectory_matching.mtt(
         MODULE, w, dataclasses.replace(OPTIONS, max_start_epoch=3)
       ),
-      "expected 6 points",
+      "at least 6 points",
     ),
-    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w[:0], OPTIONS), "one expert or more"),
+    (lambda s, x, y, w: trajectory_matching.mtt(MODULE, w[:0], OPTIONS), "at least one expert"),
     (
       lambda s, x, y, w: trajectory_matching.mtt(MODULE, w[..., 1:], OPTIONS).init_params(s),
       "trajectories: expected shape",
