@@ -75,6 +75,7 @@ from kipcore.kernels import (
   rbf_fn,
 )
 from kipcore.kernels.gram import gram, gram_diag, gram_matvec
+from kipcore.kernels.stax import StaxKernel
 from kipcore.krr import (
   KRRFit,
   KRRLoss,
@@ -223,6 +224,7 @@ __all__ = [
   "SensitivityScores",
   "Snapshot",
   "Status",
+  "StaxKernel",
   "Support",
   "SystematicSample",
   "Targets",

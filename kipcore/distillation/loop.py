@@ -327,7 +327,7 @@ def distill(
       raise ValueError(
         f"resume: expected a snapshot of at most {num_steps} steps, got one of {done}"
       )
-  mapped = pmap(_run_steps, axis, donate_argnums=(2,), static_broadcasted_argnums=(0,))
+  mapped: Any = pmap(_run_steps, axis, donate_argnums=(2,), static_broadcasted_argnums=(0,))
   run = functools.partial(mapped, distiller)
   started = time.perf_counter()
   raw_key = np.broadcast_to(jax.random.key_data(key), (axis.local, *jax.random.key_data(key).shape))
