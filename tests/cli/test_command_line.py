@@ -72,8 +72,8 @@ def calls(script: str, commands: list[list[str]], cwd) -> list[tuple[int, str, s
   return json.loads(done.stdout)
 
 
-def test_tests_start_binaries_as_users_do():
-  """Output, errors and status of a process that was forked are those of `python -m`, in success and in failure."""
+def test_forked_commands_behave_like_those_of_users():
+  """Output, errors and status of a forked process equal those of `python -m`, in success and failure."""
   for arguments, status in ((["--help"], 0), (["--dataset=nosuch.npz"], 2)):
     forked = run_binary("experiments.run_distill", *arguments)
     done = subprocess.run(
@@ -116,7 +116,7 @@ FLAGS = {
 }
 
 
-def test_each_binary_has_its_console_script():
+def test_each_launcher_has_its_console_script():
   modules = {path.stem.removeprefix("run_") for path in (ROOT / "experiments").glob("run_*.py")}
   assert entry_points() == {
     f"kipcore-{name}": f"kipcore.cli.{name}:run" for name in modules
@@ -124,7 +124,7 @@ def test_each_binary_has_its_console_script():
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_help_is_readable_and_complete(name, tmp_path):
+def test_help_lists_every_flag(name, tmp_path):
   (status, text, errors), (_, full, _), (_, version, _) = calls(
     f"kipcore-{name}", [["--help"], ["--no_such", "--helpfull"], ["--version"]], tmp_path
   )
@@ -166,7 +166,7 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def distilling(tmp_path_factory):
-  """What `kipcore-distill` answers to a dry run and to wrong input, and the folder that it was called in."""
+  """Results of a dry run and of invalid commands, and the folder in which they ran."""
   folder = tmp_path_factory.mktemp("calls")
   (folder / "empty").mkdir()
   (folder / "before").mkdir()
@@ -180,7 +180,7 @@ def distilling(tmp_path_factory):
 
 
 @pytest.mark.parametrize("i", range(len(WRONG)), ids=lambda i: " ".join(WRONG[i][0]))
-def test_wrong_input_ends_in_status_2_and_one_line(distilling, i):
+def test_invalid_input_ends_with_status_2_and_one_line(distilling, i):
   status, out, errors = distilling[1][i + 1]
   assert (
     status == 2
@@ -209,7 +209,7 @@ def parts_of(out) -> tuple[list[str], list[str]]:
   ]
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(distilling):
+def test_a_dry_run_describes_the_run_and_writes_nothing(distilling):
   folder, ((status, out, errors), *_) = distilling
   assert status == 0 and not errors
   assert (
@@ -261,10 +261,10 @@ class Terminal(io.StringIO):
     return True
 
 
-def test_progress_shows_the_time_left_in_a_terminal_alone(monkeypatch):
-  now, said = [0.0], []
+def test_progress_shows_the_remaining_time_in_a_terminal_only(monkeypatch):
+  now, lines = [0.0], []
   monkeypatch.setattr(sys, "stderr", Terminal())
-  with progress.Steps(100, "kip", (1, 50, 100), said.append, clock=lambda: now[0]) as bar:
+  with progress.Steps(100, "kip", (1, 50, 100), lines.append, clock=lambda: now[0]) as bar:
     bar.logged(0)
     for done, seconds in ((1, 1.0), (50, 50.0)):
       now[0] = seconds
@@ -278,18 +278,18 @@ def test_progress_shows_the_time_left_in_a_terminal_alone(monkeypatch):
     )
     shown = sys.stderr.getvalue()
   assert re.search(r"kip:  50%\|.*\| 50/100 \[\d\d:\d\d, 50\.0 s left\]", shown), shown
-  assert said == ["estimate: 1 s per step, 50.0 s for the remaining 50 steps"]
+  assert lines == ["estimate: 1 s per step, 50.0 s for the remaining 50 steps"]
   monkeypatch.setattr(sys, "stderr", io.StringIO())
   with (
-    progress.Steps(100, "kip", (), said.append) as bar,
+    progress.Steps(100, "kip", (), lines.append) as bar,
     progress.working("waiting", expected=3.0),
   ):
     bar.advance(50)
   assert sys.stderr.getvalue() == ""
 
 
-def test_the_readme_of_a_run_folder_names_each_file(tmp_path):
-  """Of real runs: tests/test_pipeline.py."""
+def test_the_readme_of_a_run_folder_lists_each_file(tmp_path):
+  """See test_pipeline.py for real runs."""
   folder = tmp_path / "my run"
   folder.mkdir()
   for name in (*run_folder.RUN_FILES, "mine.npy"):
@@ -343,7 +343,7 @@ def test_commands_of_a_grid_keep_lists_and_settings():
   ]
 
 
-def test_amounts_are_for_people():
+def test_amounts_as_text():
   assert [estimate.memory(count) for count in (2e3, 3.2e6, 1.5e9)] == ["2.0 kB", "3.2 MB", "1.5 GB"]
   parts = [estimate.Part("a", 1.0), estimate.Part("longer", float("nan"))]
   assert estimate.listed(parts, estimate.duration).splitlines()[1:] == [

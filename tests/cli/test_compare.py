@@ -1,4 +1,4 @@
-"""Methods by name through the pipeline: settings, options, every method with every kind of start and sampler, and the grid."""
+"""Methods by name: settings, options, every method with every kind of initialization and sampler, and the grid."""
 
 import csv
 import dataclasses
@@ -26,7 +26,7 @@ TINY = dict(
   num_devices=1,
 )
 EXPERTS = dict(num_experts=1, expert_epochs=5, expert_rows=100)
-# Every start and sampler meets some method, every method one of each.
+# Every initialization and sampler is used by some method.
 PAIRS = {
   "kip": ("krr_pursuit", "margin"),
   "rfad": ("krr_sensitivity", "cross_entropy"),
@@ -46,8 +46,8 @@ PAIRS = {
     for method in PAIRS
   ],
 )
-def test_every_method_runs_from_a_name_and_leaves_its_artifact(method, tmp_path):
-  """The artifact gives the recorded score back, and labels that are classes stay so. Devices: the tests of each method."""
+def test_every_method_runs_by_name_and_writes_its_artifact(method, tmp_path):
+  """The artifact reproduces the recorded score, and hard labels are unchanged."""
   init, sampler = PAIRS[method]
   settings = {**TINY, **EXPERTS, "architecture": "fc1" if method == "kip" else TINY["architecture"]}
   config = recipes.resolve(method=method, init=init, sampler=sampler, **settings)
@@ -73,7 +73,7 @@ def test_every_method_runs_from_a_name_and_leaves_its_artifact(method, tmp_path)
   assert (folder / "experts.npy").exists() == (method == "mtt")
 
 
-def test_closed_form_scores_in_its_own_features(tmp_path):
+def test_closed_form_is_scored_in_its_features(tmp_path):
   _, result = pipeline.run_distill(
     recipes.resolve(method="krr_closed_form", options="feature_map=fcnn"),
     str(tmp_path),
@@ -83,7 +83,7 @@ def test_closed_form_scores_in_its_own_features(tmp_path):
   assert result["full_model_error"] < 1e-2 and result["steps"] == 0
 
 
-def test_settings_come_from_the_method_unless_given():
+def test_settings_default_to_those_of_the_method():
   assert recipes.resolve() == DistillConfig()
   published, small = (
     recipes.resolve(method="dm", preset=preset) for preset in ("published", "cpu")
@@ -121,7 +121,7 @@ def test_settings_come_from_the_method_unless_given():
     (dict(method="rfad", loss="hinge"), "loss: expected one of"),
   ],
 )
-def test_wrong_settings_are_named_before_any_work(given, message, tmp_path):
+def test_invalid_settings_are_named_before_any_work(given, message, tmp_path):
   with pytest.raises(UsageError, match=message):
     pipeline.run_distill(recipes.resolve(**given), str(tmp_path), verbose=False)
   assert not list(tmp_path.iterdir())
@@ -140,7 +140,7 @@ def cells(folder):
     return list(csv.DictReader(file))
 
 
-def test_a_grid_gives_a_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_a_grid_writes_a_table_and_continues_with_missing_cells(tmp_path, monkeypatch, capsys):
   whole = comparison.run_compare(GRID, SHARED, str(tmp_path / "whole"), False)
   rows = cells(whole)
   assert len(rows) == 2 * 2 + 2 * 2 * 2  # label solving has no sampler
@@ -176,7 +176,7 @@ def test_a_grid_gives_a_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch
   assert timeless(cells(tmp_path / "cut")) == timeless(rows)
   with pytest.raises(UsageError, match="contains another grid, whose cells have steps=2, not 3"):
     comparison.run_compare(GRID, {**SHARED, "steps": 3}, str(tmp_path / "cut"), False)
-  # A folder that is older than one of the settings.
+  # A folder written before one of the settings existed.
   recorded = json.loads((tmp_path / "cut" / "config.json").read_text())
   for cell in recorded["cells"]:
     del cell["train_rows"]
@@ -191,7 +191,7 @@ def test_a_grid_gives_a_table_and_goes_on_where_it_stopped(tmp_path, monkeypatch
   assert [config.seed for config in ran] == [2, 2] and len(cells(tmp_path / "cut")) == 14
 
 
-def test_gains_are_paired_and_failures_are_told():
+def test_gains_are_paired_and_failures_are_counted():
   row = dict.fromkeys(comparison.FIELDS, "") | dict(
     method="dm", init="uniform", sampler="uniform", target_evaluations="80", error=""
   )
@@ -201,14 +201,14 @@ def test_gains_are_paired_and_failures_are_told():
   ]
   rows += [row | dict(init="kmeans", seed="2", error="step 3 failed")]
   found = comparison.arms(rows, "test_accuracy")
-  plain, ours = found.values()
-  mean, error = comparison.gain(ours, plain)
+  plain, arm = found.values()
+  mean, error = comparison.gain(arm, plain)
   assert abs(mean - 2) < 1e-9 and error < 1e-9
   last = comparison.markdown(rows).splitlines()[-1]
   assert "+2.0 ± 0.0" in last and "(1 failed)" in last
 
 
-def test_numbers_that_fail_become_a_line_of_the_table():
+def test_a_numerical_failure_becomes_a_row_of_the_table():
   config = recipes.resolve(method="dm", **{**TINY, "learning_rate": 1e30})
   assert "NOT_FINITE" in comparison.run_cell(config)["error"]
 
@@ -222,7 +222,7 @@ def test_numbers_that_fail_become_a_line_of_the_table():
     (dict(preset="huge"), "--preset: expected one of"),
   ],
 )
-def test_wrong_grids_are_named_before_any_cell(changes, message, tmp_path):
+def test_invalid_grids_are_named_before_any_cell(changes, message, tmp_path):
   with pytest.raises(UsageError, match=message):
     comparison.run_compare(
       dataclasses.replace(GRID, **changes), SHARED, str(tmp_path / "new"), False
@@ -233,7 +233,7 @@ def test_wrong_grids_are_named_before_any_cell(changes, message, tmp_path):
 @pytest.mark.parametrize(
   "text, message", [("stepz=3", "expected names among"), ("steps=many", "to be an integer")]
 )
-def test_wrong_fields_of_a_grid_are_named(text, message):
+def test_invalid_fields_of_a_grid_are_named(text, message):
   with pytest.raises(UsageError, match=message):
     recipes.parsed("--set", [text], dataclasses.asdict(DistillConfig()))
   assert recipes.parsed(

@@ -1,4 +1,4 @@
-"""What is said before a long run."""
+"""Estimates before a long run."""
 
 import re
 
@@ -21,7 +21,7 @@ SMALL = dict(architecture="conv1", images_per_class=1, test_rows=20, seed=0)
     (86_400 * 3, "3.0 days"),
   ],
 )
-def test_durations_are_for_people(seconds, text):
+def test_durations_as_text(seconds, text):
   assert estimate.duration(seconds) == text
 
 
@@ -31,7 +31,7 @@ def test_pairs_are_counted():
 
 
 @pytest.mark.slow
-def test_costly_runs_say_so_before_they_start(tmp_path, capsys, monkeypatch):
+def test_costly_runs_print_an_estimate_before_they_start(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(estimate, "WORTH_SECONDS", 0.0)
   config = DistillConfig(**SMALL, steps=2, target_batch_size=30, precision="bfloat16")
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=True)
@@ -42,7 +42,7 @@ def test_costly_runs_say_so_before_they_start(tmp_path, capsys, monkeypatch):
   assert found and int(found[1]) == 10 * 30 + 10 + 30 + 55
   assert float(found[3]) == pytest.approx(395e-3 * float(found[2]), rel=0.02)
   assert out.index("estimate") < out.index("random real images")
-  # Scores are those of the exact kernel, whatever the steps used.
+  # Scores use the exact kernel, whatever the precision of the steps.
   data = pipeline.load(config)
   assert data.kernel_fn.precision == "bfloat16"
   exact = pipeline.load(DistillConfig(**SMALL, target_batch_size=30))
@@ -50,13 +50,13 @@ def test_costly_runs_say_so_before_they_start(tmp_path, capsys, monkeypatch):
   assert pipeline.score(config, data, support) == pipeline.score(config, exact, support)
 
 
-def test_cheap_kernels_say_nothing():
+def test_cheap_runs_print_no_estimate():
   planned, chosen = pipeline.plan(DistillConfig()), selection.plan(SelectConfig())
   assert estimate.of_distillation(DistillConfig(), planned.data, planned.sizes) is None
   assert estimate.worth_reporting(*selection.expectation(SelectConfig(), chosen.data, 10)) is None
 
 
-def test_selection_says_what_it_takes_before_it_starts(tmp_path, capsys, monkeypatch):
+def test_a_selection_prints_an_estimate_before_it_starts(tmp_path, capsys, monkeypatch):
   class Stop(Exception):
     pass
 
@@ -68,11 +68,11 @@ def test_selection_says_what_it_takes_before_it_starts(tmp_path, capsys, monkeyp
   with pytest.raises(Stop):
     selection.run_select(SelectConfig(**SMALL, strategy="krr_sensitivity"), str(tmp_path))
   rows = pipeline.load(SelectConfig(**SMALL)).x_train.shape[0]
-  said = re.search(
+  found = re.search(
     r"estimate: about ([\d.]+) min \(points \(krr_sensitivity\) ([\d.]+) min",
     capsys.readouterr().out,
   )
-  assert said and float(said[1]) > float(said[2]) == pytest.approx(rows**2 * 1e-4 / 60, rel=0.2)
+  assert found and float(found[1]) > float(found[2]) == pytest.approx(rows**2 * 1e-4 / 60, rel=0.2)
 
 
 def test_work_adds_up():

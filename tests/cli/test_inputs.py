@@ -1,4 +1,4 @@
-"""Inputs that cannot hurt: what each entry point does with dirty data, hostile files and full disks, and a share of the fuzzing."""
+"""Robustness: dirty data, hostile files and full disks at each entry point, and a part of the fuzzing."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def at(array, index, value):
   return out
 
 
-# Rows and labels, and the message of all that take them; None where they work.
+# Rows and labels, and the message for them; None if they are valid.
 CASES = {
   "clean": (X, Y, None),
   "label noise": (X, Y[RNG.permutation(12)], None),
@@ -96,8 +96,8 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_dirty_rows_work_or_are_named(entry):
-  """Where rows are not refused, the result is finite. (What takes long to compile has its own tests on clean rows.)"""
+def test_dirty_rows_work_or_are_refused(entry):
+  """If rows are accepted, the result is finite. (Entry points that compile slowly have tests of clean rows elsewhere.)"""
   for name, (x, y, pattern) in CASES.items():
     if pattern is None and entry in ("evaluate_network", "distill"):
       continue
@@ -111,7 +111,7 @@ def test_dirty_rows_work_or_are_named(entry):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300, name
 
 
-def test_a_missing_class_and_a_single_example_are_named():
+def test_missing_classes_are_refused():
   for rows in (LABELS == 0, LABELS != 1, np.arange(12) == 0):
     with pytest.raises(
       ValueError, match="images_per_class: expected at most the 0 rows of the smallest class, got 1"
@@ -142,7 +142,7 @@ def test_a_missing_class_and_a_single_example_are_named():
     (X[[0] * 9], "zca", None),
   ],
 )
-def test_preprocessing_is_finite_or_says_why(x, kind, pattern):
+def test_preprocessing_is_finite_or_refused(x, kind, pattern):
   if pattern:
     with pytest.raises((ValueError, TypeError), match=pattern):
       kipcore.fit_preprocess(x, kind)
@@ -154,7 +154,7 @@ def test_preprocessing_is_finite_or_says_why(x, kind, pattern):
     )
 
 
-def test_ridge_regression_never_gives_nan_in_silence():
+def test_ridge_regression_never_returns_nan_silently():
   k = jnp.eye(3)
   assert kipcore.krr_fit(k, Y[:3], 1.0).status == kipcore.Status.OK
   for matrix, labels in (
@@ -234,7 +234,7 @@ DATASETS = {
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_dirty_datasets_work_or_end_a_binary_with_status_2(name, tmp_path, capsys):
+def test_dirty_datasets_work_or_end_a_command_with_status_2(name, tmp_path, capsys):
   changes, expected = DATASETS[name]
   path = str(tmp_path / "data.npz")
   np.savez(path, **{**GOOD, **changes})
@@ -261,7 +261,7 @@ def test_dirty_datasets_work_or_end_a_binary_with_status_2(name, tmp_path, capsy
 
 
 def npy(text, body=b"", version=1, length=None):
-  """A `.npy` file with any text for a header."""
+  """A `.npy` file with the given text as header."""
   text = text.encode()
   length = len(text) if length is None else length
   return (
@@ -356,7 +356,7 @@ BAD_ARCHIVES = {
 
 
 @pytest.mark.parametrize("name", BAD_ARCHIVES)
-def test_hostile_archives_are_refused_before_memory_is_taken(name, tmp_path):
+def test_hostile_archives_are_refused_before_memory_is_allocated(name, tmp_path):
   content, pattern = BAD_ARCHIVES[name]
   path = tmp_path / "a.npz"
   path.write_bytes(content)
@@ -371,7 +371,7 @@ def test_hostile_archives_are_refused_before_memory_is_taken(name, tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz"]
 
 
-def test_the_door_reads_what_numpy_writes(tmp_path):
+def test_the_reader_reads_what_numpy_writes(tmp_path):
   content = {
     "f": np.arange(6.0).reshape(2, 3).T,
     "s": np.array("text"),
@@ -403,7 +403,7 @@ def test_the_door_reads_what_numpy_writes(tmp_path):
     npz.read_npz(tmp_path / "pipe.npz")
 
 
-def test_files_of_ours_carry_format_version_and_checksums(tmp_path):
+def test_written_files_contain_format_version_and_checksums(tmp_path):
   path, content = tmp_path / "a.npz", {"x": np.arange(3.0), "file": np.zeros((), ">i4")}
   npz.save_checked(path, content, "kind", 2, {"note": "n"})
   arrays, metadata = npz.load_checked(path, "kind", 2, ("x",))
@@ -443,7 +443,7 @@ def test_files_of_ours_carry_format_version_and_checksums(tmp_path):
       npz.load_checked(path, "kind", 2)
 
 
-# --- artifacts and trajectories whose checksums are right ---
+# --- artifacts and trajectories with correct checksums ---
 
 
 @pytest.fixture(scope="module")
@@ -496,7 +496,7 @@ def replaced(tree, names, value):
     (("about", "preprocess", "steps"), 3, "preprocess spec"),
   ],
 )
-def test_artifacts_that_make_no_sense_are_refused(names, value, pattern, artifact, tmp_path):
+def test_inconsistent_artifacts_are_refused(names, value, pattern, artifact, tmp_path):
   arrays, about = artifact
   if names[0] == "about":
     about = replaced(about, names[1:], value)
@@ -508,14 +508,14 @@ def test_artifacts_that_make_no_sense_are_refused(names, value, pattern, artifac
   assert "\n" not in str(caught.value)
 
 
-def test_an_artifact_of_no_run_is_not_scored(artifact, tmp_path):
+def test_an_artifact_without_a_run_is_not_scored(artifact, tmp_path):
   for about in ({**artifact[1], "dataset": None}, {**artifact[1], "config": {}, "result": {}}):
     npz.save_checked(tmp_path / "a.npz", artifact[0], "kipcore-distilled", 1, about)
     with pytest.raises(UsageError, match="--artifact: expected the artifact of a run"):
       evaluation.run_evaluate(kipcore.load_artifact(tmp_path / "a.npz"), EvaluateConfig())
 
 
-def test_altered_trajectories_are_found(tmp_path):
+def test_altered_trajectories_are_detected(tmp_path):
   path = tmp_path / "experts.npy"
   trajectories.save_trajectories(path, np.ones((2, 3, 4), np.float32), {})
   whole, about = path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
@@ -537,7 +537,7 @@ def test_altered_trajectories_are_found(tmp_path):
       trajectories.load_trajectories(path)
 
 
-def test_reports_of_broken_runs_end_in_one_line(tmp_path):
+def test_reports_of_broken_runs_fail_with_one_line(tmp_path):
   for config in ("[]", "{}", "[" * 100_000, '{"dataset": 3}', "null", "\udcff"):
     (tmp_path / "config.json").write_bytes(config.encode("utf-8", "surrogateescape"))
     run_folder.write_json(tmp_path / "result.json", {"support_size": 1})
@@ -546,7 +546,7 @@ def test_reports_of_broken_runs_end_in_one_line(tmp_path):
   assert not (tmp_path / "report.html").exists()
 
 
-def test_grids_seeds_and_widths_beyond_reason_are_named(tmp_path):
+def test_huge_grids_seeds_and_widths_are_refused(tmp_path):
   for grid in (
     dict(num_seeds=2**70),
     dict(num_seeds=2**31, samplers=()),
@@ -569,14 +569,14 @@ def test_grids_seeds_and_widths_beyond_reason_are_named(tmp_path):
       call()
 
 
-def test_odd_text_in_a_pickle_is_refused_in_silence(tmp_path):
+def test_invalid_escapes_in_a_pickle_cause_no_warning(tmp_path):
   (tmp_path / "a.pt").write_bytes(malformed.torch_bytes(b"\x80\x02S'\\('\n."))
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     assert kipcore.read_torch_file(tmp_path / "a.pt") == "\\("
 
 
-def test_a_list_is_no_number_of_a_checkpoint(tmp_path):
+def test_a_step_of_a_checkpoint_must_be_a_number(tmp_path):
   good = malformed.published_sets()["checkpoint_7"]
   for step in ([1, [2, 3]], {}, "7", None, True, np.inf):
     (tmp_path / "checkpoint_7").write_bytes(malformed.flax_bytes({**good, "step": step}))
@@ -584,10 +584,10 @@ def test_a_list_is_no_number_of_a_checkpoint(tmp_path):
       kipcore.load_published(tmp_path / "checkpoint_7")
 
 
-# --- a share of the fuzzing ---
+# --- a part of the fuzzing ---
 
 
-def test_a_share_of_malformed_examples_does_no_harm(tmp_path):
+def test_malformed_examples_do_no_harm(tmp_path):
   found = {
     name: fuzz.attack(target._replace(seconds=20.0), 18)
     for name, target in fuzz_targets.targets(tmp_path).items()
@@ -600,7 +600,7 @@ def test_a_share_of_malformed_examples_does_no_harm(tmp_path):
   assert sum(each["read"] for each in found.values()) >= 10
 
 
-def test_the_fuzzer_finds_what_is_planted(tmp_path):
+def test_the_fuzzer_finds_planted_bugs(tmp_path):
   def harm(folder, payload):
     if payload == 0:
       raise KeyError("crash")

@@ -1,4 +1,4 @@
-"""The path of the data end to end, the run folder, the artifact, and what wrong input gets."""
+"""Runs from data to files: the run folder, the artifact, and errors for invalid input."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def write_npz(path, classes=43, shape=(6, 6, 3), train=400, test=80, seed=0, **c
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """One short run on digits, which several tests read."""
+  """A short run on digits, read by several tests."""
   folder = tmp_path_factory.mktemp("run")
   return pipeline.run_distill(DistillConfig(**QUICK), str(folder), verbose=False)
 
@@ -57,7 +57,7 @@ def names_its_files(folder):
     assert f"\n  {path.name} " in text and run_folder.RUN_FILES[path.name] in text, path.name
 
 
-def test_a_run_writes_what_it_promises(run):
+def test_a_run_writes_all_of_its_files(run):
   folder, result = run
   names = {
     "README.txt",
@@ -125,7 +125,7 @@ def test_the_artifact_is_plain_numpy_in_pixel_space(run):
   assert metadata["architecture"]["name"] == "fc1" and metadata["dataset"]["hashes"]["test"]
 
 
-def test_the_artifact_reproduces_the_recorded_accuracy_to_the_last_digit(run):
+def test_the_artifact_reproduces_the_recorded_accuracy_exactly(run):
   folder, result = run
   stored = kipcore.load_artifact(folder / "distilled.npz")
   again = evaluation.run_evaluate(stored, EvaluateConfig(baselines=()))
@@ -183,7 +183,7 @@ def test_choices_run(changes, tmp_path):
     assert result["test_accuracy"] == result["init_test_accuracy"]
 
 
-def test_solved_labels_start_a_run_that_can_pay_for_them():
+def test_labels_are_solved_within_a_tenth_of_the_evaluations():
   data = pipeline.load(DistillConfig(**QUICK))
   rows = data.x_train.shape[0]
 
@@ -199,19 +199,19 @@ def test_solved_labels_start_a_run_that_can_pay_for_them():
   plain, solved = started(solve_labels=False), started()
   assert plain[0] == 0 and solved[0] == rows and solved[1] > plain[1]
   np.testing.assert_array_equal(plain[2].x, solved[2].x)
-  # A tenth of the evaluations at most: every third row, and where that is too few for 20 labels, none.
+  # At most a tenth of the evaluations: every third row; none if those are too few for 20 labels.
   fewer = started(steps=5)
   assert rows / 4 < fewer[0] <= 500 and fewer[1] > plain[1]
   for changes in (dict(steps=1), dict(steps=0), dict(learn_labels=False)):
     assert started(**changes)[0] == 0
-  # Weights that are not solved away are absorbed into the labels.
+  # Without solved labels, weights are absorbed into the labels.
   assert not np.allclose(
     started(init="krr_sensitivity", solve_labels=False)[2].y,
     started(init="uniform", solve_labels=False)[2].y,
   )
 
 
-def test_the_gain_over_uniform_targets_is_said_when_measured(tmp_path, capsys):
+def test_the_measured_gain_over_uniform_targets_is_reported(tmp_path, capsys):
   config = DistillConfig(**{**QUICK, "measure_gain": True})
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=True)
   uniform = dataclasses.replace(config, sampler="uniform", measure_gain=False)
@@ -221,7 +221,7 @@ def test_the_gain_over_uniform_targets_is_said_when_measured(tmp_path, capsys):
   assert "with uniform targets and as many evaluations" in capsys.readouterr().out
 
 
-def test_label_solve_beats_its_start(tmp_path):
+def test_label_solve_improves_on_its_initialization(tmp_path):
   config = DistillConfig(method="label_solve", images_per_class=10)
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=False)
   assert result["test_accuracy"] > result["init_test_accuracy"] and result["steps"] == 0
@@ -246,7 +246,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("changes, message", WRONG)
-def test_wrong_values_are_named_and_nothing_is_left(changes, message, tmp_path):
+def test_invalid_values_are_named_and_nothing_is_written(changes, message, tmp_path):
   changes = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
   with pytest.raises(UsageError, match=message) as error:
     pipeline.run_distill(
@@ -295,7 +295,7 @@ def test_selection_writes_points_scores_and_certificate(strategy, tmp_path):
     (dict(y_train=np.zeros(3, int)), "y_train"),
   ],
 )
-def test_wrong_files_are_named(changes, message, tmp_path):
+def test_invalid_files_are_named(changes, message, tmp_path):
   path = write_npz(tmp_path / "bad.npz", **changes)
   with pytest.raises(UsageError, match=message) as error:
     pipeline.load(DataConfig(dataset=path))
@@ -321,7 +321,7 @@ def test_a_failed_factorization_leaves_no_artifact(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_an_earlier_run_is_kept_unless_told(run, tmp_path):
+def test_an_earlier_run_is_kept_without_overwrite(run, tmp_path):
   with pytest.raises(UsageError, match="already contains a run"):
     run_folder.reserve(str(run[0]), "", overwrite=False)
   (tmp_path / "file").write_text("")
@@ -362,7 +362,7 @@ def test_damaged_artifacts_are_refused(run, tmp_path):
     kipcore.load_artifact(tmp_path / "absent.npz")
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "file"
   atomic.write_atomically(path, b"old")
 
@@ -389,14 +389,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     ["--distributed=here"],
   ],
 )
-def test_wrong_flags_end_in_status_2_and_one_line(arguments, tmp_path):
+def test_invalid_flags_end_with_status_2_and_one_line(arguments, tmp_path):
   done = run_binary("experiments.run_distill", f"--output_dir={tmp_path}/run", *arguments)
   assert (
     done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
   ), done.stderr
 
 
-def test_binaries_distil_and_evaluate(tmp_path):
+def test_commands_distill_and_evaluate(tmp_path):
   done = run_binary(
     "experiments.run_distill", f"--output_dir={tmp_path}/run", "--steps=20", "--x64"
   )

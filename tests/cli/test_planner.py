@@ -16,8 +16,8 @@ from kipcore.io import npz
 
 
 @pytest.mark.parametrize("depth, m, t", [(1, 500, 1000), (5, 100, 2000)])
-def test_the_plan_holds_what_xla_plans(depth, m, t):
-  """Scratch of a step: a block as planned, and what the support alone needs."""
+def test_the_plan_covers_the_memory_analysis_of_xla(depth, m, t):
+  """Scratch memory of a step: at most that of a block as planned, plus that of the support."""
   method = kipcore.kip(
     kernels.NetworkKernel(kipcore.fc(depth), "ntk"), kipcore.KIPOptions(learn_labels=True)
   )
@@ -38,7 +38,7 @@ def test_the_plan_holds_what_xla_plans(depth, m, t):
   assert 0 < scratch(t) - scratch(8) < planner._ARRAYS_PER_BLOCK * m * t * 4
 
 
-def test_blocks_fit_and_leave_the_loss_as_it_is(dtype):
+def test_blocks_do_not_change_the_loss(dtype):
   rng = np.random.default_rng(0)
   x, y = jnp.asarray(rng.normal(size=(6, 5)), dtype), jnp.asarray(rng.normal(size=(6, 2)), dtype)
   batch = kipcore.Batch(
@@ -76,7 +76,7 @@ def test_block_rows(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_in_little_memory_takes_blocks_and_records_them(tmp_path, monkeypatch, capsys):
+def test_a_large_problem_is_computed_in_blocks_that_are_recorded(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(planner, "block_rows", lambda rows, *_: 64 if rows > 64 else 0)
   config = DistillConfig(steps=3, target_batch_size=200, num_devices=1, test_rows=100)
   folder, _ = pipeline.run_distill(config, str(tmp_path / "blocks"))
@@ -91,7 +91,7 @@ def test_a_run_in_little_memory_takes_blocks_and_records_them(tmp_path, monkeypa
   np.testing.assert_allclose(*found, atol=1e-4)
 
 
-def test_rows_that_do_not_fit_are_refused_with_a_number_that_does(monkeypatch):
+def test_rows_that_do_not_fit_are_refused_with_a_number_that_fits(monkeypatch):
   monkeypatch.setattr(planner, "free_bytes", lambda: 4e5)
   with pytest.raises(
     UsageError,
@@ -125,7 +125,7 @@ def test_steps_that_do_not_fit_are_refused_before_the_first(tmp_path, monkeypatc
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nmore"),
   ],
 )
-def test_memory_that_runs_out_is_reported_with_the_part_and_what_helps(error):
+def test_out_of_memory_names_the_part_and_a_remedy(error):
   with pytest.raises(
     OutOfMemory,
     match="out of memory in the part 'scoring' .*(5 bytes|MemoryError).*; reduce --test_rows",
@@ -141,7 +141,7 @@ def test_memory_that_runs_out_is_reported_with_the_part_and_what_helps(error):
       raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
-# --- a part of the training rows ---
+# --- subsets of the training rows ---
 
 
 def arrays(rng, n=60):
@@ -154,7 +154,7 @@ def arrays(rng, n=60):
 
 
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
-def test_a_part_of_an_npz_is_that_of_the_whole(tmp_path, monkeypatch, write):
+def test_a_subset_read_from_an_npz_equals_that_of_all_rows(tmp_path, monkeypatch, write):
   given = arrays(np.random.default_rng(0))
   write(tmp_path / "a.npz", **given)
   monkeypatch.setattr(npz, "_BLOCK_BYTES", 70)  # seven rows
@@ -176,7 +176,7 @@ def test_a_part_of_an_npz_is_that_of_the_whole(tmp_path, monkeypatch, write):
   assert all_rows.hashes == load_dataset(str(tmp_path / "a.npz")).hashes
 
 
-def test_rare_classes_keep_a_row_and_validation_is_cut_from_the_part():
+def test_rare_classes_keep_a_row_and_validation_is_cut_from_the_subset():
   data = load_dataset("digits", train_rows=100, validation_fraction=0.2)
   assert len(data.x_train) + len(data.x_validation) == 100 and len(data.x_validation) == 20
   assert len(load_dataset("digits", train_rows=3, validation_fraction=0).x_train) == 10
@@ -185,8 +185,8 @@ def test_rare_classes_keep_a_row_and_validation_is_cut_from_the_part():
       load_dataset("digits", train_rows=wrong)
 
 
-def test_only_the_part_is_held(tmp_path, monkeypatch):
-  """More training rows than the machine has memory for, as far as the reader knows."""
+def test_only_the_subset_is_in_memory(tmp_path, monkeypatch):
+  """With more training rows than the reader believes to fit into memory."""
   np.savez_compressed(tmp_path / "a.npz", **arrays(np.random.default_rng(0), 6000))
   monkeypatch.setattr(npz, "_memory", lambda: 50_000)
   with pytest.raises(
@@ -207,13 +207,13 @@ def test_only_the_part_is_held(tmp_path, monkeypatch):
     (dict(y_train=np.zeros(60, np.int32), y_test=np.zeros(6, np.int32)), "at least 2 classes"),
   ],
 )
-def test_spoiled_files_are_refused(tmp_path, spoil, message):
+def test_invalid_files_are_refused(tmp_path, spoil, message):
   np.savez(tmp_path / "a.npz", **{**arrays(np.random.default_rng(0)), **spoil})
   with pytest.raises(kipcore.datasets.DatasetError, match=message):
     load_dataset(str(tmp_path / "a.npz"), train_rows=30)
 
 
-def test_a_damaged_row_that_is_not_wanted_is_found_all_the_same(tmp_path):
+def test_a_damaged_row_outside_the_subset_is_found(tmp_path):
   np.savez(tmp_path / "a.npz", **arrays(np.random.default_rng(0), 6000))
   content = bytearray((tmp_path / "a.npz").read_bytes())
   content[2000] ^= 1
@@ -222,7 +222,7 @@ def test_a_damaged_row_that_is_not_wanted_is_found_all_the_same(tmp_path):
     load_dataset(str(tmp_path / "a.npz"), train_rows=30)
 
 
-def test_a_run_on_a_part_is_evaluated_on_it(tmp_path):
+def test_a_run_on_a_subset_is_evaluated_on_it(tmp_path):
   folder, result = pipeline.run_distill(
     DistillConfig(train_rows=200, steps=3, num_devices=1), str(tmp_path / "a"), verbose=False
   )

@@ -1,4 +1,4 @@
-"""Two real processes on loopback distill what one process with as many devices distills."""
+"""Two processes on loopback compute the same distillation as one process with as many devices."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from kipcore.types import Support
 
 
 def problem():
-  """203 rows of three classes: no number of devices divides them."""
+  """203 rows of three classes, which no number of devices divides."""
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 3, 203)
   x = (1.5 * np.eye(3, 6)[labels] + 0.5 * rng.normal(size=(203, 6))).astype(np.float32)
@@ -36,7 +36,7 @@ def run(devices=None):
 
 
 def worker(index: int, port: str, path: str) -> None:
-  """What each process does; the arrays it ends with are compared by the test."""
+  """Runs in each process; writes its arrays for the test."""
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
@@ -75,9 +75,9 @@ def test_two_processes_equal_one(tmp_path):
     for w in workers:
       w.kill()
   assert [w.returncode for w in workers] == [0, 0], "\n".join(outputs)
-  alone = run(jax.devices()[:4])
+  single = run(jax.devices()[:4])
   for i in range(2):
     with np.load(tmp_path / f"{i}.npz") as got:
-      np.testing.assert_allclose(got["x"], alone.support.x, rtol=1e-4, atol=1e-5)
-      np.testing.assert_allclose(got["y"], alone.support.y, rtol=1e-4, atol=1e-5)
-      np.testing.assert_allclose(got["loss"], [r["loss"] for r in alone.history[1:]], rtol=1e-5)
+      np.testing.assert_allclose(got["x"], single.support.x, rtol=1e-4, atol=1e-5)
+      np.testing.assert_allclose(got["y"], single.support.y, rtol=1e-4, atol=1e-5)
+      np.testing.assert_allclose(got["loss"], [r["loss"] for r in single.history[1:]], rtol=1e-5)

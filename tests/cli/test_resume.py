@@ -1,4 +1,4 @@
-"""Runs of `run_distill` that are stopped, killed, or meet another run, a full disk or other data: each with a clear end."""
+"""Interrupted distillations: stopped, killed, with another run in their folder, a full disk or changed data."""
 
 import contextlib
 import dataclasses
@@ -24,12 +24,12 @@ from kipcore.cli.runs import pipeline
 
 CONFIG = DistillConfig(steps=40, target_batch_size=60, num_devices=1, refresh_every=10)
 EVERY = CheckpointConfig(checkpoint_seconds=1e-9)
-GO_ON = dataclasses.replace(EVERY, resume=True)
+RESUME = dataclasses.replace(EVERY, resume=True)
 
 
 @contextlib.contextmanager
 def stopped_after(calls: int):
-  """A run that is asked to stop after so many calls to the devices."""
+  """A run is stopped after that many calls to the devices."""
   left = [calls]
 
   class Signals(resume.StopSignals):
@@ -59,7 +59,7 @@ def untimed(folder) -> list:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """A run that nobody touched."""
+  """An uninterrupted run."""
   return pipeline.run_distill(CONFIG, str(tmp_path_factory.mktemp("whole") / "run"), verbose=False)[
     0
   ]
@@ -77,23 +77,23 @@ def stopped(tmp_path_factory):
 
 
 @pytest.fixture
-def begun(stopped, tmp_path):
-  """The folder of a run that was stopped on its way, for one test."""
+def interrupted(stopped, tmp_path):
+  """A copy of the folder of a stopped run."""
   return shutil.copytree(stopped, tmp_path / "run")
 
 
-def test_a_stopped_run_ends_with_the_same_bytes(begun, whole):
-  assert not (begun / "result.json").exists() and (begun / "checkpoints").exists()
-  folder, result = pipeline.run_distill(CONFIG, str(begun), verbose=False, checkpoints=GO_ON)
+def test_a_resumed_run_writes_identical_bytes(interrupted, whole):
+  assert not (interrupted / "result.json").exists() and (interrupted / "checkpoints").exists()
+  folder, result = pipeline.run_distill(CONFIG, str(interrupted), verbose=False, checkpoints=RESUME)
   assert artifact(folder) == artifact(whole) and untimed(folder) == untimed(whole)
   assert not (folder / "checkpoints").exists() and not (folder / ".lock").exists()
   with pytest.raises(UsageError, match="is already finished"):
-    pipeline.run_distill(CONFIG, str(begun), verbose=False, checkpoints=GO_ON)
+    pipeline.run_distill(CONFIG, str(interrupted), verbose=False, checkpoints=RESUME)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["mtt", "frepo"])
-def test_methods_with_files_and_networks_of_their_own(tmp_path, method):
+def test_methods_with_experts_and_network_pools_resume(tmp_path, method):
   config = recipes.resolve(
     method=method,
     architecture="conv1",
@@ -112,7 +112,7 @@ def test_methods_with_files_and_networks_of_their_own(tmp_path, method):
   with stopped_after(2), pytest.raises(Stopped):
     pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, checkpoints=EVERY)
   began = resume.config_of(tmp_path / "run", {})
-  pipeline.run_distill(began, str(tmp_path / "run"), verbose=False, checkpoints=GO_ON)
+  pipeline.run_distill(began, str(tmp_path / "run"), verbose=False, checkpoints=RESUME)
   assert untimed(folder) == untimed(tmp_path / "run")
   first, second = (
     kipcore.load_artifact(each / "distilled.npz") for each in (folder, tmp_path / "run")
@@ -124,31 +124,33 @@ def test_methods_with_files_and_networks_of_their_own(tmp_path, method):
 
 
 @pytest.mark.slow
-def test_another_number_of_devices_goes_on(begun, whole):
-  config = resume.config_of(begun, {"num_devices": 3})
-  pipeline.run_distill(config, str(begun), verbose=False, checkpoints=GO_ON)
-  ends = [untimed(folder)[-1] for folder in (begun, whole)]
+def test_a_run_resumes_on_another_number_of_devices(interrupted, whole):
+  config = resume.config_of(interrupted, {"num_devices": 3})
+  pipeline.run_distill(config, str(interrupted), verbose=False, checkpoints=RESUME)
+  ends = [untimed(folder)[-1] for folder in (interrupted, whole)]
   assert ends[0]["step"] == ends[1]["step"] == 40 and ends[0]["loss"] == pytest.approx(
     ends[1]["loss"], rel=0.5
   )
 
 
-def test_flags_that_differ_are_refused_with_the_difference(begun):
-  assert resume.config_of(begun, {"steps": 40, "data_dir": "elsewhere"}).data_dir == "elsewhere"
+def test_settings_that_differ_are_refused_with_the_difference(interrupted):
+  assert (
+    resume.config_of(interrupted, {"steps": 40, "data_dir": "elsewhere"}).data_dir == "elsewhere"
+  )
   with pytest.raises(UsageError, match="learning_rate: 0.04 then, 0.1 now; seed: 0 then, 3 now"):
-    resume.config_of(begun, {"seed": 3, "learning_rate": 0.1})
+    resume.config_of(interrupted, {"seed": 3, "learning_rate": 0.1})
   with pytest.raises(UsageError, match="expected the folder of a run of kipcore-distill"):
-    resume.config_of(begun / "checkpoints", {})
-  (begun / "config.json").write_text("{}")
+    resume.config_of(interrupted / "checkpoints", {})
+  (interrupted / "config.json").write_text("{}")
   with pytest.raises(UsageError, match="ended before it recorded its settings; start it again"):
-    resume.config_of(begun, {})
-  with pytest.raises(UsageError, match="steps: 40 then, 50 now"):  # and by who calls the library
+    resume.config_of(interrupted, {})
+  with pytest.raises(UsageError, match="steps: 40 then, 50 now"):  # also without the command line
     pipeline.run_distill(
-      dataclasses.replace(CONFIG, steps=50), str(begun), verbose=False, checkpoints=GO_ON
+      dataclasses.replace(CONFIG, steps=50), str(interrupted), verbose=False, checkpoints=RESUME
     )
 
 
-def test_other_data_under_the_same_name_are_refused(tmp_path):
+def test_changed_data_are_refused(tmp_path):
   rng = np.random.default_rng(0)
   arrays = dict(
     x_train=rng.integers(0, 255, (60, 3, 3, 1)).astype(np.uint8),
@@ -165,16 +167,16 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
   arrays["x_train"][0] += 1
   np.savez(tmp_path / "a.npz", **arrays)
   with pytest.raises(UsageError, match="dataset_hashes.*train"):
-    pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, checkpoints=GO_ON)
-  (tmp_path / "a.npz").unlink()  # data that vanished
+    pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, checkpoints=RESUME)
+  (tmp_path / "a.npz").unlink()  # the file is gone
   with pytest.raises(UsageError, match="expected an .npz file, got no such file"):
-    pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, checkpoints=GO_ON)
-  assert list((tmp_path / "run" / "checkpoints").iterdir()), "and nothing is lost"
+    pipeline.run_distill(config, str(tmp_path / "run"), verbose=False, checkpoints=RESUME)
+  assert list((tmp_path / "run" / "checkpoints").iterdir()), "the checkpoints are kept"
 
 
-def test_a_full_disk_ends_the_run_and_leaves_what_was_kept(begun, whole, monkeypatch):
-  """Checkpoints cannot be written any more; with room again the run goes on from the last one."""
-  kept = sorted(path.name for path in (begun / "checkpoints").iterdir())
+def test_a_full_disk_ends_the_run_and_keeps_the_checkpoints(interrupted, whole, monkeypatch):
+  """Once there is space again, the run resumes from the last checkpoint."""
+  kept = sorted(path.name for path in (interrupted / "checkpoints").iterdir())
 
   def full(*_, **__):
     raise OSError(28, os.strerror(28))
@@ -183,8 +185,8 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_kept(begun, whole, monkeyp
     patch.setattr(os, "rename", full)
     patch.setattr(os, "replace", full)
     with pytest.raises((UsageError, OSError), match="No space left"):
-      pipeline.run_distill(CONFIG, str(begun), verbose=False, checkpoints=GO_ON)
-  with monkeypatch.context() as patch:  # as tensorstore says it
+      pipeline.run_distill(CONFIG, str(interrupted), verbose=False, checkpoints=RESUME)
+  with monkeypatch.context() as patch:  # the error of tensorstore
     patch.setattr(
       kipcore.Checkpoints,
       "save",
@@ -193,21 +195,21 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_kept(begun, whole, monkeyp
       ),
     )
     with pytest.raises(UsageError, match="expected a checkpoint to be written"):
-      pipeline.run_distill(CONFIG, str(begun), verbose=False, checkpoints=GO_ON)
-  assert set(kept) <= {path.name for path in (begun / "checkpoints").iterdir()}
+      pipeline.run_distill(CONFIG, str(interrupted), verbose=False, checkpoints=RESUME)
+  assert set(kept) <= {path.name for path in (interrupted / "checkpoints").iterdir()}
   assert artifact(
-    pipeline.run_distill(CONFIG, str(begun), verbose=False, checkpoints=GO_ON)[0]
+    pipeline.run_distill(CONFIG, str(interrupted), verbose=False, checkpoints=RESUME)[0]
   ) == artifact(whole)
 
 
-def test_a_folder_is_for_one_run_at_a_time(tmp_path):
+def test_a_folder_is_used_by_one_run_at_a_time(tmp_path):
   with lock.lock_folder(tmp_path / "run"):
     with pytest.raises(UsageError, match="another run is writing to .*run; choose another folder"):
       pipeline.run_distill(CONFIG, str(tmp_path / "run"), verbose=False)
   assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path):
   (tmp_path / "file").write_text("")
   started = time.monotonic()
   with pytest.raises(UsageError, match="--output_dir: cannot write to .*file"):
@@ -217,7 +219,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path):
   assert time.monotonic() - started < 60
 
 
-def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, whole, monkeypatch):
+def test_a_clock_that_runs_backwards_changes_nothing(tmp_path, whole, monkeypatch):
   now = [1e9]
 
   def back():
@@ -231,8 +233,8 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, whole, monkeypatc
   assert artifact(folder) == artifact(whole) and result["wall_seconds"] > 0
 
 
-def test_numbers_that_fail_step_back_and_go_on_more_slowly(tmp_path, monkeypatch):
-  """A rate that explodes: without retries the run ends with advice, with them it ends well."""
+def test_a_diverging_run_ends_with_advice(tmp_path, monkeypatch):
+  """A learning rate that is far too large."""
   wild = dataclasses.replace(
     CONFIG, learning_rate=1e18, schedule="constant", steps=60, refresh_every=0
   )
@@ -268,7 +270,7 @@ def binary(*arguments, devices: int = 1) -> subprocess.Popen:
 
 
 def wait_for(path: pathlib.Path, process) -> None:
-  """Until a checkpoint is there."""
+  """Waits for the first checkpoint."""
   deadline = time.monotonic() + 120
   while not any(child.name.isdigit() for child in path.glob("*")):
     assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -277,9 +279,13 @@ def wait_for(path: pathlib.Path, process) -> None:
 
 @pytest.mark.parametrize(
   "number, status",
-  [pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+  [
+    pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    (signal.SIGTERM, 143),
+    (signal.SIGINT, 130),
+  ],
 )
-def test_a_killed_binary_goes_on_to_the_same_bytes(tmp_path, number, status):
+def test_a_killed_command_resumes_with_identical_results(tmp_path, number, status):
   flags = ["--steps=300", "--target_batch_size=60", "--checkpoint_seconds=0.000001"]
   process = binary(*flags, f"--output_dir={tmp_path / 'run'}")
   wait_for(tmp_path / "run" / "checkpoints", process)
@@ -287,6 +293,7 @@ def test_a_killed_binary_goes_on_to_the_same_bytes(tmp_path, number, status):
   out = process.communicate(timeout=120)[0]
   assert process.returncode == status, out
   assert number == signal.SIGKILL or "stopped at step" in out and "Traceback" not in out
+  assert (number == signal.SIGINT) == ("press Ctrl-C again" in out)
   again = binary("--resume", f"--output_dir={tmp_path / 'run'}")
   out = again.communicate(timeout=240)[0]
   assert again.returncode == 0 and "resuming from step" in out, out
@@ -305,8 +312,8 @@ def test_a_killed_binary_goes_on_to_the_same_bytes(tmp_path, number, status):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_lost_ends_the_others_and_all_go_on(tmp_path):
-  """Two processes on loopback, one of which is killed: the other says so within a minute, and both resume."""
+def test_a_process_that_dies_ends_the_others_and_all_resume(tmp_path):
+  """Of two processes on loopback one is killed: the other ends with status 4, and both resume."""
   flags = [
     "--steps=150",
     "--target_batch_size=60",
@@ -336,12 +343,12 @@ def test_a_process_that_is_lost_ends_the_others_and_all_go_on(tmp_path):
   assert [process.returncode for process in both] == [0, 0] and "resuming from step" in outs[0], (
     outs
   )
-  alone, _ = pipeline.run_distill(
+  single, _ = pipeline.run_distill(
     DistillConfig(steps=150, target_batch_size=60, sampler="uniform", num_devices=2),
-    str(tmp_path / "alone"),
+    str(tmp_path / "single"),
     verbose=False,
   )
   found = [
-    kipcore.load_artifact(folder / "distilled.npz").support for folder in (tmp_path / "run", alone)
+    kipcore.load_artifact(folder / "distilled.npz").support for folder in (tmp_path / "run", single)
   ]
   np.testing.assert_allclose(*found, rtol=1e-2, atol=1e-2)
