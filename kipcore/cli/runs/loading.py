@@ -46,9 +46,13 @@ def load(config: DataConfig) -> Data:
   validate(config)
   with usage():
     arch = architecture(config.architecture)
-    raw = datasets.load_dataset(
-      config.dataset, config.data_dir, config.validation_fraction, config.seed, config.train_rows
-    )
+    try:
+      raw = datasets.load_dataset(
+        config.dataset, config.data_dir, config.validation_fraction, config.seed, config.train_rows
+      )
+    except datasets.DatasetError as error:
+      flag = "" if str(error).startswith("data_dir:") else "--dataset: "
+      raise ValueError(f"{flag}{error}") from error
     planner.check_rows(
       raw, 8 if config.x64 else 4, config.num_devices or jax.local_device_count(), config.test_rows
     )
