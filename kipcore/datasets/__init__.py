@@ -162,7 +162,7 @@ def _sha256(*arrays) -> str:
       array, array.dtype.newbyteorder("<")
     )  # one hash whatever the machine
     digest.update(f"{array.dtype.str} {array.shape}\n".encode())
-    digest.update(array.reshape(-1).view(np.uint8))
+    digest.update(array.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 

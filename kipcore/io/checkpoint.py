@@ -137,8 +137,8 @@ class Checkpoints:
       raise CheckpointError(
         f"{self.folder}: expected the settings that its run began with; " + "; ".join(differing)
       )
-    for damaged, error in faults.items():
-      warnings.warn(f"{error}; going on from step {candidate}", stacklevel=2)
+    for damaged, fault in faults.items():
+      warnings.warn(f"{fault}; resuming from step {candidate}", stacklevel=2)
       with self._one_fault("a damaged checkpoint to be deleted"):
         self._manager.delete(damaged)
     return Snapshot(

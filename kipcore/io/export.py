@@ -222,7 +222,7 @@ def write(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
       _write_png(folder, content) if format == "png" else _write_tfds(folder, path, content)
     )
     if large:
-      np.savez_compressed(folder / "preprocess.npz", **large)
+      np.savez_compressed(folder / "preprocess.npz", **large)  # type: ignore[arg-type]
     _conventions_of(folder, False).write_text(
       json.dumps(described, indent=2) + "\n", encoding="utf-8"
     )
@@ -335,7 +335,8 @@ def _encode(format: str, content: DistilledSet, large: dict, text: str) -> bytes
   buffer = io.BytesIO()
   arrays = as_numpy(content.images, content.labels)
   if format == "numpy":
-    np.savez_compressed(buffer, **arrays, **large, **{CONVENTIONS: np.array(text)})
+    everything = {**arrays, **large, CONVENTIONS: np.array(text)}
+    np.savez_compressed(buffer, **everything)  # type: ignore[arg-type]
   elif format == "safetensors":
     import safetensors.numpy
 
@@ -354,7 +355,7 @@ def _encode(format: str, content: DistilledSet, large: dict, text: str) -> bytes
 def _write_png(folder: pathlib.Path, content: DistilledSet) -> dict:
   from PIL import Image
 
-  images, unit = np.asarray(content.images, np.float64), content.pixel_max / 255.0
+  images, unit = np.asarray(content.images, np.float64), float(content.pixel_max or 0) / 255.0
   levels = np.rint(images / unit)
   stored = np.clip(levels, 0, 255).astype(np.uint8)
   exact = np.array_equal(np.rint(stored * unit), images)

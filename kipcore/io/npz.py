@@ -210,7 +210,7 @@ def checksum(array: np.ndarray) -> str:
   """sha256 in hex of dtype, shape and C-order content."""
   array = np.ascontiguousarray(array)
   digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-  digest.update(array.reshape(-1).view(np.uint8) if array.size else b"")
+  digest.update(array.reshape(-1).view(np.uint8).data if array.size else b"")
   return digest.hexdigest()
 
 

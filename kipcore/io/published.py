@@ -18,6 +18,7 @@ import numpy as np
 from kipcore import checks, preprocess
 from kipcore.io import npz, publishers, torch_files
 from kipcore.io.publishers import KINDS
+from kipcore.preprocess import Preprocess
 from kipcore.types import KipcoreError, Support
 
 _MAX_FLAX_BYTES = 2**30
@@ -84,7 +85,7 @@ class PublishedSet:
 
   def fit_preprocess(
     self, x_train, kind: str | None = None, pixel_max: float = 255.0
-  ) -> preprocess.Preprocess:
+  ) -> Preprocess:
     """The publisher's preprocessing, fitted on the dataset that was distilled; its `invert(images)` gives pixels.
 
     Whitening is the same for channels first (as RFAD and MTT flatten) and last: the matrix is a function of the second

@@ -246,7 +246,8 @@ def _read(archive, file_size: int):
   content = archive.read(members[layout])
   # A large index would make the unpickler reserve as much memory, whatever the length of the file.
   if any(
-    op.name.endswith("PUT") and arg > len(content) for op, arg, _ in pickletools.genops(content)
+    op.name.endswith("PUT") and (arg or 0) > len(content)
+    for op, arg, _ in pickletools.genops(content)
   ):
     raise _Refused("expected indices of memory that the layout can use, got larger ones")
   return _resolve(_Unpickler(io.BytesIO(content), read_storage).load(), {}, 0)
@@ -259,7 +260,7 @@ def _numbers(content: bytes, dtype: str, order: str) -> np.ndarray:
 
     bits = _numbers(content, "u2", order)
     return bits.view(ml_dtypes.bfloat16)
-  stored = np.dtype(dtype).newbyteorder(order)
+  stored = np.dtype(dtype).newbyteorder(order)  # type: ignore[arg-type]
   if len(content) % stored.itemsize:
     raise _Refused(
       f"expected whole numbers of {stored.itemsize} bytes in a storage, got {len(content)} bytes"
@@ -286,6 +287,7 @@ def _resolve(value, done: dict, depth: int):
   if not isinstance(value, (dict, list, tuple)):
     return value
   if id(value) not in done:  # shared parts once, however often they are shared
+    new: dict | list | tuple
     if isinstance(value, dict):
       new = type(value)((key, _resolve(item, done, depth + 1)) for key, item in value.items())
     else:

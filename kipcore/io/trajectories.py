@@ -49,7 +49,8 @@ def save_trajectories(path, trajectories: Iterable, metadata: dict) -> None:
   path, beside = _pair(path)
   json.dumps(metadata)
   with atomic.replacing(path) as file:
-    sums, first = [], None
+    sums: list[str] = []
+    first = None
     for trajectory in trajectories:
       trajectory = np.ascontiguousarray(trajectory)
       if first is None:

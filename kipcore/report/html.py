@@ -185,8 +185,8 @@ def image_cells(cells: Sequence[tuple[Sequence[Markup], str, Sequence[str]]]) ->
 def image_rows(title: str, rows: Sequence[tuple[str, Sequence[Markup]]]) -> Markup:
   """A grid of images with a title and named rows."""
   columns = max((len(images) for _, images in rows), default=0)
-  rows = [(name, images, columns - len(images)) for name, images in rows]
-  return _part("image_rows", title, rows, columns)
+  padded = [(name, images, columns - len(images)) for name, images in rows]
+  return _part("image_rows", title, padded, columns)
 
 
 def chart(figure, alt: str) -> Markup:

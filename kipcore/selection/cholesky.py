@@ -31,7 +31,7 @@ class PivotedCholesky(NamedTuple):
 
   factor: Array
   pivots: Array
-  count: Array
+  count: Array  # type: ignore[assignment]
   residual_diagonal: Array
   residual_trace: Array
   status: Array

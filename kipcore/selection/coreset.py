@@ -216,7 +216,7 @@ def _by_class(x, labels):
 
 def _cluster(key, x, y, labels, per_class, *strategies) -> list[Coreset]:
   """k-means centroids per class, the nearest rows, or the seeds; several strategies share one clustering."""
-  parts = {strategy: [] for strategy in strategies}
+  parts: dict[str, list] = {strategy: [] for strategy in strategies}
   for rows, padded, present in _by_class(x, labels):
     class_key = keys.at_step(keys.stream(key, "cluster"), int(labels[rows[0]]))
     made = np.full(per_class, -1, np.int32)
@@ -352,13 +352,13 @@ def score_rows(
     ValueError: for a score ridge <= 0. NumericalError: if a factorization failed.
   """
   n = x.shape[0]
-  exact, num_landmarks = n <= _EXACT_ROWS, num_score_columns(n, num_samples)
-  k = kernel_fn(x, None) if exact else None
+  num_landmarks = num_score_columns(n, num_samples)
+  k = kernel_fn(x, None) if n <= _EXACT_ROWS else None
   if score_ridge == "auto":
     target = min(max(AUTO_KAPPA * num_samples, 2.0), 0.5 * n)
     chosen = (
       score_ridge_for_dimension(k, target)
-      if exact
+      if k is not None
       else landmark_score_ridge(keys.stream(key, "ridge"), kernel_fn, x, target, num_landmarks)
     )
     ridge = float(chosen.ridge)
@@ -368,7 +368,7 @@ def score_rows(
   else:
     checks.positive("score_ridge", score_ridge)
     ridge = float(score_ridge)
-  if exact:
+  if k is not None:
     scores = sensitivity.krr_sensitivity_scores(k, y, ridge)
   else:
     scores = sensitivity.approximate_krr_sensitivities(
@@ -446,7 +446,8 @@ def auto_candidates(
 
 
 def _best(key, x, y, per_class, kernel_fn, relative_ridge, num_candidates) -> Coreset:
-  best, objectives = None, {}
+  best: Coreset | None = None
+  objectives: dict[str, float] = {}
   for strategy, candidate in auto_candidates(
     key, x, y, per_class, kernel_fn, num_candidates
   ).items():

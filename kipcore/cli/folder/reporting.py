@@ -3,6 +3,7 @@
 import datetime
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -119,7 +120,7 @@ def _padded_table(text: str) -> list[str]:
   return [line.replace("||", "|  |") for line in text.splitlines() if line.startswith("|")]
 
 
-def _settings_by_method(cells: list[dict]) -> list[str]:
+def _settings_by_method(cells: list[dict]) -> Sequence[str]:
   """A table of the settings that differ between methods, and the shared settings."""
   first = {cell["method"]: cell for cell in reversed(cells)}
   first = dict(reversed(first.items()))
@@ -150,7 +151,7 @@ def _percent(share: float, digits: int = 2) -> str:
   return f"{100 * share:.{digits}f} %"
 
 
-def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> list[str]:
+def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> Sequence[str]:
   random, spread = (
     result["random_baseline_test_accuracy"],
     result["random_baseline_test_accuracy_std"],
@@ -215,7 +216,7 @@ def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> list[s
   ]
 
 
-def _curves(history: list[dict], result: dict) -> list[str]:
+def _curves(history: list[dict], result: dict) -> Sequence[str]:
   if len([r for r in history if "loss" in r]) < 2:
     return []
   figure = pictures.learning_curve(
@@ -225,7 +226,7 @@ def _curves(history: list[dict], result: dict) -> list[str]:
       "random real images, test": result["random_baseline_test_accuracy"],
     },
   )
-  parts = [html.chart(figure, "Loss and accuracy against the step")]
+  parts: list[str] = [html.chart(figure, "Loss and accuracy against the step")]
   if any("importance_gain" in r for r in history):
     parts.append(
       "Targets drawn by score are harder than the average row: accuracy and loss of their batches do not measure progress."
@@ -237,7 +238,7 @@ def _series(history: list[dict], key: str, name: str = "", factor: float = 1.0) 
   return {name or key: [(r["step"], factor * r[key]) for r in history if key in r]}
 
 
-def _names(stored: artifact.Artifact) -> list[str]:
+def _names(stored: artifact.Artifact) -> Sequence[str]:
   about = stored.metadata["dataset"]
   return [str(name) for name in about.get("class_names") or range(about["num_classes"])]
 
@@ -258,7 +259,7 @@ def _kind(stored: artifact.Artifact) -> str:
   return "images" if _are_images(stored.images) else "points"
 
 
-def _before_and_after(folder, stored: artifact.Artifact) -> list[str]:
+def _before_and_after(folder, stored: artifact.Artifact) -> Sequence[str]:
   if not _are_images(stored.images) or not (folder / "start.npz").exists():
     return []
   before, labels = outputs.load_arrays(folder / "start.npz", "images", "classes")
@@ -331,7 +332,7 @@ def _learned_with(config: dict) -> str:
 
 def _importance(
   folder, config: dict, result: dict, stored: artifact.Artifact, history: list[dict]
-) -> list[str]:
+) -> Sequence[str]:
   logged = [r for r in history if "importance_gain" in r]
   if not logged or not result["steps"] or not (folder / "importance.npz").exists():
     return []
@@ -444,7 +445,7 @@ def _cost(result: dict) -> dict[str, str]:
   return entries
 
 
-def _use(stored: artifact.Artifact) -> list[str]:
+def _use(stored: artifact.Artifact) -> Sequence[str]:
   low, high = _pixel_range(stored)
   metadata, offset = stored.metadata, stored.metadata["label_convention"]["offset"]
   shape = ", ".join(map(str, stored.images.shape[1:]))
@@ -533,7 +534,7 @@ def _selection(folder, config: dict, result: dict, stored: artifact.Artifact) ->
   value = lambda v: (
     f"{v:,}" if isinstance(v, int) else f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.4g}"
   )
-  proof = [
+  proof: list[str] = [
     html.table(
       ["", "measured"],
       [

@@ -71,7 +71,7 @@ def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel
 
   def split(x, labels) -> tuple[np.ndarray, np.ndarray]:
     y = preprocess.one_hot_centered(labels, raw.num_classes, dtype)
-    return fitted.apply(x, dtype), np.asarray(y)
+    return np.asarray(fitted.apply(x, dtype)), np.asarray(y)
 
   data = Data(
     raw,
