@@ -334,7 +334,7 @@ def _read_npz(name, pick) -> dict:
     raise DatasetError(str(error)) from error
   for names in [raw.pop(key) for key in _NAMES if key in raw]:
     if names.ndim == 1 and names.dtype.kind == "U":
-      raw["class_names"] = tuple(names.tolist())
+      raw["class_names"] = tuple(names.tolist())  # type: ignore[assignment]
   return raw
 
 

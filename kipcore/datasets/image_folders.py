@@ -107,7 +107,7 @@ def _files(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
 def _checked(files: list[pathlib.Path]) -> tuple[bool, list[str]]:
   """Whether all images are gray, from their headers, and what is lost by reading them as 8-bit gray or color."""
   size: tuple[int, int] | None = None
-  modes: dict[str, int] = {}
+  modes: dict[str, pathlib.Path] = {}
   for file in files:
     with _opened(file) as image:
       size = size or image.size
