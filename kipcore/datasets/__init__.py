@@ -1,8 +1,7 @@
 """Image-classification data from scikit-learn, a TFDS name, a folder of images or an `.npz` file, checked and hashed.
 
-Every fault of the data or of its file is one `DatasetError` of one line that says
-what was expected and what came. A number of training rows bounds memory, whatever the
-size of the data: only these are ever held.
+Every problem with the data or its file is a `DatasetError` that names what was expected and found. A number of
+training rows bounds memory: only these rows are loaded.
 """
 
 import contextlib
@@ -28,14 +27,14 @@ class Dataset(NamedTuple):
 
   Attributes:
     x_train, x_validation, x_test: `(n, height, width, channels)`, or `(n, features)` for
-      tabular data. uint8 and floats stay as they are stored; other integers and bool become
-      float32 (float64 where they exceed 2^24). Not scaled: digits are float32 in 0..16.
+      tabular data. uint8 and floats are unchanged; other integers and bool become
+      float32 (float64 if they exceed 2^24). Not scaled: digits are float32 in 0..16.
     y_train, y_validation, y_test: `(n,)` int32 in 0..c-1; each class occurs in y_train.
     num_classes, class_names: c, and c names or None.
-    pixel_max: the stored value of full white: 255 for uint8, 16 for digits; for floats 1,
-      or the largest training value where that is over 1.
+    pixel_max: the value of white: 255 for uint8, 16 for digits; for floats 1,
+      or the largest training value if it exceeds 1.
     hashes: sha256 in hex of "train", "validation" and "test", over dtype, shape and bytes.
-    note: what a reader should know about the splits and conversions, "" if nothing.
+    note: remarks on splits and conversions, or "".
   """
 
   name: str
@@ -59,31 +58,31 @@ def load_dataset(
   seed: int = 0,
   train_rows: int = 0,
 ) -> Dataset:
-  """Loads a dataset, or some of its training rows, and cuts a validation split from them.
+  """Loads a dataset, or a part of its training rows, and splits off a validation set.
 
-  The validation split is stratified: round(fraction * n) rows over all classes, shared by
-  largest remainder, drawn by the raw stream of NumPy's PCG64 (stable over versions), but
-  each class keeps a training row. The test split does not depend on the seed.
+  The validation split is stratified: round(fraction * n) rows over all classes, apportioned by
+  largest remainder and drawn with NumPy's PCG64 bit stream (stable over versions); each class
+  keeps at least one training row. The test split does not depend on the seed.
 
   Args:
-    name: "digits": scikit-learn's 8 x 8 digits, no file needed; test is every fifth row of a class.
+    name: "digits": scikit-learn's 8 x 8 digits, without a file; test is every fifth row of each class.
       A path that ends in `.npz`: x_train, x_test `(n, h, w, c)`, `(n, h, w)` (a channel is
-      added) or `(n, d)`, y_train, y_test `(n,)` integers or strings, and at will
-      `class_names`. Nothing is unpickled; sizes are checked before memory is taken.
-      A folder of class folders of PNG or JPEG images of one size (`image_folders.read`): itself, where test is every
-      fifth image of a class in the order of file names, or as train/ and test/.
-      A TFDS image-classification name: prepared in data_dir, or else downloaded by TFDS.
-      Where it has no labeled test split its validation split stands in, or else every
-      fifth training row of a class; `note` says so.
+      added) or `(n, d)`, y_train, y_test `(n,)` integers or strings, and optionally
+      `class_names`. Nothing is unpickled; sizes are checked before memory is allocated.
+      A folder of class folders of PNG or JPEG images of one size (`image_folders.read`): either the class folders themselves
+      (test is every fifth image of each class in file name order), or train/ and test/ with class folders.
+      A TFDS image-classification name: prepared in data_dir, or downloaded by TFDS.
+      Without a labeled test split, the validation split is used, or every fifth training row of each class;
+      `note` records it.
     data_dir: the TFDS directory, which must exist; None for TFDS's default.
     validation_fraction: in [0, 1); 0 gives an empty validation split.
     seed: of the validation split and of `train_rows`, an integer >= 0.
-    train_rows: of which the validation split is cut: a random part of each class in proportion, by largest remainder, but a row at
-      least; 0, or more than there are, for all. The others are never held in memory.
+    train_rows: number of training rows, validation included: a random part of each class in proportion, at least one row
+      each; 0 for all. The other rows are never in memory.
 
   Raises:
-    DatasetError: where the data cannot be found, read or used.
-    ValueError: on a fraction, seed or number of rows out of range.
+    DatasetError: if the data cannot be found, read or used.
+    ValueError: for a fraction, seed or number of rows out of range.
   """
   if not 0 <= validation_fraction < 1:
     raise ValueError(
@@ -121,7 +120,7 @@ def _finish(
   pixel_max=None,
   note="",
 ):
-  """The checked `Dataset` of the arrays that a reader gives."""
+  """The checked `Dataset` from the arrays of a reader."""
   if x_train.dtype.kind in "biu" and x_train.dtype != np.uint8:
     note = "; ".join(filter(None, (note, f"{x_train.dtype} pixels were converted to floats")))
   x_train, x_test = _pixels(f"{name}: x_train", x_train), _pixels(f"{name}: x_test", x_test)
@@ -160,7 +159,7 @@ def _sha256(*arrays) -> str:
   for array in arrays:
     array = np.ascontiguousarray(
       array, array.dtype.newbyteorder("<")
-    )  # one hash whatever the machine
+    )  # the same hash on every machine
     digest.update(f"{array.dtype.str} {array.shape}\n".encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
@@ -189,7 +188,7 @@ def _pixels(what, x) -> np.ndarray:
 
 
 def _labels(name, train, test, class_names):
-  """`(y_train, y_test, num_classes, class_names)`, labels as int32 in 0..c-1, all of them seen in training."""
+  """`(y_train, y_test, num_classes, class_names)`, labels as int32 in 0..c-1, all of which occur in training."""
   if {train.dtype.kind, test.dtype.kind} <= set("SU"):
     train, test = (
       np.char.decode(y, "utf-8", "replace") if y.dtype.kind == "S" else y for y in (train, test)
@@ -246,7 +245,7 @@ def _integers(what, y) -> np.ndarray:
 
 
 def _stratified(labels, fraction, seed) -> np.ndarray:
-  """Which rows are held out, bool `(n,)`; every class keeps at least one."""
+  """Boolean mask `(n,)` of the rows to hold out; every class keeps at least one."""
   counts = np.bincount(labels)
   share = fraction * counts
   take = np.floor(share).astype(np.int64)
@@ -260,10 +259,10 @@ def _stratified(labels, fraction, seed) -> np.ndarray:
 
 
 def _picked(labels, cut: bool, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """Rows to read, of the labels of a training split, ascending: for training and for testing.
+  """Rows of a training split to read for training and for testing, ascending.
 
-  With `cut` every fifth row of a class is for testing. Of the others about `count`, a part of each class in proportion, are for
-  training; all of them where `count` is 0.
+  With `cut` every fifth row of each class is for testing. About `count` of the others, in proportion to the
+  classes, are for training; all of them if `count` is 0.
   """
   _, classes = np.unique(labels, return_inverse=True)
   test = _rank_in_class(classes) % 5 == 4 if cut else np.zeros(len(labels), bool)
@@ -274,7 +273,7 @@ def _picked(labels, cut: bool, count: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def _rank_in_class(labels) -> np.ndarray:
-  """How many earlier rows have the row's label."""
+  """The number of earlier rows with the same label."""
   counts, rank = np.bincount(labels), np.empty(len(labels), np.int64)
   rank[np.argsort(labels, kind="stable")] = np.arange(len(labels)) - np.repeat(
     np.cumsum(counts) - counts, counts
@@ -301,7 +300,7 @@ def _read_digits(pick) -> dict:
 
 @contextlib.contextmanager
 def _one_fault(what):
-  """Makes any failure one `DatasetError`; what readers call raises many kinds, over many lines."""
+  """Converts any exception to a one-line `DatasetError`."""
   try:
     yield
   except DatasetError:

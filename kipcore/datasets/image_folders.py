@@ -1,4 +1,4 @@
-"""Images of a folder of class folders, as arrays; nothing is resized, and nothing but PNG and JPEG is read."""
+"""Reads images from class folders as arrays; PNG and JPEG, without resizing."""
 
 import os
 import pathlib
@@ -9,12 +9,12 @@ import numpy as np
 from kipcore.types import DatasetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-# Folders whose images are the test split, where there is a folder called train.
+# Folders of the test split, if there is a folder named train.
 _TEST = ("test", "val", "validation")
 
 
 def is_named(name: str) -> bool:
-  """Whether a dataset's name is that of a folder: one that is there and not of TFDS's making, or a path that can be nothing else."""
+  """Whether a dataset name is a folder: an existing one that is not a TFDS directory, or a path."""
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return not any(path.glob("*/dataset_info.json")) and not any(path.glob("*/*/dataset_info.json"))
@@ -22,19 +22,19 @@ def is_named(name: str) -> bool:
 
 
 def read(path, pick: Callable) -> dict:
-  """The images of `CLASS/*.png`, or of `train/CLASS/*.png` and `test/CLASS/*.png` (or val/, validation/), in the order of their names.
+  """The images of `CLASS/*.png`, or of `train/CLASS/*.png` and `test/CLASS/*.png` (or val/, validation/), in file name order.
 
   Args:
-    path: a folder. Files of other kinds, hidden ones, and folders within those of the classes are left out.
-    pick: `(labels, cut) -> rows for training, rows for testing`, the latter where it is to `cut` them from the former. Of the others the
-      headers alone are read.
+    path: a folder. Other and hidden files, and folders within class folders, are ignored.
+    pick: `(labels, cut) -> rows for training, rows for testing`, the latter if it must `cut` them from the former. Of all other
+      images only the headers are read.
 
   Returns:
-    x_train uint8 `(n, h, w, c)`, y_train `(n,)` the names of the class folders, x_test, y_test, and `note`. A channel where all images are
-    gray, else three.
+    x_train uint8 `(n, h, w, c)`, y_train `(n,)` the names of the class folders, x_test, y_test, and `note`. One channel if all images are
+    gray, otherwise three.
 
   Raises:
-    DatasetError: for a folder of another form, images of several sizes, or one that cannot be read.
+    DatasetError: for a folder with another structure, images of different sizes, or an unreadable image.
   """
   path = pathlib.Path(path)
   if not path.is_dir():
@@ -105,7 +105,7 @@ def _files(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
 
 
 def _checked(files: list[pathlib.Path]) -> tuple[bool, list[str]]:
-  """Whether all images are gray, from their headers, and what is lost by reading them as 8-bit gray or color."""
+  """Whether all images are gray, from their headers, and notes on what 8-bit gray or color loses."""
   size: tuple[int, int] | None = None
   modes: dict[str, pathlib.Path] = {}
   for file in files:

@@ -1,4 +1,4 @@
-"""Images of TensorFlow Datasets, read without a word of TensorFlow's, and no more of them at once than are wanted."""
+"""Images of TensorFlow Datasets, read silently and only as many as requested."""
 
 import contextlib
 import difflib
@@ -19,7 +19,7 @@ from kipcore import checks
 from kipcore.io.quiet_tensorflow import quiet_tensorflow
 from kipcore.types import DatasetError
 
-_BATCH = 256  # images decoded at a time where only some of them are wanted
+_BATCH = 256  # images decoded at a time if only some are requested
 
 
 def read(name: str, data_dir, pick: Callable) -> dict:
@@ -27,14 +27,14 @@ def read(name: str, data_dir, pick: Callable) -> dict:
 
   Args:
     name: of the dataset.
-    data_dir: where it is, or is put; None for TFDS's default.
-    pick: `(labels, cut) -> rows for training, rows for testing`, the latter where it is to `cut` them from the former.
+    data_dir: where the dataset is, or will be stored; None for TFDS's default.
+    pick: `(labels, cut) -> rows for training, rows for testing`, the latter if it must `cut` them from the former.
 
   Returns:
     x_train uint8 `(n, h, w, c)`, y_train `(n,)`, x_test, y_test, `class_names`, `note`.
 
   Raises:
-    DatasetError: for an unknown name, other features, or data that are not there and cannot be fetched; and whatever TFDS raises.
+    DatasetError: for an unknown name, other features, or data that are missing and cannot be downloaded; and for exceptions of TFDS.
   """
   _require_known(name, data_dir)
   with quiet_tensorflow() as (_, tfds):
@@ -42,11 +42,11 @@ def read(name: str, data_dir, pick: Callable) -> dict:
 
 
 def _require_known(name: str, data_dir) -> None:
-  """Rejects a misspelled name in a second, without the import of TensorFlow."""
+  """Rejects a misspelled name quickly, without importing TensorFlow."""
   own = re.split(r"[/:]", name)[0]
   folders = (data_dir, os.environ.get("TFDS_DATA_DIR"), "~/tensorflow_datasets")
   prepared = (pathlib.Path(folder).expanduser() / own for folder in folders if folder)
-  # Names with a namespace, and builders that the caller registered, are left to TFDS.
+  # Names with a namespace, and builders registered by the caller, are handled by TFDS.
   if ":" in name.partition("/")[0] or "tensorflow_datasets" in sys.modules:
     return
   if not pathlib.Path(name).exists() and not any(path.exists() for path in prepared):
@@ -57,7 +57,7 @@ def _require_known(name: str, data_dir) -> None:
 
 @functools.cache
 def builder_names() -> frozenset[str]:
-  """Names of the datasets in the installed TFDS package (and of other classes), from its files alone."""
+  """Names of the datasets in the installed TFDS package (and of other classes), from its files, without importing it."""
   spec = importlib.util.find_spec("tensorflow_datasets")
   names = set()
   for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -142,7 +142,10 @@ def _read(tfds, name, data_dir, pick) -> dict:
   train, test = pick(y, cut="x_test" not in raw)
   wanted = np.zeros(len(y), bool)
   wanted[train] = wanted[test] = True
-  x, place = images(wanted), np.cumsum(wanted) - 1  # of each wanted row among the wanted ones
+  x, place = (
+    images(wanted),
+    np.cumsum(wanted) - 1,
+  )  # position of each requested row among the requested ones
   if len(test):
     raw |= {"x_test": x[place[test]], "y_test": y[test]}
     x = x[place[train]]
@@ -155,7 +158,7 @@ def _read(tfds, name, data_dir, pick) -> dict:
 
 
 def _require_host(name, builder):
-  """Fails at once where no download host has an address; TFDS itself retries for minutes."""
+  """Fails immediately if no download host can be resolved; TFDS itself retries for minutes."""
   hosts = sorted(
     {urllib.parse.urlsplit(url).hostname or "" for url in getattr(builder, "url_infos", None) or ()}
   )

@@ -1,9 +1,8 @@
 """The distilled set as one self-describing file: `distilled.npz`, readable with NumPy alone.
 
-It carries all that is needed to use the images elsewhere and to get the recorded
-accuracy here: pixels, labels and their convention, the preprocessing with its
-inverse, the ridge rule, the architecture, seeds, dataset hashes and checksums.
-Nothing in it is ever unpickled.
+It contains everything needed to use the images elsewhere and to reproduce the recorded accuracy:
+pixels, labels and their convention, the preprocessing with its inverse, the ridge rule, the
+architecture, seeds, dataset hashes and checksums. Nothing is unpickled.
 """
 
 import dataclasses
@@ -27,19 +26,19 @@ _REQUIRED = ("images", "labels", "support")
 
 
 class ArtifactError(KipcoreError, ValueError):
-  """A file that is not a whole, unaltered artifact; the message is one line."""
+  """A file is not a complete, unaltered artifact."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-  """A distilled set with its papers.
+  """A distilled set with its metadata.
 
   Attributes:
-    images: `(m, ...)` float, in the pixel units of the dataset (values may leave its
-      range: they were optimized).
-    labels: `(m, c)`: one-hot minus 1/c where they were not learned; add
+    images: `(m, ...)` float, in the pixel units of the dataset (optimized values may lie outside its
+      range).
+    labels: `(m, c)`: one-hot minus 1/c unless they were learned; add
       `metadata["label_convention"]["offset"]` for one-hot labels.
-    support: `(m, ...)` the same inputs behind the preprocessing, exactly as trained.
+    support: `(m, ...)` the same inputs after preprocessing, exactly as trained.
     preprocess: fitted on the training rows; `images = preprocess.invert(support)`.
     arch: the architecture.
     kernel: "ntk" or "nngp".
@@ -77,7 +76,7 @@ class Artifact:
     """`images` (NHWC), `labels` (centered, as stored), `one_hot` (labels + offset), `classes` (argmax); see `export.as_numpy`.
 
     Args:
-      space: "pixels", or "inputs" for the images behind the preprocessing.
+      space: "pixels", or "inputs" for the preprocessed images.
     """
     return export.as_numpy(self._images(space), self.labels)
 
@@ -86,13 +85,13 @@ class Artifact:
     return export.as_torch(self._images(space), self.labels)
 
   def as_tfds(self, space: str = "pixels"):
-    """The same as a `tf.data.Dataset` of dicts, an element for each image; see `export.as_tfds`."""
+    """The same as a `tf.data.Dataset` of dicts, one element per image; see `export.as_tfds`."""
     return export.as_tfds(self._images(space), self.labels)
 
   def distilled_set(
     self, space: str = "pixels", pixel_max: float | None = None
   ) -> export.DistilledSet:
-    """What `export` writes: the arrays with their conventions; arguments as there."""
+    """The arrays that `export` writes, with their conventions; the same arguments."""
     dataset, result = (self.metadata.get(name) or {} for name in ("dataset", "result"))
     accuracy = {
       name: result[name]
@@ -132,19 +131,19 @@ class Artifact:
     overwrite: bool = False,
     pixel_max: float | None = None,
   ) -> None:
-    """Writes the set for other programs, whole or not at all, beside JSON that says what its numbers mean.
+    """Writes the set for other programs atomically, with a JSON file that documents its conventions.
 
     Args:
       path: a file ("numpy", "safetensors", "torch") or folder ("png", "tfds").
       format: one of `export.FORMATS`, described at `export.write`.
-      space: "pixels", or "inputs" for the images behind the preprocessing.
+      space: "pixels", or "inputs" for the preprocessed images.
       overwrite: replace an earlier export.
       pixel_max: stored value of full white, for sets whose metadata lacks it.
 
     Raises:
       ValueError, TypeError: for an unknown format or space, or a set that PNG cannot hold.
-      ImportError: for "torch" where PyTorch is not installed.
-      OSError: where it cannot be written, or something else has that name.
+      ImportError: for "torch" if PyTorch is not installed.
+      OSError: if it cannot be written, or the path is taken.
     """
     export.write(path, format, self.distilled_set(space, pixel_max), overwrite)
 
@@ -154,7 +153,7 @@ class Artifact:
 
 
 def _device_array(x: np.ndarray):
-  """A device array of the same dtype; ValueError where the 64-bit switch would narrow it silently."""
+  """A device array of the same dtype; ValueError if JAX's 64-bit mode is off and would narrow it silently."""
   array = jnp.asarray(x)
   if array.dtype != x.dtype:
     raise ValueError(f"expected JAX's 64-bit mode for an artifact in {x.dtype}; turn it on (--x64)")
@@ -162,15 +161,15 @@ def _device_array(x: np.ndarray):
 
 
 def save_artifact(path, artifact: Artifact) -> None:
-  """Writes the artifact atomically: the file is there whole, or not at all.
+  """Writes the artifact atomically.
 
   Args:
     path: file name; by convention it ends in `.npz`.
     artifact: what to write.
 
   Raises:
-    ValueError: for arrays that disagree in shape, are not float32 or float64, or hold NaN or infinity; an unknown kernel.
-    OSError: where the file cannot be written.
+    ValueError: if shapes disagree, dtypes are not float32 or float64, values are NaN or infinite, or the kernel is unknown.
+    OSError: if the file cannot be written.
   """
   _check(artifact)
   spec, fitted = artifact.preprocess.to_arrays()
@@ -205,8 +204,9 @@ def load_artifact(path) -> Artifact:
     `Artifact`.
 
   Raises:
-    ArtifactError: for a file that is missing, truncated, altered, of another kind or a newer format, or that claims sizes that
-      it does not have (see `npz.read_npz`); for arrays of the wrong shape or dtype, or with NaN or infinity.
+    ArtifactError: if the file is missing, truncated, altered, of another kind or a newer format, claims
+      sizes that it does not have (see `npz.read_npz`), or has arrays of the wrong shape or dtype, or
+      NaN or infinity.
   """
   path = pathlib.Path(path)
   try:
@@ -241,7 +241,7 @@ def load_artifact(path) -> Artifact:
 
 
 def _check(artifact: Artifact) -> None:
-  """ValueError or TypeError for arrays and numbers that do not go together, or are not finite."""
+  """Raises ValueError or TypeError for arrays and numbers that are inconsistent or not finite."""
   arrays = {"images": artifact.images, "labels": artifact.labels, "support": artifact.support}
   for name, array in arrays.items():
     if array.dtype not in (np.float32, np.float64) or not array.size:

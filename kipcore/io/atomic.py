@@ -1,4 +1,4 @@
-"""Files, and folders of them, that are there whole or not at all."""
+"""Atomic writes of files and folders."""
 
 import contextlib
 import os
@@ -10,15 +10,15 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def replacing(path) -> Iterator[BinaryIO]:
-  """A binary file to write to, aside; at the end of the block it is flushed to disk and renamed over `path`.
+  """A temporary binary file; at the end of the block it is flushed to disk and renamed to `path`.
 
-  Whatever is raised in the block leaves an older file of that name as it was, and nothing aside.
+  If the block raises, an existing file of that name is unchanged and the temporary file is deleted.
 
   Args:
-    path: file name; its folder exists.
+    path: file name in an existing folder.
 
   Raises:
-    OSError: where it cannot be written.
+    OSError: if it cannot be written.
   """
   path = pathlib.Path(path)
   handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -35,23 +35,23 @@ def replacing(path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path, content: bytes) -> None:
-  """Writes a whole file or none; see `replacing`."""
+  """Writes a file atomically; see `replacing`."""
   with replacing(path) as file:
     file.write(content)
 
 
 @contextlib.contextmanager
 def replacing_folder(path) -> Iterator[pathlib.Path]:
-  """A folder to fill, aside; at the end of the block it takes the name `path`, and a folder of that name is deleted.
+  """A temporary folder; at the end of the block it is renamed to `path`, replacing a folder of that name.
 
-  Whatever is raised in the block leaves an older folder as it was, and nothing aside. No portable call exchanges
-  two folders: a process that is killed between the two renames leaves both in a hidden folder beside `path`.
+  If the block raises, an existing folder is unchanged and the temporary one is deleted. No portable call exchanges
+  two folders: a process that is killed between the two renames leaves both in a hidden folder next to `path`.
 
   Args:
-    path: folder name; the folder that it is in exists.
+    path: folder name in an existing folder.
 
   Raises:
-    OSError: where it cannot be written.
+    OSError: if it cannot be written.
   """
   path = pathlib.Path(path)
   with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as aside:

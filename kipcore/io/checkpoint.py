@@ -1,7 +1,8 @@
-"""Snapshots of a run on disk, from which it goes on bit for bit: whole or not at all, the last few kept.
+"""Checkpoints of a run on disk, from which it resumes with bit-identical results.
 
-Orbax writes them: each aside, under a name that a rename makes valid, so that a run that is killed while it writes goes on
-from the snapshot before. Each carries its format, the settings of its run, and checksums. Nothing in it is ever unpickled.
+Orbax writes each checkpoint under a temporary name and renames it, so that a run that is killed while
+writing resumes from the previous one. Each contains its format, the settings of the run, and checksums.
+Nothing is unpickled.
 """
 
 import contextlib
@@ -22,35 +23,35 @@ FORMAT_VERSION = 1
 
 
 class CheckpointError(KipcoreError, ValueError):
-  """A checkpoint that cannot be written or read, or is of another run; the message is one line."""
+  """A checkpoint cannot be written or read, or belongs to another run."""
 
 
 class Checkpoints:
-  """The last snapshots of one run, in one folder.
+  """The latest checkpoints of one run, in one folder.
 
-  Where several processes run, all of them call the same methods; the first alone writes, all read: they share the folder.
+  With several processes, all of them call the same methods and share the folder; only the first writes.
 
   Attributes:
-    folder: its absolute path.
+    folder: absolute path.
   """
 
   def __init__(self, folder, settings: dict[str, Any], keep: int = 2):
-    """Opens the folder, which is made where it is absent.
+    """Opens the folder, creating it if needed.
 
     Args:
-      folder: its name.
-      settings: JSON-able; what a run must share with a snapshot to go on from it.
-      keep: snapshots to keep, >= 1.
+      folder: path.
+      settings: JSON-compatible; a run can resume from a checkpoint only with equal settings.
+      keep: number of checkpoints to keep, >= 1.
 
     Raises:
       ValueError: for keep < 1.
-      CheckpointError: where the folder cannot be made or read.
+      CheckpointError: if the folder cannot be created or read.
     """
     if not isinstance(keep, int) or keep < 1:
       raise ValueError(f"keep: expected an integer >= 1, got {keep!r}")
     self.folder, self._settings = pathlib.Path(folder).absolute(), settings
     ocp = _orbax()
-    # A process waits for no other: the first writes what all of them have.
+    # Processes do not wait for each other: the first writes what all of them have.
     alone = ocp.options.MultiprocessingOptions(
       primary_host=jax.process_index(),
       active_processes={jax.process_index()},
@@ -67,16 +68,16 @@ class Checkpoints:
       self._manager = ocp.CheckpointManager(self.folder, options=options)
 
   def steps(self) -> list[int]:
-    """The steps of which there are whole snapshots, ascending."""
+    """The steps with complete checkpoints, ascending."""
     with self._one_fault("readable checkpoints"):
       self._manager.reload()
       return sorted(self._manager.all_steps())
 
   def save(self, snapshot: Snapshot) -> None:
-    """Writes a snapshot, unless there is one of that step, and drops the oldest beyond `keep`.
+    """Writes a checkpoint unless one of that step exists, and deletes the oldest beyond `keep`.
 
     Raises:
-      CheckpointError: where it cannot be written; those before are as they were.
+      CheckpointError: if it cannot be written; earlier checkpoints are unchanged.
     """
     if jax.process_index() != 0:
       return
@@ -88,14 +89,14 @@ class Checkpoints:
       "arrays": [_facts(array) for array in snapshot.arrays],
     }
     about["sha256"] = _checksum(about)
-    # One array of bytes: orbax takes neither arrays without numbers nor every dtype.
+    # One array of bytes: orbax does not support empty arrays and some dtypes.
     content = np.frombuffer(
       b"".join(array.tobytes() for array in snapshot.arrays) + b"\0", np.uint8
     )
     ocp = _orbax()
     with self._one_fault("a checkpoint to be written"):
       if snapshot.step in self._manager.all_steps():
-        return  # Runs of the same settings agree to the bit.
+        return  # Runs with equal settings have bit-identical checkpoints.
       self._manager.save(
         snapshot.step,
         force=True,
@@ -105,17 +106,17 @@ class Checkpoints:
       )
 
   def restore(self, step: int | None = None) -> Snapshot:
-    """Reads a snapshot, and checks all of it.
+    """Reads a checkpoint and verifies its checksums.
 
     Args:
-      step: which one; None for the last that is whole: later ones that are damaged are named in a warning, and deleted.
+      step: which one; None for the last complete one: damaged later ones are reported in a warning and deleted.
 
     Returns:
       `Snapshot`.
 
     Raises:
-      CheckpointError: where there is none, or it is damaged, of a newer format, or of a run with other settings, whose
-        differences are named.
+      CheckpointError: if there is none, or it is damaged, of a newer format, or of a run with other
+        settings; the message names the differences.
     """
     steps = self.steps()
     if not steps or step is not None and step not in steps:
@@ -158,11 +159,11 @@ class Checkpoints:
           f"format {about['format']} version {about['format_version']}, which is newer than {FORMAT_VERSION}"
         )
       if _checksum(about) != about["sha256"]:
-        raise ValueError("its papers do not have their checksum")
+        raise ValueError("metadata checksum mismatch")
       return about, _read_leaves(about["arrays"], content)
 
   def discard(self, after: int) -> None:
-    """Deletes the snapshots of later steps than `after`: of a course that the run does not take."""
+    """Deletes the checkpoints of steps later than `after`, which the run will repeat."""
     if jax.process_index() == 0:
       with self._one_fault("checkpoints to be deleted"):
         for step in self.steps():
@@ -170,24 +171,26 @@ class Checkpoints:
             self._manager.delete(step)
 
   def close(self) -> None:
-    """Lets go of the folder."""
+    """Closes the folder."""
     self._manager.close()
 
   @contextlib.contextmanager
   def _one_fault(self, what: str):
-    """Whatever the block raises becomes a `CheckpointError` of one line."""
+    """Converts any exception of the block to a `CheckpointError` with a one-line message."""
     try:
       yield
     except CheckpointError:
       raise
-    except Exception as error:  # of file systems, orbax and TensorStore, whose kinds know no bounds
+    except Exception as error:  # file systems, orbax and TensorStore raise many types
       text = " ".join(f"{type(error).__name__}: {error}".split())
-      text = text if len(text) <= 300 else f"{text[:140]} ... {text[-150:]}"  # the cause comes last
+      text = (
+        text if len(text) <= 300 else f"{text[:140]} ... {text[-150:]}"
+      )  # the cause is in the last line
       raise CheckpointError(f"{self.folder}: expected {what}, got {text}") from error
 
 
 def differences(before: dict, now: dict) -> list[str]:
-  """Where two settings differ, one text for each name."""
+  """The differences between two settings, one text per name."""
   absent = "nothing"
   return [
     f"{name}: {before.get(name, absent)!r} then, {now.get(name, absent)!r} now"
@@ -212,7 +215,7 @@ def _facts(leaf: np.ndarray) -> dict:
 
 
 def _read_leaves(facts: list[dict], content: np.ndarray) -> list[np.ndarray]:
-  """The arrays in the bytes; ValueError where sizes or checksums do not agree."""
+  """The arrays in the bytes; ValueError if sizes or checksums do not match."""
   dtypes = [np.dtype(_dtype(fact["dtype"])) for fact in facts]
   sizes = [
     dtype.itemsize * int(np.prod(fact["shape"], dtype=np.int64))
@@ -231,7 +234,7 @@ def _read_leaves(facts: list[dict], content: np.ndarray) -> list[np.ndarray]:
 
 
 def _dtype(name: str):
-  """Of NumPy, or of those that JAX adds."""
+  """A dtype of NumPy, or one that JAX adds."""
   try:
     return np.dtype(name)
   except TypeError:
@@ -241,7 +244,7 @@ def _dtype(name: str):
 
 
 def _orbax():
-  """orbax.checkpoint, imported only where a run is kept."""
+  """orbax.checkpoint, imported when the first checkpoint is used."""
   import orbax.checkpoint
 
   return orbax.checkpoint

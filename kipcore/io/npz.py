@@ -1,7 +1,7 @@
-"""`.npz` files: the one door by which they are read, and the form of those that kipcore writes.
+"""The only reader of `.npz` files, and the format of those that kipcore writes.
 
-Whatever such a file claims (sizes, shapes, dtypes, compression) is compared with the bytes that it has before memory is
-taken. Nothing in it is ever unpickled, and the names in it are never paths.
+Sizes, shapes, dtypes and compression that a file claims are compared with its actual bytes before memory is
+allocated. Nothing is unpickled, and names of members are never used as paths.
 """
 
 import contextlib
@@ -23,32 +23,32 @@ from kipcore.io import atomic
 from kipcore.types import KipcoreError
 
 METADATA = "metadata"
-_DEFLATE_GAIN = 1032  # the most that deflate makes of a byte
-# Of a file as a whole: black and white drawings gain over a hundred; up to so many bytes, anything goes.
+_DEFLATE_GAIN = 1032  # the maximum compression ratio of deflate
+# Limit for a whole file: line drawings compress by more than 100; no limit below this size.
 _MOST_GAIN, _FREE_BYTES = 256, 2**28
 _MAX_HEADER = 2**14
-_BLOCK_BYTES = 2**26  # that `read_rows` holds beside the rows
+_BLOCK_BYTES = 2**26  # buffer of `read_rows`, in addition to the rows
 _MAX_DIMENSIONS = 32
 
 
 class NpzError(KipcoreError, ValueError):
-  """A file that is no whole `.npz` file of plain arrays; the message is one line."""
+  """A file is not a complete `.npz` file of plain arrays."""
 
 
 def read_npz(path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-  """The arrays of an `.npz` file, each read after its header, the size of its member and the bytes in the file agree.
+  """Reads an `.npz` file; each array is read only if its header, member size and bytes agree.
 
   Args:
     path: file name.
-    names: arrays that are wanted, where they are there; the others are not looked at. None for all.
+    names: arrays to read if present; None for all.
 
   Returns:
-    Arrays of booleans, numbers or strings by name, in the order of the file.
+    Arrays of booleans, numbers or strings by name, in file order.
 
   Raises:
-    NpzError: for a file that is missing or damaged; a member that is encrypted, compressed otherwise than by deflate, there
-      twice, or named like a path outside; sizes that its bytes cannot hold, 256 times the file (and over 256 MiB), or
-      more than the machine has memory; dtypes other than plain ones.
+    NpzError: if the file is missing or damaged; a member is encrypted, compressed with a method other than
+      deflate, duplicated, or named like an outside path; sizes exceed what the bytes can hold, 256 times the
+      file size (and 256 MiB), or the memory of the machine; or a dtype is not plain.
   """
   with _opened(path) as (archive, members):
     wanted = {name: info for name, info in members.items() if names is None or name in names}
@@ -60,18 +60,18 @@ def read_npz(path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
 
 
 def read_rows(path, name: str, rows: np.ndarray) -> np.ndarray:
-  """Some rows of one array, in ascending order, for arrays of any size: the file is read once, and a block of it is held at a time.
+  """Some rows of one array of any size: the file is read once, one block at a time.
 
   Args:
     path: file name.
-    name: of an array that is there.
-    rows: ascending integers; the array has more than the last of them.
+    name: of an existing array.
+    rows: ascending integers, less than the number of rows.
 
   Returns:
     `(len(rows), ...)`.
 
   Raises:
-    NpzError: as `read_npz`, of the chosen rows' bytes alone where memory is concerned; for an array in Fortran order, or with fewer rows.
+    NpzError: as `read_npz` (the memory limit applies to the selected rows); for an array in Fortran order, or with fewer rows.
   """
   with _opened(path) as (archive, members):
     what, info = f"{path}: {checks.one_line(name, 80)}", members[name]
@@ -93,9 +93,7 @@ def read_rows(path, name: str, rows: np.ndarray) -> np.ndarray:
         max(1, _BLOCK_BYTES // max(a_row, 1)),
         0,
       )
-      for first in range(
-        0, shape[0], block
-      ):  # to the last one, for the checksum of the member is after it
+      for first in range(0, shape[0], block):  # to the end, where the checksum of the member is
         count = min(block, shape[0] - first)
         content = np.frombuffer(_whole(what, member, count * a_row), dtype).reshape(
           count, *shape[1:]
@@ -107,7 +105,7 @@ def read_rows(path, name: str, rows: np.ndarray) -> np.ndarray:
 
 
 def names_in(path) -> list[str]:
-  """The names of the arrays of an `.npz` file, which are not read; NpzError as `read_npz`."""
+  """The names of the arrays in an `.npz` file, without reading them; NpzError as `read_npz`."""
   with _opened(path) as (_, members):
     return list(members)
 
@@ -119,16 +117,16 @@ def save_checked(
   version: int,
   metadata: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes an `.npz` file, whole or not at all, with its format, version and checksums in the JSON text of the array `metadata`.
+  """Writes an `.npz` file atomically, with format, version and checksums in the JSON text of the array `metadata`.
 
   Args:
-    path: file name; its folder exists.
-    arrays: of booleans, numbers or strings.
-    form, version: of the file, for `load_checked`.
-    metadata: JSON-able, beside these.
+    path: file name in an existing folder.
+    arrays: booleans, numbers or strings.
+    form, version: format and version, for `load_checked`.
+    metadata: JSON-compatible.
 
   Raises:
-    ValueError: for an array of another dtype, or named `metadata`. OSError: where it cannot be written.
+    ValueError: for an array of another dtype, or named `metadata`. OSError: if it cannot be written.
   """
   arrays = {name: np.asarray(array) for name, array in arrays.items()}
   for name, array in arrays.items():
@@ -153,13 +151,13 @@ def save_checked(
 def load_checked(
   path, form: str, version: int, required: Sequence[str] = ()
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """Reads what `save_checked` wrote, every array against its checksum.
+  """Reads a file of `save_checked` and verifies the checksum of every array.
 
   Args:
     path: file name.
-    form: the format that is expected.
-    version: the newest that is known.
-    required: arrays that must be there.
+    form: expected format.
+    version: newest known version.
+    required: names of required arrays.
 
   Returns:
     The arrays, and the metadata.
@@ -215,12 +213,12 @@ def checksum(array: np.ndarray) -> str:
 
 
 def read_npy_header(what: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-  """Shape, Fortran order and dtype of an open `.npy` file, which is left where its numbers begin; NpzError for any but plain arrays."""
+  """Shape, Fortran order and dtype of an open `.npy` file, which is positioned at its data; NpzError unless it is a plain array."""
   with (
     _one_fault(f"{what}: expected a readable .npz file of .npy arrays"),
     warnings.catch_warnings(),
   ):
-    warnings.simplefilter("ignore")  # of NumPy and Python, about the text of the header
+    warnings.simplefilter("ignore")  # warnings about the text of the header
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
       raise NpzError(f"{what}: expected .npy format 1.0 or 2.0, got {version}")
@@ -234,7 +232,7 @@ def read_npy_header(what: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, n
     shape, fortran_order, dtype = reader(io.BytesIO(length + header))
     if (
       dtype.kind not in "biufSU" or not dtype.itemsize
-    ):  # so no "O", and no "V", in which objects can hide
+    ):  # not "O", and not "V", which can contain objects
       raise NpzError(
         f"{what}: expected a plain numeric or string array, got dtype {checks.one_line(dtype)}"
         + (" (Python objects are never unpickled)" if dtype.hasobject else "")
@@ -254,7 +252,7 @@ def read_npy_header(what: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, n
 
 @contextlib.contextmanager
 def _one_fault(what: str):
-  """Makes any failure one `NpzError`: what zipfile, zlib and NumPy raise about damaged files knows no bounds."""
+  """Converts any exception to an `NpzError`: zipfile, zlib and NumPy raise many types for damaged files."""
   try:
     yield
   except NpzError:
@@ -265,8 +263,8 @@ def _one_fault(what: str):
 
 @contextlib.contextmanager
 def _opened(path):
-  """The archive, and its members by name, after what can be said of them without reading any."""
-  if not os.path.isfile(path):  # nor a pipe, which would never end
+  """The archive and its members by name, after all checks that need no reading."""
+  if not os.path.isfile(path):  # not a pipe, which would never end
     raise NpzError(
       f"{path}: expected an .npz file, got {'a directory' if os.path.isdir(path) else 'no such file'}"
     )
@@ -306,14 +304,14 @@ def _check_memory(path, count: int) -> None:
 
 
 def _memory() -> float:
-  """Bytes of memory of the machine; infinite where it does not tell."""
+  """Bytes of memory of the machine; infinite if unknown."""
   with contextlib.suppress(AttributeError, ValueError, OSError):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   return math.inf
 
 
 def _check_member(what: str, info) -> None:
-  """What can be said of a member without reading it."""
+  """Checks a member without reading it."""
   if info.flag_bits & 0x41:
     raise NpzError(f"{what}: expected a member without a password, got an encrypted one")
   if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -327,7 +325,7 @@ def _check_member(what: str, info) -> None:
 
 
 def _checked_header(what: str, member, info) -> tuple[tuple[int, ...], bool, np.dtype]:
-  """The header of an open member, which agrees with its size."""
+  """The header of an open member, checked against its size."""
   shape, fortran_order, dtype = read_npy_header(what, member)
   claimed, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
   if claimed != held:
@@ -338,7 +336,7 @@ def _checked_header(what: str, member, info) -> tuple[tuple[int, ...], bool, np.
 
 
 def _whole(what: str, member, count: int) -> bytes:
-  """So many bytes of a member, which gives what it has at hand."""
+  """Exactly this many bytes of a member, which may return fewer per read."""
   parts = []
   while count and (part := member.read(count)):
     parts.append(part)
@@ -349,7 +347,7 @@ def _whole(what: str, member, count: int) -> bytes:
 
 
 def _read_member(what: str, archive, info) -> np.ndarray:
-  """One array, after header, size of the member and bytes in the file agree."""
+  """One array, read if header, member size and bytes agree."""
   _check_member(what, info)
   with _one_fault(f"{what}: expected a readable .npz file of .npy arrays"):
     with archive.open(info) as member:

@@ -7,7 +7,7 @@ import sys
 
 @contextlib.contextmanager
 def quiet_tensorflow():
-  """Yields (tensorflow, tensorflow_datasets), off accelerators; what is written meanwhile, by C++ included, goes nowhere."""
+  """Yields (tensorflow, tensorflow_datasets) without accelerators; output, including that of C++ code, is discarded."""
   for setting in ("TF_CPP_MIN_LOG_LEVEL=3", "GRPC_VERBOSITY=ERROR", "NO_GCE_CHECK=true"):
     os.environ.setdefault(*setting.split("="))
   sys.stdout.flush()
@@ -24,7 +24,7 @@ def quiet_tensorflow():
         for device in ("GPU", "TPU"):
           with contextlib.suppress(
             RuntimeError, ValueError
-          ):  # The caller has started TensorFlow, and so has decided.
+          ):  # TensorFlow is already initialized by the caller.
             tf.config.set_visible_devices([], device)
         tfds.disable_progress_bar()
         yield tf, tfds

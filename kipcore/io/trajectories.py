@@ -1,7 +1,7 @@
-"""Expert trajectories as files: `experts.npy`, read piece by piece from disk, with `experts.json` beside it.
+"""Expert trajectories on disk: `experts.npy`, memory-mapped, with metadata in `experts.json`.
 
-Such a file is some gigabytes. It is written an expert at a time and never read as a whole: what comes back is a
-memory map. Nothing in it is ever unpickled.
+Such a file has several gigabytes. It is written one expert at a time and never read as a whole. Nothing is
+unpickled.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 
 
 class TrajectoriesError(KipcoreError, ValueError):
-  """Files that are not whole trajectories with their metadata; the message is one line."""
+  """Files are not complete trajectories with metadata."""
 
 
 class Trajectories(NamedTuple):
@@ -32,19 +32,19 @@ class Trajectories(NamedTuple):
 
 
 def save_trajectories(path, trajectories: Iterable, metadata: dict) -> None:
-  """Writes trajectories one at a time; afterwards the pair of files is there whole, or does not load.
+  """Writes trajectories one at a time; an incomplete pair of files does not load.
 
   Args:
-    path: file name that ends in `.npy`; the metadata goes beside it and ends in `.json`.
-    trajectories: arrays `(epochs + 1, p)`, float32 or float64, all alike: an array `(experts, epochs + 1, p)`, or a generator
-      that trains one expert after the other, of which one alone is held in memory.
-    metadata: JSON-able dict: architecture, data, seeds, how the experts were trained.
+    path: file name that ends in `.npy`; the metadata file has the same name with `.json`.
+    trajectories: arrays `(epochs + 1, p)`, float32 or float64, of equal shape: an array `(experts, epochs + 1, p)`, or a generator
+      that trains one expert after the other, so that only one is in memory.
+    metadata: JSON-compatible dict: architecture, data, seeds, how the experts were trained.
 
   Raises:
-    ValueError: for another file name, no trajectory, one of the wrong shape or dtype or that is not finite. Files of
-      that name are then left as they were.
-    TypeError: for metadata that JSON cannot hold, before the first trajectory is asked for.
-    OSError: where the files cannot be written.
+    ValueError: for another file name, no trajectories, or a wrong shape or dtype or values that are not finite.
+      Existing files are then unchanged.
+    TypeError: for metadata that JSON cannot represent, before the first trajectory is requested.
+    OSError: if the files cannot be written.
   """
   path, beside = _pair(path)
   json.dumps(metadata)
@@ -64,7 +64,7 @@ def save_trajectories(path, trajectories: Iterable, metadata: dict) -> None:
     shape = (len(sums), *first.shape[1:])
     file.seek(0)
     _write_header(file, shape, first.dtype)
-    # Last: a crash from here on may leave an array without metadata, but never one with the metadata of another.
+    # Last: a crash after this line may leave an array without metadata, but never with wrong metadata.
     beside.unlink(missing_ok=True)
   record = {
     **metadata,
@@ -78,18 +78,18 @@ def save_trajectories(path, trajectories: Iterable, metadata: dict) -> None:
 
 
 def load_trajectories(path, verify: bool = True) -> Trajectories:
-  """Opens what `save_trajectories` wrote; in memory are at most the parts in use.
+  """Opens files of `save_trajectories`; only the parts in use are in memory.
 
   Args:
     path: file name that ends in `.npy`.
-    verify: read all of it once, an expert at a time, against the checksums; False to look at sizes alone.
+    verify: read everything once and verify the checksums; False to check sizes only.
 
   Returns:
-    `Trajectories`; of its array only the parts that are looked at are read from disk.
+    `Trajectories` with a memory-mapped array.
 
   Raises:
-    TrajectoriesError: for files that are missing, truncated, altered, of another kind or a newer format, or that do not belong
-      together.
+    TrajectoriesError: if files are missing, truncated, altered, of another kind or a newer format, or do not
+      match.
   """
   path, beside = _pair(path)
   for file in (path, beside):
@@ -155,7 +155,7 @@ def _pair(path) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def _write_header(file, shape: tuple, dtype: np.dtype) -> None:
-  """Of an `.npy` file; NumPy leaves room in it for the first axis to grow, so its length does not depend on that."""
+  """Writes the header of an `.npy` file; NumPy pads it, so its length does not depend on the first axis."""
   description = {
     "descr": np.lib.format.dtype_to_descr(dtype),
     "fortran_order": False,
