@@ -518,12 +518,23 @@ def _selection(folder, config: dict, result: dict, stored: artifact.Artifact) ->
   entries = [
     (
       _percent(result["test_accuracy"]),
-      "the weighted points",
+      # Runs of version 0.1 scored the weighted regression alone.
+      "the points" if "weighted_test_accuracy" in result else "the weighted points",
       _difference(100 * (result["test_accuracy"] - random), "random real data"),
     ),
     (_percent(result["solved_labels_test_accuracy"]), "with labels solved on all rows", ""),
     (_percent(random), "random real data, same size", ""),
   ]
+  if "weighted_test_accuracy" in result:
+    weighted_random = _percent(result["random_baseline_weighted_test_accuracy"])
+    entries.insert(
+      1,
+      (
+        _percent(result["weighted_test_accuracy"]),
+        "the points, weighted regression",
+        f"random real data: {weighted_random}",
+      ),
+    )
   scored = {
     "effective dimension": f"{result['d_eff']:.1f}, at least {result['d_eff_lower']:.1f}",
     "total sensitivity": f"{result['total_sensitivity']:.1f}",

@@ -111,4 +111,5 @@ def check_rows(what: str, kernel_fn, shape: tuple, dtype) -> None:
   try:  # the kernel's checks of rank and size, without computing anything
     jax.eval_shape(kernel_fn, jax.ShapeDtypeStruct((1, *shape), dtype))
   except (ValueError, TypeError) as error:
-    raise UsageError(f"{what}: not possible for rows of shape {shape}: {error}") from error
+    reason = str(error).removeprefix("x1: ")
+    raise UsageError(f"{what}: not possible for rows of shape {shape}: {reason}") from error
