@@ -69,7 +69,7 @@ def load_dataset(
       A path that ends in `.npz`: x_train, x_test `(n, h, w, c)`, `(n, h, w)` (a channel is
       added) or `(n, d)`, y_train, y_test `(n,)` integers or strings, and optionally
       `class_names`. Nothing is unpickled; sizes are checked before memory is allocated.
-      A folder of class folders of PNG or JPEG images of one size (`image_folders.read`): either the class folders themselves
+      A folder of class folders of images of one size (rules: `kipcore.datasets.image_folders`): either the class folders themselves
       (test is every fifth image of each class in file name order), or train/ and test/ with class folders.
       A TFDS image-classification name: prepared in data_dir, or downloaded by TFDS.
       Without a labeled test split, the validation split is used, or every fifth training row of each class;
@@ -123,6 +123,7 @@ def _finish(
   """The checked `Dataset` from the arrays of a reader."""
   if x_train.dtype.kind in "biu" and x_train.dtype != np.uint8:
     note = "; ".join(filter(None, (note, f"{x_train.dtype} pixels were converted to floats")))
+  note = "; ".join(filter(None, (note, _layout_note(x_train.shape))))
   x_train, x_test = _pixels(f"{name}: x_train", x_train), _pixels(f"{name}: x_test", x_test)
   if x_train.shape[1:] != x_test.shape[1:] or (x_train.dtype == np.uint8) != (
     x_test.dtype == np.uint8
@@ -152,6 +153,16 @@ def _finish(
     for i, key in enumerate(("train", "validation", "test"))
   }
   return Dataset(name, *arrays, num_classes, class_names, pixel_max, hashes, note)
+
+
+def _layout_note(shape: tuple[int, ...]) -> str:
+  """A note if images look like channels first: axis 1 has 1, 3 or 4 entries, the last more."""
+  if len(shape) != 4 or shape[1] not in (1, 3, 4) or shape[3] <= 4:
+    return ""
+  return (
+    f"x_train has shape {shape} and was read as {shape[1]} x {shape[2]} pixels with {shape[3]} channels; "
+    "if it is channels first (NCHW), transpose it to (n, h, w, c): x.transpose(0, 2, 3, 1)"
+  )
 
 
 def _sha256(*arrays) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import secrets
 import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -13,6 +14,7 @@ def replacing(path) -> Iterator[BinaryIO]:
   """A temporary binary file; at the end of the block it is flushed to disk and renamed to `path`.
 
   If the block raises, an existing file of that name is unchanged and the temporary file is deleted.
+  Permissions follow the umask of the process.
 
   Args:
     path: file name in an existing folder.
@@ -21,16 +23,17 @@ def replacing(path) -> Iterator[BinaryIO]:
     OSError: if it cannot be written.
   """
   path = pathlib.Path(path)
-  handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  aside = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+  # tempfile would always create files with mode 0600.
+  handle = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
   try:
     with os.fdopen(handle, "wb") as file:
       yield file
       file.flush()
       os.fsync(file.fileno())
-    os.chmod(aside, 0o644)
     os.replace(aside, path)
   except BaseException:
-    pathlib.Path(aside).unlink(missing_ok=True)
+    aside.unlink(missing_ok=True)
     raise
 
 

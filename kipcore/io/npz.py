@@ -233,6 +233,11 @@ def read_npy_header(what: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, n
     if (
       dtype.kind not in "biufSU" or not dtype.itemsize
     ):  # not "O", and not "V", which can contain objects
+      if dtype.kind == "c":
+        raise NpzError(
+          f"{what}: expected real numbers or strings, got complex numbers ({dtype}); "
+          "store the real part, the magnitude or both as channels"
+        )
       raise NpzError(
         f"{what}: expected a plain numeric or string array, got dtype {checks.one_line(dtype)}"
         + (" (Python objects are never unpickled)" if dtype.hasobject else "")

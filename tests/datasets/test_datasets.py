@@ -492,3 +492,30 @@ def test_the_real_mnist_through_tfds_is_the_real_mnist(tmp_path):
   for found, name in ((train, "train"), (row_hashes(data.x_test, data.y_test), "t10k")):
     images, labels = idx(f"{name}-images-idx3", 16).reshape(-1, 784), idx(f"{name}-labels-idx1", 8)
     assert sorted(found) == sorted(row_hashes(images, labels))
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 8, 9), (8, 1, 28, 28)])
+def test_arrays_that_look_like_channels_first_get_a_note(tmp_path, shape):
+  path = tmp_path / "a.npz"
+  x, y = np.zeros(shape, np.uint8), np.arange(8) % 2
+  np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+  data = load_dataset(str(path), validation_fraction=0)
+  assert data.x_train.shape == shape and f"x_train has shape {shape}" in data.note
+  assert "NCHW" in data.note and f"with {shape[3]} channels" in data.note
+  x = x.transpose(0, 2, 3, 1)
+  np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+  assert "NCHW" not in load_dataset(str(path), validation_fraction=0).note
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+@pytest.mark.parametrize("key", ["x_train", "y_train", "x_test", "y_test"])
+def test_complex_arrays_are_named_as_such(tmp_path, dtype, key):
+  path = tmp_path / "a.npz"
+  x, y = np.zeros((4, 3)), np.arange(4) % 2
+  arrays = {"x_train": x, "y_train": y, "x_test": x, "y_test": y}
+  np.savez(path, **(arrays | {key: arrays[key].astype(dtype)}))
+  with pytest.raises(
+    DatasetError, match=f"{key}.*got complex numbers .{np.dtype(dtype)}"
+  ) as caught:
+    load_dataset(str(path))
+  assert "pickle" not in str(caught.value)
