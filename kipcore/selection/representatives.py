@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from kipcore import checks
-from kipcore.types import Array
+from kipcore.types import Array, ArrayLike
 
 
-def herding(x: Array, num_rows: int, present: Array | None = None) -> Array:
+def herding(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Array:
   """Rows whose running mean follows the mean of all rows.
 
       i_k = argmin_i || mu - (x_i + sum_{j<k} x_{i_j}) / k ||,   distinct i
@@ -36,7 +36,7 @@ def herding(x: Array, num_rows: int, present: Array | None = None) -> Array:
   return _herding(num_rows, *_checked(x, num_rows, present))
 
 
-def k_center(x: Array, num_rows: int, present: Array | None = None) -> Array:
+def k_center(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Array:
   """Rows that leave no row far away: the one nearest to the mean, then ever the farthest from those chosen.
 
   The largest distance to the nearest chosen row is at most twice the smallest possible (proved, for any first row).
