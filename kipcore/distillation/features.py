@@ -10,31 +10,33 @@ from jaxtyping import Float
 from kipcore import krr, linalg
 from kipcore.distillation.method import Batch
 from kipcore.networks import Network
-from kipcore.types import Array, LossInfo
+from kipcore.types import Array, ArrayLike, LossInfo
 
 # Ridge, as a fraction of the mean diagonal, of the predictions that samplers and logs use.
 _RELATIVE_RIDGE = 1e-3
 
 
-def draw_networks(key: Array, module: Network, x: Float[Array, "n ..."], num_networks: int) -> Any:
+def draw_networks(
+  key: Array, module: Network, x: Float[ArrayLike, "n ..."], num_networks: int
+) -> Any:
   """Draws the variables of `num_networks` random networks for inputs like `x`, stacked along a leading axis."""
   with linalg.permissive_promotion():
     return jax.vmap(lambda k: module.init(k, x[:1]))(jax.random.split(key, num_networks))
 
 
-def draw_network(key: Array, module: Network, x: Float[Array, "n ..."]) -> Any:
+def draw_network(key: Array, module: Network, x: Float[ArrayLike, "n ..."]) -> Any:
   """Draws the variables of one random network for inputs like `x`."""
   return jax.tree.map(lambda a: a[0], draw_networks(key, module, x, 1))
 
 
-def features(module: Network, variables: Any, x: Float[Array, "n ..."]) -> Float[Array, "n p"]:
+def features(module: Network, variables: Any, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n p"]:
   """The inputs of the network's readout; batch norm uses its running means."""
   with linalg.permissive_promotion():
     phi: Any = module.apply(variables, x, features=True)
   return phi
 
 
-def outputs(module: Network, variables: Any, x: Float[Array, "n ..."]) -> Float[Array, "n c"]:
+def outputs(module: Network, variables: Any, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n c"]:
   """The outputs of the network; batch norm uses its running means."""
   with linalg.permissive_promotion():
     out: Any = module.apply(variables, x)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jaxtyping import Float, Int
 
-from kipcore.types import Array, LossInfo, Support
+from kipcore.types import Array, Integer, LossInfo, Support
 
 Params = dict[str, Array]
 
@@ -112,7 +112,7 @@ class Method:
     """Auxiliary state: random networks, a pool of networks, or () for none."""
     return ()
 
-  def update_aux(self, key: Array, params: Params, aux: Any, step: Int[Array, ""]) -> Any:
+  def update_aux(self, key: Array, params: Params, aux: Any, step: Integer) -> Any:
     """The auxiliary state after step number `step`, e.g. with networks redrawn or trained."""
     return aux
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from kipcore import augment, keys, linalg
 from kipcore.distillation.features import class_weights, draw_network, features, ridge_loss_info
 from kipcore.distillation.method import Batch, Method, Params, sum_over_devices
 from kipcore.networks import Network
-from kipcore.types import Array, LossInfo
+from kipcore.types import Array, Integer, LossInfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DM(Method):
   def init_aux(self, key: Array, params: Params) -> Any:
     return draw_network(key, self.module, params["x"])
 
-  def update_aux(self, key: Array, params: Params, aux: Any, step: Int[Array, ""]) -> Any:
+  def update_aux(self, key: Array, params: Params, aux: Any, step: Integer) -> Any:
     return draw_network(key, self.module, params["x"])
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from kipcore import keys, krr, linalg
 from kipcore.distillation import options as option_checks
@@ -108,7 +108,7 @@ class FRePo(Method):
     drawn = self._draw(keys.stream(key, "draw"), params, options.pool_size)
     return Pool(*drawn, age, self._choose(key))
 
-  def update_aux(self, key: Array, params: Params, aux: Pool, step: Int[Array, ""]) -> Pool:
+  def update_aux(self, key: Array, params: Params, aux: Pool, step: Integer) -> Pool:
     i, age = aux.chosen, aux.age[aux.chosen] + 1
     one = jax.tree.map(lambda a: a[i], (aux.variables, aux.opt_state))
     with linalg.permissive_promotion():

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from kipcore import augment, checks, keys
 from kipcore.distillation import options as option_checks
@@ -178,7 +178,7 @@ class GradientMatching(Method):
   def init_aux(self, key: Array, params: Params) -> Any:
     return draw_network(key, self.module, params["x"])
 
-  def update_aux(self, key: Array, params: Params, aux: Any, step: Int[Array, ""]) -> Any:
+  def update_aux(self, key: Array, params: Params, aux: Any, step: Integer) -> Any:
     outer, inner = published_loops(params["y"].shape[0] / params["y"].shape[1])
     outer, inner = self.options.outer_steps or outer, self.options.inner_steps or inner
     # Each branch has its own stream: a key is used once.

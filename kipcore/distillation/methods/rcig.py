@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from kipcore import checks, keys, krr, linalg
 from kipcore.distillation import options as option_checks
@@ -155,9 +155,7 @@ class RCIG(Method):
     opt_state = jax.vmap(optax.adam(options.pool_rate).init)(variables)
     return RCIGState(Pool(variables, opt_state, age, self._choose(key)), params)
 
-  def update_aux(
-    self, key: Array, params: Params, aux: RCIGState, step: Int[Array, ""]
-  ) -> RCIGState:
+  def update_aux(self, key: Array, params: Params, aux: RCIGState, step: Integer) -> RCIGState:
     options, adam = self.options, optax.adam(self.options.pool_rate)
     variables, opt_state, age, i = aux.pool
     too_old = age[i] + options.pool_steps >= options.max_age
@@ -176,7 +174,9 @@ class RCIG(Method):
       trained,
     )
     age = age.at[i].set(jnp.where(too_old, 0, age[i] + options.pool_steps))
-    share = (1 - options.decay) / (1 - options.decay ** (step + 1).astype(params["x"].dtype))
+    share = (1 - options.decay) / (
+      1 - options.decay ** jnp.asarray(step + 1).astype(params["x"].dtype)
+    )
     average = jax.tree.map(lambda a, p: a + share * (p - a), aux.average, params)
     return RCIGState(Pool(variables, opt_state, age, self._choose(key)), average)
 

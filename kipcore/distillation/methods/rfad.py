@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from kipcore import checks, krr, linalg
 from kipcore.distillation import options as option_checks
 from kipcore.distillation.features import cross_entropy, draw_networks, features
 from kipcore.distillation.method import Batch, Method, Params
 from kipcore.networks import Network
-from kipcore.types import Array, Flag, Integer, LossInfo, Real, Support
+from kipcore.types import Array, ArrayLike, Flag, Integer, LossInfo, Real, Support
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RFADOptions:
 
 
 def random_features(
-  module: Network, variables: Any, x: Float[Array, "n ..."]
+  module: Network, variables: Any, x: Float[ArrayLike, "n ..."]
 ) -> Float[Array, "n features"]:
   """Concatenated features of M networks, scaled so that inner products are means over networks and units.
 
@@ -135,7 +135,7 @@ class RFAD(Method):
   def init_aux(self, key: Array, params: Params) -> Any:
     return draw_networks(key, self.module, params["x"], self.options.num_networks)
 
-  def update_aux(self, key: Array, params: Params, aux: Any, step: Int[Array, ""]) -> Any:
+  def update_aux(self, key: Array, params: Params, aux: Any, step: Integer) -> Any:
     return jax.lax.cond(
       (step + 1) % self.options.redraw_every == 0,
       lambda: self.init_aux(key, params),

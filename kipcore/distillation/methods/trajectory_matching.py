@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from kipcore import augment, checks, keys
 from kipcore.distillation import options as option_checks
@@ -104,9 +104,7 @@ class TrajectoryMatching(Method):
     content = jax.pure_callback(read, like, jnp.stack([expert, start]), vmap_method="sequential")
     return jax.lax.bitcast_convert_type(content, dtype)
 
-  def update_aux(
-    self, key: Array, params: Params, aux: Any, step: Int[Array, ""]
-  ) -> Float[Array, "2 p"]:
+  def update_aux(self, key: Array, params: Params, aux: Any, step: Integer) -> Float[Array, "2 p"]:
     return self.init_aux(key, params)
 
   def loss(

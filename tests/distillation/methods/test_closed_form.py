@@ -350,21 +350,23 @@ def test_wrong_arguments_are_named(x64):
   rows = kipcore.class_balanced_indices(1, y.argmax(1), 1, 3)
   start = Support(jnp.asarray(x[rows]), jnp.asarray(y[rows]))
   wrong = {
-    "feature_map: expected one of": dataclasses.replace(options("linear"), feature_map="relu"),
-    "labels: expected one of": options("linear", labels="soft"),
-    "criterion: expected one of": options("linear", criterion="margin"),
-    "ridges: expected values > 0": options("linear", ridges=(0.0, 1.0)),
-    "relative_ridge: expected values > 0": options("linear", relative_ridge=0.0),
-    "held_out: expected a fraction": options("linear", held_out=0.99),
-    "block_size: expected a positive": options("linear", block_size=0),
-    "depth: expected a positive": options("fcnn", depth=0),
-    "num_features: expected at most the 16": options("rff", num_features=17),
-    "num_features: expected the 16": options("linear", num_features=8),
-    "bandwidth: expected values > 0": options("rff", bandwidth=-1.0),
+    "feature_map: expected one of": lambda: dataclasses.replace(
+      options("linear"), feature_map="relu"
+    ),
+    "labels: expected one of": lambda: options("linear", labels="soft"),
+    "criterion: expected one of": lambda: options("linear", criterion="margin"),
+    "ridges: expected a finite number > 0": lambda: options("linear", ridges=(0.0, 1.0)),
+    "relative_ridge: expected a finite number > 0": lambda: options("linear", relative_ridge=0.0),
+    "held_out: expected a fraction": lambda: options("linear", held_out=0.99),
+    "block_size: expected an integer >= 1": lambda: options("linear", block_size=0),
+    "depth: expected an integer >= 1": lambda: options("fcnn", depth=0),
+    "num_features: expected at most the 16": lambda: options("rff", num_features=17),
+    "num_features: expected the 16": lambda: options("linear", num_features=8),
+    "bandwidth: expected a finite number > 0": lambda: options("rff", bandwidth=-1.0),
   }
   for match, choice in wrong.items():
     with pytest.raises(ValueError, match=match):
-      krr_closed_form(0, x, y, 1, choice)
+      krr_closed_form(0, x, y, 1, choice())
   with pytest.raises(ValueError, match="x and y to have the same number of rows"):
     krr_closed_form(0, x, y[1:], 1)
   with pytest.raises(ValueError, match="start.x: expected shape"):
