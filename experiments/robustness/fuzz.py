@@ -86,7 +86,7 @@ def outcome(target: Target, payload) -> str:
 
 
 def attack(target: Target, examples: int, seed: int = 0) -> dict:
-  """Counts of so many examples, and each kind of defect with the smallest payload that has it."""
+  """Counts of `examples` examples, and each kind of defect with the smallest payload that causes it."""
   import hypothesis
 
   counts, defects = {"examples": 0, "read": 0, "refused": 0}, {}
@@ -118,18 +118,18 @@ def attack(target: Target, examples: int, seed: int = 0) -> dict:
 
 
 def define_flags() -> None:
-  """Of this program alone: what imports it has others."""
+  """Defines the flags of this program; modules that import this one have their own."""
   flags.DEFINE_integer("examples", 12_000, "Examples of all targets together.", lower_bound=1)
   flags.DEFINE_float(
     "seconds",
     0.0,
-    "Go on for about so long, whatever --examples says; 0 to count examples.",
+    "Run for about this many seconds and ignore --examples; 0 to count examples.",
     lower_bound=0.0,
   )
   flags.DEFINE_string(
-    "only", "", "Attack the targets whose names contain this; the result file is then left alone."
+    "only", "", "Attack only targets whose names contain this; the result file is not written."
   )
-  flags.DEFINE_integer("seed", 0, "Of the examples.", lower_bound=0)
+  flags.DEFINE_integer("seed", 0, "Seed of the examples.", lower_bound=0)
   flags.DEFINE_string("output", "experiments/results/fuzz.json", "Result file.")
 
 
@@ -152,7 +152,8 @@ def main() -> None:
     share, turn = math.ceil(FLAGS.examples / len(chosen)), 0
     while turn == 0 or time.perf_counter() - started < FLAGS.seconds:
       for name, target in chosen.items():
-        found = attack(target, _BATCH if FLAGS.seconds else share, FLAGS.seed + turn)
+        count = min(_BATCH if FLAGS.seconds else share, target.most)
+        found = attack(target, count, FLAGS.seed + turn)
         known = results.setdefault(name, {"examples": 0, "read": 0, "refused": 0, "defects": {}})
         results[name] = {
           **{key: known[key] + found[key] for key in ("examples", "read", "refused")},

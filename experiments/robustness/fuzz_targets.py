@@ -25,16 +25,18 @@ class Target(NamedTuple):
     attempt: `(folder, payload) -> None` on a folder of its own; raises `Defect` for a result that makes no sense.
     errors: the documented error types.
     seconds: that an example may take.
+    most: examples at a time, for targets that run whole commands.
   """
 
   payloads: Any
   attempt: Callable[[pathlib.Path, Any], None]
   errors: tuple
   seconds: float = 2.0
+  most: int = 2**31
 
 
 def finite(what: str, *arrays) -> None:
-  """`Defect` for NaN and infinity that nobody spoke of."""
+  """Raises `Defect` for NaN or infinity in a result that was returned without an error."""
   for array in arrays:
     if not np.isfinite(np.asarray(array, np.float64)).all():
       raise Defect(f"silent NaN or infinity in {what}")
@@ -366,6 +368,47 @@ def _settings_targets(folder: pathlib.Path, malformed) -> dict[str, Target]:
   }
 
 
+def _run_targets(folder: pathlib.Path, malformed) -> dict[str, Target]:
+  """Whole runs at extreme values; after one that fails, the corrected command must work in the same folder."""
+  from kipcore.cli import config, recipes
+  from kipcore.cli.errors import UsageError
+  from kipcore.cli.runs import pipeline, selection
+  from kipcore.types import NumericalError
+
+  path = folder / "runs.npz"
+  path.write_bytes(malformed.npz_bytes(malformed.dataset_arrays()))
+
+  def distill(given, where):
+    resolved = recipes.resolve(**{"dataset": str(path), "steps": 2, "num_devices": 1, **given})
+    return pipeline.run_distill(resolved, where, verbose=False)
+
+  def select(given, where):
+    settings = config.SelectConfig(**{"dataset": str(path), **given})
+    return selection.run_select(settings, where, verbose=False)
+
+  def sequence(run):
+    def attempt(where, given):
+      try:
+        finite("a result", run(given, str(where / "run"))[1]["test_accuracy"])
+      except (UsageError, NumericalError) as error:
+        try:
+          finite("a result", run({}, str(where / "run"))[1]["test_accuracy"])
+        except Exception as second:
+          raise Defect(f"the corrected command fails after {error}: {second}") from second
+        if isinstance(error, UsageError):
+          raise
+
+    return attempt
+
+  return {
+    name: Target(malformed.extreme_settings(kind), sequence(run), (UsageError,), 120.0, 30)
+    for name, kind, run in (
+      ("runs_distill", config.DistillConfig, distill),
+      ("runs_select", config.SelectConfig, select),
+    )
+  }
+
+
 def targets(folder: pathlib.Path) -> dict[str, Target]:
   """All targets by name; good files to spoil are made in the folder. UsageError without hypothesis."""
   from kipcore.cli.errors import UsageError
@@ -383,4 +426,5 @@ def targets(folder: pathlib.Path) -> dict[str, Target]:
     **_trajectory_targets(folder, malformed),
     **_write_targets(),
     **_settings_targets(folder, malformed),
+    **_run_targets(folder, malformed),
   }

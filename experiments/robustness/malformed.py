@@ -430,6 +430,35 @@ _WORDS = st.one_of(
 _NUMBERS = st.one_of(
   st.integers(-3, 3), st.sampled_from((10**3, 2**31, 2**63, 2**70, -(2**70))), st.integers()
 )
+# The limits of float32 and float64, and what lies just outside: 0, denormals, the largest numbers, infinity and NaN.
+_EXTREMES = (
+  0.0,
+  -0.0,
+  -1.0,
+  5e-324,
+  1e-300,
+  1e-46,
+  1e-45,
+  1e-38,
+  1.0,
+  1e9,
+  1e38,
+  3.4e38,
+  1e39,
+  1e300,
+  1.7e308,
+)
+_EXTREMES += (float("inf"), float("-inf"), float("nan"))
+
+
+@st.composite
+def extreme_settings(draw, kind: type) -> dict:
+  """One or two real-valued fields of a config at extreme values."""
+  import dataclasses
+
+  names = sorted(f.name for f in dataclasses.fields(kind) if isinstance(f.default, float))
+  chosen = draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
+  return {name: draw(st.sampled_from(_EXTREMES)) for name in chosen}
 
 
 @st.composite
@@ -450,9 +479,7 @@ def settings_of(draw, kind: type) -> dict:
     elif isinstance(default, int):
       out[name] = draw(_NUMBERS)
     elif isinstance(default, float):
-      out[name] = draw(
-        st.one_of(st.floats(), st.sampled_from((0.0, 1.0, -1.0, 1e-300, 1e300, float("nan"))))
-      )
+      out[name] = draw(st.one_of(st.floats(), st.sampled_from(_EXTREMES)))
     elif isinstance(default, tuple):
       out[name] = tuple(draw(st.lists(_WORDS, max_size=3)))
     else:

@@ -49,7 +49,7 @@ def test_commands_name_flags_that_exist():
         assert re.search(rf"--(\[no\])?{flag}\b", shown), f"{module} has no flag --{flag}"
 
 
-def test_workspace_names_every_room():
+def test_workspace_names_every_module():
   text = (ROOT / "WORKSPACE.md").read_text()
   for path in (ROOT / "kipcore").rglob("*.py"):
     if path.stem not in ("__init__", "version"):
