@@ -40,6 +40,8 @@ def main(values) -> None:
     for kind, target in targets.items():
       export.write(target, kind, content, values.overwrite)
       print(f"{kind}: {target}")
+      if kind == "png" and export.learned(content.labels):
+        print(f"png: {export.folder_note(content)}")
   except ImportError as error:
     raise errors.UsageError(str(error)) from error
   print("conventions of the values: NAME.json next to a file, conventions.json in a folder")

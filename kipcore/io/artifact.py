@@ -183,7 +183,7 @@ def save_artifact(path, artifact: Artifact) -> None:
     {
       **artifact.metadata,
       "label_convention": {
-        "kind": "one-hot minus offset, possibly learned since",
+        "kind": export.label_kind(artifact.labels),
         "offset": 1.0 / artifact.labels.shape[1],
       },
       "preprocess": spec,

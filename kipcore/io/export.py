@@ -47,7 +47,7 @@ class DistilledSet(NamedTuple):
 
   Attributes:
     images: `(m, height, width, channels)` or `(m, features)`, floating, not clipped to the range of real images.
-    labels: `(m, c)`: one-hot minus 1/c, possibly learned since.
+    labels: `(m, c)`: one-hot minus 1/c, or learned.
     space: "pixels": images are in the stored units of the dataset; "inputs": they are behind the preprocessing.
     preprocess: makes the inputs of a model from pixels.
     pixel_max: the stored value of full white (255 for uint8 images), None where it is not known.
@@ -64,12 +64,39 @@ class DistilledSet(NamedTuple):
   about: dict[str, Any]
 
 
+def learned(labels) -> bool:
+  """Whether labels `(m, c)` differ from one-hot minus 1/c by more than rounding."""
+  labels = np.asarray(labels, np.float64)
+  one_hot = np.eye(labels.shape[1])[labels.argmax(axis=1)]
+  return bool(np.abs(labels + 1.0 / labels.shape[1] - one_hot).max(initial=0.0) > 1e-6)
+
+
+def label_kind(labels) -> str:
+  """A description of labels `(m, c)` for metadata and reports."""
+  return (
+    "learned, on the scale of one-hot minus offset" if learned(labels) else "one-hot minus offset"
+  )
+
+
+def folder_note(content: DistilledSet) -> str:
+  """How PNG files are assigned to class folders, with the number of files per class if labels are learned."""
+  if not learned(content.labels):
+    return "files are in the folder of their class"
+  counts = np.bincount(np.argmax(content.labels, axis=1), minlength=content.labels.shape[1])
+  names = content.class_names or range(len(counts))
+  listed = ", ".join(f"{name}: {count}" for name, count in zip(names, counts))
+  return (
+    "labels are learned; files are in the folder of their largest label, so classes have different numbers of "
+    f"files ({listed}); labels.csv has the full labels"
+  )
+
+
 def as_numpy(images, labels) -> dict[str, np.ndarray]:
   """The set as NumPy arrays of its own dtype.
 
   Args:
     images: `(m, ...)`, channels last.
-    labels: `(m, c)`: one-hot minus 1/c, possibly learned.
+    labels: `(m, c)`: one-hot minus 1/c, or learned.
 
   Returns:
     Copies: `images` as given (NHWC), `labels` as given, `one_hot` `(m, c)`: labels + 1/c, and `classes` `(m,)` int64: where a
@@ -310,7 +337,7 @@ def _describe(format: str, content: DistilledSet) -> tuple[dict, dict[str, np.nd
     },
     "pixel_range": {"black": 0.0, "white": content.pixel_max},
     "label_convention": {
-      "kind": "one-hot minus offset, possibly learned since",
+      "kind": label_kind(content.labels),
       "offset": 1.0 / classes,
       "labels": "as the accuracy was measured with",
       "one_hot": "labels + offset",
@@ -381,6 +408,7 @@ def _write_png(folder: pathlib.Path, content: DistilledSet) -> dict:
       "largest_error": 0.0 if exact else float(np.max(np.abs(stored * unit - images))),
       "clipped_share": float(np.mean((levels < 0) | (levels > 255))),
       "labels": "labels.csv, in the order of the rows",
+      "folders": folder_note(content),
     }
   }
 

@@ -21,7 +21,7 @@ def save_image_grid(
   class_names=None,
   titles=("start", "distilled"),
 ) -> None:
-  """A PNG of the starting images next to the distilled ones: one row per class, up to 10 columns.
+  """A PNG of the starting images next to the distilled ones: one row per class, up to 10 columns (titles tell if there are more).
 
   Args:
     path: PNG file name.
@@ -51,6 +51,8 @@ def save_image_grid(
     return
   figure = _figure((2 * columns + 1.5) * 0.55, len(classes) * 0.54 + 0.5)
   panels = [_panel(x, labels, classes, columns, pixel_range) for x in (before, after)]
+  if (most := max(np.sum(labels == c) for c in classes)) > columns:
+    titles = [f"{title} ({columns} of {most} per class)" for title in titles]
   for axes, panel, title in zip(figure.subplots(1, 2), panels, titles):
     _show(axes, panel, title)
     height = panel.shape[0] / len(classes)
@@ -240,7 +242,7 @@ def sampling_curves(panels: dict[str, dict], references: dict[str, tuple[str, fl
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     if len(lines) > 1 or title in references:
-      axes.legend(fontsize=7)
+      axes.legend(fontsize=7, ncols=2 if len(lines) > 5 else 1)
   return figure
 
 
@@ -431,5 +433,6 @@ def _figure(width: float, height: float):
 
 def _save(figure, path) -> None:
   buffer = io.BytesIO()
-  figure.savefig(buffer, format="png", dpi=130)
+  # The tight box contains all titles and tick labels, also those that do not fit into the figure.
+  figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight", pad_inches=0.05)
   atomic.write_atomically(path, buffer.getvalue())

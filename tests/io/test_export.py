@@ -389,6 +389,24 @@ def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path, stored, format)
   assert set(content(tmp_path)) == {"file"}
 
 
+def test_learned_labels_are_described_as_such(tmp_path, capsys):
+  x = np.zeros((4, 2, 2, 1), np.float32)
+  plain = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]] - np.float32(1 / 3)
+  assert not export.learned(plain) and export.label_kind(plain) == "one-hot minus offset"
+  moved = plain.copy()
+  moved[1] = [0.5, 0.25, 0.0]  # started in class 1, its largest label is now 0
+  assert export.learned(moved) and export.label_kind(moved).startswith("learned")
+  stored = make("none", (4, 2, 2, 1), 255.0, True)
+  content = stored.distilled_set("pixels", 255.0)._replace(
+    images=x, labels=moved, class_names=("a", "b", "c")
+  )
+  export.write(tmp_path / "png", "png", content)
+  said = json.loads((tmp_path / "png" / "conventions.json").read_text())
+  assert "largest label" in said["png"]["folders"] and "a: 3, b: 0, c: 1" in said["png"]["folders"]
+  assert len(list((tmp_path / "png" / "0_a").iterdir())) == 3
+  assert "learned" not in export.folder_note(content._replace(labels=plain))
+
+
 def test_the_binary_exports_and_refuses(tmp_path, stored):
   path = tmp_path / "distilled.npz"
   kipcore.save_artifact(path, stored)

@@ -572,3 +572,40 @@ def test_event_files_without_their_writer_are_named_before_any_work(tmp_path, mo
   ) as error:
     pipeline.run_distill(CONFIG, str(tmp_path / "run"), tensorboard=True)
   assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("per_class", [1, 3, 10, 12])
+def test_titles_of_image_grids_are_not_cut_off(tmp_path, per_class):
+  from matplotlib.image import imread
+
+  labels = np.repeat(np.arange(10), per_class)
+  x = np.zeros((len(labels), 28, 28, 1))  # black, so that white borders and titles are distinct
+  pictures.save_image_grid(tmp_path / "a.png", x, x, labels, (0.0, 1.0))
+  ink = imread(tmp_path / "a.png")[..., :3].min(axis=-1) < 0.9
+  assert not ink[:3].any() and not ink[-3:].any() and not ink[:, :3].any() and not ink[:, -3:].any()
+  assert ink.any(axis=1).argmax() < 0.1 * len(ink)
+
+
+def test_a_result_below_its_references_is_reported(copied):
+  path = copied / "result.json"
+  result = json.loads(path.read_text())
+  for start, random, expected in (
+    (0.5, 0.4, ()),
+    (0.9, 0.4, ("its initialization",)),
+    (0.9, 0.8, ("its initialization", "random real data of the same size")),
+  ):
+    path.write_text(
+      json.dumps(
+        result
+        | {
+          "test_accuracy": 0.6,
+          "init_test_accuracy": start,
+          "random_baseline_test_accuracy": random,
+        }
+      )
+    )
+    reporting.write_report(copied)
+    text = (copied / "report.html").read_text()
+    assert text.count("Warning: the result is") == len(expected)
+    for name in expected:
+      assert f"points below {name}." in text

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kipcore.cli.folder import outputs, run_folder
-from kipcore.io import artifact
+from kipcore.io import artifact, export
 from kipcore.report import html, pictures
 from kipcore.report.html import Section
 
@@ -84,7 +84,9 @@ def write_comparison(
     Section(
       "Accuracy",
       [
-        "Mean over seeds with one standard deviation, by initialization / targets.",
+        "Mean over seeds with one standard deviation, by initialization / targets."
+        + " Deviations of two seeds are too uncertain to compare methods by."
+        * (grid["num_seeds"] == 2),
         html.chart(pictures.bars(panels, "test accuracy, %"), "Test accuracy of each method"),
       ]
       if panels
@@ -93,7 +95,7 @@ def write_comparison(
     Section(
       "Table",
       [
-        "Mean and standard deviation over seeds. Gain: mean difference to the first initialization and sampler of the same method, over the same "
+        "a +- b: mean a and standard deviation b over seeds. Gain: mean difference to the first initialization and sampler of the same method, over the same "
         "seeds, with its standard error. Seconds: time of the steps, median over seeds.",
         html.table(header, rows, text_columns=3),
       ],
@@ -205,13 +207,22 @@ def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> Sequen
     ),
     (_percent(result["init_test_accuracy"]), "initialization", result["init"]),
   ]
+  warnings = [
+    f"Warning: the result is {_difference(100 * (result['test_accuracy'] - reference), name)}."
+    for reference, name in (
+      (result["init_test_accuracy"], "its initialization"),
+      (random, "random real data of the same size"),
+    )
+    if result["test_accuracy"] < reference
+  ]
   return [
     html.cards(entries),
+    *warnings,
     html.table(
       ["", "test accuracy", ""],
       [[html.noted(name, note), _percent(value), html.bar(value)] for name, value, note in rows],
     ),
-    f"Kernel ridge regression on {result['support_size']} images, with the {config['kernel'].upper()} of "
+    f"Kernel ridge regression on {result['support_size']} {_kind(stored)}, with the {config['kernel'].upper()} of "
     f"{config['score_architecture'] or config['architecture']}, scored on {result['test_rows']:,} test rows.",
   ]
 
@@ -449,26 +460,27 @@ def _use(stored: artifact.Artifact) -> Sequence[str]:
   low, high = _pixel_range(stored)
   metadata, offset = stored.metadata, stored.metadata["label_convention"]["offset"]
   shape = ", ".join(map(str, stored.images.shape[1:]))
+  units = "pixels" if _are_images(stored.images) else "features"
   with_numpy = f"""import json
 import numpy as np
 
 with np.load("distilled.npz", allow_pickle=False) as file:
-  images, labels = file["images"], file["labels"]  # {stored.images.shape} pixels, {stored.labels.shape}
+  images, labels = file["images"], file["labels"]  # {stored.images.shape} {units}, {stored.labels.shape}
   about = json.loads(str(file["metadata"]))
 classes = labels.argmax(axis=1)
 one_hot = labels + about["label_convention"]["offset"]"""
   with_kipcore = f"""import kipcore
 
 distilled = kipcore.load_artifact("distilled.npz")
-inputs = distilled.preprocess.apply(x)  # x (n, {shape}): pixels as the dataset stores them
+inputs = distilled.preprocess.apply(x)  # x (n, {shape}): {units} as the dataset stores them
 accuracy = distilled.evaluate(x, y).accuracy  # y (n,): integer classes"""
   steps, kind = (
     ", then ".join(step["name"] for step in metadata["preprocess"]["steps"]),
     metadata["preprocess"]["kind"],
   )
   facts = {
-    "images": f"{stored.images.shape} {stored.images.dtype}, pixel values from {low:g} to {high:g}; learned values may lie outside",
-    "labels": f"{stored.labels.shape}, {metadata['label_convention']['kind']}; the offset is 1/c = {offset:g}",
+    "images": f"{stored.images.shape} {stored.images.dtype}, {units[:-1]} values from {low:g} to {high:g}; learned values may lie outside",
+    "labels": f"{stored.labels.shape}, {export.label_kind(stored.labels)}; the offset is 1/c = {offset:g}",
     "preprocessing": f"{kind}{f': {steps}' if steps != kind else ''}; fitted on training rows; its arrays are in the file",
     "ridge": f"{stored.relative_ridge:g} of tr(K_ss) / m",
     "kernel": f"{stored.kernel.upper()} of {stored.arch.name}",
