@@ -1,4 +1,4 @@
-"""TensorBoard event files of a run (`--tensorboard`), by tensorboardX, which is asked for only then."""
+"""TensorBoard event files of a run (`--tensorboard`), written by tensorboardX, an optional dependency."""
 
 import pathlib
 
@@ -8,7 +8,7 @@ FOLDER = "tensorboard"
 
 
 def require(wanted: bool) -> None:
-  """Raises UsageError where the writer is wanted and not installed."""
+  """Raises UsageError if the writer is requested but not installed."""
   if not wanted:
     return
   try:
@@ -20,10 +20,10 @@ def require(wanted: bool) -> None:
 
 
 class EventLog:
-  """Scalars of each logged step and the pictures at the end, under `tensorboard/` of a run folder.
+  """Scalars of each logged step, and pictures at the end, in `tensorboard/` of a run folder.
 
   Args:
-    folder: of the run; None for a log that writes nothing.
+    folder: the run folder; None to write nothing.
   """
 
   def __init__(self, folder: pathlib.Path | None):
@@ -34,7 +34,7 @@ class EventLog:
       self._writer = tensorboardX.SummaryWriter(str(folder / FOLDER), flush_secs=5)
 
   def scalars(self, record: dict) -> None:
-    """The numbers of a logged step, one a class where there are several; on disk in seconds, and should the run fail."""
+    """Writes the numbers of a logged step, lists with one entry per index; flushed within seconds."""
     if self._writer is None:
       return
     for name, value in record.items():
@@ -44,7 +44,7 @@ class EventLog:
           self._writer.add_scalar(name if i is None else f"{name}/{i}", each, record["step"])
 
   def close(self, step: int, pictures: list[pathlib.Path]) -> None:
-    """The pictures that are there, and the end."""
+    """Writes the existing pictures and closes the log."""
     if self._writer is None:
       return
     from matplotlib.image import imread

@@ -1,4 +1,4 @@
-"""The files of a run about its result: artifact and pictures."""
+"""Result files of a run: artifact, pictures and arrays."""
 
 import dataclasses
 import pathlib
@@ -11,13 +11,13 @@ from kipcore.cli.folder import run_folder
 from kipcore.io import artifact, npz
 from kipcore.report import pictures
 
-HARDEST = 40  # training images that are kept of a run
+HARDEST = 40  # number of training images that are stored
 
 
 def write_artifact(folder, config, data, support, result: dict) -> None:
-  """`distilled.npz` with everything that `run_evaluate` needs, and no times: equal runs write equal bytes."""
+  """`distilled.npz` with everything that an evaluation needs, without times, so that equal runs write equal bytes."""
   x, settings = np.asarray(support.x), dataclasses.asdict(config)
-  if "experts" in settings:  # whose folder is the run's own
+  if "experts" in settings:  # a path, which may differ between equal runs
     settings["experts"] = pathlib.Path(settings["experts"]).name
   metadata = {
     "dataset": {
@@ -55,10 +55,10 @@ def write_artifact(folder, config, data, support, result: dict) -> None:
 
 
 def write_pictures(folder, data, start, classes, support, history: list, result: dict) -> None:
-  """`images.png`, start and end side by side, where rows are images, and `learning_curve.png`, where there was a loop.
+  """`images.png` (start and end side by side) for images, and `learning_curve.png` if there are logged steps.
 
-  `start.npz` has the start itself: `images` in pixel space, `labels`, and the `classes` `(m,)` that they were chosen for, of which
-  solved labels may disagree.
+  `start.npz` contains the start: `images` in pixel space, `labels`, and the intended `classes` `(m,)`, which may differ
+  from the largest label if labels were solved for.
   """
   save_arrays(
     folder / "start.npz",
@@ -75,17 +75,22 @@ def write_pictures(folder, data, start, classes, support, history: list, result:
     pictures.save_learning_curve(
       folder / "learning_curve.png",
       history,
-      {
-        "random real images (test)": result["random_baseline_test_accuracy"],
-        "distilled (test)": result["test_accuracy"],
-      },
+      reference_lines(result),
     )
 
 
-def write_importance(folder, config, data, support, scores) -> None:
-  """`importance.npz`, where the sampler has seen rows: those of all training rows, the images of the highest, and their `predicted` classes.
+def reference_lines(result: dict) -> dict[str, float]:
+  """The horizontal lines of the learning curve."""
+  return {
+    "distilled, test": result["test_accuracy"],
+    "random real data, test": result["random_baseline_test_accuracy"],
+  }
 
-  These are of kernel ridge regression on the support, as test accuracy is.
+
+def write_importance(folder, config, data, support, scores) -> None:
+  """`importance.npz`, if the sampler has scores: scores of all training rows, and the images with the highest ones.
+
+  Their `predicted` classes are those of kernel ridge regression on the support.
   """
   if scores is None or not np.isfinite(scores).any():
     return
@@ -103,7 +108,7 @@ def write_importance(folder, config, data, support, scores) -> None:
 def hardest_rows(
   config, data, support, scores, number: int = HARDEST
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Training rows with the highest known scores, in that order, and the classes that ridge regression on the support gives them."""
+  """Training rows with the highest known scores, in that order, and their predicted classes."""
   known = np.flatnonzero(np.isfinite(scores))
   hardest = known[np.argsort(-scores[known], kind="stable")[:number]]
   k_ss, k_ts = (
@@ -115,12 +120,12 @@ def hardest_rows(
 
 
 def save_arrays(path: pathlib.Path, **arrays) -> None:
-  """An `.npz` file of a run with its checksums; its format goes by its name."""
+  """Writes an `.npz` file with checksums; its format is named after the file."""
   npz.save_checked(path, arrays, f"kipcore-{path.stem}", 1)
 
 
 def load_arrays(path: pathlib.Path, *names: str) -> list[np.ndarray]:
-  """Arrays of a file that `save_arrays` wrote; `npz.NpzError` for one that is not whole."""
+  """Arrays of a file that `save_arrays` wrote; `npz.NpzError` if it is damaged."""
   arrays, _ = npz.load_checked(path, f"kipcore-{path.stem}", 1, names)
   return [arrays[name] for name in names]
 

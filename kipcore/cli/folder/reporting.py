@@ -232,10 +232,7 @@ def _curves(history: list[dict], result: dict) -> Sequence[str]:
     return []
   figure = pictures.learning_curve(
     history,
-    {
-      "distilled, test": result["test_accuracy"],
-      "random real images, test": result["random_baseline_test_accuracy"],
-    },
+    outputs.reference_lines(result),
   )
   parts: list[str] = [html.chart(figure, "Loss and accuracy against the step")]
   if any("importance_gain" in r for r in history):
