@@ -466,6 +466,7 @@ def test_faults_of_tfds_names(tmp_path, monkeypatch):
   )
 
 
+@pytest.mark.slow
 def test_the_real_mnist_through_tfds_is_the_real_mnist(tmp_path):
   script = needs(SHARED_DATA / "prepare_tfds.py")
   pytest.importorskip("tensorflow_datasets")

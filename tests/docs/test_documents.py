@@ -109,7 +109,7 @@ def test_results_carry_their_origin():
     )
 
 
-def test_promises_are_held_by_tests_that_exist():
+def test_guarantees_name_tests_that_exist():
   text = (ROOT / "tests" / "README.md").read_text()
   for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
     assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), flags=re.M), (
@@ -120,7 +120,7 @@ def test_promises_are_held_by_tests_that_exist():
   rows = [
     line
     for line in text.splitlines()
-    if line.startswith("|") and not line.startswith(("| promise", "| ---"))
+    if line.startswith("|") and not line.startswith(("| guarantee", "| ---"))
   ]
   assert len(rows) > 20 and all("`" in row.split("|")[2] for row in rows)
 
