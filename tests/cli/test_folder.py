@@ -198,7 +198,8 @@ def test_images_with_channels_first_are_reported(tmp_path):
   data = loading.load(DistillConfig(dataset=str(tmp_path / "a.npz")))
   (line,) = loading.notes(data)
   assert "3 x 8 pixels with 8 channels" in line and "transpose(0, 2, 3, 1)" in line
-  assert loading.notes(loading.load(DistillConfig())) == []
+  np.savez(tmp_path / "b.npz", **{**arrays, "x_train": x[:, 0], "x_test": x[:10, 0]})
+  assert loading.notes(loading.load(DistillConfig(dataset=str(tmp_path / "b.npz")))) == []
 
 
 def test_a_misspelled_network_of_an_evaluation_lists_the_names():

@@ -91,14 +91,8 @@ def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel
 
 
 def notes(data: Data) -> list[str]:
-  """Lines about what may not be as intended in a dataset."""
-  shape, lines = data.x_train.shape[1:], []
-  if len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 2, 3, 4):
-    lines.append(
-      f"warning: rows of shape {shape} are read as images of {shape[0]} x {shape[1]} pixels with {shape[2]} "
-      "channels; if the channels are first, store x.transpose(0, 2, 3, 1)"
-    )
-  return lines
+  """Lines about how a dataset was read, such as skipped files or images that look like channels first."""
+  return [f"note: {data.raw.note}"] if data.raw.note else []
 
 
 def check_rows(what: str, kernel_fn, shape: tuple, dtype) -> None:
