@@ -388,7 +388,7 @@ def _by_scores(key, x, y, labels, m, kernel_fn, score_ridge, strategy) -> Corese
 
 
 def measured_objective(
-  kernel_fn: KernelFn, coreset: Coreset, x: Array, y: Array, relative_ridge: float = 1e-6
+  kernel_fn: KernelFn, coreset: Coreset, x: ArrayLike, y: ArrayLike, relative_ridge: float = 1e-6
 ) -> float:
   """The error rate on the given rows of ridge regression on a coreset, which "auto" compares.
 
@@ -417,7 +417,12 @@ def measured_objective(
 
 
 def auto_candidates(
-  key, x: Array, y: Array, images_per_class: int, kernel_fn: KernelFn, num_candidates: int = 2000
+  key,
+  x: ArrayLike,
+  y: ArrayLike,
+  images_per_class: int,
+  kernel_fn: KernelFn,
+  num_candidates: int = 2000,
 ) -> dict[str, Coreset]:
   """The candidates of "auto": coresets of AUTO_CANDIDATES as returned by `select_coreset` with the same key.
 
