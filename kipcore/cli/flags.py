@@ -60,7 +60,7 @@ def define(values: flags.FlagValues, *kinds: type) -> None:
     if kind is bool:
       flags.DEFINE_bool(name, *options)
     elif kind is tuple:
-      flags.DEFINE_list(name, *options)
+      flags.DEFINE_list(name, list(default), text, values)
     else:
       flags.DEFINE(_Parser(field), name, *options)
 

@@ -98,9 +98,8 @@ def test_settings_default_to_those_of_the_method():
   assert recipes.resolve(method="dm", steps=7, init="noise") == dataclasses.replace(
     small, steps=7, init="noise"
   )
-  assert recipes.options_of(recipes.resolve(method="frepo", options="pool_size=3,flip=true"))[
-    :1
-  ] == (3,)
+  options = recipes.options_of(recipes.resolve(method="frepo", options="pool_size=3,flip=true"))
+  assert options.pool_size == 3 and options.flip is True
   assert (
     recipes.options_of(recipes.resolve(method="rfad", preset="published")) == kipcore.RFADOptions()
   )

@@ -7,6 +7,7 @@ import struct
 import warnings
 import zipfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -85,7 +86,7 @@ def distilled(x, y):
 
 
 ENTRIES = {
-  "select_coreset": lambda x, y: kipcore.select_coreset(0, x, y, 1, "uniform")[:2],
+  "select_coreset": lambda x, y: jax.tree.leaves(kipcore.select_coreset(0, x, y, 1, "uniform")),
   "evaluate_krr": lambda x, y: kipcore.evaluate_krr(KERNEL, SUPPORT, x, y, ridge=0.1)[:2],
   "evaluate_network": lambda x, y: kipcore.evaluate_network(
     0, kipcore.fc(1), SUPPORT, x, y, 1, 4, 2
@@ -176,9 +177,7 @@ def test_ridge_regression_never_returns_nan_silently():
   huge = kipcore.evaluate_krr(kipcore.linear_fn(), SUPPORT, 1e25 * X, Y, ridge=1e-3)
   assert huge.status == kipcore.Status.NOT_FINITE, "an infinite loss is no result"
   with pytest.raises(kipcore.NumericalError, match="training of a finite network failed"):
-    kipcore.evaluate_network(
-      0, kipcore.fc(1), SUPPORT, X, Y, 1, 4, 2, learning_rate=np.float32(np.nan)
-    )
+    kipcore.evaluate_network(0, kipcore.fc(1), SUPPORT, X, Y, 1, 4, 9, learning_rate=1e30)
 
 
 # --- datasets ---
@@ -202,7 +201,7 @@ DATASETS = {
     lambda d: d.x_train.dtype == np.float32 and "converted" in d.note,
   ),
   "objects": (both(lambda x: x.astype(object)), "never unpickled"),
-  "complex": (both(lambda x: x.astype(complex)), "got dtype complex128"),
+  "complex": (both(lambda x: x.astype(complex)), "got complex numbers .complex128."),
   "dates": (labels(lambda y: y.astype("M8[s]")), "plain numeric or string array"),
   "empty": (both(lambda x: x[:0]), "expected a non-empty"),
   "label noise": ({"y_train": LABELS[::-1]}, lambda d: d.num_classes == 3),
@@ -553,7 +552,9 @@ def test_huge_grids_seeds_and_widths_are_refused(tmp_path):
     dict(inits=()),
     dict(num_seeds=-1),
   ):
-    with pytest.raises(UsageError, match="expected a grid of 1 to 10,000 cells"):
+    with pytest.raises(
+      UsageError, match="expected a grid of 1 to 10,000 cells|--num_seeds: expected an integer"
+    ):
       comparison.plan(CompareConfig(**grid), {})
   for number in (-1, 10**9):
     with pytest.raises(
