@@ -195,7 +195,8 @@ def _checked(files: list[pathlib.Path]) -> tuple[bool, tuple[int, int], list[str
     shown.append(
       f"{counts['gray']} gray images were read as color, because there are color images too"
     )
-  assert size is not None  # there is an image in each class folder
+  if size is None:
+    raise DatasetError("expected an image in each class folder, got none")
   return gray, size, shown
 
 

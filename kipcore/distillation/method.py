@@ -63,6 +63,7 @@ class Method:
     name: used in logs and artifacts.
 
   Example:
+    >>> import dataclasses
     >>> @dataclasses.dataclass(frozen=True)
     ... class ClassMeans(kipcore.Method):
     ...   scale: float = 1.0
