@@ -339,7 +339,7 @@ def test_bad_input():
     importance.sampler("best")
   support, x, y = problem()
   with pytest.raises(
-    ValueError, match=r"score: expected one value a target, shape \(40,\), got \(40, 3\)"
+    ValueError, match=r"score: expected one value per target, shape \(40,\), got \(40, 3\)"
   ):
     loop.distill(0, distiller(importance.importance(lambda p, y: p - y)), support, x, y, 2)
   with pytest.raises(ValueError, match="x: expected finite values, got 240 NaN"):
