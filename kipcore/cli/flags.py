@@ -55,7 +55,8 @@ _CONVERT = {str: str, int: int, float: float}
 def define(values: flags.FlagValues, *kinds: type) -> None:
   """Defines a flag for each setting of the configs."""
   for name, field in config.settings(*kinds).items():
-    text, kind, default = field.metadata["help"], config.type_of(field), field.default
+    text, kind = field.metadata["help"], config.type_of(field)
+    default: Any = field.default
     options: Any = (default, text, values)
     if kind is bool:
       flags.DEFINE_bool(name, *options)
