@@ -137,6 +137,7 @@ from kipcore.selection.score_ridge import (
   score_ridge_for_dimension,
 )
 from kipcore.selection.sensitivity import (
+  Guarantee,
   SensitivityScores,
   approximate_krr_sensitivities,
   blocked_krr_sensitivities,
@@ -183,6 +184,7 @@ __all__ = [
   "FeatureKernel",
   "FeatureMap",
   "GradientMatchingOptions",
+  "Guarantee",
   "ImportanceSampler",
   "ImportanceState",
   "KIPOptions",

@@ -118,28 +118,35 @@ def in_range(name: str, value, low, high) -> None:
     raise ValueError(f"{name}: expected a value in [{low}, {high}], got {value}")
 
 
-def integer(name: str, value) -> int:
-  """A Python int from a Python or NumPy integer or a 0-d integer array; TypeError otherwise."""
-  is_integer = isinstance(value, (int, np.integer)) or (
-    isinstance(value, (np.ndarray, jax.Array))
-    and not is_traced(value)
-    and np.ndim(value) == 0
-    and jnp.issubdtype(value.dtype, jnp.integer)
-  )
-  if isinstance(value, bool) or not is_integer:
-    raise TypeError(f"{name}: expected an integer, got {value!r}")
-  return int(value)
+def integer(name: str, value, least: int | None = None) -> int:
+  """A Python int from a Python or NumPy integer or a 0-d integer array, not a boolean.
+
+  Raises:
+    TypeError: for anything else, which includes traced values.
+    ValueError: for an integer below `least`.
+  """
+  wanted = {None: "an integer", 1: "a positive integer"}.get(least, f"an integer >= {least}")
+  content = None if is_traced(value) or np.ndim(value) else np.asarray(value)
+  if content is None or content.dtype.kind not in "iu":
+    raise TypeError(f"{name}: expected {wanted}, got {value!r}")
+  if least is not None and int(content) < least:
+    raise ValueError(f"{name}: expected {wanted}, got {int(content)}")
+  return int(content)
 
 
 def positive_int(name: str, value) -> int:
   """`integer`, with ValueError unless it is >= 1."""
-  try:
-    number = integer(name, value)
-  except TypeError:
-    raise TypeError(f"{name}: expected a positive integer, got {value!r}") from None
-  if number < 1:
-    raise ValueError(f"{name}: expected a positive integer, got {number}")
-  return number
+  return integer(name, value, 1)
+
+
+def positive_ints(**values) -> list[int]:
+  """`positive_int` of several arguments, by name."""
+  return [positive_int(name, value) for name, value in values.items()]
+
+
+def optional_positive_int(name: str, value) -> int | None:
+  """`positive_int`, or None."""
+  return None if value is None else positive_int(name, value)
 
 
 def weights(name: str, value, n: int, dtype) -> Array:
@@ -236,10 +243,7 @@ def number(
     low, high: bounds, inclusive; an infinite value passes only if its bound is infinite.
     above: whether `low` itself is out of range, and infinity too.
   """
-  content = np.asarray(value) if np.ndim(value) == 0 else None
-  if content is None or content.dtype.kind not in "iuf" and content.dtype.name != "bfloat16":
-    raise TypeError(f"{name}: expected a number, got {value!r}")
-  got = float(content)
+  got = float(scalar(name, value))
   if above:
     if not low < got < np.inf or got > high:
       bound = "" if high == np.inf else f" and <= {high:g}"
@@ -248,16 +252,6 @@ def number(
     wanted = f"a number >= {low:g}" if high == np.inf else f"a value in [{low}, {high}]"
     raise ValueError(f"{name}: expected {wanted}, got {got}")
   return got
-
-
-def count(name: str, value, least: int = 0) -> int:
-  """The value as an int; raises unless it is an integer scalar (not a bool) >= `least`."""
-  content = np.asarray(value) if np.ndim(value) == 0 else None
-  if content is None or content.dtype.kind not in "iu":
-    raise TypeError(f"{name}: expected an integer >= {least}, got {value!r}")
-  if int(content) < least:
-    raise ValueError(f"{name}: expected an integer >= {least}, got {int(content)}")
-  return int(content)
 
 
 def flag(name: str, value) -> bool:

@@ -9,7 +9,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def test_ridge_regression_passes_at_the_default_level():
-  env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  env = {
+    **os.environ,
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "PYTEST_ADDOPTS": "",
+  }
   done = subprocess.run(
     [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_krr.py"],
     cwd=ROOT,

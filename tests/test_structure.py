@@ -163,7 +163,7 @@ def test_no_public_name_hides_a_module():
 
 IMPORT_ALONE = """
 import importlib, json, os, sys
-import flax.linen, jax, optax  # the dependencies, shared by the forked processes
+import flax.linen, jax, jax.scipy.ndimage, jinja2, jaxtyping, optax, orbax.checkpoint  # shared by the forked processes
 assert not any(name.split(".")[0] in ("kipcore", "experiments") for name in sys.modules)
 failed = {}
 for name in json.loads(sys.argv[1]):

@@ -320,7 +320,7 @@ def importance(
   weight_exponent = checks.number("weight_exponent", weight_exponent, 0, 1)
   least_gain = checks.number("least_gain", least_gain, 1, math.inf)
   power = checks.number("power", power, 0, 100)
-  refresh_every = checks.count("refresh_every", refresh_every)
+  refresh_every = checks.integer("refresh_every", refresh_every, 0)
   return ImportanceSampler(
     score,
     uniform_mix,

@@ -8,6 +8,7 @@ share of the batch from its own rows, and gradients are averaged. Every random d
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class Distiller:
   batch_size: Integer
 
   def __post_init__(self):
-    object.__setattr__(self, "batch_size", checks.count("batch_size", self.batch_size, 1))
+    object.__setattr__(self, "batch_size", checks.integer("batch_size", self.batch_size, 1))
 
 
 class DistillState(NamedTuple):
@@ -274,6 +275,7 @@ def distill(
   compiled: Callable[[Any], None] | None = None,
   checkpoint_policy: CheckpointPolicy | None = None,
   resume: Snapshot | None = None,
+  keeping: CheckpointPolicy | None = None,
 ) -> DistillResult:
   """Distills: `num_steps` updates of the support.
 
@@ -297,6 +299,7 @@ def distill(
     checkpoint_policy: when and how to save snapshots, and whether to stop; None for neither.
     resume: a snapshot of a run with the same arguments to continue from. On the same number of
       devices the result equals that of the uninterrupted run bit for bit.
+    keeping: deprecated name of `checkpoint_policy`.
 
   Returns:
     `DistillResult`.
@@ -306,8 +309,11 @@ def distill(
     ValueError: for shapes that disagree, fewer rows than devices, devices with several processes, or
       a snapshot of another run.
   """
+  if keeping is not None:
+    warnings.warn("keeping is deprecated: use checkpoint_policy", DeprecationWarning, stacklevel=2)
+    checkpoint_policy = keeping
   axis = device_axis(devices)
-  num_steps = checks.count("num_steps", num_steps)
+  num_steps = checks.integer("num_steps", num_steps, 0)
   checks.rank("support.y", support.y, 2)
   checks.shape("x_target", x_target, (None, *support.x.shape[1:]))
   checks.shape("y_target", y_target, (None, support.y.shape[1]))

@@ -46,7 +46,7 @@ def validate(
       assign(name, value)
   for name, least in (counts or {}).items():
     if given(name):
-      assign(name, checks.count(name, getattr(options, name), least))
+      assign(name, checks.integer(name, getattr(options, name), least))
   for name, known in (choices or {}).items():
     checks.one_of(name, getattr(options, name), known)
   for name in flags:

@@ -27,6 +27,7 @@ from kipcore.selection.guarantees import (
 from kipcore.types import Array
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Certificate:
   """What a weighted subset was measured to do; all fields are Python numbers.
@@ -114,12 +115,16 @@ def query_bank(
   Raises:
     ValueError, TypeError: wrong shapes or values.
   """
-  problem = _prepare(key, kernel, x, y, ridge, num_landmarks, num_queries, block_size)
+  num_landmarks, num_queries, block_size = checks.positive_ints(
+    num_landmarks=num_landmarks, num_queries=num_queries, block_size=block_size
+  )
+  problem = _prepare(key, kernel, x, y, ridge, num_landmarks, block_size)
   return _bank(*problem, num_queries, block_size)
 
 
 def query_errors(bank: QueryBank, indices: Array, weights: Array) -> Array:
   """|F_S(W) / F(W) - 1| for each query of the bank, `(q,)`; for `jit` and `vmap` over subsets."""
+  indices, weights = _check_subset(bank.losses.shape[0], indices, weights)
   subset = linalg.matmul(weights.astype(bank.losses.dtype)[None], bank.losses[indices])[0]
   return jnp.abs((subset + bank.penalties) / (jnp.sum(bank.losses, axis=0) + bank.penalties) - 1)
 
@@ -193,8 +198,13 @@ def measure_coreset(
     >>> half.objective_ratio > 1  # every second row, twice
     True
   """
-  indices, weights = _check_subset(y, indices, weights)
-  problem = _prepare(key, kernel, x, y, ridge, num_landmarks, num_queries, block_size)
+  checks.rank("y", y, 2)
+  indices, weights = _check_subset(y.shape[0], indices, weights)
+  num_landmarks, num_queries, block_size = checks.positive_ints(
+    num_landmarks=num_landmarks, num_queries=num_queries, block_size=block_size
+  )
+  dual_steps = checks.integer("dual_steps", dual_steps, 0)
+  problem = _prepare(key, kernel, x, y, ridge, num_landmarks, block_size)
   kernel_fn, _, data, landmarks, basis = problem
   bank = _bank(*problem, num_queries, block_size)
   subset = _subset_objective(kernel_fn, data, indices, weights.astype(data.y.dtype), block_size)
@@ -343,14 +353,8 @@ def _subset_objective(kernel_fn, data, indices, weights, block_size):
   return _Objective(jnp.sum(losses) + data.ridge * jnp.sum(dual * linalg.matmul(k, dual)), f.status)
 
 
-def _prepare(key, kernel, x, y, ridge, num_landmarks, num_queries, block_size):
+def _prepare(key, kernel, x, y, ridge, num_landmarks, block_size):
   """Checks; gives `(kernel_fn or None, key of the bank, data, landmarks, basis)`."""
-  for name, value in (
-    ("num_landmarks", num_landmarks),
-    ("num_queries", num_queries),
-    ("block_size", block_size),
-  ):
-    checks.positive_int(name, value)
   y = jnp.asarray(y)
   checks.rank("y", y, 2)
   checks.floating("y", y)
@@ -373,16 +377,15 @@ def _prepare(key, kernel, x, y, ridge, num_landmarks, num_queries, block_size):
   return kernel_fn, key_bank, data, landmarks, _basis(kernel_fn, data, landmarks, block_size)
 
 
-def _check_subset(y, indices, weights):
+def _check_subset(n, indices, weights):
   indices, weights = jnp.asarray(indices), jnp.asarray(weights)
-  checks.rank("y", y, 2)
   checks.rank("indices", indices, 1)
   checks.shape("weights", weights, indices.shape)
   if not jnp.issubdtype(indices.dtype, jnp.integer):
     raise TypeError(f"indices: expected integers, got {indices.dtype}")
   if not indices.size:
     raise ValueError("indices: expected at least one row, got none")
-  checks.in_range("indices", indices, 0, y.shape[0] - 1)
+  checks.in_range("indices", indices, 0, n - 1)
   checks.floating("weights", weights)
   checks.finite("weights", weights)
   checks.non_negative("weights", weights)

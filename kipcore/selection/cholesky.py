@@ -75,8 +75,8 @@ def rpcholesky(
   x = jnp.asarray(x)
   checks.floating("x", x)
   checks.finite("x", x)
-  for name, value in (("rank", rank), ("block_size", block_size)):
-    checks.positive_int(name, value)
+  rank, block_size = checks.positive_ints(rank=rank, block_size=block_size)
+  row_block_size = checks.optional_positive_int("row_block_size", row_block_size)
   if rank > x.shape[0]:
     raise ValueError(f"rank: expected at most the number of rows, {x.shape[0]}, got {rank}")
   weights = jnp.ones(x.shape[:1], x.dtype) if weights is None else jnp.asarray(weights, x.dtype)

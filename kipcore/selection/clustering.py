@@ -43,7 +43,7 @@ class KMeansResult(NamedTuple):
 
 
 def _check(x, num_clusters, weights, *ranks):
-  """Checks what all entries share; gives the rows, and the weights, by default ones."""
+  """The checked rows, number of clusters and weights (ones for None)."""
   x = jnp.asarray(x)
   checks.rank("x", x, *(ranks or range(1, 10)))
   checks.floating("x", x)
@@ -54,14 +54,14 @@ def _check(x, num_clusters, weights, *ranks):
     )
   checks.finite("x", x)
   if weights is None:
-    return x, jnp.ones(x.shape[:1], x.dtype)
+    return x, num_clusters, jnp.ones(x.shape[:1], x.dtype)
   weights = jnp.asarray(weights, x.dtype)
   checks.shape("weights", weights, x.shape[:1])
   checks.finite("weights", weights)
   checks.non_negative("weights", weights)
   if not checks.is_traced(weights) and not np.any(np.asarray(weights) > 0):
     raise ValueError("weights: expected at least one value > 0, got zeros")
-  return x, weights
+  return x, num_clusters, weights
 
 
 def kmeans_plusplus(
@@ -100,7 +100,7 @@ def kmeans_plusplus(
     >>> sorted(seeds.centers.ravel().tolist())  # a row equal to a seed has probability 0
     [0.0, 1.0]
   """
-  x, weights = _check(x, num_clusters, weights, 2)
+  x, num_clusters, weights = _check(x, num_clusters, weights, 2)
   num_trials = checks.positive_int("num_trials", num_trials)
   indices = _euclidean_seeds(keys.canonical_key(key), x, weights, num_clusters, num_trials)
   return Seeds(x[indices], indices)
@@ -134,8 +134,9 @@ def kernel_kmeans_plusplus(
   Raises:
     ValueError, TypeError: wrong shape, dtype or range, NaN rows.
   """
-  x, weights = _check(x, num_clusters, weights)
+  x, num_clusters, weights = _check(x, num_clusters, weights)
   num_trials = checks.positive_int("num_trials", num_trials)
+  block_size = checks.optional_positive_int("block_size", block_size)
   indices = _kernel_seeds(
     keys.canonical_key(key), kernel_fn, x, weights, num_clusters, num_trials, block_size
   )
@@ -281,13 +282,10 @@ def kmeans(
     >>> sorted(result.centers.ravel().tolist()), float(result.inertia)
     ([0.5, 10.5], 1.0)
   """
-  x, weights = _check(x, num_clusters, weights, 2)
-  for name, value in (
-    ("num_trials", num_trials),
-    ("num_inits", num_inits),
-    ("max_iterations", max_iterations),
-  ):
-    checks.positive_int(name, value)
+  x, num_clusters, weights = _check(x, num_clusters, weights, 2)
+  num_trials, num_inits, max_iterations = checks.positive_ints(
+    num_trials=num_trials, num_inits=num_inits, max_iterations=max_iterations
+  )
   checks.non_negative("tolerance", tolerance)
   block_size = max(256, _BLOCK_ENTRIES // num_clusters) if block_size is None else block_size
   block_size = checks.positive_int("block_size", block_size)
@@ -370,7 +368,9 @@ def nearest_rows(x: Array, centers: Array, weights: Array | None = None) -> Arra
   """
   centers = jnp.asarray(centers)
   checks.rank("centers", centers, 2)
-  x, weights = _check(x, centers.shape[0], weights, 2)
+  checks.floating("centers", centers)
+  checks.finite("centers", centers)
+  x, _, weights = _check(x, centers.shape[0], weights, 2)
   checks.shape("centers", centers, (None, x.shape[1]))
   if not checks.is_traced(weights) and np.sum(np.asarray(weights) > 0) < centers.shape[0]:
     raise ValueError(

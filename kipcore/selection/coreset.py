@@ -137,6 +137,9 @@ def select_coreset(
     raise ValueError(f"kernel_fn: expected a kernel for strategy {strategy!r}, got None")
   x, y = jnp.asarray(x), jnp.asarray(y)
   labels, num_classes = np.asarray(jnp.argmax(y, axis=1)), y.shape[1]
+  images_per_class, num_candidates = checks.positive_ints(
+    images_per_class=images_per_class, num_candidates=num_candidates
+  )
   stream = keys.stream(key, "coreset")
   uniform = class_balanced_indices(stream, labels, images_per_class, num_classes)
   if strategy != "noise":
@@ -183,7 +186,7 @@ def class_balanced_indices(key, labels, per_class: int, num_classes: int) -> np.
   Raises:
     ValueError: if a class has fewer rows than `per_class`; the message names the class.
   """
-  per_class = checks.positive_int("per_class", per_class)
+  per_class, num_classes = checks.positive_ints(per_class=per_class, num_classes=num_classes)
   labels = np.asarray(labels)
   checks.rank("labels", labels, 1)
   counts = np.bincount(labels, minlength=num_classes)
@@ -351,7 +354,7 @@ def score_rows(
   Raises:
     ValueError: for a score ridge <= 0. NumericalError: if a factorization failed.
   """
-  n = x.shape[0]
+  n, num_samples = x.shape[0], checks.positive_int("num_samples", num_samples)
   num_landmarks = num_score_columns(n, num_samples)
   k = kernel_fn(x, None) if n <= _EXACT_ROWS else None
   if score_ridge == "auto":

@@ -86,6 +86,7 @@ def _search(table, row, values):
 
 
 def check_scores(scores, num_samples, uniform_mix, input_weights, name="scores", allow_zeros=False):
+  """The checked scores, number of samples and input weights (ones for None)."""
   scores = jnp.asarray(scores)
   checks.rank(name, scores, 1)
   checks.floating(name, scores)
@@ -98,12 +99,12 @@ def check_scores(scores, num_samples, uniform_mix, input_weights, name="scores",
   if not allow_zeros and not checks.is_traced(scores) and not np.any(np.asarray(scores) > 0):
     raise ValueError(f"{name}: expected at least one value > 0, got zeros")
   if input_weights is None:
-    return scores, jnp.ones_like(scores)
+    return scores, num_samples, jnp.ones_like(scores)
   input_weights = jnp.asarray(input_weights, scores.dtype)
   checks.shape("input_weights", input_weights, scores.shape)
   checks.finite("input_weights", input_weights)
   checks.non_negative("input_weights", input_weights)
-  return scores, input_weights
+  return scores, num_samples, input_weights
 
 
 def check_distinct(

@@ -102,7 +102,8 @@ def feature_leverage_scores(
   scoring.check_precision(
     ridge, lambda: jnp.mean(root**2 * jnp.sum(z.astype(root.dtype) ** 2, axis=1)), z.dtype
   )
-  return _feature_leverage(z, ridge, root, block_size or z.shape[0]).astype(z.dtype)
+  block_size = checks.optional_positive_int("block_size", block_size)
+  return _feature_leverage(z, ridge, root, block_size).astype(z.dtype)
 
 
 def landmark_leverage_scores(
@@ -145,6 +146,7 @@ def landmark_leverage_scores(
   """
   ridge, root = scoring.prepare_rows("x", x, ridge, weights)
   landmarks = scoring.prepare_landmarks(landmarks, x.shape[0])
+  block_size = checks.optional_positive_int("block_size", block_size)
   scoring.check_precision(
     ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, x, root)), x.dtype
   )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kipcore import blocks, checks, keys, linalg
 from kipcore.types import Array, KernelFn, Status
@@ -86,8 +87,7 @@ def krr_pursuit(
   x, y = _rows("x", x), _rows("y", y)
   checks.rank("y", y, 2)
   checks.same_rows("x", x, "y", y)
-  for name, value in (("num_points", num_points), ("block_size", block_size)):
-    checks.positive_int(name, value)
+  num_points, block_size = checks.positive_ints(num_points=num_points, block_size=block_size)
   checks.positive("ridge", ridge)
   if quota is not None:
     quota = checks.positive_int("quota", quota)
@@ -113,7 +113,7 @@ def _rows(name, x):
 def _pool(key, x, y, candidates, quota, classes):
   """The candidates as (their names, their inputs, their classes)."""
   n = x.shape[0]
-  if isinstance(candidates, int):
+  if np.ndim(candidates) == 0:
     candidates = checks.positive_int("candidates", candidates)
     if candidates > n:
       raise ValueError(f"candidates: expected at most the number of rows, {n}, got {candidates}")

@@ -33,7 +33,7 @@ def herding(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Ar
 
   Source: Welling (ICML 2009); as a greedy choice of exemplars Rebuffi et al. (CVPR 2017), algorithm 4.
   """
-  return _herding(num_rows, *_checked(x, num_rows, present))
+  return _herding(*_checked(x, num_rows, present))
 
 
 def k_center(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Array:
@@ -54,7 +54,7 @@ def k_center(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> A
 
   Source: Gonzalez (1985), theorem 2.2; as a baseline of selection Sener and Savarese (ICLR 2018), algorithm 1.
   """
-  return _k_center(num_rows, *_checked(x, num_rows, present))
+  return _k_center(*_checked(x, num_rows, present))
 
 
 def _checked(x, num_rows, present):
@@ -67,7 +67,7 @@ def _checked(x, num_rows, present):
   count = x.shape[0] if checks.is_traced(present) else int(present.sum())
   if num_rows > count:
     raise ValueError(f"num_rows: expected at most the number of rows, {count}, got {num_rows}")
-  return x.reshape(x.shape[0], -1), present
+  return num_rows, x.reshape(x.shape[0], -1), present
 
 
 def _mean(x, present):
@@ -79,12 +79,11 @@ def _mean(x, present):
 @functools.partial(jax.jit, static_argnums=0)
 def _herding(num_rows, x, present):
   x = x - _mean(x, present)[None]
-  squares = jnp.sum(x * x, axis=1)
 
   def choose(k, carry):
     chosen, free, total = carry
-    # || x_i + total ||^2 without its constant part.
-    distance = squares + 2 * jnp.matmul(x, total, precision="highest")
+    # Not expanded into products, which cancel if rows are far from the mean.
+    distance = jnp.sum((x + total) ** 2, axis=1)
     i = jnp.argmin(jnp.where(free, distance, jnp.inf)).astype(jnp.int32)
     return chosen.at[k].set(i), free.at[i].set(False), total + x[i]
 
@@ -102,7 +101,7 @@ def _k_center(num_rows, x, present):
     # The first distances are from the mean, of which the nearest row is wanted.
     score = jnp.where(k == 0, -squares, nearest)
     i = jnp.argmax(jnp.where(free, score, -jnp.inf)).astype(jnp.int32)
-    distance = squares + squares[i] - 2 * jnp.matmul(x, x[i], precision="highest")
+    distance = jnp.sum((x - x[i]) ** 2, axis=1)
     return chosen.at[k].set(i), free.at[i].set(False), jnp.minimum(nearest, distance)
 
   start = jnp.zeros((num_rows,), jnp.int32), present, jnp.full(x.shape[:1], jnp.inf, x.dtype)

@@ -114,7 +114,9 @@ def sensitivity_sample(
     ... )  # exact for f = scores, for any draw
     10.0
   """
-  scores, input_weights = draws.check_scores(scores, num_samples, uniform_mix, input_weights)
+  scores, num_samples, input_weights = draws.check_scores(
+    scores, num_samples, uniform_mix, input_weights
+  )
   if not replace:
     draws.check_distinct(scores, num_samples, uniform_mix, input_weights)
   return _sensitivity_core(
@@ -152,7 +154,7 @@ def systematic_sample(key, scores: Array, num_samples: int, *, uniform_mix=0.0) 
   Raises:
     ValueError, TypeError: as `sensitivity_sample`.
   """
-  scores, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
+  scores, num_samples, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
   draws.check_distinct(scores, num_samples, uniform_mix, ones)
   return _systematic_core(
     keys.canonical_key(key), scores, jnp.asarray(uniform_mix, scores.dtype), num_samples
@@ -179,7 +181,7 @@ def gumbel_sample(key, scores: Array, num_samples: int) -> Sample:
   Raises:
     ValueError, TypeError: as `sensitivity_sample`.
   """
-  scores, ones = draws.check_scores(scores, num_samples, 0.0, None)
+  scores, num_samples, ones = draws.check_scores(scores, num_samples, 0.0, None)
   draws.check_distinct(scores, num_samples, 0.0, ones)
   return _gumbel_core(keys.canonical_key(key), scores, num_samples)
 
@@ -219,7 +221,7 @@ def importance_sample(
     >>> sorted(np.asarray(sample.weights, float).round(2).tolist())
     [0.5, 1.5]
   """
-  losses, ones = draws.check_scores(
+  losses, num_samples, ones = draws.check_scores(
     losses, num_samples, uniform_mix, None, name="losses", allow_zeros=True
   )
   checks.in_range("weight_exponent", weight_exponent, 0, 1)
@@ -263,7 +265,7 @@ def stratified_sample(
     ValueError, TypeError: as `sensitivity_sample`, and where a class has fewer rows (or positive
       scores) than its equal quota without replacement.
   """
-  scores, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
+  scores, num_samples, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
   checks.one_of("allocation", allocation, ("equal", "proportional"))
   if checks.is_traced(labels) or (allocation == "proportional" and checks.is_traced(scores)):
     raise TypeError(
@@ -306,9 +308,32 @@ def stratified_sample(
   return Sample(sample.indices.reshape(-1)[slots], sample.weights.reshape(-1)[slots])
 
 
-@jax.jit
 def merge_duplicates(indices: Array, weights: Array) -> MergedSample:
-  """Adds the weights of equal indices, with static shapes; weighted sums are unchanged."""
+  """Adds the weights of equal indices, with static shapes; weighted sums are unchanged.
+
+  Args:
+    indices: `(m,)` integers.
+    weights: `(m,)` floating.
+
+  Returns:
+    `MergedSample`.
+
+  Raises:
+    ValueError, TypeError: for shapes or dtypes other than these, or no index at all.
+  """
+  indices, weights = jnp.asarray(indices), jnp.asarray(weights)
+  checks.rank("indices", indices, 1)
+  if not indices.size or not jnp.issubdtype(indices.dtype, jnp.integer):
+    raise ValueError(
+      f"indices: expected at least one integer, got shape {indices.shape} of {indices.dtype}"
+    )
+  checks.shape("weights", weights, indices.shape)
+  checks.floating("weights", weights)
+  return _merge_duplicates(indices, weights)
+
+
+@jax.jit
+def _merge_duplicates(indices, weights) -> MergedSample:
   order = jnp.argsort(indices)
   ordered = indices[order]
   first = jnp.concatenate([jnp.ones((1,), bool), ordered[1:] != ordered[:-1]])

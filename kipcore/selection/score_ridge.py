@@ -108,7 +108,9 @@ def landmark_score_ridge(
   """
   n = x.shape[0]
   _check_target(target, n)
-  num_landmarks = checks.positive_int("num_landmarks", num_landmarks)
+  num_landmarks, block_size = checks.positive_ints(
+    num_landmarks=num_landmarks, block_size=block_size
+  )
   values, tail = _landmark_spectrum(key, kernel_fn, x, num_landmarks, weights, block_size)
   return _bisect_ridge(values, tail, jnp.asarray(target, values.dtype), n)
 
@@ -142,7 +144,9 @@ def effective_dimension_bounds(
   Raises:
     ValueError: for shapes that do not fit or a ridge <= 0.
   """
-  num_landmarks = checks.positive_int("num_landmarks", num_landmarks)
+  num_landmarks, block_size = checks.positive_ints(
+    num_landmarks=num_landmarks, block_size=block_size
+  )
   checks.rank("ridge", ridge, 0, 1)
   checks.positive("ridge", ridge)
   values, tail = _landmark_spectrum(key, kernel_fn, x, num_landmarks, weights, block_size)

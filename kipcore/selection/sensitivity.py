@@ -137,6 +137,7 @@ def feature_krr_sensitivities(
   checks.rank("z", z, 2)
   ridge, root = scoring.prepare_rows("z", z, ridge, weights)
   y = _prepare_labels(y, z, root)
+  block_size = checks.optional_positive_int("block_size", block_size)
   checks.finite("z", z)
   scoring.check_precision(
     ridge, lambda: jnp.mean(root**2 * jnp.sum(z.astype(root.dtype) ** 2, axis=1)), z.dtype

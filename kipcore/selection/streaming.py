@@ -56,8 +56,9 @@ def stream_krr_sensitivities(
   Source: as `approximate_krr_sensitivities`.
   """
   n = x.shape[0]
-  for name, value in (("num_landmarks", num_landmarks), ("block_size", block_size)):
-    checks.positive_int(name, value)
+  num_landmarks, block_size = checks.positive_ints(
+    num_landmarks=num_landmarks, block_size=block_size
+  )
   if len(y.shape) != 2 or y.shape[0] != n:
     raise ValueError(f"y: expected shape ({n}, c) to match x, got {tuple(y.shape)}")
   read = functools.partial(_read, x, y, transform)

@@ -315,7 +315,7 @@ def test_rows_of_the_deal_and_the_scores_that_are_not_known():
   state = sampler.init(jnp.asarray([2, 1], jnp.int32), 4)
   state = state._replace(scores=state.scores.at[1].set(7), known=state.known.at[1].set(True))
   np.testing.assert_array_equal(sampler.scores(state), [np.nan, 7, np.nan, np.nan])
-  assert samplers.uniform().scores is None and samplers.class_balanced().metrics(0) == {}
+  assert samplers.uniform().scores(0) is None and samplers.class_balanced().metrics(0) == {}
 
 
 @pytest.mark.parametrize("balanced", [False, True])
