@@ -156,9 +156,9 @@ class DistillConfig(DataConfig):
   width: int = setting(128, "Channels or units per layer of finite networks.", NETWORKS, 1)
   optimizer: str = setting(
     "adam",
-    "Optimizer of the images; sgd has momentum 0.5.",
+    "Optimizer of the images; sgd has momentum 0.5, adam_clipped limits the gradient to twice the average of its norm.",
     METHOD,
-    choices=("adam", "adabelief", "lamb", "sgd"),
+    choices=("adam", "adam_clipped", "adabelief", "lamb", "sgd"),
   )
   network_seeds: int = setting(
     0,
@@ -167,7 +167,14 @@ class DistillConfig(DataConfig):
     0,
     10_000,
   )
-  network_steps: int = setting(1000, "Optimizer steps of each of these networks.", NETWORKS, 1)
+  protocol: str = setting(
+    "default",
+    "How these networks are trained: default, kip, frepo, dc, dsa or soft (kipcore.PROTOCOLS); each method's preset has its own.",
+    NETWORKS,
+  )
+  network_steps: int = setting(
+    0, "Optimizer steps of each of these networks; 0 for those of the protocol.", NETWORKS, 0
+  )
   experts: str = setting(
     "",
     "File (.npy) of the expert trajectories of mtt, created if it does not exist; by default in the run folder.",
@@ -287,7 +294,7 @@ class EvaluateConfig:
 
   evaluators: tuple[str, ...] = setting(
     ("krr",),
-    "krr[:ARCHITECTURE[:nngp]] (kernel ridge regression; without ARCHITECTURE: the artifact's kernel) and network[:ARCHITECTURE|mlp|convnet|resnet[:dsa]] (finite networks; dsa: with augmentation); or all.",
+    "krr[:ARCHITECTURE[:nngp]] (kernel ridge regression; without ARCHITECTURE: the artifact's kernel) and network[:ARCHITECTURE|mlp|convnet|resnet[:dsa]][@PROTOCOL] (finite networks; dsa: with augmentation; see --protocol); or all.",
     EVALUATION,
   )
   baselines: tuple[str, ...] = setting(
@@ -298,7 +305,19 @@ class EvaluateConfig:
   num_seeds: int = setting(5, "Networks per set, and draws of random sets.", EVALUATION, 1, 10_000)
   seed: int = setting(0, "Seed of the random streams.", EVALUATION, 0, 2**63 - 1)
   width: int = setting(128, "Channels or units per layer of finite networks.", EVALUATION, 1)
-  network_steps: int = setting(1000, "Optimizer steps of each network.", EVALUATION, 1)
+  protocol: tuple[str, ...] = setting(
+    (),
+    "Protocols by which the networks of --evaluators are trained, each in turn: default, kip, frepo, dc, dsa, soft. Default if empty.",
+    EVALUATION,
+  )
+  tune: bool = setting(
+    False,
+    "Choose learning rate and length of each protocol on the distilled set by the accuracy on the validation rows of the run.",
+    EVALUATION,
+  )
+  network_steps: int = setting(
+    0, "Optimizer steps of each network; 0 for those of the protocol.", EVALUATION, 0
+  )
   full_rows: int = setting(
     5000, "Training rows of the set 'full', evenly spaced; 0 for all.", SETS, 0
   )

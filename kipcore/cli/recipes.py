@@ -112,6 +112,14 @@ def _matching(config, problem, options):
   return getattr(gradient_matching, config.method)(module_of(config, problem), options)
 
 
+def _ratbptt(config, problem, options):
+  from kipcore.distillation.methods import ratbptt
+
+  return ratbptt.rat_bptt(
+    module_of(config, problem), dataclasses.replace(options, learn_labels=config.learn_labels)
+  )
+
+
 def _mtt(config, problem, options):
   from kipcore.distillation.methods import trajectory_matching
   from kipcore.io import trajectories

@@ -12,6 +12,7 @@ from kipcore import checks, keys
 from kipcore.architectures import Architecture
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.evaluation import networks as network_evaluation
+from kipcore.evaluation.protocols import Protocol
 from kipcore.types import ArrayLike, IntLike, KernelFn, RealLike, Support
 
 
@@ -27,10 +28,11 @@ class NetworkEvaluator(NamedTuple):
 
   network: Architecture | nn.Module
   width: int = 128
-  norm: str = "none"
-  augmentation: str = ""
-  num_steps: int = 1000
+  norm: str | None = None
+  augmentation: str | None = None
+  num_steps: int | None = None
   learning_rate: float | None = None
+  protocol: str | Protocol = "default"
 
 
 class EvaluationEntry(NamedTuple):
@@ -131,6 +133,7 @@ def evaluation_table(
               evaluator.learning_rate,
               norm=evaluator.norm,
               augmentation=evaluator.augmentation,
+              protocol=evaluator.protocol,
             )[0]
           )
           for seed in range(num_seeds)

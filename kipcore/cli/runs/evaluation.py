@@ -1,6 +1,7 @@
 """An evaluation: a saved artifact next to its baselines, with its own preprocessing, on its test split."""
 
 import dataclasses
+import re
 import sys
 import time
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from kipcore.cli.config import DistillConfig, EvaluateConfig, validate
 from kipcore.cli.cost import estimate, progress
 from kipcore.cli.errors import UsageError, usage
 from kipcore.cli.runs import pipeline
-from kipcore.evaluation import ranking
+from kipcore.evaluation import networks, protocols, ranking
 from kipcore.io import artifact
 from kipcore.networks import ResNet
 from kipcore.selection import coreset, sampling
@@ -65,14 +66,19 @@ def run_evaluate(stored: artifact.Artifact, config: EvaluateConfig, write=None) 
   validate(config)
   with usage():
     for name in config.evaluators:
-      checks.one_of("--evaluators", name.split(":")[0], ("krr", "network"))
+      checks.one_of("--evaluators", re.split("[:@]", name)[0], ("krr", "network"))
+    for name in config.protocol:
+      checks.one_of("--protocol", name, tuple(protocols.PROTOCOLS))
     for name in config.baselines:
       checks.one_of("--baselines", name, (*BASELINES, _SOLVED))
     if not config.evaluators:
       raise UsageError("--evaluators: expected at least one, got none")
     evaluation = prepare(stored, config, write)
     distilled, data = evaluation.config, evaluation.data
-    how = {name: evaluator_of(name, stored, distilled, config) for name in config.evaluators}
+    names = with_protocols(config)
+    how = {name: evaluator_of(name, stored, distilled, config) for name in names}
+    if config.tune:
+      how = _tuned(evaluation, how, config, write)
     table = _table(evaluation, how, config, write)
   result = {
     "dataset": stored.metadata["dataset"]["name"],
@@ -245,10 +251,52 @@ def baseline(
   return [Support(chosen.x, chosen.y)]
 
 
+def with_protocols(config: EvaluateConfig) -> list[str]:
+  """The names of the evaluators, with each protocol for networks without one."""
+  names = []
+  for name in config.evaluators:
+    plain = not name.startswith("network") or "@" in name or not config.protocol
+    names += [name] if plain else [f"{name}@{protocol}" for protocol in config.protocol]
+  return names
+
+
+def _tuned(evaluation: Evaluation, how: dict, config: EvaluateConfig, write) -> dict:
+  """The evaluators, each network with the rate and length that are best on the validation rows."""
+  data, support = evaluation.data, evaluation.sets["distilled"][0]
+  if not data.x_validation.shape[0]:
+    raise UsageError(
+      "--tune: expected an artifact whose run held rows out (--validation_fraction), got none"
+    )
+  tuned = {}
+  for name, each in how.items():
+    if isinstance(each, ranking.NetworkEvaluator):
+      base = protocols.protocol(each.protocol, support.x.shape[3] if support.x.ndim == 4 else None)
+      base = dataclasses.replace(base, norm=base.norm if each.norm is None else each.norm)
+      steps = each.num_steps or base.num_steps(support.x.shape[0])
+      rates = [base.learning_rate * factor for factor in (0.3, 1.0, 3.0)]
+      with progress.working(f"tuning {name}"):
+        found = networks.tune(
+          config.seed,
+          each.network,
+          support,
+          data.x_validation,
+          data.y_validation,
+          base,
+          rates,
+          (max(steps // 3, 1), steps),
+          width=each.width,
+        )
+      rate, steps = found.protocol.learning_rate, found.protocol.num_steps(1)
+      write(f"{name}: learning rate {rate:.3g}, {steps:,} steps, chosen on validation rows")
+      each = each._replace(protocol=found.protocol, num_steps=None, norm=None)
+    tuned[name] = each
+  return tuned
+
+
 def evaluator_of(
   name: str, stored: artifact.Artifact, distilled: DistillConfig, config: EvaluateConfig
 ):
-  """The evaluator of a name: krr[:ARCHITECTURE[:ntk|nngp]] or network[:ARCHITECTURE|mlp|convnet|resnet[:dsa]].
+  """The evaluator of a name: krr[:ARCHITECTURE[:ntk|nngp]] or network[:ARCHITECTURE|mlp|convnet|resnet[:dsa]][@PROTOCOL].
 
   Args:
     name: of the evaluator.
@@ -262,7 +310,8 @@ def evaluator_of(
   Raises:
     ValueError: for another name.
   """
-  kind, *rest = name.split(":")
+  kind, *rest = name.partition("@")[0].split(":")
+  protocol = name.partition("@")[2] or "default"
   what, option = (*rest, "", "")[:2]
   if len(rest) > 2:
     raise ValueError(f"--evaluators: expected at most two colons, got {name!r}")
@@ -274,6 +323,7 @@ def evaluator_of(
       else stored.kernel_fn()
     )
     return ranking.KernelEvaluator(kernel, stored.relative_ridge)
+  checks.one_of(f"--evaluators={name}: protocol", protocol, tuple(protocols.PROTOCOLS))
   if option not in ("", "dsa"):
     raise ValueError(
       f"--evaluators={name}: expected nothing or dsa after the second colon, got {option!r}"
@@ -288,7 +338,12 @@ def evaluator_of(
   else:
     network = _architecture(name, what, (*_NETWORKS, "resnet")) if what else own
   return ranking.NetworkEvaluator(
-    network, config.width, norm, augment.DSA if option else "", config.network_steps
+    network,
+    config.width,
+    norm if protocol == "default" else None,
+    augment.DSA if option else None,
+    config.network_steps or None,
+    protocol=protocol,
   )
 
 

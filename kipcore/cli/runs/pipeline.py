@@ -31,6 +31,7 @@ from kipcore.cli.runs.loading import Data, load, prepare  # noqa: F401, for call
 from kipcore.distillation import importance, loop, method, optimizers
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.evaluation import networks as network_evaluation
+from kipcore.evaluation import protocols
 from kipcore.selection import absorb, coreset
 from kipcore.types import Support
 
@@ -224,8 +225,9 @@ def network_scores(config: DistillConfig, data: Data, support: Support) -> dict:
     data.y_test,
     config.network_seeds,
     config.width,
-    config.network_steps,
-    norm=recipes.RECIPES[config.method].norm,
+    config.network_steps or None,
+    norm=recipes.RECIPES[config.method].norm if config.protocol == "default" else None,
+    protocol=config.protocol,
   )
   return {
     "network_test_accuracy": [float(s) for s in scores],
@@ -515,10 +517,12 @@ def scored_by(config: DistillConfig | SelectConfig) -> dict:
     "relative_ridge": config.relative_ridge,
   }
   if isinstance(config, DistillConfig) and config.network_seeds:
+    found["protocol"] = config.protocol
     found["network_scored_by"] = (
-      f"{config.architecture} networks of width {config.width}, normalization "
-      f"{recipes.RECIPES[config.method].norm}, trained for {config.network_steps:,} steps"
+      f"{config.architecture} networks of width {config.width}, protocol {config.protocol}"
     )
+    if config.network_steps:
+      found["network_scored_by"] += f" with {config.network_steps:,} steps"
   return found
 
 
@@ -528,6 +532,7 @@ def check(config: DistillConfig) -> None:
   with usage():
     checks.one_of("--method", config.method, recipes.METHODS)
     checks.one_of("--init", config.init, coreset.STRATEGIES)
+    checks.one_of("--protocol", config.protocol, tuple(protocols.PROTOCOLS))
     sampler_of(config)
     recipes.options_of(config)
     if recipes.has_loop(config) and config.method != "mtt":  # it needs its experts
