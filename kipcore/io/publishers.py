@@ -1,6 +1,7 @@
 """What the code of each publisher of distilled sets writes, and what it leaves unsaid.
 
-A function a publisher, from the content of a file to `Stored`. ValueError means that the content is not what it writes.
+A function a publisher, from the content of a file to `Stored`. ValueError means that the content is
+not what it writes.
 """
 
 import math
@@ -67,7 +68,8 @@ def guess(form, content) -> str:
     if len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3):
       return "kip"
   raise ValueError(
-    f"expected a set whose kind shows in it, got a {form} file {describe(content)}; say kind, one of {', '.join(KINDS)}"
+    f"expected a set whose kind shows in it, got a {form} file {describe(content)}; say kind, one "
+    f"of {', '.join(KINDS)}"
   )
 
 
@@ -102,7 +104,8 @@ def _rfad(path, content, _):
   shape = getattr(images, "shape", ())
   whitened = len(shape) == 4 and shape[1] == 3 and shape[2] <= 32
   note = (
-    "RFAD whitens CIFAR, of which its published sets are; SVHN images it first brought to mean 0 and norm 1"
+    "RFAD whitens CIFAR, of which its published sets are; SVHN images it first brought to mean 0 "
+    "and norm 1"
     if whitened
     else "RFAD standardizes gray images and faces alone"
   )
@@ -135,7 +138,8 @@ def _proto_recipe(images):
   if _channels_last(images) and images.shape[1] > 64:
     return (
       None,
-      "images of 128 pixels were whitened in interleaved blocks of 64, for which there is no recipe here",
+      "images of 128 pixels were whitened in interleaved blocks of 64, for which there is no "
+      "recipe here",
     )
   return "zca", "RGB images of up to 64 pixels are standardized, centered and whitened"
 
@@ -197,7 +201,8 @@ def _dc(path, content, experiment):
     isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in data
   ):
     raise ValueError(
-      "data: expected a list with a pair of images and labels for each experiment, got something else"
+      "data: expected a list with a pair of images and labels for each experiment, got something "
+      "else"
     )
   if (
     isinstance(experiment, bool)
@@ -216,7 +221,8 @@ def _dc(path, content, experiment):
       if isinstance(values, list)
     }
   note = (
-    "DC, DSA and DM standardize each channel with fixed numbers; for CIFAR their deviation is 0.8 times that of the pixels, "
+    "DC, DSA and DM standardize each channel with fixed numbers; for CIFAR their deviation is 0.8 "
+    "times that of the pixels, "
     "which fit_preprocess knows"
   )
   source = {
@@ -234,7 +240,8 @@ def _mtt(path, content, _):
     )
   if not path.name.startswith("images_") or path.name.startswith("images_zca_"):
     raise ValueError(
-      "expected a file images_NAME.pt with labels_NAME.pt beside it (images_zca_NAME.pt are pixels, not what networks "
+      "expected a file images_NAME.pt with labels_NAME.pt beside it (images_zca_NAME.pt are "
+      "pixels, not what networks "
       f"are trained on), got {path.name}"
     )
   beside = path.with_name("labels_" + path.name.removeprefix("images_"))

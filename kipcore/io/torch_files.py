@@ -1,8 +1,9 @@
 """Files of `torch.save` read without torch, and without running anything that they ask for.
 
-Such a file is a zip archive: a pickle, which lays out containers and tensors, and one member of raw numbers for each
-storage. A pickle may name any function of Python to be called. Here it gets inert stand-ins for the few names that
-tensors, storages, ordered dicts and NumPy values need; any other name ends the reading before it is looked up.
+Such a file is a zip archive: a pickle, which lays out containers and tensors, and one member of raw
+numbers for each storage. A pickle may name any function of Python to be called. Here it gets inert
+stand-ins for the few names that tensors, storages, ordered dicts and NumPy values need; any other
+name ends the reading before it is looked up.
 """
 
 import collections
@@ -106,12 +107,14 @@ def _tensor(storage, offset, size, stride, *_):
     or not all(type(i) is int and i >= 0 for i in (offset, *size, *stride))
   ):
     raise _Refused(
-      f"expected a tensor with a storage, offset, size and stride, got {(offset, size, stride)!r:.100}"
+      "expected a tensor with a storage, offset, size and stride, got "
+      f"{(offset, size, stride)!r:.100}"
     )
   numbers, last = math.prod(size), offset + sum((n - 1) * s for n, s in zip(size, stride))
   if numbers > len(storage) or numbers and last >= len(storage):
     raise _Refused(
-      f"expected tensors within their storage (saved as x.contiguous()), got size {tuple(size)}, stride {tuple(stride)} "
+      f"expected tensors within their storage (saved as x.contiguous()), got size {tuple(size)}, "
+      f"stride {tuple(stride)} "
       f"and offset {offset} in {len(storage)} numbers"
     )
   if not numbers:
@@ -171,9 +174,10 @@ class _Unpickler(pickle.Unpickler):
 def read_torch_file(path) -> Any:
   """Reads a `.pt` or `.pth` file of `torch.save` (zip format, torch 1.6 or newer) with NumPy alone.
 
-  Nothing in the file is run. Dicts, lists, tuples, numbers and strings come as they are; tensors, parameters and
-  storages as NumPy arrays, views of their storage (read-only, and sharing memory where the tensors did), so that transposed and
-  strided ones have the right entries; bfloat16 in `ml_dtypes.bfloat16`; NumPy numbers and arrays as themselves.
+  Nothing in the file is run. Dicts, lists, tuples, numbers and strings come as they are; tensors,
+  parameters and storages as NumPy arrays, views of their storage (read-only, and sharing memory
+  where the tensors did), so that transposed and strided ones have the right entries; bfloat16 in
+  `ml_dtypes.bfloat16`; NumPy numbers and arrays as themselves.
 
   Args:
     path: file name.
@@ -182,8 +186,9 @@ def read_torch_file(path) -> Any:
     Nested containers with NumPy arrays.
 
   Raises:
-    ValueError: for a file that is missing, damaged, in torch's older format, or compressed; that asks for any function or class
-      but those of tensors, storages, ordered dicts and NumPy numbers; or whose tensors exceed their storage, or storages the file.
+    ValueError: for a file that is missing, damaged, in torch's older format, or compressed; that
+      asks for any function or class but those of tensors, storages, ordered dicts and NumPy
+      numbers; or whose tensors exceed their storage, or storages the file.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -192,7 +197,8 @@ def read_torch_file(path) -> Any:
     with open(path, "rb") as file:
       if file.read(len(LEGACY)) == LEGACY:
         raise _Refused(
-          "expected the zip format of torch.save, got the one of before torch 1.6; if you trust the file, convert it "
+          "expected the zip format of torch.save, got the one of before torch 1.6; if you trust "
+          "the file, convert it "
           "where torch is: torch.save(torch.load(OLD, map_location='cpu', weights_only=False), NEW)"
         )
     with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
@@ -213,7 +219,8 @@ def _read(archive, file_size: int):
   layouts = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
   if len(layouts) != 1:
     raise _Refused(
-      f"expected one data.pkl, as torch.save writes, got {', '.join(list(members)[:5]) or 'an empty archive'}"
+      "expected one data.pkl, as torch.save writes, got "
+      f"{', '.join(list(members)[:5]) or 'an empty archive'}"
     )
   if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
     raise _Refused("expected members that are not compressed, as torch.save writes them")
@@ -274,7 +281,8 @@ def _resolve(value, done: dict, depth: int):
   """The value with NumPy arrays in the place of their stand-ins; ValueError for what contains itself."""
   if depth > _MAX_DEPTH:
     raise _Refused(
-      f"expected at most {_MAX_DEPTH} containers in containers, got more, or one that contains itself"
+      f"expected at most {_MAX_DEPTH} containers in containers, got more, or one that contains "
+      "itself"
     )
   if isinstance(value, _Array):
     if value.value is None:
@@ -282,7 +290,8 @@ def _resolve(value, done: dict, depth: int):
     return value.value
   if isinstance(value, (_Dtype, _Stand, _StorageType)):
     raise _Refused(
-      f"expected tensors, numbers and containers of them, got a {type(value).__name__.strip('_').lower()}"
+      "expected tensors, numbers and containers of them, got a "
+      f"{type(value).__name__.strip('_').lower()}"
     )
   if not isinstance(value, (dict, list, tuple)):
     return value

@@ -265,7 +265,7 @@ def test_only_exports_are_overwritten_and_only_when_asked(tmp_path, stored, form
   path = tmp_path / "out"
   stored.export(path, format)
   before = content(tmp_path)
-  with pytest.raises(FileExistsError, match="expected a name that is free"):
+  with pytest.raises(FileExistsError, match="expected a path that does not exist"):
     stored.export(path, format)
   other = make("none", names=None)
   for different in ("safetensors", "tfds"):
@@ -291,7 +291,7 @@ def test_what_is_no_export_is_never_replaced(tmp_path, stored):
     (tmp_path / "set.npz", "numpy"),
     (folder / "conventions.json", "png"),
   ):
-    for overwrite, message in ((False, "a name that is free"), (True, "an earlier export")):
+    for overwrite, message in ((False, "a path that does not exist"), (True, "an earlier export")):
       with pytest.raises(FileExistsError, match=message):
         stored.export(path, format, overwrite=overwrite)
   assert content(tmp_path) == before
@@ -355,7 +355,7 @@ def test_wrong_arguments_are_named_before_anything_is_written(tmp_path, stored):
     ),
     (lambda: stored.export(path, "png", "inputs"), "format png: expected space pixels, got inputs"),
     (lambda: tabular.export(path, "png"), r"format png: expected images .*, got shape \(7, 6\)"),
-    (lambda: unknown.export(path, "png"), "format png: expected pixel_max"),
+    (lambda: unknown.export(path, "png"), "format png: expected a set with pixel_max"),
     (lambda: stored.export(path, "png", pixel_max=-1.0), "pixel_max: expected values > 0, got -1"),
     (lambda: export.as_numpy(np.zeros((3, 2)), np.zeros((2, 2))), "same number of rows"),
     (
@@ -379,7 +379,7 @@ def test_wrong_arguments_are_named_before_anything_is_written(tmp_path, stored):
 @pytest.mark.parametrize("format", ["safetensors", "png"])
 def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path, stored, format):
   (tmp_path / "file").write_text("")
-  with pytest.raises(NotADirectoryError, match="expected a folder .*file to write to, got a file"):
+  with pytest.raises(NotADirectoryError, match="expected a writable folder .*file, got a file"):
     stored.export(tmp_path / "file" / "below" / "out", format)
   closed = tmp_path / "closed"
   closed.mkdir(mode=0o500)
