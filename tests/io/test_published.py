@@ -162,22 +162,22 @@ BAD_LAYOUTS = {
   "no such storage": (tensor((6,), (1,), key="../data.pkl"), {}, "no such member"),
   "half a number": (tensor((6,), (1,)), {"storage": bytes(23)}, "whole numbers of 4 bytes"),
   "another byte order": (tensor((6,), (1,)), {"byteorder": b"middle"}, "byte order"),
-  "a large index": (b"]r\xff\xff\xff\x7f", {}, "indices of memory"),
-  "a list in itself": (b"]q\x00h\x00a", {}, "contains itself"),
+  "a large index": (b"]r\xff\xff\xff\x7f", {}, "memo indices"),
+  "a list in itself": (b"]q\x00h\x00a", {}, "recursive container"),
   "a name, not a value": (name_of("torch", "FloatStorage"), {}, "tensors, numbers and containers"),
   "a change to a stand-in": (
     name_of("collections", "OrderedDict") + b"}" + const("build") + const(1) + b"sb",
     {},
-    "whole file",
+    "complete torch.save file",
   ),
   "Python objects in an array": (
     name_of("numpy.core.multiarray", "scalar")
     + several(name_of("numpy", "dtype") + several(const("O8")) + b"R", const(b"12345678"))
     + b"R",
     {},
-    "are numbers|whole file",
+    "are numbers|complete torch.save file",
   ),
-  "an end in the middle": (b"(", {}, "whole file"),
+  "an end in the middle": (b"(", {}, "complete torch.save file"),
   "compressed members": (
     tensor((6,), (1,)),
     {"compression": zipfile.ZIP_DEFLATED},
@@ -308,7 +308,7 @@ def test_sets_of_torch(tmp_path):
     )
     assert (got.kind, got.preprocess, got.source["experiments"]) == ("dc", "standardize", 2)
     assert got.source["accuracies_of_all_experiments"] == {"ConvNet": [0.25, 0.5]}
-  fault(r"experiment in 0\.\.1, got 2", DATA / "torch_dc.pt", "dc", 2)
+  fault(r"experiment: expected an integer in 0\.\.1, got 2", DATA / "torch_dc.pt", "dc", 2)
   got = load_published(DATA / "images_best.pt")
   assert (
     got.kind == "mtt"
@@ -317,11 +317,11 @@ def test_sets_of_torch(tmp_path):
     and np.array_equal(got.labels, labels)
   )
   path = shutil.copy(DATA / "images_best.pt", tmp_path / "images_1.pt")
-  fault("labels_1.pt beside it", path)
+  fault("labels_1.pt in the same folder", path)
   shutil.copy(DATA / "labels_best.pt", tmp_path / "labels_1.pt")
   shutil.copy(DATA / "images_best.pt", tmp_path / "images_zca_1.pt")
   assert load_published(path).preprocess == "zca_absolute"
-  fault("images_zca_NAME.pt are pixels", tmp_path / "images_zca_1.pt")
+  fault("images_zca_NAME.pt contains pixels", tmp_path / "images_zca_1.pt")
 
 
 def test_pixels_go_through_the_preprocessing_of_the_publisher(tmp_path):
@@ -342,7 +342,7 @@ def test_pixels_go_through_the_preprocessing_of_the_publisher(tmp_path):
   assert_close(fitted.invert(fitted.apply(near)), near, 1e-6)
   mtt = load_published(DATA / "images_best.pt")
   with pytest.raises(
-    ValueError, match="kind: expected one of .*, got None; MTT's files do not say"
+    ValueError, match="kind: expected one of .*, got None; MTT's files do not record it"
   ):
     mtt.fit_preprocess(x)
   assert mtt.fit_preprocess(x, "zca_absolute").kind == "zca_absolute"
@@ -363,8 +363,8 @@ BAD_SETS = {
     None,
     "labels: expected finite",
   ),
-  "no labels": (".npz", {"images": IMAGES}, None, "kind shows in it"),
-  "no labels, kind given": (".npz", {"images": IMAGES}, "kip", "labels in it"),
+  "no labels": (".npz", {"images": IMAGES}, None, "of recognizable kind"),
+  "no labels, kind given": (".npz", {"images": IMAGES}, "kip", "with labels"),
   "other rows": (".npz", changed(RFAD, labels=HOT[:3]), None, "same number of rows"),
   "flat images": (
     ".npz",
@@ -399,7 +399,7 @@ BAD_SETS = {
     None,
     "logarithm of the temperature in",
   ),
-  "NHWC or NCHW": (".npz", {"images": np.ones((4, 3, 3, 3)), "labels": HOT}, None, "say kind"),
+  "NHWC or NCHW": (".npz", {"images": np.ones((4, 3, 3, 3)), "labels": HOT}, None, "pass kind"),
   "an artifact of ours": (
     ".npz",
     {"images": IMAGES, "labels": HOT, "metadata": np.zeros(1)},
@@ -408,7 +408,7 @@ BAD_SETS = {
   ),
   "objects": (".npz", changed(RFAD, labels=np.array([None] * 4)), None, "never unpickled"),
   "another form": (".npz", RFAD, "rcig", r"kind rcig \(Flax\), got a .npz file"),
-  "another kind": ("Flax", FREPO, "rcig", "ema_average in it"),
+  "another kind": ("Flax", FREPO, "rcig", "with ema_average"),
   "a list": ("Flax", [1, 2], None, "got another file"),
 }
 
@@ -428,7 +428,7 @@ def test_wrong_labels_and_files_of_torch(tmp_path):
     tmp_path / "a.pt", pairs(tensor((2,), (1,), 0, 2, "LongStorage", "1")), **{"data/1": long}
   )
   fault(r"every class 0..c-1, got the classes \[0, 2\]", path)
-  fault("class numbers .*float32", torch_file(path, pairs(tensor((2,), (1,)))))
+  fault("class indices .*float32", torch_file(path, pairs(tensor((2,), (1,)))))
   fault(
     "pair of images and labels", torch_file(path, b"}" + const("data") + b"]" + const(1) + b"as")
   )
