@@ -380,5 +380,5 @@ def test_wrong_arguments_are_named(x64):
   with pytest.raises(TypeError, match="x: expected a floating dtype"):
     krr_closed_form(0, x.astype(np.int32), y, 1)
   x[4] = np.nan
-  with pytest.raises(ValueError, match="may hold NaN"):
+  with pytest.raises(ValueError, match="may contain NaN"):
     krr_closed_form(0, x, y, start)
