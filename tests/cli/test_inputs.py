@@ -621,5 +621,5 @@ def test_the_fuzzer_finds_planted_bugs(tmp_path):
   assert found["refused"] and len(found["defects"]) == 4
   assert all(
     any(text in name for name in found["defects"])
-    for text in ("KeyError", "silent NaN", "unclear message", "no end after")
+    for text in ("KeyError", "silent NaN", "unclear message", "no result after")
   )
