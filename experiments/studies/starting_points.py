@@ -159,7 +159,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "only",
     "",
-    "Remeasure the cells whose names contain this; by default, measure cells missing from the file.",
+    "Remeasure the cells whose names contain this; by default, measure the missing cells.",
   )
   flags.DEFINE_string(
     "output",
