@@ -94,13 +94,13 @@ def test_values_of_another_type_are_refused():
   ):
     ((name, value),) = wrong.items()
     config = configs.DistillConfig()
-    object.__setattr__(config, name, value)  # as a file of JSON could have it
+    object.__setattr__(config, name, value)  # as a JSON file could contain it
     with pytest.raises(UsageError, match=f"^--{name}: expected"):
       configs.validate(config)
 
 
 def test_a_setting_is_defined_once():
-  """A field with `setting` is a flag with its default, stands in the help, and reaches the config."""
+  """A field with `setting` is a flag with its default, appears in the help, and is passed to the config."""
 
   @dataclasses.dataclass(frozen=True)
   class Config:

@@ -1,4 +1,4 @@
-"""Sets of other authors: each form as it is written, the conventions read with it, and files that mean harm."""
+"""Published sets of other authors: file formats, conventions, and malicious files."""
 
 import collections
 import pathlib
@@ -15,7 +15,7 @@ from helpers import SHARED_DATA, assert_close, needs
 import kipcore
 from kipcore import PublishedError, load_published, read_torch_file
 
-DATA = pathlib.Path(__file__).parent / "data"  # made by make_torch_files.py there
+DATA = pathlib.Path(__file__).parent / "data"  # written by make_torch_files.py there
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(4, 4, 4, 3)).astype(np.float32)
 HOT = np.eye(4, dtype=np.float32)[[0, 1, 2, 3]]
@@ -31,7 +31,7 @@ def write(path, form, content):
 
 
 def fault(pattern, path, *args, read=load_published, error=PublishedError):
-  """The error comes, with this message, names the file, and is one line."""
+  """Checks that the error has this message, names the file, and is one line."""
   with pytest.raises(error, match=pattern) as caught:
     read(path, *args)
   assert (
@@ -41,10 +41,10 @@ def fault(pattern, path, *args, read=load_published, error=PublishedError):
   )
 
 
-# --- files of torch.save ---
+# --- torch.save files ---
 
 
-def test_torch_writes_what_is_read():
+def test_files_written_by_torch_are_read():
   got = read_torch_file(DATA / "torch_layouts.pt")
   whole = np.arange(24.0).reshape(4, 6)
   expected = {
@@ -145,7 +145,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_nothing_is_run(name, tmp_path, monkeypatch):
+def test_pickles_execute_no_code(name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for layout in (CALLS[name], b"](" + tensor((6,), (1,)) + CALLS[name] + b"e"):
     path = torch_file(tmp_path / "a.pt", layout)
@@ -187,7 +187,7 @@ BAD_LAYOUTS = {
 
 
 @pytest.mark.parametrize("what", BAD_LAYOUTS)
-def test_claims_that_do_not_hold_are_refused(what, tmp_path):
+def test_inconsistent_metadata_is_rejected(what, tmp_path):
   layout, options, pattern = BAD_LAYOUTS[what]
   fault(
     pattern,
@@ -197,7 +197,7 @@ def test_claims_that_do_not_hold_are_refused(what, tmp_path):
   )
 
 
-def test_other_files_are_not_torch_files(tmp_path):
+def test_non_torch_files_are_rejected(tmp_path):
   path = tmp_path / "a.pt"
   fault("no such file", path, read=read_torch_file, error=ValueError)
   path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"rest")
@@ -260,7 +260,7 @@ SETS = {
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_sets_are_read_as_they_were_written(name, tmp_path):
+def test_published_sets_are_read_in_each_format(name, tmp_path):
   form, content, kind, labels, recipe, mirrored = SETS[name]
   path = write(tmp_path / name, form, content)
   got = load_published(path)
@@ -287,7 +287,7 @@ def test_sets_are_read_as_they_were_written(name, tmp_path):
   )
 
 
-def test_grey_and_large_sets_have_no_mirror_images(tmp_path):
+def test_gray_and_large_sets_have_no_mirror_images(tmp_path):
   gray = {**FREPO, "params": {"x_proto": IMAGES[..., :1], "y_proto": LEARNED}}
   got = load_published(write(tmp_path / "a", "Flax", gray))
   assert (got.mirrored, got.preprocess) == (False, "standardize")
@@ -296,7 +296,7 @@ def test_grey_and_large_sets_have_no_mirror_images(tmp_path):
   assert (got.mirrored, got.preprocess) == (False, None)
 
 
-def test_sets_of_torch(tmp_path):
+def test_torch_sets(tmp_path):
   images = np.arange(192, dtype=np.float32).reshape(4, 3, 4, 4).transpose(0, 2, 3, 1) / 8
   labels = np.eye(2)[[0, 0, 1, 1]] - 0.5
   for experiment, sign in enumerate((1, -1)):
@@ -324,7 +324,7 @@ def test_sets_of_torch(tmp_path):
   fault("images_zca_NAME.pt contains pixels", tmp_path / "images_zca_1.pt")
 
 
-def test_pixels_go_through_the_preprocessing_of_the_publisher(tmp_path):
+def test_pixels_are_preprocessed_as_by_the_publisher(tmp_path):
   x = RNG.integers(0, 256, (60, 4, 4, 3)).astype(np.uint8)
   rfad = load_published(write(tmp_path / "best.npz", ".npz", RFAD))
   assert np.array_equal(
@@ -334,7 +334,7 @@ def test_pixels_go_through_the_preprocessing_of_the_publisher(tmp_path):
   assert np.array_equal(
     dc.fit_preprocess(x).apply(x), kipcore.fit_preprocess(x, "standardize").apply(x)
   )
-  # With the mean of CIFAR-10, the fixed numbers of DC.
+  # With the mean of CIFAR-10, the fixed constants of DC are used.
   mean, deviation = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2023, 0.1994, 0.2010])
   near = (255 * mean + RNG.choice([-60.0, 60.0], (4000, 4, 4, 3))).astype(np.float32)
   fitted = dc.fit_preprocess(near, pixel_max=255.0)
@@ -414,12 +414,12 @@ BAD_SETS = {
 
 
 @pytest.mark.parametrize("what", BAD_SETS)
-def test_bad_sets_have_one_line_that_says_so(what, tmp_path):
+def test_invalid_sets_raise_one_line_errors(what, tmp_path):
   form, content, kind, pattern = BAD_SETS[what]
   fault(pattern, write(tmp_path / "a.npz", form, content), kind)
 
 
-def test_wrong_labels_and_files_of_torch(tmp_path):
+def test_invalid_torch_labels_and_files(tmp_path):
   pairs = lambda labels: (
     b"}" + const("data") + b"](](" + tensor((1, 1, 2, 3), (6, 6, 3, 1)) + labels + b"ees"
   )
@@ -442,7 +442,7 @@ def test_wrong_labels_and_files_of_torch(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["torch_dc.pt", "images_best.pt", "best.npz", "checkpoint_15000"])
-def test_damage_is_found_or_harmless(name, tmp_path):
+def test_damage_is_detected_or_harmless(name, tmp_path):
   path = tmp_path / name
   if name.endswith(".pt"):
     shutil.copy(DATA / name, path)
@@ -464,10 +464,10 @@ def test_damage_is_found_or_harmless(name, tmp_path):
     except PublishedError as error:
       refused += 1
       assert "\n" not in str(error)
-  assert refused >= 30  # all that were cut short
+  assert refused >= 30  # all truncated files
 
 
-def test_the_sets_of_rfad_and_rcig():
+def test_rfad_and_rcig_sets():
   rfad = load_published(needs(SHARED_DATA / "peers" / "rfad_cifar10_1ipc.npz"))
   assert (
     rfad.images.shape == (10, 32, 32, 3)

@@ -95,7 +95,7 @@ def test_duplicated_rescaled_and_constant_images():
   )
 
 
-def test_every_transformation_of_jax(x64):
+def test_all_jax_transformations(x64):
   """vmap, forward mode and forward over reverse agree with loops and differences."""
   rng = np.random.default_rng(0)
   x, v = (jnp.asarray(rng.normal(size=(2, 5, 4, 1))) for _ in range(2))
@@ -189,7 +189,7 @@ def test_float64_ignores_the_precision(x64):
 
 
 @pytest.mark.slow
-def test_batches_of_products_change_nothing(x64, monkeypatch):
+def test_batched_products_give_equal_results(x64, monkeypatch):
   """The computation on accelerators, tiles as one batch, equals that of single pairs."""
   x1, x2 = (jnp.asarray(x) for x in images(np.float64, 5, 4))
   expected = [NetworkKernel(architecture("conv2"), "ntk", tile)(x1, x2) for tile in (900, None)]
