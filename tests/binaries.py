@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def run_binary(*arguments) -> subprocess.CompletedProcess:
-  """`python -m` of the arguments, in the folder of the repository: exit status, output and errors."""
+  """Exit status, output and errors of `python -m` with the arguments in the repository folder."""
   process = _forking()
   with tempfile.TemporaryDirectory() as folder:
     paths = [os.path.join(folder, name) for name in ("out", "errors")]

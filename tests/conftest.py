@@ -63,7 +63,7 @@ def x64():
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compilations():
-  """Many thousand compiled functions exhaust the memory maps of a process (65,530 by default): they are dropped in time."""
+  """Drops compiled functions before they exhaust the memory maps of a process (65,530)."""
   yield
   maps = pathlib.Path("/proc/self/maps")
   if not maps.exists() or maps.read_text().count("\n") > 25_000:

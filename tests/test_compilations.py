@@ -1,4 +1,4 @@
-"""Public functions compile once per shape: a second call, with equal kernels and new data, compiles nothing."""
+"""Public functions compile once per shape: a call with equal kernels and new data is cached."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""Preprocessing: independent float64 references, exact inverses, published recipes, bit-exact storage."""
+"""Preprocessing: float64 references, exact inverses, published recipes, bit-exact storage."""
 
 import json
 import tracemalloc

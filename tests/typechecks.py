@@ -15,7 +15,7 @@ _CHECKED = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def after_call(function):
-  """The type checker for `jaxtyping.jaxtyped`: beartype with the arguments and result after the call, no check before it."""
+  """Type checker for `jaxtyping.jaxtyped` that checks arguments and result only after the call."""
   takes_result = any(name.startswith("ret") for name in _keyword_only(function))
   return _CHECKED(function) if takes_result else function
 

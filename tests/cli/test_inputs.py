@@ -1,4 +1,4 @@
-"""Robustness: invalid data, malicious files and full disks at each entry point, and a part of the fuzzing."""
+"""Robustness: invalid data, malicious files and full disks at each entry point; some fuzzing."""
 
 import io
 import json
@@ -98,7 +98,10 @@ ENTRIES = {
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_dirty_rows_work_or_are_refused(entry):
-  """If rows are accepted, the result is finite. (Entry points that compile slowly have tests of clean rows elsewhere.)"""
+  """If rows are accepted, the result is finite.
+
+  Entry points that compile slowly have tests of valid rows elsewhere.
+  """
   for name, (x, y, pattern) in CASES.items():
     if pattern is None and entry in ("evaluate_network", "distill"):
       continue

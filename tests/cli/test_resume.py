@@ -1,4 +1,4 @@
-"""Interrupted distillations: stopped, killed, with another run in their folder, a full disk or changed data."""
+"""Interrupted runs: stopped, killed, with concurrent runs, a full disk or changed data."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Settings: flags, help and validation come from the fields of the configs; every numeric flag at extreme values."""
+"""Settings: flags, help and validation from config fields; numeric flags at extreme values."""
 
 import dataclasses
 import math
@@ -100,7 +100,7 @@ def test_values_of_another_type_are_refused():
 
 
 def test_a_setting_is_defined_once():
-  """A field with `setting` is a flag with its default, appears in the help, and is passed to the config."""
+  """A field with `setting` is a flag with its default, is in the help, and reaches the config."""
 
   @dataclasses.dataclass(frozen=True)
   class Config:

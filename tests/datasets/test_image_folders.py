@@ -68,7 +68,7 @@ PATTERN = np.random.default_rng(5).integers(0, 256, (4, 5, 3), np.uint8)
 
 
 def folder_with(tmp_path, *names, **save):
-  """Five plain images per class, and PATTERN under `names` in class x; returns its pixels as they are read."""
+  """Writes five uniform images per class and PATTERN as `names` in class x; returns its pixels."""
   write(tmp_path / "a", {"x": 5, "y": 5})
   for name in names:
     Image.fromarray(PATTERN).save(tmp_path / "a" / "x" / name, **save)
@@ -76,7 +76,7 @@ def folder_with(tmp_path, *names, **save):
 
 
 def last_of_x(folder, number=1):
-  """The last rows of class x, and the note; names after 004.png, so that row 5 and later are for training."""
+  """The last rows of class x and the note; names after 004.png put row 5 and later in training."""
   data = load_dataset(str(folder), validation_fraction=0)
   return data.x_train[data.y_train == 0][-number:], data.note
 

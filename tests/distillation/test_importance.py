@@ -282,7 +282,7 @@ def test_the_loop_learns_with_every_score(score, num_devices):
 
 
 def test_gradient_is_the_same_on_any_number_of_devices_when_all_rows_are_drawn():
-  """With unbiased weights and a batch of all rows, sharding changes nothing, including uneven shards."""
+  """With unbiased weights and batches of all rows, (uneven) sharding does not change the result."""
   support, x, y = problem(n=203)
   d = distiller(importance.importance("squared_error", weight_exponent=1.0), batch_size=203)
   losses = [

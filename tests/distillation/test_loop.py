@@ -102,7 +102,7 @@ def test_follows_the_neural_tangents_kernel_step_for_step(x64):
 
 
 def test_loss_and_gradient_of_a_batch_do_not_depend_on_the_number_of_devices(x64):
-  """One plain SGD step on all rows: every device count sees the same targets, including uneven shards."""
+  """One SGD step on all rows: all device counts see the same targets, also in uneven shards."""
   support, x, y = problem(np.float64, n=203)
   same_on_devices(distiller().method, support, x, y, rtol=1e-12, counts=(1, 2, 8))
 

@@ -1,4 +1,4 @@
-"""Configurations compare by value and compile once; data that pass through `jit` contain only arrays."""
+"""Configurations compare by value and compile once; records under `jit` contain only arrays."""
 
 import dataclasses
 import re

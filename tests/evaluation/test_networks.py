@@ -14,7 +14,7 @@ OPTIONS = dict(num_seeds=2, width=8, num_steps=12, learning_rate=0.05)
 
 
 def test_equals_explicit_adam_with_cosine_schedule(x64):
-  """Step i of n has the rate 1/2 (1 + cos(pi i / n)) of the peak; the initial outputs are subtracted."""
+  """Step i of n has 1/2 (1 + cos(pi i / n)) of the peak rate; initial outputs are subtracted."""
   support, x, y = image_problem(np.float64, n=300)
   arch, n = kipcore.fc(1), OPTIONS["num_steps"]
   scores = kipcore.evaluate_network(3, arch, support, x, y, **OPTIONS)

@@ -58,7 +58,7 @@ def test_equals_neural_tangents(name, get, dtype):
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_diagonal_is_exact(depth, dtype):
-  """K(x, x) by the recursion at angle 0, in float64 NumPy; equal and rescaled rows agree to what 1 - cos allows."""
+  """Against the recursion at angle 0 in float64 NumPy; also equal and rescaled rows."""
   x, _ = images(dtype)
   q = np.mean(x.astype(np.float64).reshape(4, -1) ** 2, axis=1)
   q = 2 * q + 0.01

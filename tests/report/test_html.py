@@ -1,4 +1,4 @@
-"""The report of a run: one file, escaped, complete, readable on a phone; the source of its hardest images; event files."""
+"""The report of a run: one complete, escaped file for all screens; hardest images; event files."""
 
 import dataclasses
 import html
@@ -288,7 +288,7 @@ def problem(n=203):
 
 
 def test_scores_are_returned_in_row_order():
-  """After one step on all rows they are the squared errors of the start, regardless of the device of a row."""
+  """After one step on all rows, scores are the squared errors of the start on any device."""
   support, x, y = problem()
   method = kip.kip(kipcore.linear_fn(), kip.KIPOptions(1e-2))
   distiller = loop.Distiller(
@@ -320,7 +320,7 @@ def test_assigned_rows_and_unknown_scores():
 
 @pytest.mark.parametrize("balanced", [False, True])
 def test_logged_sampler_metrics_describe_its_distribution(balanced):
-  """Class shares and effective share against NumPy, for an active, missing and useless distribution."""
+  """Class and effective shares against NumPy, for an active, missing and useless distribution."""
   counts, capacity, mix = np.array([30, 50, 20]), 104, 0.25
   sampler = importance.importance("squared_error", mix, least_gain=1.5, balanced=balanced)
   state = sampler.init(jnp.asarray(counts, jnp.int32), capacity)

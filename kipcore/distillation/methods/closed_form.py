@@ -433,7 +433,7 @@ def _add(feature_map, sums, block):
 
 @jax.jit
 def _score(feature_map, models, block):
-  """`(r,)` correct predictions and `(r,)` sums of squared errors of models `(r, p, c)` on a block."""
+  """Counts of hits and sums of squared errors, `(r,)` each, of models `(r, p, c)` on a block."""
   x, y, keep = block
   found = jnp.einsum("np,rpc->rnc", map_features(feature_map, x), models, precision=linalg.HIGHEST)
   right = keep[None] & (jnp.argmax(found, axis=2) == jnp.argmax(y, axis=1)[None])

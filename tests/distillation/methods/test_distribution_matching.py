@@ -1,4 +1,4 @@
-"""DM: its loss by NumPy, its gradient, weights and absent classes, augmentation, devices, seeds, learning."""
+"""DM: loss against NumPy, gradient, weights, absent classes, augmentation, devices, seeds."""
 
 import jax
 import jax.numpy as jnp

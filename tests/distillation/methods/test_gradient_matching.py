@@ -1,4 +1,4 @@
-"""DC and DSA: per-class gradients, the distance, its gradient, the schedule of the network, devices, seeds, learning."""
+"""DC and DSA: per-class gradients, distance and its gradient, network schedule, devices, seeds."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def net(convolutional=False):
 
 
 def numpy_gradients(theta, x, y, weights, k):
-  """Mean gradient of the cross-entropy of the rows of class k through a softplus network with one hidden layer."""
+  """Mean cross-entropy gradient of class k for a softplus network with one hidden layer."""
   own = y.argmax(1) == k
   x, w = x[own].reshape(own.sum(), -1), weights[own] / weights[own].sum()
   w1, b1, w2, b2 = (
@@ -89,7 +89,7 @@ def test_gradient_equals_finite_differences(make, convolutional, x64):
 
 @pytest.mark.parametrize("b", [1, 7, 300])
 def test_class_gradients_equal_one_gradient_per_class(b, x64):
-  """Any counts, including absent classes and classes of several chunks; also a second derivative."""
+  """Any counts, including absent and multi-chunk classes; also a second derivative."""
   rng, c = np.random.default_rng(b), 4
   x, weights, theta = (
     jnp.asarray(rng.normal(size=(b, 3))),
@@ -221,7 +221,7 @@ def test_training_of_the_network_in_several_batches_lowers_its_loss():
 
 
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
-  """Two steps with a trained network between, including uneven shards and classes missing on a device."""
+  """Two steps with network training between, uneven shards and classes missing on a device."""
   support, x, y = problem(np.float64, n=21)
   same_on_devices(
     gm.dc(net(), gm.GradientMatchingOptions(5, 1)), support, x, y, rtol=1e-11, num_steps=2

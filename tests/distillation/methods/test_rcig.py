@@ -1,4 +1,4 @@
-"""RCIG: its head, its direct and implicit gradients against a separate solution of the bilevel problem, clipping, devices, runs."""
+"""RCIG: head, direct and implicit gradients of the bilevel problem, clipping, devices, runs."""
 
 import dataclasses
 
@@ -82,7 +82,7 @@ def converged():
 
 
 def reference(setting):
-  """Inner and outer objective of a hidden layer of erf units, as explicit functions of (x, y, log temperature, w)."""
+  """Inner and outer objective of one erf layer, as functions of (x, y, log temperature, w)."""
   net = setting.net["params"]
   weight, bias = net["layer_1"]["kernel"], net["bias_1"]
   d, p = weight.shape
@@ -137,7 +137,7 @@ def reference(setting):
 
 
 def test_head_is_kernel_ridge_regression_on_the_features(x64, quick):
-  """At an inner rate of 1e-30 the features are the network's own: the library's KRR, and NumPy's."""
+  """At an inner rate of 1e-30, the head equals KRR on the initial features, also in NumPy."""
   still = Setting(dataclasses.replace(QUICK, inner_rate=1e-30))
   info = jax.jit(
     lambda aux: still.method.loss(still.params, aux, still.batch, still.weights, None)[1]

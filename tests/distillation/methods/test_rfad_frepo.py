@@ -1,4 +1,4 @@
-"""RFAD and FRePo: kernels against their limit, losses and gradients against NumPy and finite differences, pools."""
+"""RFAD and FRePo: limit kernels, losses against NumPy, finite differences, and pools."""
 
 import jax
 import jax.numpy as jnp

@@ -93,7 +93,7 @@ def matching_loss(x, log_rate, y, start, goal, batches):
 
 @pytest.mark.parametrize("syn_batch, num_steps", [(256, 3), (2, 4)])
 def test_loss_and_gradients_equal_a_student_by_hand(syn_batch, num_steps, x64):
-  """In batches of 2 of 5 rows the third is a single row, and the fourth step begins a new permutation."""
+  """With batches of 2 of 5 rows, step 3 has a single row and step 4 starts a new permutation."""
   x, y = data()
   method = trajectory_matching.mtt(
     MODULE, some_experts(), dataclasses.replace(OPTIONS, syn_batch=syn_batch, syn_steps=num_steps)
@@ -267,7 +267,7 @@ def distiller(
 
 
 def test_runs_do_not_depend_on_devices_or_expert_storage(small, tmp_path, x64):
-  """The callback that reads them meets 8 devices in a compiled loop; equal seeds on equal devices give equal bits."""
+  """Expert files are read by a callback in a loop on 8 devices; equal seeds give equal bits."""
   x, y, walks = small[1].astype(np.float64), small[2].astype(np.float64), small[3]
   support = Support(jnp.asarray(x[:6]), jnp.asarray(y[:6]))
   trajectories.save_trajectories(tmp_path / "e.npy", walks, {})
