@@ -11,7 +11,7 @@ experiments/results/benchmark_kernels.json:
                         (floor)
   growth                milliseconds per pair against image side, channels and pairs; scratch memory
   precision             time and error of products in narrower types
-  kip                   seconds per KIP step with the kernels of both libraries in the same loop (only
+  kip                   seconds of a KIP step with kernels of both libraries in the same loop (only
                         MNIST, because for 32 x 32 images the neural-tangents gradient in a loop
                         crashes XLA)
 
