@@ -1,7 +1,7 @@
-"""Random transforms of images that a method applies alike to targets and support (DSA).
+"""Differentiable random image transforms that are the same for targets and support (DSA).
 
-`random_augmentation("flip_crop")(key)` is a function of a batch of images; equal keys give equal transforms, and
-gradients flow through them.
+`random_augmentation("flip_crop")(key)` is a function of a batch of images; equal keys give equal
+transforms.
 """
 
 import math
@@ -19,45 +19,50 @@ _CROP_PAD, _CUTOUT, _FLIP, _SCALE, _DEGREES = 0.125, 0.5, 0.5, 1.2, 15.0
 
 
 def random_augmentation(names: str):
-  """Differentiable random_augmentation augmentation: one of the named operations, with the same parameters for every image.
+  """Differentiable augmentation: one random operation with the same parameters for every image.
 
-      color    x + (u1 - 1/2);  2 u2 (x - mean over channels) + that mean;  (u3 + 1/2) (x - mean of the image) + that mean
-      crop     shifted by whole pixels, up to 1/8 of each side, zeros coming in
-      cutout   a rectangle of half of each side set to zero; its center is anywhere, so part of it may lie outside
-      flip     left to right, with probability 1/2
-      scale    each side divided by its own factor of [1/1.2, 1.2] about the center, bilinear, zeros outside
-      rotate   by an angle of [-15, 15] degrees about the center, bilinear, zeros outside
+      color    x + (u1 - 1/2), then 2 u2 (x - g) + g with the channel mean g of each pixel,
+               then (u3 + 1/2) (x - a) + a with the mean a of the image
+      crop     shift by an integer number of pixels, up to 1/8 of each side, filled with zeros
+      cutout   set a rectangle with half of each side to zero; it may lie partly outside the image
+      flip     horizontally, with probability 1/2
+      scale    divide each side by its own factor in [1/1.2, 1.2] about the center, bilinear,
+               zeros outside
+      rotate   by an angle in [-15, 15] degrees about the center, bilinear, zeros outside
 
-  u are uniform on [0, 1]. A key draws one operation (mode "S" as published) and its parameters; what it does depends
-  on key and image size, not on the number of rows or their dtype, so targets and support need equal keys.
-  The brightness is in units of the pixels, which are meant to be standardized. Of one channel the second color
-  operation is the identity. Ours differs from the published code in that images that are not square turn without a
-  shear (it turns coordinates in which both sides have length 2), and seeds repeat.
+  u are uniform on [0, 1]. A key determines one operation (mode "S" of the published code) and its
+  parameters, independently of the number and dtype of the images, so equal keys transform targets
+  and support equally. The brightness is in pixel units and assumes standardized pixels. The second
+  color step is the identity for one channel. Unlike the published code, this function rotates
+  non-square images without shear, and its draws are reproducible.
 
   Args:
-    names: of `DSA`, joined with "_", each equally likely; "" for no augmentation.
+    names: operations of `DSA`, joined with "_", each equally likely; "" for no augmentation.
 
   Returns:
-    `key -> (images -> images)`; images `(n, height, width, channels)` of any size and floating dtype. With names it
-    raises ValueError for rows that are not images; without, any rows pass unchanged.
+    `key -> (images -> images)` for images `(n, height, width, channels)` of any size and floating
+    dtype. The transform raises ValueError for rows that are not images, except that "" returns any
+    rows unchanged.
 
   Raises:
     ValueError: for an unknown name.
 
-  Source: Zhao and Bilen 2021 (DSA); ranges are the published code's.
+  References:
+    Zhao and Bilen (2021), DSA. The ranges are those of the published code.
   """
   operations = []
   for name in names.split("_") if names else []:
     if name not in _OPERATIONS:
       raise ValueError(
-        f"augmentation: expected names of {', '.join(_OPERATIONS)} joined with '_', or ''; got {names!r}"
+        f"augmentation: expected names of {', '.join(_OPERATIONS)} joined with '_', or ''; got "
+        f"{names!r}"
       )
     operations.append(_OPERATIONS[name])
 
   def draw(key: Array):
     if not operations:
       return lambda images: images
-    # Drawn here and not in the transform, which is called for the targets and again for the support.
+    # Drawn outside the transform, which is called for the targets and again for the support.
     choice = jax.random.randint(keys.stream(key, "operation"), (), 0, len(operations), jnp.int32)
     u = jax.random.uniform(keys.stream(key, "parameters"), (3,), jnp.float32)
 
@@ -121,7 +126,7 @@ def _rotate(u: Array, images: Array) -> Array:
 
 
 def _resample(images: Array, matrix) -> Array:
-  """Pixel p of the result is the image at center + matrix (p - center), bilinear between pixels, zero outside."""
+  """Resamples to pixels p <- center + matrix (p - center), bilinear, zero outside."""
   _, height, width, _ = images.shape
   middle = (height - 1) / 2, (width - 1) / 2
   rows = (jnp.arange(height).astype(images.dtype) - middle[0])[:, None]

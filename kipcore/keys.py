@@ -1,7 +1,7 @@
-"""Named random streams: one root key, one stream per purpose, the step number folded in.
+"""Named random streams: one root key, one stream per purpose, with the step number folded in.
 
-A draw depends on (root key, stream name, step) alone, so a resumed run needs no stored key and a
-new consumer of randomness does not shift the draws of the others.
+A draw depends only on (root key, stream name, step). A resumed run therefore needs no stored key,
+and a new consumer of randomness does not change the draws of others.
 """
 
 import zlib
@@ -18,15 +18,15 @@ def canonical_key(key_or_seed) -> Array:
   """A typed key from an integer seed, raw `uint32` key data or a typed key.
 
   Args:
-    key_or_seed: a seed of 64 bits (int, NumPy integer or 0-d integer array), `uint32` key data
+    key_or_seed: a 64-bit seed (int, NumPy integer or 0-d integer array), `uint32` key data
       such as `jax.random.PRNGKey` returns, or a typed key, which is returned as is.
 
   Returns:
     A typed key.
 
   Raises:
-    TypeError: for anything else, booleans included.
-    ValueError: for a seed beyond 64 bits.
+    TypeError: for anything else, including booleans.
+    ValueError: for a seed that does not fit into 64 bits.
   """
   is_array = isinstance(key_or_seed, (jax.Array, np.ndarray))
   if is_array and jnp.issubdtype(key_or_seed.dtype, jax.dtypes.prng_key):
@@ -43,12 +43,12 @@ def canonical_key(key_or_seed) -> Array:
     got = f"an array of dtype {key_or_seed.dtype}" if is_array else repr(key_or_seed)
     raise TypeError(f"key: expected a random key or an integer seed, got {got}") from None
   if not -(2**63) <= seed < 2**63:
-    raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
+    raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
   return jax.random.key(seed)
 
 
 def stream(key, name: str) -> Array:
-  """The stream called `name` under `key` (a key or an integer seed)."""
+  """The stream `name` of `key` (a key or an integer seed)."""
   return jax.random.fold_in(canonical_key(key), zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 

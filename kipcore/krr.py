@@ -1,7 +1,7 @@
 """Kernel ridge regression: fit, predict, loss, and the best labels for given support inputs.
 
-`ridge` is absolute everywhere: the solve is (K_ss + ridge I)^{-1} y. Use `relative_ridge` for the
-fraction of the mean diagonal that KIP, FRePo and neural-tangents mean by their regularization.
+`ridge` is always absolute: the solve is (K_ss + ridge I)^{-1} y. KIP, FRePo and neural-tangents
+define their regularization as a fraction of the mean diagonal; `relative_ridge` converts it.
 """
 
 import functools
@@ -53,8 +53,8 @@ def relative_ridge(k: Float[ArrayLike, " n *n"], scale: RealLike) -> Float[Array
     Absolute ridge, scalar, in the dtype of `k`.
 
   Raises:
-    ValueError, TypeError: for a scale that is not a positive number, or a `k` of another shape or
-      of integers.
+    ValueError, TypeError: for a scale that is not a positive number, or a `k` that has another
+      shape or integer entries.
 
   Example:
     >>> k = jnp.asarray([[1.0, 0.5], [0.5, 3.0]])
@@ -77,10 +77,10 @@ def krr_fit(
   """Dual coefficients alpha = (K_ss + diag(ridge))^{-1} y.
 
   They minimize sum_j (f(x_j) - y_j)^2 / ridge_j + ||f||^2 over functions f of the kernel's space,
-  so a ridge vector ridge / w_j gives point j the weight w_j.
+  so a ridge vector with entries ridge / w_j gives point j the weight w_j.
 
   The factorization runs in float64 if JAX's 64-bit switch is on. In float32 the condition number
-  n / scale of a relative ridge `scale` should stay below about 1e7; beyond, the status may be
+  n / scale of a relative ridge `scale` should stay below about 1e7; otherwise the status may be
   NOT_POSITIVE_DEFINITE.
 
   Args:
@@ -154,7 +154,7 @@ def krr_predict(fit: KRRFit, k_ts: Float[ArrayLike, "t m"]) -> Float[Array, "t c
     `(t, c)`.
 
   Raises:
-    ValueError, TypeError: if `k_ts` does not have m columns or holds integers.
+    ValueError, TypeError: if `k_ts` does not have m columns or is not floating.
 
   Example:
     >>> k, y = (
@@ -236,7 +236,7 @@ def _krr_loss(dual: Array, k_ts: Array, y_target: Array, weights: Array | None) 
 def accuracy(
   predictions: Float[Array, "t c"], y_target: Float[ArrayLike, "t c"]
 ) -> Float[Array, ""]:
-  """Share of rows whose largest prediction is at the largest label, scalar."""
+  """Fraction of rows whose largest prediction is at the largest label, scalar."""
   hits = jnp.argmax(predictions, axis=1) == jnp.argmax(y_target, axis=1)
   return jnp.mean(hits.astype(predictions.dtype))
 
@@ -249,7 +249,7 @@ def label_solve(
   fit_ridge: RealLike | None = None,
   penalty: str = "rkhs",
 ) -> Float[Array, "m c"]:
-  """The labels of the support with which ridge regression fits the targets best.
+  """The support labels for which ridge regression fits the targets best.
 
       c = argmin ||K_ts c - y_t||^2 + fit_ridge * c^T P c,    y_s = (K_ss + ridge I) c
 
@@ -260,7 +260,7 @@ def label_solve(
   Args:
     k_ss: `(m, m)` kernel of the support.
     k_ts: `(t, m)` kernel between targets and support. For many targets, use `label_solve_rows`,
-      which never holds all of it.
+      which computes it in blocks.
     y_target: `(t, c)`.
     ridge: absolute ridge > 0 (scalar or `(m,)`) with which the labels will be used.
     fit_ridge: absolute ridge > 0 of the objective, scalar; None for `ridge` (then a scalar).
@@ -316,7 +316,7 @@ def label_solve_rows(
   penalty: str = "rkhs",
   block_size: IntLike = 2048,
 ) -> LabelSolution:
-  """`label_solve` over many targets, in row blocks: memory for `(block_size, m)` and `(m, m)`.
+  """`label_solve` for many targets, in row blocks with memory for `(block_size, m)` and `(m, m)`.
 
   Args:
     kernel_fn: the kernel.
@@ -324,13 +324,13 @@ def label_solve_rows(
     x: `(n, ...)` target rows.
     y: `(n, c)` target labels.
     ridge, fit_ridge, penalty: as in `label_solve`.
-    block_size: target rows at a time.
+    block_size: target rows per block.
 
   Returns:
     `LabelSolution` with `(m, c)` labels and a status.
 
   Raises:
-    ValueError, TypeError: as `label_solve`.
+    ValueError, TypeError: see `label_solve`.
   """
   checks.array("x_support", x_support)
   checks.same_rows("x", x, "y", y)
@@ -374,7 +374,7 @@ def _label_ridges(ridge, fit_ridge, penalty: str, m: int) -> tuple[RealLike, Rea
 def _label_solution(
   k_ss, factor, gram_whitened, rhs_whitened, ridge, fit_ridge, penalty, dtype
 ) -> LabelSolution:
-  """Solve in the basis z = L^T c, L L^T = K_ss: the normal equations keep the condition of K, not its square."""
+  """Solves for z = L^T c with L L^T = K_ss: the condition is that of K, not its square."""
   k = k_ss.astype(factor.lower.dtype)
   p = k if penalty == "rkhs" else jnp.eye(k.shape[0], dtype=k.dtype)
   p_whitened = linalg.whiten(factor, linalg.whiten(factor, p).T)

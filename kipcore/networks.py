@@ -139,10 +139,10 @@ class Convolution(nn.Module):
 def convolve(
   x: Float[ArrayLike, "n h w c"], kernel: Float[ArrayLike, "size size c features"]
 ) -> Float[Array, "n h w features"]:
-  """Convolution of `(n, h, w, c)` with `(size, size, c, features)`, size odd, zero padding, stride 1.
+  """Zero-padded convolution of `(n, h, w, c)` with `(size, size, c, features)`; size is odd.
 
-  On CPUs this is one product of patches: inside a loop, XLA's own convolution and its gradient are
-  up to 30 times slower there.
+  On CPUs this is one matrix product of patches, because XLA's own convolution and its gradient are
+  up to 30 times slower inside a loop there.
   """
   x, kernel = jnp.asarray(x), jnp.asarray(kernel)
   if jax.default_backend() != "cpu":
@@ -190,7 +190,7 @@ def network(
 
   Raises:
     ValueError, TypeError: for a width, growth or number of outputs that is not a positive integer,
-      a negative softplus, or another parameterization or norm.
+      a negative softplus, or an unknown parameterization or norm.
   """
   width = checks.positive_int("width", width)
   checks.in_range("width", width, 1, _MAX_WIDTH)
@@ -213,7 +213,8 @@ class ResNet(nn.Module):
       between stages: 2x2 average pool, twice the channels
       end: global average, dense
 
-  Average pools replace strides. Norms are instance norms: batch norm is meaningless on ten images.
+  Average pools replace strides. Norms are instance norms, because batch norm is meaningless for ten
+  images.
 
   Attributes:
     width: channels of the first stage.

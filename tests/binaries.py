@@ -1,7 +1,8 @@
 """The binaries as users start them, without waiting for their imports each time.
 
-One process imports the libraries, and forks itself for each command; what is run, and what comes back, is that of
-`python -m`. JAX starts its threads with the first computation, so before that a process may fork.
+One process imports the libraries, and forks itself for each command; what is run, and what comes
+back, is that of `python -m`. JAX starts its threads with the first computation, so before that a
+process may fork.
 """
 
 import atexit
@@ -19,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def run_binary(*arguments) -> subprocess.CompletedProcess:
-  """`python -m` of the arguments, in the folder of the repository: exit status, output and errors."""
+  """Exit status, output and errors of `python -m` with the arguments in the repository folder."""
   process = _forking()
   with tempfile.TemporaryDirectory() as folder:
     paths = [os.path.join(folder, name) for name in ("out", "errors")]
@@ -73,7 +74,8 @@ def _run(arguments, paths) -> None:
 
 
 def _serve() -> None:
-  # Libraries alone: the modules of this repository are imported by each command, as by a process of its own.
+  # Only libraries: each command imports the modules of this repository itself, as a new process
+  # would.
   import flax.linen  # noqa: F401
 
   sys.path[0] = str(ROOT)

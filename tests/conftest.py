@@ -12,7 +12,7 @@ os.environ.setdefault("XLA_FLAGS", xla_flags.known())
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
-# Workers and the binaries that tests start share what they compile, for the length of one run of the suite.
+# Workers and commands started by tests share a compilation cache during one run of the suite.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kipcore-compiled-")
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -63,7 +63,7 @@ def x64():
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compilations():
-  """Many thousand compiled functions exhaust the memory maps of a process (65,530 by default): they are dropped in time."""
+  """Drops compiled functions before they exhaust the memory maps of a process (65,530)."""
   yield
   maps = pathlib.Path("/proc/self/maps")
   if not maps.exists() or maps.read_text().count("\n") > 25_000:

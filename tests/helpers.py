@@ -12,7 +12,7 @@ import pytest
 
 import kipcore
 
-# Relative error that sums of a few hundred products may show.
+# Relative error of sums of a few hundred products.
 RTOL = {"float32": 1e-5, "float64": 1e-10}
 
 SHARED_DATA = pathlib.Path(
@@ -23,7 +23,7 @@ SHARED_DATA = pathlib.Path(
 
 
 def enable_x64(on: bool):
-  """A context manager that sets JAX's 64-bit switch; its home moved between versions."""
+  """A context manager for JAX's 64-bit switch; its module depends on the version."""
   if hasattr(jax, "enable_x64"):
     return jax.enable_x64(on)
   from jax.experimental import enable_x64 as experimental_enable_x64
@@ -32,7 +32,7 @@ def enable_x64(on: bool):
 
 
 def standard_promotion():
-  """A context for foreign libraries that rely on dtype and rank promotion."""
+  """A context manager for external libraries that rely on dtype and rank promotion."""
   import contextlib
 
   stack = contextlib.ExitStack()
@@ -51,7 +51,7 @@ def assert_close(actual, expected, rtol, atol=0.0):
 
 
 def needs(path: pathlib.Path):
-  """Skips the test, with the reason, where a data file is absent."""
+  """Skips the test, with the reason, if a data file is absent."""
   if not path.exists():
     pytest.skip(f"needs {path.name}, which is absent")
   return path
@@ -65,7 +65,7 @@ def read_idx(path):
 
 
 def check_gradient(f, params: dict, names=None, h: float = 1e-5, rtol: float = 1e-6) -> None:
-  """The gradient of a scalar function of a dict against central differences, along a random direction for each entry (float64)."""
+  """Compares a float64 gradient in a dict with central differences in random directions."""
   gradient = jax.grad(f)(params)
   for name in names or params:
     v = jnp.asarray(np.random.default_rng(2).normal(size=params[name].shape))
@@ -76,7 +76,7 @@ def check_gradient(f, params: dict, names=None, h: float = 1e-5, rtol: float = 1
 
 
 def check_image_gradient(method, support, x, y, num_keys: int) -> None:
-  """The gradient of a method's loss by the images against central differences, for several keys (float64)."""
+  """Compares the float64 image gradient of a method's loss with central differences."""
   params = method.init_params(support)
   aux = method.init_aux(jax.random.key(0), params)
   batch, weights = (
@@ -95,7 +95,7 @@ def check_image_gradient(method, support, x, y, num_keys: int) -> None:
 
 
 def everything() -> kipcore.Sampler:
-  """A sampler that takes all rows of its shard, padded with weight 0 to the size asked."""
+  """A sampler that takes all rows of its shard, padded with weight 0 to the requested size."""
 
   def draw(key, n, size):
     i = jnp.arange(size, dtype=jnp.int32)
@@ -109,7 +109,7 @@ def everything() -> kipcore.Sampler:
 def same_on_devices(
   method, support, x, y, rtol: float = 1e-10, num_steps: int = 1, counts=(1, 8)
 ) -> None:
-  """Plain SGD steps on all rows give the same loss and images on so many devices, uneven shards included (float64); and resume."""
+  """SGD steps on all rows give equal float64 losses and images on each device count, and resume."""
   distiller = kipcore.Distiller(method, everything(), optax.sgd(0.1), len(x))
   runs = [
     kipcore.distill(0, distiller, support, x, y, num_steps, devices=jax.devices()[:d])
@@ -123,7 +123,7 @@ def same_on_devices(
 
 
 def resumes_exactly(distiller, support, x, y, devices, num_steps: int = 3) -> None:
-  """A run that goes on from any of its snapshots ends with the same bits, as if nothing had been."""
+  """A run resumed from any of its snapshots is bit-identical to the uninterrupted run."""
   snapshots = []
   checkpoint_policy = kipcore.CheckpointPolicy(snapshots.append, seconds=0.0)
   whole = kipcore.distill(
@@ -157,12 +157,12 @@ def resumes_exactly(distiller, support, x, y, devices, num_steps: int = 3) -> No
 
 
 def untimed(history) -> list:
-  """What was logged, without the seconds."""
+  """The log without seconds."""
   return [{name: value for name, value in line.items() if name != "seconds"} for line in history]
 
 
 def image_rows(labels, dtype=np.float64, seed=0, num_classes=3):
-  """Images of 8 x 8 whose class shows in its mean, `labels` the class of each, and their centered labels."""
+  """8 x 8 images whose mean depends on their class in `labels`, and their centered labels."""
   rng = np.random.default_rng(seed)
   means = np.random.default_rng(9).normal(size=(num_classes, 8, 8, 1))
   x = 0.5 * means[labels] + rng.normal(size=(len(labels), 8, 8, 1))
@@ -170,7 +170,7 @@ def image_rows(labels, dtype=np.float64, seed=0, num_classes=3):
 
 
 def image_problem(dtype=np.float32, n=90, per_class=2):
-  """A support of such images, and rows of unequal classes to learn from."""
+  """A support of such images, and target rows with unbalanced classes."""
   x, y = image_rows(np.random.default_rng(1).integers(0, 3, n), dtype)
   support = image_rows(np.repeat(np.arange(3), per_class), dtype, seed=2)
   return kipcore.Support(*map(jnp.asarray, support)), x, y

@@ -61,7 +61,7 @@ def test_optional_arrays_do_not_broadcast(name):
 
 
 @pytest.mark.parametrize("name", PER_ROW)
-def test_optional_arrays_hold_valid_numbers(name):
+def test_optional_arrays_contain_valid_numbers(name):
   argument, n, call = PER_ROW[name]
   for value in (np.nan, -1.0, np.inf):
     bad = np.full(n, 0.5, "f4")
@@ -164,7 +164,7 @@ def test_half_precision_ridge_regression_is_computed_in_float32(dtype):
   assert_close(solved, kipcore.label_solve(k32, k32, y32, 0.5), 1e-5)
 
 
-# A real argument of value 0.5, and what depends on it.
+# A real argument of value 0.5, and a value that depends on it.
 REALS = {
   "bandwidth": lambda v: kipcore.rbf_fn(v)(X),
   "krr_fit ridge": lambda v: kipcore.krr_fit(K, Y, v).dual,
@@ -220,13 +220,13 @@ INTEGERS = {
 }
 
 
-# Records convert such numbers to Python numbers, which is what their fields are annotated with.
+# Records convert such numbers to Python numbers, as their fields are annotated.
 RECORDS = {"w_std", "b_std", "slope", "tile_elements", "size of Conv", "size of AvgPool"}
 
 
 @pytest.fixture
 def record_annotations(name):
-  """No check of the annotations while a record is made of a number of another type."""
+  """Disables the annotation checks while a record is created from a number of another type."""
   jaxtyping.config.update("jaxtyping_disable", name in RECORDS)
   yield
   jaxtyping.config.update("jaxtyping_disable", False)

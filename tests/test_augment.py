@@ -17,7 +17,7 @@ def images(dtype=np.float64, shape=(3, 8, 9, 3), seed=0):
 
 @pytest.fixture(scope="module")
 def apply():
-  """Jitted once a name and shape; the key is an argument."""
+  """Jitted once per name and shape; the key is an argument."""
   jitted = {
     name: jax.jit(
       lambda seed, x, name=name: augment.random_augmentation(name)(jax.random.key(seed))(x)
@@ -27,14 +27,14 @@ def apply():
   return lambda name, seed, x: jitted[name](seed, x)
 
 
-def test_no_names_is_the_identity_of_any_rows():
+def test_empty_names_are_the_identity_for_any_rows():
   rows = jnp.arange(6.0).reshape(2, 3)
   assert augment.random_augmentation("")(jax.random.key(0))(rows) is rows
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_keeps_shape_dtype_and_draws_one_transform_a_key(name, apply, dtype):
-  """Every image gets the same transform, whatever batch it comes in; other keys give others; both dtypes agree."""
+def test_keeps_shape_and_dtype_and_draws_one_transform_per_key(name, apply, dtype):
+  """Every image gets the same transform in any batch; other keys give others; dtypes agree."""
   x = images(dtype)
   results = []
   for seed in range(12):
@@ -47,7 +47,7 @@ def test_keeps_shape_dtype_and_draws_one_transform_a_key(name, apply, dtype):
   assert_close(apply(name, 0, x), apply(name, 0, x), rtol=0)
 
 
-def test_single_and_double_precision_draw_alike(x64, apply):
+def test_draws_do_not_depend_on_precision(x64, apply):
   x = images()
   for seed in range(6):
     assert_close(
@@ -72,7 +72,7 @@ def test_all_operations_are_drawn(x64, apply):
     assert_close(apply(augment.DSA, seed, x), single(u.astype(x.dtype), x), rtol=1e-12)
 
 
-def test_operations_at_the_parameters_that_change_nothing(x64):
+def test_operations_with_identity_parameters(x64):
   x = images()
   u = jnp.full(3, 0.5)
   assert_close(augment._rotate(u, x), x, rtol=1e-14)
@@ -155,7 +155,7 @@ def test_resampling_is_exact_for_linear_images_and_quarter_turns(x64):
     np.rot90(np.asarray(z), 1, axes=(2, 1)),
     rtol=1e-12,
   )
-  # Enlarged: all of the result comes from inside; made smaller: zeros come in.
+  # Enlarged images come only from inside pixels; shrunk images are padded with zeros.
   big, small = (augment._scale(jnp.full(3, u), jnp.ones((1, 12, 12, 1))) for u in (0.0, 1.0))
   assert_close(big, np.ones((1, 12, 12, 1)), rtol=1e-12)
   assert float(small[0, 0, 0, 0]) == 0 and float(small[0, 6, 6, 0]) == 1

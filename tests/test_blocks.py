@@ -7,7 +7,7 @@ import pytest
 
 from kipcore import blocks
 
-SIZES = [1, 3, 4, 10, 11, 100, None]  # 10 rows: divided, not divided, and all at once
+SIZES = [1, 3, 4, 10, 11, 100, None]  # 10 rows: divisible, not divisible, and all at once
 
 
 def rows(n=10):

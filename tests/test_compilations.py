@@ -1,4 +1,4 @@
-"""Public functions compile once per shape: a second call, with equal kernels and new data, compiles nothing."""
+"""Public functions compile once per shape: a call with equal kernels and new data is cached."""
 
 import contextlib
 
@@ -107,7 +107,7 @@ def kernel_cases():
   for name, kernel in KERNELS.items():
     for call in calls_of(kernel):
       if name in ("function", "unhashable") and call.startswith(("call", "diag")):
-        continue  # a function of the user runs as it is
+        continue  # a user function runs unjitted
       yield pytest.param(name, call, id=f"{name}-{call}")
 
 
@@ -163,7 +163,7 @@ def test_other_functions_compile_once(name):
 
 
 def test_a_new_shape_and_a_new_kernel_are_counted():
-  """The counter counts, so the tests above can fail."""
+  """The counter works, so the tests above can fail."""
   for kernel, n in (
     (kipcore.rbf_fn(7.0), 12),
     (kipcore.rbf_fn(8.0), 12),
@@ -183,7 +183,7 @@ def test_kernels_compare_by_value():
   assert StaxKernel(STAX) != StaxKernel(to_stax(kipcore.fc(1))[2])
 
 
-def test_gram_matvec_does_not_hold_the_matrix():
+def test_gram_matvec_does_not_store_the_matrix():
   """The scratch memory of the default block size is that of a block, forward and backward."""
   n = 8192
 
@@ -215,7 +215,7 @@ def test_kernels_that_close_over_traced_values_are_differentiable(x64):
 
 
 def test_kernels_map_over_devices():
-  """A kernel and `gram` inside pmap equal the same outside."""
+  """A kernel and `gram` give equal results inside and outside pmap."""
   kernel, x = kipcore.ntk_fn(kipcore.fc(1)), jnp.asarray(rows(0, 8)).reshape(2, 4, 5)
   mapped = jax.pmap(lambda a: kernel(a, x[0]) + kipcore.gram(kernel, a, x[0], 3))(x)
   expected = jnp.stack([2 * kernel(a, x[0]) for a in x])

@@ -1,4 +1,4 @@
-"""Every numeric function under jit, vmap and, where it is smooth, grad; and what degenerate data give."""
+"""All numeric functions under jit, vmap and (if smooth) grad, and with degenerate data."""
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,8 @@ def test_one_row(dtype):
   x, y = data(dtype, 1)
   scores = scores_of(x, y)
   tau = float(NTK(x, None)[0, 0]) / (float(NTK(x, None)[0, 0]) + 0.5)
-  # F* = ridge ||y||^2 / (k + ridge), so the label term is ridge / (k + ridge), and the row is all there is.
+  # F* = ridge ||y||^2 / (k + ridge), so the label term is ridge / (k + ridge), and this row is the
+  # only one.
   assert_close(scores.leverage, [tau], 1e-5)
   assert_close(scores.scores, [1.0], 1e-5)
   assert clustering.kmeans_plusplus(0, x, 1).indices.tolist() == [0]
@@ -165,7 +166,7 @@ def test_as_many_points_as_rows(x64):
 
 def test_constant_labels(x64):
   x, _ = data()
-  # Of one class, centered labels are all alike: a fit like any other.
+  # Centered labels of one class are all equal, which is an ordinary fit.
   same = jnp.broadcast_to(jnp.asarray([2 / 3, -1 / 3, -1 / 3]), (N, C))
   assert int(scores_of(x, same).status) == Status.OK
   # Without labels to fit only leverage is left.
@@ -188,7 +189,7 @@ def test_duplicate_rows(dtype):
   assert int(short.status) == Status.NOT_POSITIVE_DEFINITE and (short.indices[8:] == -1).all()
 
 
-def test_rows_that_are_no_numbers():
+def test_rows_with_nan():
   x, y = data(np.float32)
   bad = x.at[3, 1].set(jnp.nan)
   for call in (
@@ -202,7 +203,7 @@ def test_rows_that_are_no_numbers():
   ):
     with pytest.raises(ValueError, match="expected finite values"):
       call()
-  # Inside a transformation nothing can be raised: a status says it.
+  # Transformed functions cannot raise, so they return a status.
   parts = jax.jit(lambda x: sensitivity.krr_sensitivity_scores(NTK(x, None), y, 0.5))(bad)
   assert int(parts.status) == Status.NOT_FINITE and np.isnan(np.asarray(parts.scores)).all()
 

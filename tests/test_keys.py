@@ -53,7 +53,7 @@ def test_other_types_are_rejected(value):
 
 @pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30])
 def test_seeds_beyond_64_bits_are_rejected(seed):
-  with pytest.raises(ValueError, match="seed: expected an integer of 64 bits"):
+  with pytest.raises(ValueError, match="seed: expected a 64-bit integer"):
     keys.canonical_key(seed)
 
 

@@ -35,7 +35,7 @@ def test_equal_rows_have_distance_zero(dtype):
   np.testing.assert_array_equal(distances == 0, np.arange(6)[:, None] == rows[None])
 
 
-def test_rows_do_not_influence_one_another():
+def test_rows_are_independent():
   x = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
   x1, x2 = jnp.asarray(x[:5] + 100), jnp.asarray(x[5:] - 30)
   whole = linalg.squared_distances(x1, x2)

@@ -1,4 +1,4 @@
-"""Preprocessing: independent float64 references, exact inverses, published recipes, bit-exact storage."""
+"""Preprocessing: float64 references, exact inverses, published recipes, bit-exact storage."""
 
 import json
 import tracemalloc
@@ -36,7 +36,7 @@ def inverse_square_root(matrix, ridge):
 
 
 def reference(kind, x_train, x):
-  """Each recipe written out as its source has it; all need n >= d."""
+  """Independent implementation of each recipe from its source; all need n >= d."""
   n, shape = len(x_train), x.shape
   a, b = x_train.astype(np.float64), x.astype(np.float64)
   if kind == "none":
@@ -61,7 +61,7 @@ def reference(kind, x_train, x):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_equals_its_recipe_written_out(kind):
+def test_every_kind_equals_an_explicit_computation(kind):
   train, test = color_images(), color_images(30, seed=1)
   fitted = fit_preprocess(train, kind)
   expected = reference(kind, train, test)
@@ -89,7 +89,7 @@ def test_unit_norm_inverse_is_exact_up_to_brightness_and_contrast(kind):
   z = fitted.apply(test, np.float64)
   back = fitted.invert(z, np.float64)
   assert_close(fitted.apply(back, np.float64), z, 1e-11)
-  # Undo the first, affine step on both sides: what remains differs by two numbers an image.
+  # Undo the first, affine step on both sides: the remainders differ by two numbers per image.
   first = Preprocess("custom", fitted.row_shape, fitted.steps[:1])
   was, now = (first.apply(v, np.float64).reshape(len(v), -1) for v in (test, back))
   for original, restored in zip(was, now):

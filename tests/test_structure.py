@@ -1,4 +1,4 @@
-"""The structure of the code: dependencies between packages, public names, side effects of imports."""
+"""Structure of the code: dependencies between packages, public names, side effects of imports."""
 
 import ast
 import importlib
@@ -35,7 +35,7 @@ LAYERS = [
 ]
 RANK = {unit: i for i, unit in enumerate(unit for layer in LAYERS for unit in layer)}
 
-# Units that may read and write files, print, and look at the clock.
+# Units that may read and write files, print, and use the clock.
 SIDE_EFFECTS = {"io", "datasets", "report", "cli", "experiments"}
 
 # Libraries that only some modules may import: they are slow to import or optional.
@@ -229,7 +229,7 @@ print(kernel(np.ones((2, 4, 4, 1), np.float32)).shape)
 
 
 def test_import_takes_less_than_half_the_time_of_the_dependencies():
-  """A ratio of times in one process, so that neither the machine nor its load matters; bytecode is compiled before."""
+  """A ratio of times in one process, independent of the machine; bytecode is precompiled."""
   run_python("-c", "import kipcore")
   lines = run_python("-X", "importtime", "-c", "import kipcore").stderr.splitlines()
   times = [re.match(r"import time:\s*(\d+) \|\s*\d+ \|\s*([\w.]+)$", line) for line in lines]

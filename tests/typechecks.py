@@ -1,8 +1,9 @@
 """Checks the annotations of kipcore with beartype at runtime, for calls that return.
 
-jaxtyping's import hook wraps each function twice with the type checker: once around an empty function with its
-parameters, called before the function itself, and once around a function that also takes the result, called after it.
-Only the second is checked here (arguments and result), so invalid input still meets the errors of the library.
+jaxtyping's import hook wraps each function twice with the type checker: once around an empty
+function with its parameters, called before the function itself, and once around a function that
+also takes the result, called after it. Only the second is checked here (arguments and result), so
+invalid input still meets the errors of the library.
 """
 
 import inspect
@@ -14,7 +15,7 @@ _CHECKED = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def after_call(function):
-  """The type checker for `jaxtyping.jaxtyped`: beartype on the function called with the result, nothing before the call."""
+  """Type checker for `jaxtyping.jaxtyped` that checks arguments and result only after the call."""
   takes_result = any(name.startswith("ret") for name in _keyword_only(function))
   return _CHECKED(function) if takes_result else function
 
@@ -24,7 +25,8 @@ def _keyword_only(function) -> list[str]:
   return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
-# Packages whose annotations are complete; `selection` and `distillation` still have plain arrays where NumPy is accepted.
+# Packages whose annotations are complete; `selection` and `distillation` still have plain arrays
+# where NumPy is accepted.
 ARRAY_PACKAGES = (
   "kipcore.linalg",
   "kipcore.blocks",

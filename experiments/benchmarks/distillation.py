@@ -1,15 +1,16 @@
 """Speed of the distillation loop: `python -m experiments.benchmarks.distillation --data_dir=DIR`.
 
-KIP with the NTK of FC1 on the 60,000 rows of MNIST. Each job runs in a process of its own and writes
-into experiments/results/benchmark_distillation.json:
+KIP with the NTK of FC1 on the 60,000 rows of MNIST. Each job runs in a separate process and writes
+to experiments/results/benchmark_distillation.json:
 
-  throughput    target evaluations a second beside the published KIP recipe (its kernel through
-                neural-tangents, class-balanced batches drawn on the host, Adam; published in float64), and in float32
-  shares        where the time of a step goes: draw, gather, kernel block, solve, scores, and the rest
-  growth        time of a step against support, batch and rows
+  throughput    target evaluations per second, compared with the published KIP recipe (kernel of
+                neural-tangents, class-balanced batches drawn on the host, Adam), in float32 and in
+                float64 (as published)
+  shares        breakdown of a step: draw, gather, kernel block, solve, scores, and the rest
+  growth        time per step against support, batch and rows
 
-Times are after compilation, with OpenBLAS's threads asleep between calls on both sides (`flags.launch`). About
-five minutes on two idle cores.
+Times exclude compilation. OpenBLAS threads sleep between calls in both implementations
+(`flags.launch`). About five minutes on two idle cores.
 """
 
 import time
@@ -34,7 +35,7 @@ def starting_rows(labels, per_class: int) -> np.ndarray:
 def seconds_a_step(
   x, y, support, sampler, batch_size: int, steps: int, learn_labels: bool = False
 ) -> tuple[float, float]:
-  """Seconds a step of `distill`, host and device together, and the seconds of compilation."""
+  """Seconds per step of `distill`, including the host, and compilation seconds."""
   import kipcore
   from kipcore.distillation.methods import kip
 
@@ -47,7 +48,7 @@ def seconds_a_step(
 
 
 def published_seconds_a_step(x, y, labels, support, batch_size: int, steps: int) -> float:
-  """Seconds a step of the published recipe: batches drawn class by class on the host, a compiled update each."""
+  """Seconds per step of the published recipe: class-balanced host batches, compiled update."""
   import jax
   import jax.numpy as jnp
   import optax
@@ -90,7 +91,7 @@ def published_seconds_a_step(x, y, labels, support, batch_size: int, steps: int)
 
 
 def throughput(data_dir) -> dict:
-  """The published recipe and ours, one after the other, at the published batch and three sizes of support."""
+  """Compares the published recipe and kipcore at the published batch and three support sizes."""
   import jax
   import jax.numpy as jnp
 
@@ -113,7 +114,7 @@ def throughput(data_dir) -> dict:
           for name in ("class_balanced", "cross_entropy")
         },
       }
-      # In turn, three times, so that all see the same machine.
+      # Alternate three times, so that changes of the machine affect all runs.
       seconds = [{name: run()[0] for name, run in runs.items()} for _ in range(3)]
       median = {name: float(np.median([s[name] for s in seconds])) for name in runs}
       rows.append(
@@ -131,7 +132,8 @@ def throughput(data_dir) -> dict:
         }
       )
       print(rows[-1], flush=True)
-  # What a user of either gets: the recipe in the precision it was published in, and our default sampler in ours.
+  # Speed as used: the published recipe in its published precision, kipcore with its default sampler
+  # in float32.
   double = {
     row["support"]: row["published_targets_per_second"] for row in rows if row["dtype"] == "float64"
   }
@@ -143,14 +145,15 @@ def throughput(data_dir) -> dict:
   print(as_used, flush=True)
   return {
     "default_over_published": as_used,
-    "recipe": "KIP notebook: FC1 NTK by neural-tangents, class-balanced host batches, Adam 0.04, images learned",
+    "recipe": "KIP notebook: FC1 NTK by neural-tangents, class-balanced host batches, Adam 0.04, "
+    "images learned",
     "rows": rows,
     "peak_gb": peak_gb(),
   }
 
 
 def _looped(fn, carry) -> float:
-  """Seconds a call of `carry = fn(i, carry)` inside one compiled loop: the median of five loops of a quarter of a second."""
+  """Seconds per call of `carry = fn(i, carry)` in a compiled loop: median of five 0.25 s loops."""
   import jax
 
   run = jax.jit(lambda carry, times: jax.lax.fori_loop(0, times, fn, carry))
@@ -160,7 +163,7 @@ def _looped(fn, carry) -> float:
 
 
 def shares(data_dir) -> dict:
-  """Parts of a step, each timed alone in a compiled loop; the rest is what the whole step takes beside them."""
+  """Times the parts of a step separately in compiled loops; the rest is the remaining step time."""
   import jax
   import jax.numpy as jnp
 
@@ -182,7 +185,7 @@ def shares(data_dir) -> dict:
       distiller = kipcore.Distiller(method, sampler, optax.adam(0.01), batch)
       state = kipcore.distill_init(0, distiller, support, targets.class_counts, x.shape[0])
       advance = lambda i, s, d=distiller: kipcore.distill_step(jax.random.key(0), d, s, targets)[0]
-      # Some steps first, so that the scores are those of a run.
+      # Run some steps first, so that the scores are realistic.
       state = jax.block_until_ready(jax.jit(lambda s: jax.lax.fori_loop(0, 60, advance, s))(state))
       params = state.params
       draw = lambda i, s=state.sampler, b=batch: sampler.draw(
@@ -241,7 +244,7 @@ def shares(data_dir) -> dict:
 
 
 def growth(data_dir) -> dict:
-  """Milliseconds a step as one size grows and the others stay: support 100, batch 2,000, 60,000 rows."""
+  """Milliseconds per step as one size varies from support 100, batch 2,000, 60,000 rows."""
   import jax.numpy as jnp
 
   import kipcore

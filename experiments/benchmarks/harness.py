@@ -1,4 +1,4 @@
-"""What the benchmarks share: MNIST, clocks, memory, and jobs that each run in a process of their own."""
+"""Shared code of the benchmarks: MNIST, timing, memory, and jobs in separate processes."""
 
 import contextlib
 import json
@@ -17,8 +17,8 @@ FLAGS = flags.FLAGS
 
 
 def define_flags(name: str) -> None:
-  """The flags of a benchmark, whose result file is named after it."""
-  flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
+  """Defines the flags of a benchmark, which determines the name of its result file."""
+  flags.DEFINE_string("data_dir", None, "Folder of the prepared TFDS datasets.")
   flags.DEFINE_string(
     "only", "", "Run the jobs whose names contain this; the others stay in the file."
   )
@@ -26,7 +26,7 @@ def define_flags(name: str) -> None:
 
 
 def mnist(data_dir):
-  """All training rows of MNIST, standardized and flat, centered one-hot labels, classes, and the pixels as bytes."""
+  """Standardized flat MNIST rows, centered labels, classes, raw data and preprocessing."""
   import jax.numpy as jnp
 
   from kipcore import datasets, preprocess
@@ -39,7 +39,7 @@ def mnist(data_dir):
 
 
 def x64():
-  """A context of 64-bit floats; its home moved between versions of JAX."""
+  """A context manager that enables 64-bit floats; its module depends on the version of JAX."""
   import jax
 
   if hasattr(jax, "enable_x64"):
@@ -50,7 +50,7 @@ def x64():
 
 
 def timed(fn) -> tuple[float, object]:
-  """Seconds until the result is there, and the result."""
+  """Seconds until the result is ready, and the result."""
   import jax
 
   started = time.perf_counter()
@@ -59,13 +59,13 @@ def timed(fn) -> tuple[float, object]:
 
 
 def peak_gb() -> float:
-  """Most memory that this process has held, files it mapped included."""
+  """Peak memory of this process in GB, including mapped files."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 @contextlib.contextmanager
 def private_peak():
-  """A list that at the end holds the most private memory (GB) seen while inside; mapped files do not count."""
+  """Yields a list that on exit contains the peak private memory (GB), without mapped files."""
   seen, done = [0.0], threading.Event()
 
   def watch():
@@ -89,7 +89,7 @@ def _child(name, jobs, argv, pipe):
 
 
 def run(jobs: dict) -> None:
-  """Runs the jobs (functions of the data folder), each in a fresh process, and writes the result file after each."""
+  """Runs the jobs, functions of the data folder, in new processes; writes the file after each."""
   from kipcore.cli.folder import run_folder
 
   path = pathlib.Path(FLAGS.output)

@@ -1,17 +1,21 @@
-"""Speed and memory of kernel matrices beside neural-tangents: `python -m experiments.benchmarks.kernels --data_dir=DIR`.
+"""Speed of kernels: `python -m experiments.benchmarks.kernels --data_dir=DIR`.
 
-Both sides compute the NTK of the same real images in one process, jitted, and are timed after compilation. Each job runs in a process of its
-own and writes into experiments/results/benchmark_kernels.json:
+Both libraries compute the NTK of the same real images in one process, jitted, timed after
+compilation. Each job runs in a separate process and writes to
+experiments/results/benchmark_kernels.json:
 
-  convolutional, dense  forward, and forward with the gradient by the first rows (a vector-Jacobian product): seconds, their ratio,
-                        seconds of compilation, scratch memory of the compiled program, the largest difference of values and gradients
-                        from float64, and the floor: the first matrix products alone
-  growth                milliseconds a pair against the side of the images, channels and pairs, and the scratch memory
-  precision             time and error with products in narrower types
-  kip                   seconds of a step of KIP with this kernel and with that of neural-tangents in the same loop (MNIST only: on
-                        images of 32 x 32 its gradient in a loop crashes XLA)
+  convolutional, dense  forward, and forward with the gradient with respect to the first rows (a
+                        vector-Jacobian product): seconds and their ratio, compilation seconds,
+                        scratch memory of the compiled program, largest difference of values and
+                        gradients from float64, and the time of only the first matrix products
+                        (floor)
+  growth                milliseconds per pair against image side, channels and pairs; scratch memory
+  precision             time and error of products in narrower types
+  kip                   seconds of a KIP step with kernels of both libraries in the same loop (only
+                        MNIST, because for 32 x 32 images the neural-tangents gradient in a loop
+                        crashes XLA)
 
-About 10 minutes on two idle cores, most of it neural-tangents.
+About 10 minutes on two idle cores, mostly for neural-tangents.
 """
 
 import functools
@@ -40,7 +44,7 @@ _CHECKED_ROWS = 4
 
 
 def images(dataset: str, data_dir, rows: int, other_rows: int):
-  """Standardized training rows `(rows, h, w, c)` and other ones, float32."""
+  """Standardized training rows `(rows, h, w, c)` and `other_rows` different ones, float32."""
   import jax.numpy as jnp
 
   from kipcore import datasets, preprocess
@@ -59,7 +63,7 @@ def theirs(arch):
 
 
 def with_gradient(kernel):
-  """K(x1, x2), and the gradient by x1 of its product with fixed weights."""
+  """K(x1, x2), and the gradient of its product with fixed weights with respect to x1."""
   import jax
   import jax.numpy as jnp
 
@@ -72,7 +76,10 @@ def with_gradient(kernel):
 
 
 def measure(fn, *args, seconds: float = 2.0) -> dict:
-  """Compilation, best run out of as many as fit into some seconds (three at least, or one that takes them all), and scratch memory."""
+  """Compilation time, run times and scratch memory.
+
+  Runs at least three times, and more often if the time allows; only once if that takes `seconds`.
+  """
   import jax
 
   started = time.perf_counter()
@@ -94,9 +101,11 @@ def measure(fn, *args, seconds: float = 2.0) -> dict:
 
 
 def differences(arch, x1, x2) -> dict:
-  """Largest differences of values and gradients in float32 from ours in float64, over their largest magnitude, on both sides.
+  """Relative errors of float32 values and gradients of both libraries.
 
-  That ours in float64 equals neural-tangents to ten digits is a test; on images of this size neural-tangents in float64 crashes XLA on CPU.
+  The reference is kipcore in float64, because neural-tangents in float64 crashes XLA on CPU for
+  images of this size; a test checks that they agree to ten digits. Errors are largest differences
+  divided by the largest magnitude.
   """
   import jax
 
@@ -120,14 +129,14 @@ def differences(arch, x1, x2) -> dict:
 
 
 def kernel_of(arch, precision: str = "float32"):
-  """Our NTK."""
+  """The NTK of kipcore."""
   import kipcore
 
   return kipcore.ntk_fn(arch, precision)
 
 
 def compare(case, data_dir) -> dict:
-  """One row of the table: both sides, forward and with the gradient."""
+  """One row of the table: both libraries, forward and with the gradient."""
   import jax
 
   from kipcore import architectures
@@ -149,7 +158,8 @@ def compare(case, data_dir) -> dict:
       "neural_tangents": other,
       "ratio": other["seconds"] / ours["seconds"],
     }
-  # neural-tangents is several times faster inside a loop of XLA (nothing else changes), as it would run in `distill`.
+  # neural-tangents is several times faster inside an XLA loop, which is how it would run in
+  # `distill`.
   in_loop = measure(lambda x1, x2: jax.lax.map(lambda x: theirs(arch)(x, x2), x1[None]), x1, x2)
   row["forward"].update(
     neural_tangents_in_loop=in_loop,
@@ -159,15 +169,17 @@ def compare(case, data_dir) -> dict:
   few = _CHECKED_ROWS if arch.convolutional else 100
   row["difference"] = differences(arch, x1[:few], x2[:few])
   print(
-    f"{name} {x1.shape[1:]} {rows} x {other_rows}: forward {row['forward']['ratio']:.2f} x ({row['forward']['ratio_in_loop']:.2f} x), gradient "
-    f"{row['gradient']['ratio']:.2f} x, {row['forward_over_floor']:.2f} x the floor, {row['difference']}",
+    f"{name} {x1.shape[1:]} {rows} x {other_rows}: forward {row['forward']['ratio']:.2f} x "
+    f"({row['forward']['ratio_in_loop']:.2f} x), gradient "
+    f"{row['gradient']['ratio']:.2f} x, {row['forward_over_floor']:.2f} x the floor, "
+    f"{row['difference']}",
     flush=True,
   )
   return row
 
 
 def floor(arch):
-  """The first matrix products alone: of the rows, or of all patches pair by pair."""
+  """Only the first matrix products: of the rows, or of all pairs of patches."""
   import jax
   import jax.numpy as jnp
 
@@ -191,7 +203,7 @@ def floor(arch):
 
 
 def growth(data_dir) -> dict:
-  """Milliseconds a pair, forward and with the gradient, as one quantity grows."""
+  """Milliseconds per pair, forward and with the gradient, as one quantity grows."""
   import jax.numpy as jnp
 
   from kipcore import architectures
@@ -233,7 +245,7 @@ def growth(data_dir) -> dict:
 
 
 def precision(data_dir) -> dict:
-  """Time, and error against float64 over the largest entry, of products in narrower types, on real images."""
+  """Time and relative error against float64 of products in narrower types, on real images."""
   import jax
 
   from kipcore import architectures, linalg
@@ -261,7 +273,7 @@ def precision(data_dir) -> dict:
 
 
 def kip(data_dir, batch_size: int = 20) -> dict:
-  """Seconds of a KIP step on 10 images with the kernel of conv3, and with that of neural-tangents in the same loop."""
+  """Seconds per KIP step on 10 images with the conv3 kernels of both libraries in the same loop."""
   import jax.numpy as jnp
 
   import kipcore
@@ -276,9 +288,7 @@ def kip(data_dir, batch_size: int = 20) -> dict:
     y = jnp.eye(10, dtype=x.dtype) - 0.1
     y_others = y[jnp.arange(500) % 10]
     for side, kernel, steps in (("ours", kernel_of(arch), 6), ("neural_tangents", theirs(arch), 3)):
-      if (
-        side == "neural_tangents" and dataset == "cifar10"
-      ):  # its gradient in a loop crashes XLA there
+      if side == "neural_tangents" and dataset == "cifar10":  # neural-tangents crashes XLA there
         continue
       distiller = kipcore.Distiller(
         kip_method.kip(kernel, kip_method.KIPOptions(1e-6)),

@@ -1,14 +1,14 @@
-"""Time and memory of a step of every method: `python -m experiments.benchmarks.methods --data_dir=DIR`.
+"""Cost of a step of every method: `python -m experiments.benchmarks.methods --data_dir=DIR`.
 
-MNIST, one image a class. Each method runs in a process of its own, at the settings of `--preset=cpu` ("cpu"), and one step
-of its published settings is compiled, not run, for the memory that it would take ("published"). Writes
-experiments/results/benchmark_methods.json:
+MNIST, one image per class. Each method runs in a separate process with the settings of
+`--preset=cpu` ("cpu"). One step with its published settings is compiled but not run, to determine
+its memory ("published"). Writes experiments/results/benchmark_methods.json:
 
-  step_seconds       after compilation, over 20 steps of the loop, host and device together
-  compile_seconds    of the mapped step
-  scratch_bytes      temporary memory of one compiled step, as XLA plans it for this backend
-  state_bytes        what the step keeps: images, optimizer, networks, sampler
-  peak_gb            most memory of the process, the dataset and XLA's compilation included
+  step_seconds       mean over 20 steps after compilation, including the host
+  compile_seconds    compilation of the mapped step
+  scratch_bytes      temporary memory of one compiled step, as planned by XLA for this backend
+  state_bytes        state of the step: images, optimizer, networks, sampler
+  peak_gb            peak memory of the process, including the dataset and compilation
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ _STEPS = 20
 
 
 def job(method: str, data_dir) -> dict:
-  """One method: measured at CPU size, compiled at the published one."""
+  """One method: measured at CPU settings, compiled at published settings."""
   import os
   import tempfile
 
@@ -46,7 +46,7 @@ def job(method: str, data_dir) -> dict:
         method=method, preset=preset, dataset="mnist", data_dir=data_dir, init="uniform"
       )
       if method == "mtt":
-        # Made-up experts: their values change neither time nor memory.
+        # Random experts, because their values affect neither time nor memory.
         config = dataclasses.replace(config, experts=os.path.join(folder, f"{preset}.npy"))
         module = recipes.module_of(config, recipes.Problem(data.kernel_fn, 10))
         size, _ = experts.flat_parameters(module, support.x)
@@ -83,7 +83,7 @@ def job(method: str, data_dir) -> dict:
 
 
 def step_memory(distiller, support, data) -> dict:
-  """What one step needs and keeps, in bytes, without running it."""
+  """Temporary and state memory of one step in bytes, without running it."""
   import jax
   import numpy as np
 
@@ -105,7 +105,7 @@ def step_memory(distiller, support, data) -> dict:
 
 
 def main() -> None:
-  """Runs the jobs that --only names."""
+  """Runs the jobs selected by --only."""
   harness.run({method: functools.partial(job, method) for method in METHODS})
 
 

@@ -1,14 +1,14 @@
 """Speed and memory of selection: `python -m experiments.benchmarks.selection --data_dir=DIR`.
 
-Each job runs in a process of its own, so that peak memory is its own, and writes into
+Each job runs in a separate process, to measure its peak memory, and writes to
 experiments/results/benchmark_selection.json:
 
   scores        certified sensitivities of all 60,000 rows of MNIST
-  stream        the same of up to a million rows (shifted, noisy MNIST) in a memory-mapped file of bytes
-  kmeans        k-means++ beside scikit-learn, and beside the distance products alone
-  cholesky      randomly pivoted Cholesky beside coreax (left out where that is not installed)
+  stream        the same for up to a million rows of shifted, noisy MNIST in a memory-mapped file
+  kmeans        k-means++ compared with scikit-learn and with only the distance products
+  cholesky      randomly pivoted Cholesky compared with coreax (skipped if not installed)
 
-Times are of the second call unless said; the first call's extra time is the compilation.
+Times are those of the second call unless noted; the first call also compiles.
 About 40 minutes on two idle cores.
 """
 
@@ -28,12 +28,12 @@ _REFERENCE_LANDMARKS = 8000
 
 harness.define_flags("selection")
 flags.DEFINE_integer(
-  "stream_rows", 1_000_000, "Rows of the largest file of the job stream.", lower_bound=1000
+  "stream_rows", 1_000_000, "Rows of the largest file in the job stream.", lower_bound=1000
 )
 
 
 def scores(data_dir) -> dict:
-  """Certified scores of 60,000 rows at several ridges, against bounds on d_eff from far more landmarks."""
+  """Certified scores of 60,000 rows at several ridges, and bounds on d_eff from more landmarks."""
   import jax
 
   from kipcore import kernels
@@ -85,7 +85,7 @@ def scores(data_dir) -> dict:
     }
   )
   print(rows[-1], flush=True)
-  # The truth, nearly: its own cost and memory are not those of the scores.
+  # A near-exact reference, whose cost and memory are not those of the scores.
   reference = score_ridge.effective_dimension_bounds(
     1, kernel_fn, x, np.array(ridges), _REFERENCE_LANDMARKS
   )
@@ -128,11 +128,12 @@ def scores(data_dir) -> dict:
 def estimated_dimensions(
   kernel_fn, x, ridges, num_landmarks: int, num_probes: int = 12, tolerance: float = 2e-3
 ):
-  """d_eff = tr K (K + ridge I)^{-1} by random signs, its standard error `(r,)`, and the steps of the solver.
+  """Estimates d_eff = tr K (K + ridge I)^{-1}, with standard errors `(r,)` and solver steps.
 
-  An estimate, where bounds are wide: with N <= K the Nystrom approximation, the trace of K (K + ridge)^{-1} -
-  N (N + ridge)^{-1}, which is small, is what the signs estimate; that of the rest is known. The solves are
-  conjugate gradients on the whole kernel, preconditioned by N + ridge: n^2 kernel entries a step for all ridges.
+  Useful if bounds are wide. With the Nystrom approximation N <= K, random signs estimate only the
+  small trace of K (K + ridge)^{-1} - N (N + ridge)^{-1}; the trace of the second term is known. The
+  solves are conjugate gradients on the full kernel, preconditioned by N + ridge. Each step computes
+  n^2 kernel entries for all ridges.
   """
   import jax
   import jax.numpy as jnp
@@ -201,7 +202,7 @@ def stream(data_dir) -> dict:
       len(block), -1
     )
     landmarks, few = 1000, min(n, 20_000)
-    # A ridge that grows with n keeps the effective dimension as it is: the same problem, more rows.
+    # A ridge proportional to n keeps the effective dimension constant as rows are added.
     found = score_ridge.landmark_score_ridge(0, kernel_fn, transform(pixels[:few]), 50, landmarks)
     ridge = n / few * float(found.ridge)
     run = lambda rows: streaming.stream_krr_sensitivities(
@@ -232,7 +233,7 @@ def stream(data_dir) -> dict:
 
 
 def _write_distorted(folder, images, labels, n):
-  """A file of n byte images (MNIST shifted by up to two pixels, with noise) and one of their labels, mapped to read."""
+  """Memory-mapped files of n byte images (shifted, noisy MNIST) and of their labels."""
   rng = np.random.default_rng(0)
   images = images.reshape(-1, 28, 28)
   for start in range(0, n, 10_000):
@@ -250,7 +251,7 @@ def _write_distorted(folder, images, labels, n):
 
 
 def kmeans(data_dir) -> dict:
-  """k-means++ seeds, k = 500, with 1 and with 8 trials, beside scikit-learn in the same process."""
+  """k-means++ seeds, k = 500, with 1 and 8 trials, and scikit-learn in the same process."""
   import jax
   from sklearn.cluster import kmeans_plusplus as peer
 
@@ -259,7 +260,7 @@ def kmeans(data_dir) -> dict:
 
   x, _, _, _, _ = mnist(data_dir)
   host, k, rows = np.asarray(x), 500, []
-  # scikit-learn converts float32 rows to float64 at every seed; it is faster on rows that are float64 already.
+  # scikit-learn converts float32 rows to float64 at every seed, so it is faster on float64 rows.
   wide = host.astype(np.float64)
 
   def cost(centers):
@@ -268,7 +269,7 @@ def kmeans(data_dir) -> dict:
   for trials in (1, 8):
     ours = lambda seed, trials=trials: clustering.kmeans_plusplus(seed, x, k, num_trials=trials)
     first, _ = timed(lambda: ours(0))
-    # One after the other, three times, so that both see the same machine.
+    # Alternate three times, so that changes of the machine affect both.
     mine, theirs, costs, peer_costs = [], [], [], []
     for seed in range(1, 4):
       seconds, seeds = timed(lambda: ours(seed))
@@ -278,8 +279,8 @@ def kmeans(data_dir) -> dict:
       centers, _ = peer(wide, k, n_local_trials=trials, random_state=seed)
       theirs.append(time.perf_counter() - started)
       peer_costs.append(cost(centers))
-    # The products of all rows with as many candidates, in blocks of 256 columns: what no exact method can omit
-    # without pruning.
+    # The products of all rows with the candidates, in blocks of 256 columns, which no exact method
+    # can omit without pruning.
     product = jax.jit(lambda a, b: linalg.matmul(a, b.T))
     timed(lambda: product(x, x[:256]))
     floor = np.mean([timed(lambda: product(x, x[:256]))[0] for _ in range(5)]) * k * trials / 256
@@ -318,7 +319,7 @@ def _nearest_squares(x, centers):
 
 
 def cholesky(data_dir) -> dict:
-  """Pivoted Cholesky of a Gaussian kernel, 1,000 pivots of 60,000 rows, at the residual that each reaches."""
+  """Pivoted Cholesky of a Gaussian kernel, 1,000 pivots of 60,000 rows, and its residuals."""
   try:
     import coreax
     from coreax.kernels import SquaredExponentialKernel
@@ -369,7 +370,7 @@ def cholesky(data_dir) -> dict:
     print(rows[-1], flush=True)
 
   def products():
-    # What the factor costs at least: every column once, and n k^2 / 2 multiply-adds.
+    # Lower bound on the cost of the factor: every column once, and n k^2 / 2 multiply-adds.
     f = jnp.zeros((rank // 2, x.shape[0]), x.dtype)
     return kernel_fn(x, x[:rank]), linalg.matmul(jnp.zeros((rank, rank // 2), x.dtype), f)
 

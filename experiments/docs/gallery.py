@@ -1,8 +1,9 @@
-"""What distilled images look like: `python -m experiments.docs.gallery --data_dir=DIR`.
+"""Pictures of distilled images: `python -m experiments.docs.gallery --data_dir=DIR`.
 
-The default recipe of `run_distill`, FC1, on a few datasets and sizes. Each picture lies in
-experiments/results/gallery beside a JSON file of the same name with its caption, config, accuracies,
-seconds and environment. Four minutes of two cores, with TFDS's prepared MNIST, Fashion-MNIST and CIFAR-10.
+Uses the default recipe of `run_distill` (FC1) on several datasets and sizes. Writes each picture to
+experiments/results/gallery with a JSON file of the same name, which contains its caption, config,
+accuracies, seconds and environment. Takes four minutes on two cores; needs MNIST, Fashion-MNIST and
+CIFAR-10 prepared by TFDS.
 """
 
 import dataclasses
@@ -22,15 +23,16 @@ from kipcore.cli.errors import UsageError
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
-flags.DEFINE_list("only", [], "Names of the pictures to make; none for all.")
+flags.DEFINE_string("data_dir", None, "Folder of the prepared TFDS datasets.")
+flags.DEFINE_list("only", [], "Names of the pictures to make; empty for all.")
 flags.DEFINE_integer("steps", 2000, "Optimizer steps of each run.", lower_bound=0)
 flags.DEFINE_string(
   "output_dir", "experiments/results/gallery", "Folder of the pictures and their JSON files."
 )
 
 HARDEST = 20  # images
-# Picture -> what it shows, dataset, images a class; those of a dataset, and of a run, together, so that each is made once.
+# Picture -> kind, dataset, images per class. Pictures of the same dataset or run are adjacent, so
+# that each is loaded or run once.
 PICTURES = {
   "mnist_10": ("images", "mnist", 10),
   "mnist_1": ("images", "mnist", 1),
@@ -46,7 +48,7 @@ PICTURES = {
 
 
 class Run(NamedTuple):
-  """A distillation: its data, `pipeline.Start`, `Outcome`, accuracies in percent, and the content of its JSON file."""
+  """A run: data, `pipeline.Start`, `Outcome`, accuracies in percent, and JSON content."""
 
   data: tuple
   start: tuple
@@ -73,7 +75,7 @@ def _data(dataset: str, data_dir: str | None):
 
 @functools.lru_cache(maxsize=2)
 def run(config: DistillConfig) -> Run:
-  """Distills and scores; equal configs once."""
+  """Distills and scores; results are cached per config."""
   from kipcore import keys
   from kipcore.cli.runs import pipeline
 
@@ -121,20 +123,20 @@ def run(config: DistillConfig) -> Run:
 
 
 def title_of(config: DistillConfig) -> str:
-  """Dataset and size, in words."""
+  """Dataset and size in words."""
   number = {1: "one image"}.get(config.images_per_class, f"{config.images_per_class} images")
-  return f"{tables.TITLES.get(config.dataset, config.dataset)}, {number} a class"
+  return f"{tables.TITLES.get(config.dataset, config.dataset)}, {number} per class"
 
 
 def images(config: DistillConfig, path: pathlib.Path) -> dict:
-  """The start above (or beside) the distilled images.
+  """Draws the start above (or next to) the distilled images.
 
   Args:
-    config: all choices of the run.
+    config: config of the run.
     path: PNG file name.
 
   Returns:
-    Content of the JSON file but for the environment; accuracies in percent.
+    Content of the JSON file except the environment; accuracies in percent.
   """
   from kipcore.cli.folder import outputs
   from kipcore.report import pictures
@@ -154,15 +156,17 @@ def images(config: DistillConfig, path: pathlib.Path) -> dict:
     titles,
   )
   caption = (
-    f"{title_of(config)}: test accuracy of kernel ridge regression (NTK of FC1) on as many random real images "
-    f"{made.random_percent:.1f} %, on the start with its best labels {made.start_percent:.1f} %, on the distilled images "
+    f"{title_of(config)}: test accuracy of kernel ridge regression (NTK of FC1) on random real "
+    "images of the same number "
+    f"{made.random_percent:.1f} %, on the start with its best labels {made.start_percent:.1f} %, "
+    "on the distilled images "
     f"{made.distilled_percent:.1f} %, after {config.steps:,} steps in {made.outcome.seconds:.0f} s."
   )
   return {"caption": caption, **made.record}
 
 
 def starts(config: DistillConfig, path: pathlib.Path) -> dict:
-  """Random rows and what is learned from them, above the means of the classes and what is learned from those; as `images`."""
+  """Draws random rows and class means, each with the images distilled from them; see `images`."""
   from kipcore.cli.folder import outputs
   from kipcore.report import pictures
 
@@ -194,7 +198,10 @@ def starts(config: DistillConfig, path: pathlib.Path) -> dict:
 
 
 def hardest(config: DistillConfig, path: pathlib.Path) -> dict:
-  """The training images with the highest latest score of the sampler, with their class and what they are taken for; as `images`."""
+  """Draws the training images with the highest latest sampler scores; see `images`.
+
+  Titles are the classes and the predicted classes.
+  """
   from kipcore.cli.folder import outputs
   from kipcore.report import pictures
 
@@ -211,8 +218,9 @@ def hardest(config: DistillConfig, path: pathlib.Path) -> dict:
     path, [("", made.data.raw.x_train[rows], captions)], outputs.pixel_range(made.data)
   )
   caption = (
-    f"{tables.TITLES.get(config.dataset, config.dataset)}: the training images with the largest {config.sampler} of their latest draw, "
-    f"under {made.record['support_size']} distilled images: their label → what these take them for."
+    f"{tables.TITLES.get(config.dataset, config.dataset)}: the training images with the largest "
+    f"{config.sampler} at their latest draw, for "
+    f"{made.record['support_size']} distilled images: label → predicted label."
   )
   return {
     "caption": caption,
@@ -230,8 +238,8 @@ def hardest(config: DistillConfig, path: pathlib.Path) -> dict:
 
 
 def shrink(path: pathlib.Path) -> None:
-  """Rewrites a PNG without transparency, and in gray where nothing has a color: half as long, the same pixels."""
-  from PIL import Image  # matplotlib, which wrote the picture, needs it as well
+  """Rewrites a PNG losslessly without transparency, in grayscale if it has no color."""
+  from PIL import Image  # a dependency of matplotlib
 
   from kipcore.io import atomic
 
@@ -247,9 +255,8 @@ def main() -> None:
   """Makes the pictures, each with its JSON file."""
   from kipcore.cli.folder import run_folder
 
-  environment = (
-    run_folder.environment()
-  )  # of the code that runs, whatever happens to the tree meanwhile
+  # Read before the runs, because the working tree may change during them.
+  environment = run_folder.environment()
   if unknown := sorted(set(FLAGS.only) - set(PICTURES)):
     raise UsageError(
       f"--only: expected names among {', '.join(PICTURES)}; got {', '.join(unknown)}"

@@ -1,13 +1,14 @@
-"""Malformed files and settings against everything that reads them: no crash, no hang, no partial file, no silent NaN.
+"""Fuzzes all readers of files and settings for crashes, hangs, partial files and silent NaN.
 
-Each example has to be read, with a result that makes sense, or refused with the documented error, one line that says what was
-expected, within two seconds. Writes the counts.
+Within two seconds, each malformed example must either be read with a valid result or be refused
+with the documented error, whose message is one line that states what was expected. Writes the
+counts.
 
 Examples:
   python -m experiments.robustness.fuzz --examples=12000
-      of all targets together; about five minutes on two busy cores
+      12,000 examples in total for all targets; about five minutes on two busy cores
   python -m experiments.robustness.fuzz --seconds=600 --only=published
-      for ten minutes, the targets whose names contain this, but for the result file
+      ten minutes of the targets whose names contain "published", without the result file
 """
 
 import contextlib
@@ -27,11 +28,11 @@ from experiments.robustness.fuzz_targets import Defect, Target, targets
 from kipcore.cli import flags as common
 
 FLAGS = flags.FLAGS
-_BATCH = 250  # examples of a target at a time, where seconds are counted
+_BATCH = 250  # examples per target and round with --seconds
 
 
 def limit_memory(number: int = 2**32) -> None:
-  """MemoryError where more bytes than these are asked for; where the system has such a limit."""
+  """Limits further allocations to `number` bytes if the system supports it; then MemoryError."""
   with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):
     import resource
 
@@ -45,10 +46,10 @@ def limit_memory(number: int = 2**32) -> None:
 
 @contextlib.contextmanager
 def _limited(seconds: float):
-  """`Defect` in the block after so many seconds; where signals reach it."""
+  """Raises `Defect` in the block after `seconds`, if signals reach it."""
 
   def late(*_):
-    raise Defect(f"no end after {seconds:g} s")
+    raise Defect(f"no result after {seconds:g} s")
 
   before = signal.signal(signal.SIGALRM, late)
   signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -60,7 +61,7 @@ def _limited(seconds: float):
 
 
 def outcome(target: Target, payload) -> str:
-  """ "read" or "refused"; `Defect` for anything else."""
+  """Returns "read" or "refused"; raises `Defect` for any other outcome."""
   with (
     tempfile.TemporaryDirectory(prefix="fuzz") as folder,
     warnings.catch_warnings(record=True) as heard,
@@ -86,7 +87,7 @@ def outcome(target: Target, payload) -> str:
 
 
 def attack(target: Target, examples: int, seed: int = 0) -> dict:
-  """Counts of `examples` examples, and each kind of defect with the smallest payload that causes it."""
+  """Counts of outcomes, and the smallest payload found for each kind of defect."""
   import hypothesis
 
   counts, defects = {"examples": 0, "read": 0, "refused": 0}, {}
@@ -104,7 +105,7 @@ def attack(target: Target, examples: int, seed: int = 0) -> dict:
     counts["examples"] += 1
     try:
       counts[outcome(target, payload)] += 1
-    except Exception as error:  # whatever it is, it is a finding
+    except Exception as error:  # any exception is a finding
       frame = traceback.extract_tb(error.__traceback__)[-1]
       name = f"{type(error).__name__} at {pathlib.Path(frame.filename).name}:{frame.lineno}: {str(error)[:200]}"
       if isinstance(error, Defect):
@@ -119,7 +120,7 @@ def attack(target: Target, examples: int, seed: int = 0) -> dict:
 
 def define_flags() -> None:
   """Defines the flags of this program; modules that import this one have their own."""
-  flags.DEFINE_integer("examples", 12_000, "Examples of all targets together.", lower_bound=1)
+  flags.DEFINE_integer("examples", 12_000, "Total examples of all targets.", lower_bound=1)
   flags.DEFINE_float(
     "seconds",
     0.0,
@@ -134,7 +135,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  """Attacks every target, prints counts and defects, and writes them."""
+  """Attacks every target; prints and writes counts and defects."""
   from kipcore.cli.errors import UsageError
   from kipcore.cli.folder import run_folder
 
@@ -146,7 +147,8 @@ def main() -> None:
     }
     if not chosen:
       raise UsageError(
-        f"--only: expected part of one of {', '.join(targets(pathlib.Path(folder)))}; got {FLAGS.only!r}"
+        f"--only: expected part of one of {', '.join(targets(pathlib.Path(folder)))}; got "
+        f"{FLAGS.only!r}"
       )
     limit_memory()
     share, turn = math.ceil(FLAGS.examples / len(chosen)), 0

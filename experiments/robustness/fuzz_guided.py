@@ -1,8 +1,10 @@
-"""The file readers under atheris, which looks for input that reaches code that none did before.
+"""Coverage-guided fuzzing of the file readers with atheris.
 
-`PYTHONPATH=. python -m experiments.robustness.fuzz_guided --seconds=300` in an environment that has atheris beside what kipcore needs; it is
-no dependency. Every input goes to one reader, as a whole file, as the members of an archive with right checksums, or
-as the metadata of an artifact with right checksums. Counts go into experiments/results/fuzz.json, under coverage_guided.
+`PYTHONPATH=. python -m experiments.robustness.fuzz_guided --seconds=300`
+
+Atheris must be installed in addition to the dependencies of kipcore. Each input is passed to one
+reader as a complete file, or with valid checksums as the members of an archive or the metadata of
+an artifact. Writes counts to experiments/results/fuzz.json under coverage_guided.
 """
 
 import json
@@ -14,8 +16,8 @@ import tempfile
 import time
 import zipfile
 
-_SEED_MEMBERS = b"\xff\xfemember\xfd"  # between the members of an archive
-_EVERY = 2000  # inputs between two reports
+_SEED_MEMBERS = b"\xff\xfemember\xfd"  # separates the members of an archive
+_EVERY = 2000  # inputs between reports
 
 
 def _archive(path, names, parts) -> None:
@@ -25,7 +27,7 @@ def _archive(path, names, parts) -> None:
 
 
 def seeds(folder: pathlib.Path) -> list[bytes]:
-  """Good inputs, of the form that `attempts` reads: which attempt, then its content."""
+  """Valid inputs for `attempts`: a byte that selects the attempt, then its content."""
   from experiments.robustness import fuzz_targets, malformed
   from kipcore.io import npz
 
@@ -56,7 +58,7 @@ def seeds(folder: pathlib.Path) -> list[bytes]:
 
 
 def attempts(folder: pathlib.Path) -> list:
-  """`(name, content -> None, documented errors)` by the first byte of an input."""
+  """List of `(name, content -> None, documented errors)`, indexed by the first byte of an input."""
   from experiments.robustness import fuzz_targets, malformed
   from kipcore import datasets
   from kipcore.io import artifact, npz, published, torch_files, trajectories
@@ -86,7 +88,7 @@ def attempts(folder: pathlib.Path) -> list:
     try:
       text = json.loads(content)
     except (ValueError, RecursionError) as error:
-      raise artifact.ArtifactError("expected JSON, got other text, which tries nothing") from error
+      raise artifact.ArtifactError("expected JSON, got other text, which tests nothing") from error
     text = text if isinstance(text, dict) else {"x": text}
     npz.save_checked(work / "m.npz", arrays, artifact.FORMAT, artifact.FORMAT_VERSION, text)
     fuzz_targets.check_artifact(work / "m.npz")
@@ -127,12 +129,12 @@ def attempts(folder: pathlib.Path) -> list:
 
 
 def main() -> None:
-  """Fuzzes for so many seconds, and writes the counts."""
+  """Fuzzes for the given number of seconds and writes the counts."""
   import atheris
 
   readers = ["kipcore", "zipfile", "numpy.lib", "numpy.lib._format_impl", "pickletools"]
   with atheris.instrument_imports(include=readers, enable_loader_override=False):
-    from kipcore.io import artifact, npz, published, publishers, torch_files, trajectories  # noqa: F401, instrumented here
+    from kipcore.io import artifact, npz, published, publishers, torch_files, trajectories  # noqa: F401, imported to be instrumented
   from experiments.robustness import fuzz, fuzz_targets
   from kipcore.cli.folder import run_folder
 
@@ -187,7 +189,7 @@ def main() -> None:
     mine["examples"] += 1
     try:
       mine[fuzz.outcome(target, data[1:])] += 1
-    except Exception as error:  # whatever it is, it is a finding
+    except Exception as error:  # any exception is a finding
       text = f"{type(error).__name__}: {error}"[:300].replace(str(folder), "")
       if text not in mine["defects"]:
         mine["defects"][text] = repr(data[1:])[:2000]
@@ -195,7 +197,7 @@ def main() -> None:
     done += 1
     if done % _EVERY == 0:
       print(f"{done} inputs in {time.perf_counter() - started:.0f} s", flush=True)
-    if time.perf_counter() - started > seconds:  # libFuzzer would end the process without a word
+    if time.perf_counter() - started > seconds:  # libFuzzer would exit silently
       report()
       print(
         json.dumps(

@@ -1,4 +1,4 @@
-"""What `fuzz` attacks: everything that reads files and settings, and the writers of files on a full disk."""
+"""Targets of `fuzz`: readers of files and settings, and writers of files on a full disk."""
 
 import contextlib
 import io
@@ -10,22 +10,23 @@ from unittest import mock
 
 import numpy as np
 
-SETTINGS_SECONDS = 20.0  # to trace the kernel of a network of 99 layers
+SETTINGS_SECONDS = 20.0  # enough to trace the kernel of a network of 99 layers
 
 
 class Defect(Exception):
-  """What an example did that it must not."""
+  """Invalid behavior of an example."""
 
 
 class Target(NamedTuple):
-  """What is attacked.
+  """A fuzzing target.
 
   Attributes:
     payloads: hypothesis strategy.
-    attempt: `(folder, payload) -> None` on a folder of its own; raises `Defect` for a result that makes no sense.
+    attempt: `(folder, payload) -> None` in a temporary folder; raises `Defect` for an invalid
+      result.
     errors: the documented error types.
-    seconds: that an example may take.
-    most: examples at a time, for targets that run whole commands.
+    seconds: time limit of an example.
+    most: maximum examples per round, for targets that run complete commands.
   """
 
   payloads: Any
@@ -36,7 +37,7 @@ class Target(NamedTuple):
 
 
 def finite(what: str, *arrays) -> None:
-  """Raises `Defect` for NaN or infinity in a result that was returned without an error."""
+  """Raises `Defect` for NaN or infinity in a result."""
   for array in arrays:
     if not np.isfinite(np.asarray(array, np.float64)).all():
       raise Defect(f"silent NaN or infinity in {what}")
@@ -52,7 +53,7 @@ def check_artifact(path: pathlib.Path) -> None:
   if not (
     m == len(stored.labels) == len(stored.support) and pixels.shape[1:] == stored.images.shape[1:]
   ):
-    raise Defect("parts of an artifact do not go together")
+    raise Defect("parts of an artifact are inconsistent")
   stored.kernel_fn()
 
 
@@ -87,7 +88,7 @@ def _artifact_targets(folder: pathlib.Path, malformed) -> dict[str, Target]:
   arrays, metadata = npz.load_checked(path, artifact.FORMAT, artifact.FORMAT_VERSION)
 
   def altered(folder, payload):
-    # With right checksums, so that the rooms behind them are reached.
+    # Valid checksums, so that the code after the checksum test is reached.
     changed, about = payload
     if not isinstance(about, dict):
       about = {"not": about}
@@ -108,7 +109,7 @@ def _artifact_targets(folder: pathlib.Path, malformed) -> dict[str, Target]:
 
 
 def _file(name: str, contents, read: Callable, *errors) -> Target:
-  """A file of that name, and what reads it."""
+  """The target that writes a file with this name and reads it."""
 
   def attempt(folder, content):
     (folder / name).write_bytes(content)
@@ -133,7 +134,7 @@ def check_dataset(path) -> None:
       and not 0 <= y.min() <= y.max() < data.num_classes
       or y.dtype != np.int32
     ):
-      raise Defect("labels that are no classes")
+      raise Defect("labels that are not classes")
   if len(np.unique(data.y_train)) != data.num_classes or len(set(data.hashes.values())) < 2:
     raise Defect("a class without a training row")
 
@@ -183,7 +184,7 @@ def check_published(path) -> None:
     "a published set", found.images, found.labels, found.relative_ridge or 0, found.temperature or 0
   )
   if not len(found.images) == len(found.labels) == len(found.classes):
-    raise Defect("rows of a published set do not go together")
+    raise Defect("rows of a published set are inconsistent")
 
 
 def _published_targets(malformed) -> dict[str, Target]:
@@ -238,7 +239,7 @@ def _published_targets(malformed) -> dict[str, Target]:
 
 
 def _plain(part: dict) -> dict:
-  """Of what Flax can write."""
+  """The entries that Flax can write."""
   arrays = {name: np.asarray(value) for name, value in part.items()}
   return {
     name: array
@@ -269,13 +270,13 @@ def _trajectory_targets(folder: pathlib.Path, malformed) -> dict[str, Target]:
 
 
 class _FullDisk:
-  """A file on a disk that has room for so many bytes."""
+  """A file on a disk with space for `room` bytes."""
 
   def __init__(self, file, room: int):
     self._file, self._room = file, room
 
   def write(self, data):
-    """As a file; OSError where the room is used up."""
+    """Writes data; OSError if there is not enough space."""
     if self._file.tell() + len(memoryview(data).cast("B")) > self._room:
       raise OSError(28, "No space left on device")
     return self._file.write(data)
@@ -291,7 +292,7 @@ class _FullDisk:
 
 
 def _write_targets() -> dict[str, Target]:
-  """Writers of whole files, on a disk that fills up: the file before stays as it was, and nothing is left beside it."""
+  """Atomic writers on a full disk: the old file must stay unchanged, with no other files left."""
   from hypothesis import strategies as st
 
   from kipcore.cli.folder import run_folder
@@ -316,9 +317,9 @@ def _write_targets() -> dict[str, Target]:
         writers[name](folder / name)
     except OSError:
       after = {path.name: path.read_bytes() for path in folder.iterdir()}
-      # Trajectories let go of their metadata before they take the place of others: then they do not load.
+      # Saving trajectories first removes the old metadata, so the old trajectories do not load.
       if after != before and not (name == "a.npy" and set(after) == {"a.npy"}):
-        raise Defect(f"a write of {name} that failed left {sorted(after)}") from None
+        raise Defect(f"a failed write of {name} left {sorted(after)}") from None
       raise
 
   return {
@@ -339,7 +340,7 @@ def _settings_targets(folder: pathlib.Path, malformed) -> dict[str, Target]:
   path.write_bytes(malformed.npz_bytes(malformed.dataset_arrays()))
   known = {"dataset": str(path), "target_batch_size": 0, "num_devices": 0}
   resolved = lambda given: recipes.resolve(**{**known, **given, "x64": False})
-  pipeline.plan(resolved({}))  # compiles and imports, once
+  pipeline.plan(resolved({}))  # imports and compiles once
   return {
     "settings_distill": Target(
       malformed.settings_of(config.DistillConfig),
@@ -369,7 +370,7 @@ def _settings_targets(folder: pathlib.Path, malformed) -> dict[str, Target]:
 
 
 def _run_targets(folder: pathlib.Path, malformed) -> dict[str, Target]:
-  """Whole runs at extreme values; after one that fails, the corrected command must work in the same folder."""
+  """Runs at extreme values; after a failure, the corrected command must work in the folder."""
   from kipcore.cli import config, recipes
   from kipcore.cli.errors import UsageError
   from kipcore.cli.runs import pipeline, selection
@@ -410,7 +411,10 @@ def _run_targets(folder: pathlib.Path, malformed) -> dict[str, Target]:
 
 
 def targets(folder: pathlib.Path) -> dict[str, Target]:
-  """All targets by name; good files to spoil are made in the folder. UsageError without hypothesis."""
+  """All targets by name.
+
+  Valid files to corrupt are created in the folder. Raises UsageError without hypothesis.
+  """
   from kipcore.cli.errors import UsageError
 
   try:

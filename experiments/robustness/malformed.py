@@ -1,4 +1,4 @@
-"""Malformed files and settings for `fuzz`: good ones made small, and hypothesis strategies that spoil them."""
+"""Malformed files and settings for `fuzz`: small valid ones and strategies that corrupt them."""
 
 import copy
 import io
@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 from hypothesis import strategies as st
 
-# Numbers that length fields, shapes and counts like least.
+# Numbers that often break length fields, shapes and counts.
 _NASTY = (0, 1, 2, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 
 
@@ -19,7 +19,7 @@ _NASTY = (0, 1, 2, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1
 
 @st.composite
 def spoiled(draw, content: bytes) -> bytes:
-  """The content with bytes flipped, cut out, repeated or put in, or a field overwritten by a nasty number."""
+  """Content with bytes flipped, removed, repeated or inserted, or a field set to a bad number."""
   out = bytearray(content)
   for _ in range(draw(st.integers(1, 4))):
     at = draw(st.integers(0, max(len(out) - 1, 0)))
@@ -46,7 +46,7 @@ def spoiled(draw, content: bytes) -> bytes:
 
 @st.composite
 def spoiled_archive(draw, content: bytes) -> bytes:
-  """A zip archive whose members were spoiled, renamed or left out, but have right checksums; or it was itself."""
+  """A corrupt zip archive, or one with valid checksums but corrupt, renamed or missing members."""
   if draw(st.integers(0, 3)) == 0:
     return draw(spoiled(content))
   out = io.BytesIO()
@@ -73,7 +73,7 @@ def spoiled_archive(draw, content: bytes) -> bytes:
 
 def _add(archive, name, content) -> None:
   with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that the name is there already
+    warnings.simplefilter("ignore")  # about a duplicate name
     archive.writestr(name, content)
 
 
@@ -134,7 +134,7 @@ _headers = st.builds(
 
 @st.composite
 def odd_archive(draw) -> bytes:
-  """An `.npz` file made by hand: odd headers, names, compressions, and claims of size."""
+  """An `.npz` file with unusual headers, names, compressions and declared sizes."""
   out = io.BytesIO()
   with zipfile.ZipFile(out, "w", draw(st.sampled_from((0, 8, 8, 12, 14)))) as archive:
     for name in draw(
@@ -180,7 +180,7 @@ values = st.recursive(
 
 @st.composite
 def changed(draw, good):
-  """A JSON value in which one or two parts are others, or missing."""
+  """A JSON value in which one or two parts are replaced or missing."""
   out = copy.deepcopy(good)
   for _ in range(draw(st.integers(1, 2))):
     parent, key, here = None, None, out
@@ -201,7 +201,7 @@ def changed(draw, good):
 
 @st.composite
 def arrays(draw, like: np.ndarray | None = None) -> np.ndarray:
-  """An array: like the given one in some of shape, dtype and content, or any."""
+  """An array that shares some of shape, dtype and content with `like`, or any array."""
   near = like is not None and draw(st.integers(0, 3)) > 0
   shape = draw(st.lists(st.sampled_from((0, 1, 2, 3, 4, 12)), max_size=4).map(tuple))
   if near:
@@ -257,7 +257,7 @@ def arrays(draw, like: np.ndarray | None = None) -> np.ndarray:
 
 @st.composite
 def changed_arrays(draw, good: dict) -> dict:
-  """Arrays by name, of which some are others, missing, or under other names."""
+  """Arrays by name, some of them replaced, missing or renamed."""
   out = dict(good)
   for name in draw(st.sets(st.sampled_from(sorted(good)), min_size=1, max_size=2)):
     kind = draw(st.sampled_from(("other", "other", "other", "drop", "rename")))
@@ -269,18 +269,18 @@ def changed_arrays(draw, good: dict) -> dict:
   return out
 
 
-# --- small good files ---
+# --- small valid files ---
 
 
 def npz_bytes(content: dict) -> bytes:
-  """Of `np.savez`."""
+  """The bytes of `np.savez`."""
   out = io.BytesIO()
   np.savez(out, **content)
   return out.getvalue()
 
 
 def dataset_arrays() -> dict:
-  """A dataset of 12 and 6 images in three classes."""
+  """A dataset of 12 training and 6 test images in three classes."""
   rng = np.random.default_rng(0)
   return {
     "x_train": rng.integers(0, 256, (12, 4, 4, 1)).astype(np.uint8),
@@ -291,7 +291,7 @@ def dataset_arrays() -> dict:
 
 
 def published_sets() -> dict:
-  """Good sets of other authors: name of the file -> dict for `.npz` or Flax."""
+  """Valid published sets: file name -> dict for `.npz` or Flax."""
   rng = np.random.default_rng(0)
   images, labels = (
     rng.normal(size=(4, 4, 4, 3)).astype(np.float32),
@@ -312,14 +312,14 @@ def published_sets() -> dict:
 
 
 def flax_bytes(content) -> bytes:
-  """Of a Flax checkpoint."""
+  """The bytes of a Flax checkpoint."""
   from flax import serialization
 
   return serialization.msgpack_serialize(content)
 
 
 def torch_bytes(layout: bytes | None = None) -> bytes:
-  """A file of `torch.save` that holds a "dc" set of two images, or another pickle."""
+  """A `torch.save` file with the given pickle, by default a "dc" set of two images."""
 
   def name(module, what):
     return f"c{module}\n{what}\n".encode()
@@ -374,7 +374,7 @@ def torch_layout() -> bytes:
 
 
 def json_bytes(value) -> bytes:
-  """As text, in the form that Python writes (NaN and Infinity too)."""
+  """JSON text as Python writes it, including NaN and Infinity."""
   return json.dumps(value).encode()
 
 
@@ -430,7 +430,8 @@ _WORDS = st.one_of(
 _NUMBERS = st.one_of(
   st.integers(-3, 3), st.sampled_from((10**3, 2**31, 2**63, 2**70, -(2**70))), st.integers()
 )
-# The limits of float32 and float64, and what lies just outside: 0, denormals, the largest numbers, infinity and NaN.
+# Values at and just beyond the limits of float32 and float64: 0, denormals, the largest numbers,
+# infinity and NaN.
 _EXTREMES = (
   0.0,
   -0.0,
@@ -463,7 +464,7 @@ def extreme_settings(draw, kind: type) -> dict:
 
 @st.composite
 def settings_of(draw, kind: type) -> dict:
-  """Some fields of a config, each of the type of its default, or of its flag's text."""
+  """Some fields of a config, each with the type of its default."""
   import dataclasses
 
   fields = {

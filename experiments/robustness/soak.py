@@ -1,8 +1,9 @@
-"""Whether a long run grows: `python -m experiments.robustness.soak` does 20,000 steps on digits, with checkpoints all the while.
+"""Memory growth of a long run: `python -m experiments.robustness.soak`.
 
-Memory of the process and compilations so far are noted after each call to the devices. Writes
-experiments/results/soak.json and soak.png; ends with status 3 where memory grew by more than 5 % after the first tenth
-of the steps, or anything was compiled after it.
+Runs 20,000 steps on digits with frequent checkpoints. Records the memory of the process and the
+number of compilations after each device call. Writes experiments/results/soak.json and soak.png.
+Exits with status 3 if, after the first tenth of the steps, memory grew by more than 5 % or anything
+was compiled.
 """
 
 import dataclasses
@@ -18,14 +19,14 @@ from kipcore.cli.config import CheckpointConfig, DistillConfig
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("steps", 20_000, "Steps of the run.", lower_bound=100)
 flags.DEFINE_string(
-  "output", "experiments/results/soak.json", "Result file; the picture lies beside it."
+  "output", "experiments/results/soak.json", "Result file; the picture is in the same folder."
 )
 
 _GROWTH, _POINTS = 1.05, 200
 
 
 def watched(config: DistillConfig) -> list[tuple[int, int, int]]:
-  """Steps done, bytes and compilations, after each call to the devices of a run."""
+  """Completed steps, bytes and compilations after each device call of a run."""
   import jax
 
   from kipcore.cli.cost import progress
@@ -51,7 +52,7 @@ def watched(config: DistillConfig) -> list[tuple[int, int, int]]:
 
 
 def summary(points: list[tuple[int, int, int]]) -> dict:
-  """What grew, from the points after a tenth of the steps on."""
+  """Growth over the points after the first tenth of the steps."""
   steps = points[-1][0]
   late = [point for point in points if point[0] >= steps / 10]
   halves = [
@@ -71,7 +72,7 @@ def summary(points: list[tuple[int, int, int]]) -> dict:
 
 
 def main() -> None:
-  """The run, the file and the picture."""
+  """Runs the test and writes the result file and the picture."""
   import matplotlib.pyplot as plt
 
   from kipcore.cli.folder import run_folder
@@ -94,15 +95,16 @@ def main() -> None:
   figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
   axes.plot([step for step, *_ in points], [size / 2**20 for _, size, _ in points])
   axes.set(
-    xlabel="steps done",
-    ylabel="memory of the process, MiB",
+    xlabel="completed steps",
+    ylabel="process memory, MiB",
     ylim=(0, 1.2 / 2**20 * found["most_bytes"]),
   )
   figure.savefig(pathlib.Path(FLAGS.output).with_suffix(".png"), dpi=120)
   print(found)
   if found["growth"] > _GROWTH or found["compilations_after_a_tenth"]:
     raise NumericalError(
-      f"expected no growth by more than {_GROWTH} and no compilation after a tenth of the steps, got {found}"
+      f"expected growth by at most a factor of {_GROWTH} and no compilation after a tenth of the "
+      f"steps, got {found}"
     )
 
 

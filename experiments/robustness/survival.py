@@ -1,9 +1,10 @@
-"""Kills runs at random moments, and compares what they end with after they go on: `python -m experiments.robustness.survival`.
+"""Kills and resumes runs at random times: `python -m experiments.robustness.survival`.
 
-Every trial starts a run of `run_distill`, sends it SIGKILL after a random time, resumes it until it ends, and compares the
-bytes of its artifact with those of a run that nobody touched. Checkpoints are written as often as there is a call to
-the devices, so that many kills meet one that is being written; four of five kills follow the checkpoint of a random step,
-the others fall anywhere. Writes experiments/results/survival.json. Half an hour on two cores.
+Each trial starts `run_distill`, sends it SIGKILL after a random time, resumes it until it
+completes, and compares the bytes of its artifact with those of an uninterrupted run. Checkpoints
+are written after every device call, so that many kills occur during a write. Four of five kills
+occur shortly after the checkpoint of a random step, the others at any time. Writes
+experiments/results/survival.json. Half an hour on two cores.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ flags.DEFINE_string("output", "experiments/results/survival.json", "Result file.
 
 
 def start(config: DistillConfig, folder, resume: bool) -> int:
-  """Begins a run in a process of its own, which has all modules but no device yet; its number."""
+  """Starts a run in a forked process with all modules imported but no device; returns its id."""
   sys.stdout.flush()
   process = os.fork()
   if process:
@@ -55,13 +56,13 @@ def start(config: DistillConfig, folder, resume: bool) -> int:
 
 
 def ended(process: int) -> int:
-  """The exit status of a run, 128 and more where a signal ended it."""
+  """The exit status of a run: 128 plus the signal number if a signal terminated it."""
   code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
   return code if code >= 0 else 128 - code
 
 
 def content(folder: pathlib.Path) -> str:
-  """What a run ended with: the bytes of its artifact, and its log without times."""
+  """Digest of the results of a run: the bytes of its artifact and its log without times."""
   digest = hashlib.sha256((folder / "distilled.npz").read_bytes())
   for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
     digest.update(
@@ -73,20 +74,23 @@ def content(folder: pathlib.Path) -> str:
 
 
 def newest(folder: pathlib.Path) -> int:
-  """The step of the newest checkpoint, -1 before there is one."""
+  """The step of the newest checkpoint, or -1 if there is none."""
   return max(
     (int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()), default=-1
   )
 
 
 def trial(config, folder: pathlib.Path, step: int, seconds: float, number: int) -> dict:
-  """A run that is sent a signal so many seconds after its checkpoint of that step, or of a later one, and goes on until it ends.
+  """Interrupts a run after a checkpoint and resumes it until it completes.
 
   Args:
-    config, folder: of the run.
-    step: -1 for seconds after its beginning.
-    seconds: to wait.
-    number: of the signal.
+    config, folder: config and folder of the run.
+    step: wait until the checkpoint of this or a later step; -1 for the start of the run.
+    seconds: time between this checkpoint and the signal.
+    number: signal number.
+
+  Returns:
+    Record of the trial.
   """
   process = start(config, folder, resume=False)
   begun = time.perf_counter()
@@ -94,7 +98,8 @@ def trial(config, folder: pathlib.Path, step: int, seconds: float, number: int) 
     time.sleep(0.002)
   if newest(folder) < step:
     raise RuntimeError(
-      f"expected a run to last until its checkpoint of step {step}, it ended with {done[1]}"
+      f"expected a run that reaches its checkpoint of step {step}, got one that ended with "
+      f"{done[1]}"
     )
   time.sleep(seconds)
   record = {"after_seconds": round(time.perf_counter() - begun, 2)}
@@ -113,7 +118,7 @@ def trial(config, folder: pathlib.Path, step: int, seconds: float, number: int) 
 
 
 def main() -> None:
-  """All trials."""
+  """Runs all trials and writes the result file."""
   import orbax.checkpoint  # noqa: F401
   import sklearn.datasets  # noqa: F401
 
@@ -125,7 +130,8 @@ def main() -> None:
   rng, trials = random.Random(0), []
   with tempfile.TemporaryDirectory() as top:
     top = pathlib.Path(top)
-    # Runs that find what the first one compiled: kills meet work, not compilation.
+    # Later runs use the compilation cache of the first, so that kills do not occur during
+    # compilation.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(top / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     for name in ("first", "whole"):
@@ -135,7 +141,7 @@ def main() -> None:
     wanted = content(top / "whole")
     for i in range(FLAGS.kills):
       folder = top / f"run{i}"
-      # Four of five between checkpoints or while one is written, the others anywhere.
+      # Four of five kills are between checkpoints or during a write, the others at any time.
       moment = (
         (rng.randrange(FLAGS.steps - 200), rng.uniform(0.0, 0.3))
         if i % 5
@@ -171,7 +177,7 @@ def main() -> None:
 
 
 def assert_zero(status: int) -> None:
-  """RuntimeError where a run that nobody touched failed."""
+  """RuntimeError if an uninterrupted run failed."""
   if status:
     raise RuntimeError(f"expected a run to end with status 0, got {status}")
 

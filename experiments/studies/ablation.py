@@ -1,15 +1,15 @@
-"""Start and sampler, apart and together: `python -m experiments.studies.ablation --data_dir=DIR`.
+"""Ablation of start and target sampler: `python -m experiments.studies.ablation --data_dir=DIR`.
 
-Every arm of a setting gets the same number of target evaluations (batches, scoring passes
-and the solve for the start's labels) and the same seeds. An arm is where to start, which targets
-to draw, with which exponent, uniform share and batch. Choices are made by validation accuracy, on MNIST and CIFAR-10;
-test accuracy is reported beside it. Writes experiments/results/ablation.json, arm by arm:
+All arms of a setting get the same seeds and the same number of target evaluations (batches, scoring
+passes and the solve for the labels of the start). An arm is an initialization and a sampler with
+its exponent, uniform share and batch size. Choices are made by validation accuracy on MNIST and
+CIFAR-10; test accuracy is also reported. Writes experiments/results/ablation.json after each arm:
 
   final       accuracy at the end
-  area        mean of the accuracy over the target evaluations, from the start on
+  area        mean accuracy over all target evaluations
   reaches     target evaluations until the mean final accuracy of uniform/uniform, or null
 
-About an hour on two cores for all of it; --only=mnist-1/ runs one setting.
+All settings take about an hour on two cores; --only=mnist-1/ runs one setting.
 """
 
 import dataclasses
@@ -26,18 +26,19 @@ from kipcore.cli.config import DistillConfig
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
+flags.DEFINE_string("data_dir", None, "Folder of the prepared TFDS datasets.")
 flags.DEFINE_integer("num_seeds", 5, "Seeds of each arm.", lower_bound=1)
 flags.DEFINE_string(
   "only",
   "",
-  "Run the arms whose names (setting/arm) contain this, anew; else those that the file lacks.",
+  "Rerun the arms whose names (setting/arm) contain this; by default, run arms missing from the "
+  "file.",
 )
 flags.DEFINE_string("output", "experiments/results/ablation.json", "Result file.")
 
 _KMEANS = dict(init="kmeans")
 _CE = dict(_KMEANS, sampler="cross_entropy")
-# What changes from uniform start, with one-hot labels, and uniform targets.
+# Changes relative to a uniform start with one-hot labels and uniform targets.
 ARMS = {
   REFERENCE: {},
   "kmeans/uniform": _KMEANS,
@@ -65,8 +66,8 @@ ARMS = {
 _PARTS = tuple(ARMS)[:6]
 _EXPONENTS = tuple(f"kmeans/cross_entropy e={e}" for e in (0, 0.5, 1))
 _FOUR = (REFERENCE, "kmeans/uniform", "kmeans/cross_entropy", DEFAULT)
-# Where importance is off by itself (CIFAR-10), a sampler by loss does what the uniform one does, to the bit: of interest are
-# the arms that never switch it off.
+# If importance sampling switches itself off (CIFAR-10), its results are bit-identical to those of
+# the uniform sampler, so only the arms that never switch it off are run.
 _OFF = (REFERENCE, "kmeans/uniform", DEFAULT)
 # (dataset, images per class) -> (target evaluations, arms)
 SETTINGS = {
@@ -85,7 +86,10 @@ SETTINGS = {
 def arm_config(
   dataset: str, images_per_class: int, evaluations: int, changes: dict, num_rows: int
 ) -> DistillConfig:
-  """The config of an arm, with as many steps as the evaluations pay for; `num_rows` is what a pass over all rows costs."""
+  """The config of an arm, with the number of steps that the evaluations allow.
+
+  A pass over all rows costs `num_rows` evaluations.
+  """
   config = DistillConfig(
     dataset=dataset,
     images_per_class=images_per_class,
@@ -114,7 +118,7 @@ def _loaded(config: DistillConfig):
   from kipcore.cli.runs import pipeline
 
   data = pipeline.load(config)
-  # What is scored at every logged step stays on the device.
+  # The rows that are scored at every logged step stay on the device.
   return data._replace(
     **{
       name: jnp.asarray(getattr(data, name))
@@ -134,7 +138,7 @@ def _started(config: DistillConfig):
 
 
 def load(dataset: str, images_per_class: int, changes: dict, seed: int, data_dir):
-  """Data and start of a run; arms of a setting share them."""
+  """Data and start of a run, which the arms of a setting share."""
   data = DistillConfig(
     dataset=dataset, seed=seed, data_dir=data_dir, init="uniform", solve_labels=False
   )
@@ -145,7 +149,7 @@ def load(dataset: str, images_per_class: int, changes: dict, seed: int, data_dir
 
 
 def run(config: DistillConfig, data, start) -> dict:
-  """One run: accuracies in percent at the logged target evaluations, and the cost."""
+  """Runs one arm; returns accuracies in percent at the logged target evaluations, and the cost."""
   from kipcore.cli.runs import pipeline
 
   evaluations, curves = [], {"validation": [], "test": []}
@@ -191,7 +195,7 @@ def reaches(curve: dict, accuracy: float) -> float | None:
 
 
 def summarize(arms: dict) -> dict:
-  """Mean and deviation of each arm of a setting, and how soon it reaches the reference."""
+  """Mean and deviation of each arm of a setting, and the evaluations to reach the reference."""
   goal = np.mean([r["final"] for r in arms[REFERENCE]]) if REFERENCE in arms else None
   table = {}
   for name, runs in arms.items():
@@ -210,12 +214,11 @@ def summarize(arms: dict) -> dict:
 
 
 def main() -> None:
-  """Runs the arms seed by seed, and writes the result file after each setting and seed."""
+  """Runs the arms seed by seed and writes the result file after each setting and seed."""
   from kipcore.cli.folder import run_folder
 
-  environment = (
-    run_folder.environment()
-  )  # of the code that runs, whatever happens to the tree meanwhile
+  # Read before the runs, because the working tree may change during them.
+  environment = run_folder.environment()
   path = pathlib.Path(FLAGS.output)
   settings = json.loads(path.read_text())["settings"] if path.exists() else {}
   for (dataset, images_per_class), (evaluations, arms) in SETTINGS.items():
@@ -243,7 +246,8 @@ def main() -> None:
           "commit": environment["commit"],
         }
         print(
-          f"{name} {arm} seed {seed}: {fresh[arm][-1]['final']:.2f} (area {fresh[arm][-1]['area']:.2f}), "
+          f"{name} {arm} seed {seed}: {fresh[arm][-1]['final']:.2f} (area "
+          f"{fresh[arm][-1]['area']:.2f}), "
           f"{fresh[arm][-1]['step_seconds']:.0f} s",
           flush=True,
         )

@@ -1,8 +1,9 @@
-"""Published behavior, measured: `python -m experiments.studies.conformance --data_dir=DIR`.
+"""Comparison with published figures: `python -m experiments.studies.conformance --data_dir=DIR`.
 
-Runs the KIP recipe and label solving as published on CIFAR-10, the closed form, and the baseline path and the default
-recipe on MNIST, over several seeds, and writes experiments/results/conformance.json. About
-20 minutes on two cores; jobs that --only leaves out keep what the file has. On a CIFAR-10 that was decoded from JPEGs, say so beside the figures.
+Runs the published KIP recipe and label solving on CIFAR-10, the closed form, and the baseline and
+default recipes on MNIST, each with several seeds. Writes experiments/results/conformance.json; jobs
+that --only excludes keep their results in the file. About 20 minutes on two cores. If CIFAR-10 was
+decoded from JPEG files, state this next to the figures.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from kipcore.cli.config import DistillConfig
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
+flags.DEFINE_string("data_dir", None, "Folder of the prepared TFDS datasets.")
 flags.DEFINE_integer("num_seeds", 3, "Seeds of each job.", lower_bound=1)
 flags.DEFINE_string("only", "", "Run the jobs whose names contain this.")
 flags.DEFINE_string("output", "experiments/results/conformance.json", "Result file.")
@@ -40,7 +41,7 @@ _CLOSED = dict(method="krr_closed_form", init="uniform", x64=True, validation_fr
 _MNIST = dict(
   dataset="mnist", init="uniform", sampler="uniform", solve_labels=False, target_batch_size=2000
 )
-# name -> (flags, what is published or required: test accuracy in percent)
+# name -> (flags, published or target test accuracy in percent)
 JOBS = {
   "kip_fc1_cifar10_100_images": (
     _KIP,
@@ -89,9 +90,8 @@ def main() -> None:
   from kipcore.cli.folder import run_folder
   from kipcore.cli.runs import pipeline
 
-  environment = (
-    run_folder.environment()
-  )  # of the code that runs, whatever happens to the tree meanwhile
+  # Read before the runs, because the working tree may change during them.
+  environment = run_folder.environment()
   path = pathlib.Path(FLAGS.output)
   results = json.loads(path.read_text())["jobs"] if path.exists() else {}
   for name, (changes, reference) in JOBS.items():
@@ -106,13 +106,14 @@ def main() -> None:
         curve = [
           line for line in run_folder.read_metrics(pathlib.Path(folder)) if "test_accuracy" in line
         ]
-      # The closed form is judged in its own features.
+      # The closed form is evaluated in its own features.
       result["test_accuracy"] = result.get("feature_map_test_accuracy", result["test_accuracy"])
       runs.append(
         {**result, "test_accuracy_by_step": {line["step"]: line["test_accuracy"] for line in curve}}
       )
       print(
-        f"{name} seed {seed}: {100 * result['test_accuracy']:.2f} %, {result['wall_seconds']:.0f} s",
+        f"{name} seed {seed}: {100 * result['test_accuracy']:.2f} %, {result['wall_seconds']:.0f} "
+        "s",
         flush=True,
       )
     scores = 100 * np.array([r["test_accuracy"] for r in runs])

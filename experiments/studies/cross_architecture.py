@@ -1,8 +1,9 @@
-"""Default artifacts in other hands: `python -m experiments.studies.cross_architecture --data_dir=DIR`.
+"""Default sets, other models: `python -m experiments.studies.cross_architecture --data_dir=DIR`.
 
-Distills with the default flags, and scores the set and its baselines under other kernels and on finite networks:
-every baseline under the cheap evaluators, the most telling ones under the costly ones. Writes
-experiments/results/cross_architecture.json, part by part. About an hour on two cores.
+Distills with the default flags and scores the set and its baselines under other kernels and finite
+networks: all baselines under the cheap evaluators, the most informative ones under the expensive
+ones. Writes experiments/results/cross_architecture.json after each part. About an hour on two
+cores.
 """
 
 import dataclasses
@@ -17,19 +18,22 @@ from kipcore.cli.config import DistillConfig, EvaluateConfig
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
+flags.DEFINE_string("data_dir", None, "Folder of the prepared TFDS datasets.")
 flags.DEFINE_list("datasets", ["mnist", "fashion_mnist", "cifar10"], "Datasets to measure.")
 flags.DEFINE_list(
   "parts", [""], "Measure the parts whose names contain one of these; all by default."
 )
 flags.DEFINE_string(
-  "output", "experiments/results/cross_architecture.json", "Result file; other datasets in it stay."
+  "output",
+  "experiments/results/cross_architecture.json",
+  "Result file; other datasets in it are kept.",
 )
 
-# Test accuracies of artifacts that are equal but for the order of sums.
+# Tolerance for test accuracies of artifacts that differ only in the order of sums.
 _ROUNDING = 1e-3
 _ALL = ("uniform", "uniform_solved", "kmeans", "herding", "k_center", "leverage", "full")
-# What is scored under what, at sizes for two cores. Networks on one image a class need width more than depth.
+# Evaluators and baselines, at sizes for two cores. With one image per class, width matters more
+# than depth.
 PARTS = {
   "kernels and MLP, every baseline": EvaluateConfig(
     ("krr", "krr:fc1:nngp", "krr:fc3", "krr:conv3_vec", "network:mlp"),
@@ -58,7 +62,7 @@ PARTS = {
 
 
 def distilled(dataset: str, data_dir: str | None):
-  """The artifact of the default flags, and its result."""
+  """The artifact of the default flags and its result."""
   from kipcore.cli.runs import pipeline
   from kipcore.io import artifact
 
@@ -70,13 +74,12 @@ def distilled(dataset: str, data_dir: str | None):
 
 
 def main() -> None:
-  """Measures the datasets part by part, and writes the result file after each; what is not measured anew stays."""
+  """Measures the datasets and writes the result file after each part, keeping the other results."""
   from kipcore.cli.folder import run_folder
   from kipcore.cli.runs import evaluation
 
-  environment = (
-    run_folder.environment()
-  )  # of the code that runs, whatever happens to the tree meanwhile
+  # Read before the runs, because the working tree may change during them.
+  environment = run_folder.environment()
   path = pathlib.Path(FLAGS.output)
   parts = {name: {**dataclasses.asdict(config), "data_dir": None} for name, config in PARTS.items()}
   measured = json.loads(path.read_text())["datasets"] if path.exists() else {}
@@ -86,7 +89,7 @@ def main() -> None:
     if (
       known["table"] and abs(known["result"]["test_accuracy"] - result["test_accuracy"]) > _ROUNDING
     ):
-      known = {"table": [], "commits": {}}  # another artifact
+      known = {"table": [], "commits": {}}  # the artifact has changed
     for part, config in PARTS.items():
       if not any(name in part for name in FLAGS.parts):
         continue

@@ -1,12 +1,14 @@
-"""Sets that others published, scored with our kernels and networks.
+"""Published sets of other authors, scored with the kernels and networks of kipcore.
 
 `python -m experiments.studies.published_sets --peers_dir=DIR --images=FILE.npz`
 
-DIR holds rfad_cifar10_1ipc.npz (best.npz of RFAD's cifar10/1) and rcig_cifar10_1ipc.msgpack (checkpoint_15000 of RCIG's
-cifar10_1), ten images each; FILE.npz x_train, y_train, x_test, y_test of CIFAR-10 with their original pixels. Each set is
-read by `load_published`, and the test rows go through its publisher's preprocessing, fitted on the training rows. RFAD's
-set is judged by ridge regression under exact convolutional kernels, RCIG's by finite networks. Writes
-experiments/results/published_sets.json, part by part. About 16 minutes on two busy cores.
+DIR contains rfad_cifar10_1ipc.npz (best.npz of RFAD's cifar10/1) and rcig_cifar10_1ipc.msgpack
+(checkpoint_15000 of RCIG's cifar10_1), with ten images each. FILE.npz contains x_train, y_train,
+x_test and y_test of CIFAR-10 with the original pixels. Each set is read by `load_published`, and
+the test rows are transformed with its publisher's preprocessing, fitted on the training rows.
+RFAD's set is evaluated by ridge regression under exact convolutional kernels, RCIG's set by finite
+networks. Writes experiments/results/published_sets.json after each part. About 16 minutes on two
+busy cores.
 """
 
 import json
@@ -23,25 +25,25 @@ from kipcore.cli.errors import UsageError, usage
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("peers_dir", None, "Folder of the published sets.")
-flags.DEFINE_string("images", None, "CIFAR-10, or some of it, as an .npz file.")
+flags.DEFINE_string("images", None, "CIFAR-10 or a subset of it, as an .npz file.")
 flags.DEFINE_integer(
-  "num_seeds", 3, "Networks of each kind, but of those as wide as published.", lower_bound=1
+  "num_seeds", 3, "Number of networks of each kind except those of published width.", lower_bound=1
 )
 flags.DEFINE_string(
-  "only", "", "Measure the parts whose names contain this; the others keep what the file has."
+  "only", "", "Measure the parts whose names contain this; the others stay in the file."
 )
 flags.DEFINE_string("output", "experiments/results/published_sets.json", "Result file.")
 
 FILES = {"rfad": "rfad_cifar10_1ipc.npz", "rcig": "rcig_cifar10_1ipc.msgpack"}
-# Networks, and how they are trained, on the whole set at each step. 1,000 steps of a cosine from 1e-4 have the sum of the
-# rates that RCIG's warm-up and cosine have.
+# Networks and their training on the whole set at each step. A cosine schedule of 1,000 steps from
+# 1e-4 has the same sum of learning rates as RCIG's warm-up and cosine schedule.
 _PUBLISHED = dict(
   w_std=1.0, b_std=0.0, width=128, width_growth=2, num_steps=1000, learning_rate=1e-4
 )
 _HALVED = {**_PUBLISHED, "width": 64, "num_steps": 500, "learning_rate": 3e-4}
 _OURS = {**_HALVED, "w_std": math.sqrt(2), "b_std": 0.1, "width_growth": 1}
 _RCIG = "53.9 (published: five networks, all test rows)"
-# name -> (set, what judges it, what is known: test accuracy in percent)
+# name -> (set, settings of the evaluator, reference test accuracy in percent)
 PARTS = {
   "rfad_conv3_nngp": (
     "rfad",
@@ -63,17 +65,25 @@ PARTS = {
   "rcig_network_default_weights": ("rcig", dict(mirrored=True, **_OURS), _RCIG),
 }
 NOTES = {
-  "rfad": "ridge regression on ten images under the kernel of 3 x (conv 3x3, ReLU, 2x2 average pool), flatten, dense; weights of "
-  "variance 2 / fan_in, biases of deviation 0.1, the ridge stored in the file (0.005 tr(K) / m), one-hot labels minus 1/10",
-  "rcig": "RCIG trains 3 x (conv 3x3, ReLU, 2x2 average pool) of 128, 256, 512 channels, weights of variance 1 / fan_in, no "
-  "biases at the start, by Adam at 1e-4 after a warm-up of 500 steps, on the ten images and their mirror images, and scores the "
-  "outputs on all test rows. Here: no warm-up, outputs less those at initialization, whitening by the statistics of "
-  "the training rows given, their test rows alone, and the width, steps and rate of `judge`",
+  "rfad": "ridge regression on ten images under the kernel of 3 x (conv 3x3, ReLU, 2x2 average "
+  "pool), "
+  "flatten, dense, with weights of variance 2 / fan_in, biases of deviation 0.1, the ridge stored "
+  "in the "
+  "file (0.005 tr(K) / m) and one-hot labels minus 1/10",
+  "rcig": "RCIG trains 3 x (conv 3x3, ReLU, 2x2 average pool) with 128, 256, 512 channels, initial "
+  "weights "
+  "of variance 1 / fan_in and zero biases, by Adam at 1e-4 after a warm-up of 500 steps, on the "
+  "ten images "
+  "and their mirror images, and scores the outputs on all test rows. Here: no warm-up, outputs "
+  "minus those "
+  "at initialization, whitening by the given training rows, only the given test rows, and the "
+  "width, steps "
+  "and rate of `judge`",
 }
 
 
 def measure(published, judge: dict, data, x_test) -> dict:
-  """Per-seed (or one) accuracies in percent of a set under a kernel, or networks."""
+  """Accuracies of a set in percent: one for a kernel, one per seed for networks."""
   import kipcore
   from kipcore import checks
 
@@ -109,7 +119,11 @@ def measure(published, judge: dict, data, x_test) -> dict:
 
 
 def load():
-  """The published sets of the parts to measure, their preprocessed test rows, and the data; UsageError for what cannot be had."""
+  """Published sets of the selected parts, their preprocessed test rows, and the data.
+
+  Raises:
+    UsageError: for missing flags or files.
+  """
   import kipcore
   from kipcore import datasets
 
@@ -143,12 +157,11 @@ def load():
 
 
 def main() -> None:
-  """Measures the parts, and writes the result file after each."""
+  """Measures the parts and writes the result file after each."""
   from kipcore.cli.folder import run_folder
 
-  environment = (
-    run_folder.environment()
-  )  # of the code that runs, whatever happens to the tree meanwhile
+  # Read before the runs, because the working tree may change during them.
+  environment = run_folder.environment()
   path = pathlib.Path(FLAGS.output)
   parts = json.loads(path.read_text())["parts"] if path.exists() else {}
   sets, tests, data = load()

@@ -1,11 +1,12 @@
 """Exported sets trained in PyTorch: `python -m experiments.studies.pytorch_check --data_dir=DIR`.
 
-Distills two sets, scores each with ConvNets of our own, exports it, and trains the same ConvNets in plain PyTorch, with
-nothing but the exported file (experiments/studies/pytorch_training.py). One set has images of distribution matching with hard
-labels, the other images and labels that KIP learned. Each half draws its own initializations, so means over networks
-are compared: the check passes where the 95 % interval of their difference (Welch) holds 0, and ends with status 3
-otherwise; the interval of our mean alone would leave out that the other mean varies as much. Writes
-experiments/results/pytorch_check.json. About six minutes on two cores; needs PyTorch (pip install torch).
+Distills two sets, scores each with the ConvNets of kipcore, exports it, and trains the same
+ConvNets in plain PyTorch from the exported file (experiments/studies/pytorch_training.py). One set
+has images from distribution matching with hard labels, the other has images and labels learned by
+KIP. The two implementations draw different initializations, so means over networks are compared.
+The check passes if the 95 % interval of their difference (Welch) contains 0, and exits with status
+3 otherwise. Writes experiments/results/pytorch_check.json. About six minutes on two cores; needs
+PyTorch (pip install torch).
 """
 
 import dataclasses
@@ -21,12 +22,15 @@ from kipcore.cli import flags as common
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string(
-  "dataset", "mnist", "Images of at least 8 x 8: a TFDS name, or an .npz as for run_distill."
+  "dataset", "mnist", "Images of at least 8 x 8: a TFDS name or an .npz file, as for run_distill."
 )
-flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
-# Of eight networks none may be among the one in four that learns badly, and their interval is then far too narrow.
-flags.DEFINE_integer("num_seeds", 16, "Networks of each half.", lower_bound=2)
-flags.DEFINE_integer("test_rows", 2000, "Score on the first so many test rows.", lower_bound=1)
+flags.DEFINE_string("data_dir", None, "Folder of the prepared TFDS datasets.")
+# One network in four learns badly. Eight networks may contain none of these, which makes the
+# interval far too narrow.
+flags.DEFINE_integer("num_seeds", 16, "Number of networks per implementation.", lower_bound=2)
+flags.DEFINE_integer(
+  "test_rows", 2000, "Number of test rows to score, from the first on.", lower_bound=1
+)
 flags.DEFINE_string("output", "experiments/results/pytorch_check.json", "Result file.")
 
 # Name -> flags of run_distill.
@@ -34,12 +38,12 @@ SETS = {
   "dm": dict(method="dm", images_per_class=10, width=16, steps=30, network_seeds=0),
   "kip": dict(method="kip", images_per_class=10, steps=20),
 }
-# Of both halves.
+# Settings of both implementations.
 RECIPE = dict(width=16, num_steps=200, learning_rate=1e-3)
 
 
 def measure(name: str) -> dict:
-  """One set: distilled, scored here, exported, scored in PyTorch."""
+  """Distills a set, scores it here, exports it, and scores it in PyTorch."""
   import jax.numpy as jnp
 
   import kipcore
@@ -59,7 +63,7 @@ def measure(name: str) -> dict:
     support = kipcore.Support(jnp.asarray(stored.support), jnp.asarray(stored.labels))
     x, y = stored.preprocess.apply(x_test), kipcore.one_hot_centered(y_test, raw.num_classes)
     started = time.perf_counter()
-    # All images at each step, as the other half does.
+    # All images at each step, as in PyTorch.
     ours = kipcore.evaluate_network(
       0,
       kipcore.architecture("conv3"),
@@ -82,7 +86,7 @@ def measure(name: str) -> dict:
 
 
 def comparison(ours: list[float], theirs: list[float]) -> dict:
-  """Means of both halves with 95 % intervals, and of their difference (Welch), as JSON-able shares."""
+  """Means of both implementations and of their difference, with 95 % intervals (Welch)."""
   import numpy as np
   from scipy import stats
 
@@ -115,9 +119,8 @@ def main() -> None:
     raise UsageError("expected PyTorch to be installed; pip install torch")
   import torch
 
-  torch.set_num_threads(
-    1
-  )  # on shared cores its threads wait busily for one another: 20 times slower
+  # On shared cores, busy waiting of several threads makes PyTorch 20 times slower.
+  torch.set_num_threads(1)
   from kipcore.cli.folder import run_folder
   from kipcore.evaluation import ranking
   from kipcore.types import NumericalError

@@ -1,7 +1,7 @@
-"""An exported set in plain PyTorch, as a program without kipcore uses it: read, preprocess, train, score.
+"""Reads an exported set in plain PyTorch without kipcore, trains networks on it and scores them.
 
-Nothing of kipcore is imported here. All that it knows of the set stands in the exported file: tensors, and JSON that
-says what they mean. The networks are the ConvNet of DC, DM and MTT, of a width that a CPU bears.
+All information about the set comes from the exported file, which contains tensors and their
+conventions as JSON. The networks are the ConvNet of DC, DM and MTT, at a width suitable for a CPU.
 """
 
 import json
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def load(path) -> tuple[dict, dict]:
-  """The arrays of an export in format torch as NumPy arrays, and its conventions."""
+  """The arrays of an export in format torch, as NumPy arrays, and its conventions."""
   import torch
 
   stored = torch.load(path, weights_only=True)
@@ -20,18 +20,18 @@ def load(path) -> tuple[dict, dict]:
 
 
 def inputs_of(pixels, conventions: dict, arrays: dict) -> np.ndarray:
-  """Rows in pixel units as a network sees them, step by step as the conventions of the set say.
+  """Applies the preprocessing in the conventions of the set to rows in pixel units.
 
   Args:
     pixels: `(n, *row_shape)`, channels last.
-    conventions: of the export.
-    arrays: of the export; those of the preprocessing that are too large for the conventions are among them.
+    conventions: conventions of the export.
+    arrays: arrays of the export, including preprocessing arrays too large for the conventions.
 
   Returns:
     float32 of the same shape.
 
   Raises:
-    ValueError: for a step of another name.
+    ValueError: for an unknown step.
   """
   x = np.asarray(pixels, np.float64)
   for step in conventions["preprocess"]["steps"]:
@@ -54,7 +54,8 @@ def inputs_of(pixels, conventions: dict, arrays: dict) -> np.ndarray:
       x = (rows @ known["whitening"]).reshape(x.shape)
     else:
       raise ValueError(
-        f"preprocess: expected a step of scale, standardize, center, unit_norm, zca; got {step['name']!r}"
+        "preprocess: expected a step of scale, standardize, center, unit_norm, zca; got "
+        f"{step['name']!r}"
       )
   return x.astype(np.float32)
 
@@ -62,17 +63,18 @@ def inputs_of(pixels, conventions: dict, arrays: dict) -> np.ndarray:
 def conv_net(
   channels: int, image_size: tuple[int, int], num_classes: int, width: int, depth: int = 3
 ):
-  """ConvNet: `depth` times 3x3 convolution, instance norm, ReLU, 2x2 average pool; then a linear layer.
+  """ConvNet of `depth` blocks and a linear layer.
 
-  Weights are N(0, 2 / fan-in), biases N(0, 0.1^2), the last layer included; norms start as the identity.
+  A block is a 3x3 convolution, instance norm, ReLU and 2x2 average pool. Initial weights are
+  N(0, 2 / fan-in) and biases N(0, 0.1^2), including the last layer; norms start as the identity.
 
   Args:
-    channels, image_size, num_classes: of the data.
+    channels, image_size, num_classes: shape of the data.
     width: channels of every convolution.
     depth: number of convolutions.
 
   Returns:
-    `torch.nn.Sequential` of NCHW images.
+    `torch.nn.Sequential` for NCHW images.
   """
   from torch import nn
 
@@ -95,14 +97,16 @@ def conv_net(
 
 
 def train(network, images, labels, num_steps: int, learning_rate: float):
-  """Adam with a cosine schedule on the mean squared error of what the network adds to its start, all images at each step.
+  """Trains with Adam and a cosine schedule on all images at each step.
+
+  The loss is the mean squared error of the outputs minus the outputs at initialization.
 
   Args:
-    network: changed in place.
+    network: modified in place.
     images: `(m, channels, height, width)`, preprocessed.
-    labels: `(m, c)` centered.
-    num_steps: of Adam.
-    learning_rate: at the start; 0 at the end.
+    labels: `(m, c)`, centered.
+    num_steps: number of Adam steps.
+    learning_rate: initial learning rate; the schedule ends at 0.
   """
   import torch
 
@@ -120,18 +124,18 @@ def train(network, images, labels, num_steps: int, learning_rate: float):
 def accuracies(
   path, x_test, y_test, num_seeds: int, width: int, num_steps: int, learning_rate: float
 ) -> list[float]:
-  """Test accuracies of ConvNets trained on an exported set, one a seed.
+  """Test accuracies of ConvNets trained on an exported set, one per seed.
 
   Args:
-    path: an export in format torch, of images in pixel space.
+    path: an export in format torch with images in pixel space.
     x_test: `(n, height, width, channels)` in pixel units.
     y_test: `(n,)` classes.
-    num_seeds: networks.
+    num_seeds: number of networks.
     width: channels of the networks.
-    num_steps, learning_rate: as in `train`.
+    num_steps, learning_rate: see `train`.
 
   Returns:
-    Shares in [0, 1].
+    Accuracies in [0, 1].
   """
   import copy
 

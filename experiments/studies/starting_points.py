@@ -1,11 +1,10 @@
-"""Where to start, measured: `python -m experiments.studies.starting_points --data_dir=DIR`.
+"""Comparison of initializations: `python -m experiments.studies.starting_points --data_dir=DIR`.
 
-For each dataset and size, every start over several seeds: test
-accuracy of ridge regression on the points, with one-hot labels and with labels solved on
-all training rows. Nothing is distilled. All training rows of MNIST, Fashion-MNIST and
-CIFAR-10 with the NTK of FC1, and 1,000 rows of MNIST with that of a convolutional network.
-Writes experiments/results/starting_points.json, cell by cell, and starting_points.png.
-About an hour on two cores.
+For each dataset, size and initialization, over several seeds: test accuracy of ridge regression on
+the selected points without distillation, with one-hot labels and with labels solved on all training
+rows. Uses all training rows of MNIST, Fashion-MNIST and CIFAR-10 with the NTK of FC1, and 1,000
+rows of MNIST with that of a convolutional network. Writes experiments/results/starting_points.json
+after each cell, and starting_points.png. About an hour on two cores.
 """
 
 import dataclasses
@@ -21,7 +20,8 @@ from kipcore.cli.config import SelectConfig
 
 FLAGS = flags.FLAGS
 
-# Where distillation may start; leverage, herding and k-center are baselines, in the tables of run_evaluate.
+# Initializations of distillation. Leverage, herding and k-center are baselines in the tables of
+# run_evaluate.
 STRATEGIES = (
   "uniform",
   "krr_sensitivity",
@@ -32,7 +32,7 @@ STRATEGIES = (
   "noise",
   "auto",
 )
-# name -> (config, training rows (0: all), candidates of the pursuit)
+# name -> (config, number of training rows (0 for all), candidates of the pursuit)
 _FC1 = {
   f"{dataset}-fc1-{10 * per_class}": (
     SelectConfig(dataset=dataset, images_per_class=per_class),
@@ -56,7 +56,7 @@ CELLS = {**_FC1, **_CONV}
 
 
 def measure(data, config: SelectConfig, seeds, num_candidates: int) -> dict:
-  """One cell: by strategy, per-seed accuracies in percent, and the measured objective."""
+  """Measures one cell: accuracies in percent per strategy and seed, and the measured objective."""
   import jax.numpy as jnp
 
   from kipcore import krr
@@ -92,7 +92,7 @@ def measure(data, config: SelectConfig, seeds, num_candidates: int) -> dict:
           data.kernel_fn, chosen, x, y, config.relative_ridge
         )
       by_strategy[strategy] = run
-    # What select_coreset(strategy="auto") does with this seed, without choosing everything twice.
+    # The choice of select_coreset(strategy="auto") for this seed, without repeating the selections.
     best = min(coreset.AUTO_CANDIDATES, key=lambda name: by_strategy[name]["objective"])
     by_strategy["auto"] = {**by_strategy[best], "chosen": best}
     runs.append({"seed": seed, "strategies": by_strategy})
@@ -108,7 +108,7 @@ def measure(data, config: SelectConfig, seeds, num_candidates: int) -> dict:
 
 
 def summary(runs: list[dict]) -> dict:
-  """Mean and sample deviation over seeds of every number of a strategy."""
+  """Mean and sample deviation over seeds of every value of a strategy."""
   keys = [key for key, value in runs[0].items() if isinstance(value, float)]
   content = {
     key: {
@@ -123,7 +123,7 @@ def summary(runs: list[dict]) -> dict:
 
 
 def load(config: SelectConfig, num_rows: int):
-  """The data of a cell; of `num_rows` training rows where that is not 0 (evenly spaced)."""
+  """The data of a cell, with `num_rows` evenly spaced training rows unless that is 0."""
   from kipcore.cli.runs import pipeline
 
   data = pipeline.load(config)
@@ -133,9 +133,10 @@ def load(config: SelectConfig, num_rows: int):
 
 
 def save_picture(path, cells: dict) -> None:
-  """Accuracy against the number of points: a row of two panels a dataset and network, a line a strategy.
+  """Plots accuracy against the number of points, with one line per strategy.
 
-  Noise, at chance with one-hot labels, is in the table alone.
+  Each dataset and network has a row of two panels. Noise, which has chance accuracy with one-hot
+  labels, is only in the table.
   """
   from kipcore.report import pictures
 
@@ -152,24 +153,27 @@ def save_picture(path, cells: dict) -> None:
 
 
 def define_flags() -> None:
-  """Of this program alone: what imports it has others."""
-  flags.DEFINE_string("data_dir", None, "Where TFDS keeps its prepared datasets.")
+  """Defines the flags of this program; modules that import this one have their own."""
+  flags.DEFINE_string("data_dir", None, "Folder of the prepared TFDS datasets.")
   flags.DEFINE_integer("num_seeds", 5, "Seeds of each cell.", lower_bound=1)
   flags.DEFINE_string(
-    "only", "", "Measure the cells whose names contain this, anew; else those that the file lacks."
+    "only",
+    "",
+    "Remeasure the cells whose names contain this; by default, measure the missing cells.",
   )
   flags.DEFINE_string(
-    "output", "experiments/results/starting_points.json", "Result file; the picture is beside it."
+    "output",
+    "experiments/results/starting_points.json",
+    "Result file; the picture is in the same folder.",
   )
 
 
 def main() -> None:
-  """Measures the cells, and writes the result file after each."""
+  """Measures the cells and writes the result file after each."""
   from kipcore.cli.folder import run_folder
 
-  environment = (
-    run_folder.environment()
-  )  # of the code that runs, whatever happens to the tree meanwhile
+  # Read before the runs, because the working tree may change during them.
+  environment = run_folder.environment()
   path = pathlib.Path(FLAGS.output)
   cells = json.loads(path.read_text())["cells"] if path.exists() else {}
   for name, (config, num_rows, num_candidates) in CELLS.items():

@@ -1,10 +1,12 @@
-"""Importance samplers of target batches: rows that the distilled set predicts badly are drawn more often.
+"""Importance samplers of target batches, which favor rows that the distilled set predicts badly.
 
-Every row has a score of how badly the distilled set predicts it. Batches are drawn in proportion to the scores, mixed
-with the uniform distribution. The drawn rows update their scores at no cost, since their loss was computed anyway.
-Stale scores of other rows increase the variance but do not bias the result, because each row is weighted by the
-probability it was drawn with. For the same reason the distribution is rebuilt only occasionally: that takes several
-passes over all rows, whereas a draw from a prepared distribution is cheap.
+The score of a row measures how badly the distilled set predicts it. Batches are drawn in proportion
+to the scores, mixed with the uniform distribution. The drawn rows update their scores at no cost,
+since their loss was computed anyway.
+Stale scores of other rows increase the variance but do not bias the result, because each row is
+weighted by the probability it was drawn with. The distribution is therefore rebuilt only
+occasionally: a rebuild takes several passes over all rows, whereas a draw from a prepared
+distribution is cheap.
 """
 
 import dataclasses
@@ -23,11 +25,13 @@ from kipcore.distillation.method import LossInfo, Sampler
 from kipcore.selection import draws
 from kipcore.types import Array, Flag, Integer, Real
 
-# Golden-section steps of the temperature: the interval e^-4 .. e^8 shrinks to a thousandth of its logarithm.
+# Golden-section steps for the log temperature; they shrink the interval [-4, 8] to less than
+# 1/1000.
 _SECTION_STEPS = 20
 _LOG_TEMPERATURES = (-4.0, 8.0)
 _CALIBRATION_ROWS = 1000
-# The distribution is rebuilt after a quarter of the rows were scored: the cost of a few rows per target.
+# The distribution is rebuilt after a quarter of the rows were scored, which costs a few rows per
+# target.
 _REBUILDS_PER_PASS = 4
 
 
@@ -37,12 +41,12 @@ class ImportanceState(NamedTuple):
   Attributes:
     scores: `(capacity,)` >= 0, the latest score of each row; 0 for rows that are not `known`.
     known: `(capacity,)` bool, whether the row was drawn (or scored) before.
-    base: `(capacity,)` weights u of the rows in the mean that is learned; 0 for padding.
+    base: `(capacity,)` weights u of the rows in the mean loss; 0 for padding.
     class_counts: `(c,)` int32.
-    log_temperature: scalar, of the cross-entropy.
+    log_temperature: scalar, log temperature of the cross-entropy.
     plan: the prepared distribution, for batches of `batch_size` targets.
-    gain: n sum p^2 of that distribution without its uniform part; 1 before the first.
-    batch_size: int32; 0 before the first distribution.
+    gain: n sum p^2 of that distribution without its uniform part; 1 before the first rebuild.
+    batch_size: int32; 0 before the first rebuild.
     fresh: int32, targets scored since the last rebuild.
     rebuilds: int32, distributions built so far.
   """
@@ -74,7 +78,7 @@ def residual_norm(
 
 
 def margin(predictions: Float[Array, "t c"], labels: Float[Array, "t c"]) -> Float[Array, " t"]:
-  """max(0, 1 - (prediction of the true class - best other)), `(t,)`: 0 for rows predicted with a margin."""
+  """max(0, 1 - (prediction of the true class - best other prediction)), `(t,)`."""
   true = labels == jnp.max(labels, axis=1, keepdims=True)
   best_other = jnp.max(jnp.where(true, -jnp.inf, predictions), axis=1)
   own = jnp.max(jnp.where(true, predictions, -jnp.inf), axis=1)
@@ -88,9 +92,9 @@ def calibrated_temperature(
 ) -> Float[Array, ""]:
   """The logarithm of the temperature b that minimizes the mean of CE(softmax(b P), class).
 
-  Ridge regression of one-hot labels does not return logits: at b = 1 a perfect prediction has almost
-  the loss of a wrong one, and sampling by cross-entropy would be nearly uniform. The mean is convex in b;
-  golden-section search of log b in [-4, 8].
+  Ridge regression of one-hot labels does not return logits: at b = 1 a perfect prediction has
+  almost the loss of a wrong one, and sampling by cross-entropy would be nearly uniform. The mean is
+  convex in b; golden-section search of log b in [-4, 8].
 
   Args:
     predictions: `(t, c)`.
@@ -144,7 +148,7 @@ SCORES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class ImportanceSampler(Sampler):
-  """The sampler of `importance`, whose docstring describes the fields; its state is an `ImportanceState`."""
+  """The sampler of `importance`, which documents the fields; its state is an `ImportanceState`."""
 
   score: str | Callable[[Array, Array], Array] = "cross_entropy"
   uniform_mix: float = 0.5
@@ -204,7 +208,7 @@ class ImportanceSampler(Sampler):
       indices, weights = self._plain.draw(key, first, size)
       return indices, weights.astype(jnp.float32)
 
-    # With a batch of all rows or more there is nothing to choose.
+    # A batch of all rows or more leaves nothing to choose.
     use_scores = (state.gain >= self.least_gain) & (size < num_rows) & (size == state.batch_size)
     return jax.lax.cond(use_scores, by_score, uniformly, key)
 
@@ -277,28 +281,31 @@ def importance(
 
       p_i = (1 - g) u_i s_i^a / sum(u s^a) + g u_i / n,   w_i = (u_i b / (n pi_i))^e
 
-  s are the latest known scores (an unseen row has the mean of the seen ones), a = `power`, u_i = 1 (or
-  n / (c n_class) if balanced), g = `uniform_mix`, e = `weight_exponent`, and pi_i is the exact inclusion
-  probability of a systematic draw of b rows without replacement.
+  s are the latest known scores (an unseen row has the mean of the seen ones), a = `power`, u_i = 1
+  (or n / (c n_class) if balanced), g = `uniform_mix`, e = `weight_exponent`, and pi_i is the exact
+  inclusion probability of a systematic draw of b rows without replacement.
 
   Proved: with e = 1, mean(w f) is unbiased for the mean of u f over all rows, whatever the scores.
-  Heuristic: with e < 1 rows of high loss are emphasized. If the gain n sum p^2 (at g = 0), the ratio of second
-  moments of uniform and score-proportional draws, is below `least_gain`, draws equal those of the uniform (or
-  class-balanced) sampler.
+  Heuristic: with e < 1 rows of high loss are emphasized. If the gain n sum p^2 (at g = 0), the
+    ratio of second
+  moments of uniform and score-proportional draws, is below `least_gain`, draws equal those of the
+  uniform (or class-balanced) sampler.
 
-  The distribution and the temperature are updated after a quarter of the rows have been scored; draws
-  before the first update are uniform. Draws of another size than the batches passed to `update` are uniform.
+  The distribution and the temperature are updated after a quarter of the rows have been scored;
+  draws before the first update are uniform, as are draws of another size than the batches passed to
+  `update`.
 
   Args:
-    score: "cross_entropy" (at a temperature calibrated on each batch), "squared_error", "residual_norm",
-      "margin", or any `(predictions (t, c), labels (t, c)) -> (t,)`, >= 0. Callables compare by identity.
+    score: "cross_entropy" (at a temperature calibrated on each batch), "squared_error",
+      "residual_norm", "margin", or any `(predictions (t, c), labels (t, c)) -> (t,)`, >= 0.
+      Callables compare by identity.
     uniform_mix: g in [0, 1]; if g > 0, weights are at most 1 / g.
     weight_exponent: e in [0, 1].
-    least_gain: >= 1; 1 draws by score (almost) always.
+    least_gain: >= 1; with 1, draws are (almost) always by score.
     balanced: learn the mean over classes of the class means instead of the mean over rows.
-    refresh_every: steps after which all rows are scored, at the cost of that many target evaluations; 0 for
-      never.
-    power: a in [0, 100]; smaller is flatter.
+    refresh_every: number of steps between scoring passes over all rows, each of which costs one
+      target evaluation per row; 0 for never.
+    power: a in [0, 100]; smaller values give a flatter distribution.
 
   Returns:
     An `ImportanceSampler`. A draw of b rows takes O(b log n), an update of the distribution O(n).
@@ -333,7 +340,7 @@ def importance(
 
 
 class SamplingDistribution(NamedTuple):
-  """`probabilities` `(capacity,)`, which sum to 1, and the `gain` n sum p^2 of the unmixed scores."""
+  """`probabilities` `(capacity,)` with sum 1, and the `gain` n sum p^2 of the unmixed scores."""
 
   probabilities: Array
   gain: Array
@@ -349,19 +356,20 @@ def _recalibrated(log_b, predictions, labels):
 def with_distribution(
   state: ImportanceState, uniform_mix, batch_size: int, power: float = 1.0
 ) -> ImportanceState:
-  """The state with its distribution rebuilt from the current scores; `update` does this when it is due.
+  """The state with its distribution rebuilt from the current scores, as `update` does when due.
 
   Args:
     state: the sampler's state.
     uniform_mix, power: of `importance`.
-    batch_size: of the draws to come.
+    batch_size: size of the following draws.
 
   Returns:
     `ImportanceState`.
   """
   distribution = sampling_distribution(state, uniform_mix, power)
   num_rows = jnp.sum(state.class_counts, dtype=jnp.int32)
-  # Any order is valid for a systematic draw; a new one at each rebuild varies which rows are drawn together.
+  # Any order is valid for a systematic draw; a new one at each rebuild varies which rows are drawn
+  # together.
   words = jax.random.bits(jax.random.fold_in(jax.random.key(0), state.rebuilds), (6,), jnp.uint32)
   prepared = draws.plan(words, distribution.probabilities, jnp.minimum(num_rows, batch_size))
   return state._replace(
@@ -381,8 +389,8 @@ def sampler_metrics(state: ImportanceState, least_gain: float) -> dict[str, Arra
     least_gain: of `importance`.
 
   Returns:
-    `importance_gain`; `effective_share`, 1 / (n sum p^2) of the drawing probabilities p (1 if uniform); and
-    `class_shares` `(c,)`, the fraction of the draws that each class has.
+    `importance_gain`; `effective_share`, 1 / (n sum p^2) of the drawing probabilities p (1 if
+    uniform); and `class_shares` `(c,)`, the fraction of draws in each class.
   """
   by_score_now = (state.gain >= least_gain) & (state.batch_size > 0)
   mass = jnp.where(by_score_now, state.plan.inclusion, state.base)
@@ -416,7 +424,7 @@ def sampling_distribution(
     uniform_mix, power: of `importance`.
 
   Returns:
-    `SamplingDistribution`; uniform, with a gain of 1, where no score is positive.
+    `SamplingDistribution`; uniform, with a gain of 1, if no score is positive.
   """
   known = state.known & (state.base > 0)
   uniform = state.base / draws.total(state.base)
@@ -443,8 +451,8 @@ def sampler(
   Args:
     name: "uniform", "class_balanced", or a score of `importance`: "cross_entropy", "squared_error",
       "residual_norm", "margin".
-    uniform_mix, weight_exponent, least_gain, refresh_every: see `importance`; ignored by "uniform" and
-      "class_balanced", which do not use scores.
+    uniform_mix, weight_exponent, least_gain, refresh_every: see `importance`; ignored by "uniform"
+      and "class_balanced", which do not use scores.
 
   Returns:
     A `Sampler`.

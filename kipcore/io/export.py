@@ -1,9 +1,9 @@
-"""The distilled set in the forms that other programs read: NumPy, PNG, safetensors, PyTorch, TFDS.
+"""Export of distilled sets to NumPy, PNG, safetensors, PyTorch and TFDS files.
 
-Distilled images give chance accuracy in other hands where their file does not say what its numbers mean. So every
-export says it, in JSON: a file `NAME` has it inside, as the text `conventions`, and beside it as `NAME.json`; a folder
-has it as `conventions.json`. There are the units of the pixels, the layout, the convention of the labels, every step of the
-preprocessing with its arrays, kernel, ridge and the accuracy that was measured with them.
+Without their conventions, distilled images give chance accuracy in other programs. Every export
+therefore contains them as JSON: pixel units, layout, label convention, every preprocessing step
+with its arrays, kernel, ridge, and the accuracy measured with them. A file `NAME` stores this text
+under the key `conventions` and in `NAME.json` next to it; a folder stores it in `conventions.json`.
 """
 
 import io
@@ -23,36 +23,37 @@ from kipcore.version import __version__
 
 FORMATS = ("numpy", "png", "safetensors", "torch", "tfds")
 SPACES = ("pixels", "inputs")
-# By convention: what a file of the format ends in; the other formats are folders.
+# Usual file name suffix of each single-file format. The other formats are folders.
 SUFFIXES = {"numpy": ".npz", "safetensors": ".safetensors", "torch": ".pt"}
 FORMAT = "kipcore-export"
 FORMAT_VERSION = 1
 CONVENTIONS = "conventions"
 _CHANNELS_FIRST = ("safetensors", "torch")
-_MOST_IN_JSON = 64  # numbers of an array
+_MOST_IN_JSON = 64  # larger arrays are stored outside the JSON
 
-# What another program has to do for each step of a `Preprocess`.
+# What another program must compute for each step of a `Preprocess`.
 _FORMULAS = {
   "scale": "x / divisor",
   "standardize": "(x - mean) / divisor, for each channel (the last axis)",
-  "unit_norm": "each row: subtract its own mean over all its numbers, then divide by its own L2 norm; a constant row becomes 0 "
-  "(mean and divisor serve the inverse alone)",
-  "center": "x - mean, for each number of a row",
-  "zca": "x whitening, x being the row as one vector in C order",
+  "unit_norm": "for each row: subtract the mean of the row, then divide by the L2 norm of the row; "
+  "a constant row becomes 0 (only the inverse uses mean and divisor)",
+  "center": "x - mean, for each entry of a row",
+  "zca": "x whitening, where x is the row flattened to one vector in C order",
 }
 
 
 class DistilledSet(NamedTuple):
-  """A set and what its numbers mean.
+  """A distilled set and the meaning of its numbers.
 
   Attributes:
-    images: `(m, height, width, channels)` or `(m, features)`, floating, not clipped to the range of real images.
+    images: `(m, height, width, channels)` or `(m, features)`, floating, not clipped to the range of
+      real images.
     labels: `(m, c)`: one-hot minus 1/c, or learned.
-    space: "pixels": images are in the stored units of the dataset; "inputs": they are behind the preprocessing.
-    preprocess: makes the inputs of a model from pixels.
-    pixel_max: the stored value of full white (255 for uint8 images), None where it is not known.
+    space: "pixels" for images in the stored units of the dataset, "inputs" for preprocessed images.
+    preprocess: maps pixels to model inputs.
+    pixel_max: the stored value of full white (255 for uint8 images), or None if unknown.
     class_names: c names, or None.
-    about: JSON-able dict that is handed on as it is: dataset, kernel, ridge, accuracy.
+    about: JSON-serializable dict that is exported unchanged: dataset, kernel, ridge, accuracy.
   """
 
   images: np.ndarray
@@ -79,28 +80,29 @@ def label_kind(labels) -> str:
 
 
 def folder_note(content: DistilledSet) -> str:
-  """How PNG files are assigned to class folders, with the number of files per class if labels are learned."""
+  """How PNG files are assigned to class folders; for learned labels, also the files per class."""
   if not learned(content.labels):
     return "files are in the folder of their class"
   counts = np.bincount(np.argmax(content.labels, axis=1), minlength=content.labels.shape[1])
   names = content.class_names or range(len(counts))
   listed = ", ".join(f"{name}: {count}" for name, count in zip(names, counts))
   return (
-    "labels are learned; files are in the folder of their largest label, so classes have different numbers of "
+    "labels are learned; files are in the folder of their largest label, so classes have different "
+    "numbers of "
     f"files ({listed}); labels.csv has the full labels"
   )
 
 
 def as_numpy(images, labels) -> dict[str, np.ndarray]:
-  """The set as NumPy arrays of its own dtype.
+  """The set as NumPy arrays, with the dtypes unchanged.
 
   Args:
     images: `(m, ...)`, channels last.
     labels: `(m, c)`: one-hot minus 1/c, or learned.
 
   Returns:
-    Copies: `images` as given (NHWC), `labels` as given, `one_hot` `(m, c)`: labels + 1/c, and `classes` `(m,)` int64: where a
-    row of labels is largest.
+    Copies: `images` as given (NHWC), `labels` as given, `one_hot` `(m, c)`: labels + 1/c, and
+    `classes` `(m,)` int64: the index of the largest label of each row.
   """
   images, labels = np.array(images), np.array(labels)
   checks.same_rows("images", images, "labels", labels)
@@ -124,7 +126,7 @@ def as_torch(images, labels) -> dict:
     `images`, `labels`, `one_hot`, `classes`.
 
   Raises:
-    ImportError: where PyTorch is not installed.
+    ImportError: if PyTorch is not installed.
   """
   torch = _torch()
   return {
@@ -134,7 +136,7 @@ def as_torch(images, labels) -> dict:
 
 
 def as_tfds(images, labels):
-  """The arrays of `as_numpy` as a `tf.data.Dataset` of dicts, an element for each image, in their order.
+  """The arrays of `as_numpy` as a `tf.data.Dataset` of dicts, one element per image, in order.
 
   Args:
     images: `(m, ...)`, channels last.
@@ -148,13 +150,13 @@ def as_tfds(images, labels):
 
 
 def check(path, format: str, content: DistilledSet, overwrite: bool = False) -> None:
-  """Raises what `write` would raise about its arguments, before anything is written.
+  """Validates the arguments of `write` without writing anything.
 
   Args:
     path, format, content, overwrite: as in `write`.
 
   Raises:
-    See `write`.
+    The exceptions of `write`.
   """
   checks.one_of("format", format, FORMATS)
   checks.one_of("space", content.space, SPACES)
@@ -168,7 +170,8 @@ def check(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
   if format == "png":
     if content.space != "pixels":
       raise ValueError(
-        f"format png: expected space pixels, got {content.space}; what is behind a preprocessing is no picture"
+        f"format png: expected space pixels, got {content.space}; preprocessed inputs are not "
+        "images"
       )
     if content.images.ndim != 4 or content.images.shape[-1] not in (1, 3):
       raise ValueError(
@@ -176,8 +179,9 @@ def check(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
       )
     if content.pixel_max is None:
       raise ValueError(
-        "format png: expected pixel_max, the stored value of full white (255 for uint8 images), which this set "
-        "does not record; got none"
+        "format png: expected a set with pixel_max, the stored value of full white (255 for uint8 "
+        "images), "
+        "got one without it"
       )
   if format == "torch":
     _torch()
@@ -189,9 +193,9 @@ def check(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
   taken = next((name for name in (path, beside) if os.path.lexists(name)), None)
   if taken and not overwrite:
     raise FileExistsError(
-      f"{taken}: expected a name that is free, got one that exists; remove it, or overwrite"
+      f"{taken}: expected a path that does not exist; remove it, or set overwrite"
     )
-  # Nothing but an earlier export is ever replaced: a folder is deleted with all that is in it.
+  # Only earlier exports are replaced, because replacing a folder deletes everything in it.
   of_kind = not os.path.lexists(path) or (path.is_file() if is_file else path.is_dir())
   if taken and not (of_kind and _is_export(beside, format)):
     raise FileExistsError(
@@ -204,33 +208,36 @@ def check(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
       if above.is_dir()
       else (NotADirectoryError, "a file")
     )
-    raise kind(f"{path}: expected a folder {above} to write to, got {got}")
+    raise kind(f"{path}: expected a writable folder {above}, got {got}")
 
 
 def write(path, format: str, content: DistilledSet, overwrite: bool = False) -> None:
-  """Writes a file, or a folder, whole or not at all, with its conventions.
+  """Writes a set and its conventions to a file or folder, atomically.
 
   Formats:
-    numpy: an `.npz` of the arrays of `as_numpy`, bit for bit.
-    safetensors: those arrays, bit for bit, images NCHW.
-    torch: a `.pt` of the tensors of `as_torch`; `torch.load(path, weights_only=True)`.
-    png: a folder for each class, in the order of the classes (empty for a class that no label is largest for), in it
-      `ROW.png`; full white is 255. `labels.csv` has the labels of every file. Exact where pixels are whole numbers from 0 to
-      pixel_max, else rounded and clipped; `png` in the conventions says so, with the largest error.
-    tfds: a folder for `tfds.builder_from_directory(path)`, and for `tfds.load(NAME, data_dir=DIR)` where path is
-      `DIR/NAME/1.0.0`: one split, `train`, of `image` (uint8 where that is exact, else a float32 tensor), `label` (the class)
-      and `soft_label` (float32, one-hot convention: labels + 1/c).
+    numpy: an `.npz` file with the exact arrays of `as_numpy`.
+    safetensors: the same exact arrays, images NCHW.
+    torch: a `.pt` file with the tensors of `as_torch`; read it with
+      `torch.load(path, weights_only=True)`.
+    png: one folder per class, in class order, with files `ROW.png`; full white is 255. The folder
+      of a class is empty if no row has its largest label there. `labels.csv` has the labels of
+      every file. Pixels that are not integers from 0 to pixel_max are rounded and clipped; the
+      entry `png` of the conventions reports this and the largest error.
+    tfds: a folder for `tfds.builder_from_directory(path)`, and for `tfds.load(NAME, data_dir=DIR)`
+      if path is `DIR/NAME/1.0.0`. Its only split, `train`, has `image` (uint8 if that is exact,
+      else a float32 tensor), `label` (the class) and `soft_label` (float32, labels + 1/c).
 
   Args:
-    path: file or folder name; folders that it is in are made.
+    path: file or folder name; missing parent folders are created.
     format: one of `FORMATS`.
-    content: what to write.
-    overwrite: replace an earlier export of that name and kind.
+    content: the set.
+    overwrite: whether to replace an earlier export with the same path and format.
 
   Raises:
-    ValueError, TypeError: for an unknown format or space, arrays that disagree or are not finite, and a set that PNG cannot hold.
-    ImportError: for "torch" where PyTorch is not installed.
-    OSError: where it cannot be written; FileExistsError where there is something of that name.
+    ValueError, TypeError: for an unknown format or space, arrays with inconsistent shapes or
+      non-finite entries, or a set that PNG cannot represent.
+    ImportError: for "torch" if PyTorch is not installed.
+    OSError: if the export cannot be written; FileExistsError if the path exists.
   """
   check(path, format, content, overwrite)
   path = pathlib.Path(path)
@@ -238,7 +245,7 @@ def write(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
   path.parent.mkdir(parents=True, exist_ok=True)
   if format in SUFFIXES:
     text = json.dumps(described, indent=2)
-    # Both are complete before either takes its name, and the conventions are inside as well.
+    # Both files are complete before either is renamed; the conventions are also inside the file.
     with atomic.replacing(path) as file, atomic.replacing(_conventions_of(path, True)) as beside:
       file.write(_encode(format, content, large, text))
       file.flush()
@@ -286,7 +293,7 @@ def _channels_first(arrays: dict) -> dict:
 
 
 def _describe(format: str, content: DistilledSet) -> tuple[dict, dict[str, np.ndarray]]:
-  """The conventions as a JSON-able dict, and the arrays of the preprocessing that are too large for it."""
+  """The conventions as a JSON-serializable dict, and the preprocessing arrays too large for it."""
   images, classes = content.images, content.labels.shape[1]
   steps, large = [], {}
   for i, step in enumerate(content.preprocess.steps):
@@ -315,23 +322,23 @@ def _describe(format: str, content: DistilledSet) -> tuple[dict, dict[str, np.nd
     "kipcore_version": __version__,
     "file_format": format,
     "use": [
-      "A model sees inputs: preprocess applied to pixels, all steps in their order. "
+      "Models expect preprocessed inputs: apply all steps of preprocess to pixels, in order. "
       + (
-        "So apply it to these images and to the images to be tested."
+        "Apply them to these images and to the test images."
         if pixels
-        else "These images are inputs already: apply it to the images to be tested alone."
+        else "These images are already preprocessed: apply the steps only to the test images."
       ),
-      "labels are one-hot minus label_convention.offset, for a mean squared error; the largest output is the predicted class. "
-      "For a cross-entropy take one_hot (labels + offset) or classes; learned labels are not probabilities.",
+      "labels are one-hot minus label_convention.offset, for a mean squared error; the predicted "
+      "class is that of the "
+      "largest output. For a cross-entropy use one_hot (labels + offset) or classes; learned "
+      "labels are not probabilities.",
     ],
     "images": {
       "space": content.space,
       "layout": layout,
       "rows": len(images),
       "row_shape": content.preprocess.row_shape,
-      "units": "stored pixel units of the dataset, not clipped"
-      if pixels
-      else "behind the preprocessing",
+      "units": "stored pixel units of the dataset, not clipped" if pixels else "preprocessed",
       "minimum": float(images.min()),
       "maximum": float(images.max()),
     },
@@ -339,9 +346,9 @@ def _describe(format: str, content: DistilledSet) -> tuple[dict, dict[str, np.nd
     "label_convention": {
       "kind": label_kind(content.labels),
       "offset": 1.0 / classes,
-      "labels": "as the accuracy was measured with",
+      "labels": "the labels that the accuracy was measured with",
       "one_hot": "labels + offset",
-      "classes": "where labels are largest",
+      "classes": "index of the largest label of each row",
       "num_classes": classes,
       "class_names": content.class_names,
     },
@@ -349,7 +356,7 @@ def _describe(format: str, content: DistilledSet) -> tuple[dict, dict[str, np.nd
       "kind": content.preprocess.kind,
       "layout": "rows of row_shape, channels last"
       + " (images here are channels first)" * (layout == "NCHW"),
-      "arrays": "float64; large ones lie under the name stored_as in "
+      "arrays": "float64; large ones are stored under the name stored_as in "
       + ("the exported file" if format in SUFFIXES else "preprocess.npz"),
       "steps": steps,
     },
@@ -358,7 +365,7 @@ def _describe(format: str, content: DistilledSet) -> tuple[dict, dict[str, np.nd
 
 
 def _encode(format: str, content: DistilledSet, large: dict, text: str) -> bytes:
-  """The bytes of a file."""
+  """The content of the exported file."""
   buffer = io.BytesIO()
   arrays = as_numpy(content.images, content.labels)
   if format == "numpy":
@@ -397,12 +404,12 @@ def _write_png(folder: pathlib.Path, content: DistilledSet) -> dict:
     Image.fromarray(stored[row, ..., 0] if stored.shape[-1] == 1 else stored[row]).save(
       folder / file
     )
-    # str of a NumPy scalar is the shortest text that reads back as the same number.
+    # str of a NumPy scalar is the shortest text that parses back to the same number.
     lines.append(",".join([file, str(k), *map(str, content.labels[row])]))
   (folder / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
   return {
     "png": {
-      "pixel": "value * unit" + ", rounded to a whole number" * (exact and unit != 1),
+      "pixel": "value * unit" + ", rounded to an integer" * (exact and unit != 1),
       "unit": unit,
       "exact": exact,
       "largest_error": 0.0 if exact else float(np.max(np.abs(stored * unit - images))),
@@ -414,7 +421,7 @@ def _write_png(folder: pathlib.Path, content: DistilledSet) -> dict:
 
 
 def _folder_name(k: int, num_classes: int, class_names) -> str:
-  """Sorts as the classes do, which is how readers of such folders number them."""
+  """A name that sorts in class order, which is how readers of class folders number classes."""
   number = f"{k:0{len(str(num_classes - 1))}d}"
   name = re.sub(r"[^A-Za-z0-9]+", "-", str(class_names[k])).strip("-") if class_names else ""
   return number if name in ("", str(k)) else f"{number}_{name}"
@@ -460,7 +467,7 @@ def _write_tfds(folder: pathlib.Path, path: pathlib.Path, content: DistilledSet)
       check_data=False,
       supervised_keys=("image", "label"),
       disable_shuffling=True,
-      description=f"A distilled set; {CONVENTIONS}.json says what its numbers mean.",
+      description=f"A distilled set; {CONVENTIONS}.json documents its conventions.",
     )
   return {
     "tfds": {

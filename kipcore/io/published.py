@@ -1,9 +1,9 @@
-"""Distilled sets that others published, read with the conventions of their publishers.
+"""Reader for published distilled sets of other authors, with the conventions of each publisher.
 
-Such files carry images and labels and little else: not which of five whitenings the images are behind, nor what was
-subtracted from the labels, nor that mirror images belong to them. What a file does not say is known from the code that
-wrote it, and said here.
-Nothing is ever unpickled into anything but arrays, numbers and containers.
+Such files contain little more than images and labels. They do not record which whitening was
+applied to the images, what was subtracted from the labels, or whether mirror images belong to the
+set. This module supplies that information from the code that wrote the files. Pickles are decoded
+only into arrays, numbers and containers.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ from kipcore.preprocess import Preprocess
 from kipcore.types import KipcoreError, Support
 
 _MAX_FLAX_BYTES = 2**30
-# Of RGB sets: the mean of the training pixels in [0, 1], and the mean and deviation that DC, DSA, DM and MTT standardize
-# with. Their CIFAR deviation is that within images, averaged: 0.8 times that over images and pixels.
+# For RGB sets: the mean of the training pixels in [0, 1], and the mean and standard deviation that
+# DC, DSA, DM and MTT standardize with. Their CIFAR deviation is the average of the deviations
+# within each image, which is 0.8 times the deviation over all images and pixels.
 _CONSTANTS = {
   "CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
   "CIFAR-100": ((0.5071, 0.4866, 0.4409), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -32,26 +33,28 @@ _CONSTANTS = {
 
 
 class PublishedError(KipcoreError, ValueError):
-  """A file that is no whole distilled set of the expected kind; the message is one line."""
+  """A file that is not a complete distilled set of the expected kind; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PublishedSet:
-  """A distilled set of other authors, in our conventions.
+  """A published distilled set of other authors, in the conventions of kipcore.
 
   Attributes:
     kind: one of `KINDS`.
-    images: `(m, height, width, channels)` float32, in the space that they were stored in.
+    images: `(m, height, width, channels)` float32, in the space they were stored in.
     labels: `(m, c)` float32: one-hot minus 1/c, or learned against targets of that form.
-    classes: `(m,)` int32: where a row of labels is largest.
-    labels_note: what was done to the stored labels.
-    preprocess: the recipe, of `kipcore.preprocess.KINDS`, behind which the images are; None where the file cannot tell.
-    preprocess_note: where that is known from, and its exceptions.
-    mirrored: whether the mirror images, with the same labels, belong to the set: FRePo and RCIG distill RGB images together with
-      theirs and store one half. Networks trained on that half of RCIG's set reach less than half of the accuracy.
-    relative_ridge: the stored ridge, as a fraction of tr(K_ss) / m; None where none is stored.
-    temperature: the stored factor of the predictions inside a softmax; None where none is stored.
-    source: JSON-able dict: file, layout, and what else the publisher stored.
+    classes: `(m,)` int32: the index of the largest label of each row.
+    labels_note: how the stored labels were converted.
+    preprocess: the preprocessing applied to the images, one of `kipcore.preprocess.KINDS`, or None
+      if the file does not determine it.
+    preprocess_note: how the preprocessing is known, and its exceptions.
+    mirrored: whether the mirror images, with the same labels, belong to the set. FRePo and RCIG
+      distill RGB images together with their mirror images but store only the originals. Networks
+      trained without the mirror images of RCIG's set reach less than half of the accuracy.
+    relative_ridge: the stored ridge, as a fraction of tr(K_ss) / m; None if none is stored.
+    temperature: the stored factor of the predictions inside a softmax; None if none is stored.
+    source: JSON-serializable dict: file, layout, and other data that the publisher stored.
   """
 
   kind: str
@@ -67,10 +70,13 @@ class PublishedSet:
   source: dict[str, Any]
 
   def support(self, mirrored: bool | None = None) -> Support:
-    """The set for `evaluate_krr` and `evaluate_network`, whose test rows go through `fit_preprocess(x_train).apply`.
+    """The set as a `Support` for `evaluate_krr` and `evaluate_network`.
+
+    The test rows must be preprocessed with `fit_preprocess(x_train).apply`.
 
     Args:
-      mirrored: whether images mirrored left to right follow the stored ones, with their labels; None for `self.mirrored`.
+      mirrored: whether to append the horizontally mirrored images with the same labels; None for
+        `self.mirrored`.
 
     Returns:
       `Support` of m or 2 m rows.
@@ -86,23 +92,26 @@ class PublishedSet:
   def fit_preprocess(
     self, x_train, kind: str | None = None, pixel_max: float = 255.0
   ) -> Preprocess:
-    """The publisher's preprocessing, fitted on the dataset that was distilled; its `invert(images)` gives pixels.
+    """The publisher's preprocessing, fitted on the original dataset.
 
-    Whitening is the same for channels first (as RFAD and MTT flatten) and last: the matrix is a function of the second
-    moments, and permuting these permutes it. Sets of "dc" and "mtt" that were standardized were so with fixed numbers; where
-    the mean of `x_train` is that of CIFAR or Tiny ImageNet, these take the place of the fitted ones, from which they differ.
+    Its `invert(images)` gives pixels.
+
+    Whitening does not depend on whether channels come first (RFAD, MTT) or last: permuting the
+    pixels permutes the second moments and therefore the whitening matrix. Sets of kind "dc" and
+    "mtt" were standardized with fixed constants, which differ from the fitted ones. These constants
+    are used if the mean of `x_train` matches CIFAR or Tiny ImageNet.
 
     Args:
-      x_train: `(n, height, width, channels)` training pixels, as many as there are.
-      kind: of `kipcore.preprocess.KINDS`, where `preprocess` is None, or in its place.
+      x_train: `(n, height, width, channels)` pixels of all available training images.
+      kind: one of `kipcore.preprocess.KINDS`, to replace `preprocess`; required if that is None.
       pixel_max: stored value of full white: 255 for uint8, 1 for pixels in [0, 1].
 
     Returns:
       `Preprocess`.
 
     Raises:
-      ValueError, TypeError: where neither the file nor `kind` names a recipe, for images of another shape, and as
-        `kipcore.fit_preprocess` does.
+      ValueError, TypeError: if neither the file nor `kind` determines the preprocessing, for images
+        of another shape, and as `kipcore.fit_preprocess`.
     """
     kind = self.preprocess if kind is None else kind
     if kind is None:
@@ -119,27 +128,29 @@ class PublishedSet:
 
 
 def load_published(path, kind: str | None = None, experiment: int = 0) -> PublishedSet:
-  """Reads a distilled set as its authors' code wrote it.
+  """Reads a distilled set in the file format of its authors.
 
   Kinds and their files:
     kip    .npz with `images` NHWC and `labels` (Nguyen et al. 2021).
     rfad   .npz with `images` NCHW, `labels`, `k` and `jit` (Loo et al. 2022).
-    frepo  .npz with `image` NHWC and `label`, or a Flax checkpoint with `x_proto` and `y_proto` (Zhou et al. 2022).
-    rcig   Flax checkpoint, whose moving average is the result (Loo et al. 2023).
-    dc     .pt of DC, DSA or DM: `data`, a list with images NCHW and class numbers of each experiment (Zhao et al. 2021).
-    mtt    images_NAME.pt NCHW, with labels_NAME.pt beside it (Cazenavette et al. 2022).
+    frepo  .npz with `image` NHWC and `label`, or a Flax checkpoint with `x_proto` and `y_proto`
+           (Zhou et al. 2022).
+    rcig   Flax checkpoint; the moving average is the result (Loo et al. 2023).
+    dc     .pt of DC, DSA or DM: `data`, a list with NCHW images and class indices per experiment
+           (Zhao et al. 2021).
+    mtt    images_NAME.pt NCHW, with labels_NAME.pt in the same folder (Cazenavette et al. 2022).
 
   Args:
     path: file name.
-    kind: of `KINDS`; None to go by what is in the file.
-    experiment: which of the experiments of a "dc" file.
+    kind: one of `KINDS`; None to infer it from the content.
+    experiment: index of the experiment in a "dc" file.
 
   Returns:
     `PublishedSet`.
 
   Raises:
-    PublishedError: for a file that is missing, damaged, of another kind or of none that is known; arrays of the wrong shape or
-      dtype, or with NaN or infinity; a class without an image.
+    PublishedError: for a file that is missing, damaged, or of another or unknown kind; for arrays
+      with the wrong shape or dtype, or with NaN or infinity; for a class without an image.
     ValueError: for an unknown `kind`.
   """
   path = pathlib.Path(path)
@@ -147,7 +158,8 @@ def load_published(path, kind: str | None = None, experiment: int = 0) -> Publis
     checks.one_of("kind", kind, KINDS)
   if not path.is_file():
     raise PublishedError(
-      f"{path}: expected a distilled set, found {'a folder' if path.is_dir() else 'no such file'}"
+      f"{path}: expected a distilled set, "
+      f"{'got a folder' if path.is_dir() else 'found no such file'}"
     )
   try:
     form, content = _read(path)
@@ -155,17 +167,18 @@ def load_published(path, kind: str | None = None, experiment: int = 0) -> Publis
       kind = publishers.guess(form, content)
     elif form not in publishers.FORMS[kind]:
       raise PublishedError(
-        f"expected a file of kind {kind} ({' or '.join(publishers.FORMS[kind])}), got a {form} file "
+        f"expected a file of kind {kind} ({' or '.join(publishers.FORMS[kind])}), got a {form} "
+        "file "
         f"{publishers.describe(content)}"
       )
     return _checked(kind, path, publishers.READERS[kind](path, content, experiment))
-  except ValueError as error:  # of the readers as well, some of which name the file themselves
+  except ValueError as error:  # the messages of some readers already contain the path
     text = " ".join(str(error).split())
     raise PublishedError(text if text.startswith(str(path)) else f"{path}: {text}") from error
 
 
 def _read(path):
-  """(".npz", "torch" or "Flax", content of the file)."""
+  """`(form, content)` of a file; the form is ".npz", "torch" or "Flax"."""
   with open(path, "rb") as file:
     start = file.read(len(torch_files.LEGACY))
   if start.startswith(b"PK"):
@@ -177,37 +190,40 @@ def _read(path):
   if start == torch_files.LEGACY:
     return "torch", torch_files.read_torch_file(path)
   if path.stat().st_size > _MAX_FLAX_BYTES:
-    raise PublishedError(f"expected at most {_MAX_FLAX_BYTES} bytes of a Flax checkpoint, got more")
+    raise PublishedError(
+      f"expected a Flax checkpoint of at most {_MAX_FLAX_BYTES} bytes, got a larger file"
+    )
   from flax import serialization
 
   try:
     tree = serialization.msgpack_restore(path.read_bytes())
-  except Exception as error:  # msgpack raises many kinds
+  except Exception as error:  # msgpack raises many exception types
     raise PublishedError(
-      "expected a whole .npz file, file of torch.save or Flax checkpoint, got one that reads as none of them "
+      "expected a complete .npz file, torch.save file or Flax checkpoint, got a file that cannot "
+      "be read as any of them "
       f"({type(error).__name__}: {str(error)[:100]})"
     ) from error
   if not isinstance(tree, dict):
     raise PublishedError(
-      "expected a whole .npz file, file of torch.save or Flax checkpoint, got none of them"
+      "expected a complete .npz file, torch.save file or Flax checkpoint, got another file"
     )
   return "Flax", tree
 
 
 def _holds_arrays(path) -> bool:
-  """Whether an archive is an `.npz` file; else it is one of torch.save, if any."""
+  """Whether a zip archive is an `.npz` file; otherwise it may be a torch.save file."""
   try:
     with zipfile.ZipFile(path) as archive:
       return any(name.endswith(".npy") for name in archive.namelist())
-  except Exception as error:  # what damaged archives raise knows no bounds
+  except Exception as error:  # damaged archives can raise any exception
     raise PublishedError(
-      "expected a whole .npz file or file of torch.save, got one that does not read "
+      "expected a complete .npz or torch.save file, got one that cannot be read "
       f"({type(error).__name__}: {str(error)[:200]})"
     ) from error
 
 
 def _checked(kind, path, stored: publishers.Stored) -> PublishedSet:
-  """The set in our layout, after what holds for all of them was checked."""
+  """The set in the layout of kipcore, after the checks common to all kinds."""
   images, layout = stored.images, stored.layout
   if (
     not isinstance(images, np.ndarray)
@@ -229,7 +245,7 @@ def _checked(kind, path, stored: publishers.Stored) -> PublishedSet:
   if temperature is not None:
     if abs(temperature) > 50:
       raise PublishedError(
-        f"expected a logarithm of a temperature within 50 of 0, got {temperature}"
+        f"expected the logarithm of the temperature in [-50, 50], got {temperature}"
       )
     temperature = math.exp(temperature)
   return PublishedSet(
@@ -248,7 +264,7 @@ def _checked(kind, path, stored: publishers.Stored) -> PublishedSet:
 
 
 def _with_constants(fitted: preprocess.Preprocess, pixel_max: float) -> preprocess.Preprocess:
-  """The standardization with the numbers of `_CONSTANTS`, where the fitted mean is that of a dataset there."""
+  """The standardization with published constants if the fitted mean matches their dataset."""
   spec, arrays = fitted.to_arrays()
   mean = arrays["0_standardize_mean"] / pixel_max
   for of_dataset, used_mean, used_deviation in _CONSTANTS.values():

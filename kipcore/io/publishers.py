@@ -1,6 +1,7 @@
-"""What the code of each publisher of distilled sets writes, and what it leaves unsaid.
+"""File formats of the publishers of distilled sets, and conventions that the files do not record.
 
-A function a publisher, from the content of a file to `Stored`. ValueError means that the content is not what it writes.
+One function per publisher maps the content of a file to `Stored`. It raises ValueError if the
+content does not have the publisher's format.
 """
 
 import math
@@ -12,7 +13,7 @@ import numpy as np
 from kipcore import checks, preprocess
 from kipcore.io import torch_files
 
-# The forms of file that each writes.
+# The file forms of each publisher.
 FORMS = {
   "kip": (".npz",),
   "rfad": (".npz",),
@@ -22,13 +23,15 @@ FORMS = {
   "mtt": ("torch",),
 }
 KINDS = tuple(FORMS)
-_MOST_MIRRORED_PIXELS = (
-  2**21
-)  # in a set of RCIG; its larger ones (from 1,000 images of 64 pixels) were distilled without
+# RCIG distilled its larger sets (from 1,000 images of 64 x 64 pixels) without mirror images.
+_MOST_MIRRORED_PIXELS = 2**21
 
 
 class Stored(NamedTuple):
-  """A set as it is in the file: `layout` is NHWC or NCHW, labels are in our convention; the rest as in `PublishedSet`."""
+  """A set as stored in the file, but with labels in the convention of kipcore.
+
+  `layout` is "NHWC" or "NCHW"; the other fields are those of `PublishedSet`.
+  """
 
   images: Any
   layout: str
@@ -43,7 +46,7 @@ class Stored(NamedTuple):
 
 
 def guess(form, content) -> str:
-  """The kind of an unambiguous file."""
+  """Infers the kind of a file; ValueError if it is ambiguous."""
   names = set(content) if isinstance(content, dict) else set()
   if form == "torch":
     if "data" in names:
@@ -58,7 +61,7 @@ def guess(form, content) -> str:
     return "frepo"
   elif {"images", "labels", "metadata"} <= names:
     raise ValueError(
-      "expected a set of other authors, got an artifact of kipcore: use load_artifact"
+      "expected a set of other authors, got an artifact of kipcore; use load_artifact"
     )
   elif {"images", "labels"} <= names:
     if "k" in names or "jit" in names:
@@ -67,12 +70,13 @@ def guess(form, content) -> str:
     if len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3):
       return "kip"
   raise ValueError(
-    f"expected a set whose kind shows in it, got a {form} file {describe(content)}; say kind, one of {', '.join(KINDS)}"
+    f"expected a set of recognizable kind, got a {form} file {describe(content)}; pass kind, one "
+    f"of {', '.join(KINDS)}"
   )
 
 
 def describe(content) -> str:
-  """What was found, for messages."""
+  """A description of the content for error messages."""
   if isinstance(content, dict):
     return f"with {', '.join(str(name)[:20] for name in list(content)[:8]) or 'nothing'}"
   return (
@@ -89,9 +93,9 @@ def _kip(path, content, _):
   )
   recipe = {True: "zca_kip", False: "standardize", None: None}[whitened]
   note = (
-    f"the file is named {path.name}, as KIP names sets {'with' if whitened else 'without'} ZCA"
+    f"the file name {path.name} is that of a KIP set {'with' if whitened else 'without'} ZCA"
     if recipe
-    else "KIP's files do not say: zca_kip for its sets with ZCA, standardize for those without (zca and nozca in the names of its files)"
+    else "KIP's files do not record it: zca_kip for file names with zca, standardize for nozca"
   )
   labels, labels_note = _centered(_get(content, "labels"))
   return Stored(_get(content, "images"), "NHWC", labels, labels_note, recipe, note)
@@ -102,9 +106,10 @@ def _rfad(path, content, _):
   shape = getattr(images, "shape", ())
   whitened = len(shape) == 4 and shape[1] == 3 and shape[2] <= 32
   note = (
-    "RFAD whitens CIFAR, of which its published sets are; SVHN images it first brought to mean 0 and norm 1"
+    "RFAD whitens CIFAR, the dataset of its published sets; SVHN images are first normalized to "
+    "mean 0 and norm 1"
     if whitened
-    else "RFAD standardizes gray images and faces alone"
+    else "RFAD only standardizes gray images and faces"
   )
   labels, labels_note = _centered(_get(content, "labels"))
   extra = {
@@ -124,18 +129,19 @@ def _rfad(path, content, _):
 
 
 def _channels_last(images) -> int:
-  """Channels of NHWC images; 0 where they are none, which is said later."""
+  """Number of channels of NHWC images; 0 for other arrays, which `load_published` rejects later."""
   return images.shape[3] if getattr(images, "ndim", 0) == 4 else 0
 
 
 def _proto_recipe(images):
-  """Of FRePo and RCIG, who share their code for it."""
+  """The preprocessing of FRePo and RCIG, which share its code, and a note."""
   if _channels_last(images) == 1:
-    return "standardize", "gray images are standardized alone"
+    return "standardize", "gray images are only standardized"
   if _channels_last(images) and images.shape[1] > 64:
     return (
       None,
-      "images of 128 pixels were whitened in interleaved blocks of 64, for which there is no recipe here",
+      "images of 128 pixels were whitened in interleaved blocks of 64, which kipcore "
+      "does not support",
     )
   return "zca", "RGB images of up to 64 pixels are standardized, centered and whitened"
 
@@ -150,15 +156,15 @@ def _frepo(path, content, _):
   if _is_one_hot(scale * labels, centered=True):
     labels, labels_note = (
       scale * labels,
-      f"stored as (one-hot minus 1/c) / sqrt(c / 10), not learned: times {scale:g}",
+      f"stored as (one-hot minus 1/c) / sqrt(c / 10), not learned: multiplied by {scale:g}",
     )
   else:
     labels, labels_note = _centered(labels)
     labels_note += (
-      "; they started divided by sqrt(c / 10), but were learned against targets that were not"
+      "; they were initialized divided by sqrt(c / 10), but learned against undivided targets"
     )
   recipe, note = _proto_recipe(images)
-  # So FRePo evaluates all its RGB sets, also the largest, which it distilled without.
+  # FRePo evaluates all its RGB sets with mirror images, even the largest, distilled without them.
   return Stored(
     images,
     "NHWC",
@@ -187,7 +193,7 @@ def _rcig(path, content, _):
     note,
     mirrored,
     log_temperature=_number("log_temp", _get(result, "log_temp")),
-    source={"step": step, "part": "ema_average, the result; params are the last iterate"},
+    source={"step": step, "part": "ema_average, the result; params is the last iterate"},
   )
 
 
@@ -197,14 +203,14 @@ def _dc(path, content, experiment):
     isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in data
   ):
     raise ValueError(
-      "data: expected a list with a pair of images and labels for each experiment, got something else"
+      "data: expected a list with one pair of images and labels per experiment, got something else"
     )
   if (
     isinstance(experiment, bool)
     or not isinstance(experiment, int)
     or not 0 <= experiment < len(data)
   ):
-    raise ValueError(f"expected an experiment in 0..{len(data) - 1}, got {experiment!r}")
+    raise ValueError(f"experiment: expected an integer in 0..{len(data) - 1}, got {experiment!r}")
   images, labels = data[experiment]
   accuracies = content.get("accs_all_exps")
   if isinstance(accuracies, dict):
@@ -216,8 +222,8 @@ def _dc(path, content, experiment):
       if isinstance(values, list)
     }
   note = (
-    "DC, DSA and DM standardize each channel with fixed numbers; for CIFAR their deviation is 0.8 times that of the pixels, "
-    "which fit_preprocess knows"
+    "DC, DSA and DM standardize each channel with fixed constants, which fit_preprocess uses; for "
+    "CIFAR their deviation is 0.8 times that of the pixels"
   )
   source = {
     "experiment": experiment,
@@ -234,17 +240,17 @@ def _mtt(path, content, _):
     )
   if not path.name.startswith("images_") or path.name.startswith("images_zca_"):
     raise ValueError(
-      "expected a file images_NAME.pt with labels_NAME.pt beside it (images_zca_NAME.pt are pixels, not what networks "
-      f"are trained on), got {path.name}"
+      "expected a file images_NAME.pt with labels_NAME.pt in the same folder (images_zca_NAME.pt "
+      f"contains pixels, not network inputs), got {path.name}"
     )
   beside = path.with_name("labels_" + path.name.removeprefix("images_"))
   if not beside.is_file():
-    raise ValueError(f"expected its labels in {beside.name} beside it, found no such file")
+    raise ValueError(f"expected its labels in {beside.name} in the same folder, found no such file")
   whitened = any(path.parent.glob("images_zca_*.pt"))
   note = (
-    "images_zca_*.pt beside it are written by runs with ZCA"
+    "images_zca_*.pt in the same folder is written only by runs with ZCA"
     if whitened
-    else "MTT's files do not say: zca_absolute for runs with --zca (its CIFAR results), standardize for others"
+    else "MTT's files do not record it: zca_absolute for runs with --zca (CIFAR), else standardize"
   )
   return Stored(
     content,
@@ -261,12 +267,12 @@ READERS = {"kip": _kip, "rfad": _rfad, "frepo": _frepo, "rcig": _rcig, "dc": _dc
 
 def _get(content, name, stored_as=None):
   if not isinstance(content, dict) or content.get(name) is None:
-    raise ValueError(f"expected {stored_as or name} in it, got {describe(content)}")
+    raise ValueError(f"expected a file with {stored_as or name}, got one {describe(content)}")
   return content[name]
 
 
 def floats(what, x) -> np.ndarray:
-  """Finite float32 from any floats."""
+  """Converts any floating-point array to finite float32."""
   if not isinstance(x, np.ndarray) or not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"{what}: expected floats, got {getattr(x, 'dtype', type(x).__name__)}")
   with np.errstate(over="ignore"):
@@ -296,7 +302,7 @@ def _is_one_hot(labels, centered: bool) -> bool:
 
 
 def _centered(labels):
-  """(labels that are one-hot minus 1/c or were learned against such, what was done to them)."""
+  """`(labels, note)`: one-hot minus 1/c or learned against such targets, and the conversion."""
   labels = _soft_labels(labels)
   if _is_one_hot(labels, centered=False):
     return labels - np.float32(1 / labels.shape[1]), "stored as one-hot: 1/c was subtracted"
@@ -306,7 +312,7 @@ def _centered(labels):
 
 
 def _hard_labels(labels):
-  """(one-hot minus 1/c of class numbers, that it was done)."""
+  """`(labels, note)`: one-hot minus 1/c of class indices, and the conversion."""
   if (
     not isinstance(labels, np.ndarray)
     or labels.ndim != 1
@@ -314,7 +320,7 @@ def _hard_labels(labels):
     or not labels.size
   ):
     raise ValueError(
-      f"labels: expected class numbers (m,), got {getattr(labels, 'dtype', '')} {describe(labels)}"
+      f"labels: expected class indices (m,), got {getattr(labels, 'dtype', '')} {describe(labels)}"
     )
   classes = np.unique(labels)
   if not np.array_equal(classes, np.arange(len(classes))) or len(classes) < 2:
@@ -323,4 +329,4 @@ def _hard_labels(labels):
     )
   return np.asarray(
     preprocess.one_hot_centered(labels, len(classes))
-  ), "stored as class numbers: turned into one-hot minus 1/c"
+  ), "stored as class indices: converted to one-hot minus 1/c"

@@ -1,8 +1,9 @@
-"""Files of `torch.save` read without torch, and without running anything that they ask for.
+"""Reader for `torch.save` files that needs no torch and runs no code from the file.
 
-Such a file is a zip archive: a pickle, which lays out containers and tensors, and one member of raw numbers for each
-storage. A pickle may name any function of Python to be called. Here it gets inert stand-ins for the few names that
-tensors, storages, ordered dicts and NumPy values need; any other name ends the reading before it is looked up.
+Such a file is a zip archive of a pickle, which describes containers and tensors, and one member
+with the raw numbers of each storage. A pickle can call any Python function. This reader resolves
+only the few names that tensors, storages, ordered dicts and NumPy values need, to inert stand-ins.
+It rejects the file at any other name, before looking it up.
 """
 
 import collections
@@ -20,9 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_MAX_PICKLE_BYTES = 2**26  # of the layout alone, which has no numbers in it
-_MAX_DEPTH = 100  # containers in containers
-LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the number that older files start with
+_MAX_PICKLE_BYTES = 2**26  # only of the layout, which contains no tensor data
+_MAX_DEPTH = 100  # of nested containers
+# The magic number of files from before torch 1.6.
+LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 _DTYPES = {
   "Float": "f4",
   "Double": "f8",
@@ -40,11 +42,11 @@ _DTYPES = {
 
 
 class _Refused(ValueError):
-  """What the file asks for, or claims, that is not read; the text says it all."""
+  """Content that is not supported; the message is complete except for the path."""
 
 
 class _Stand(NamedTuple):
-  """What a name in the pickle stands for: it can be called, and neither it nor what it calls can be changed."""
+  """The immutable callable that replaces a name in the pickle."""
 
   build: Callable
 
@@ -57,7 +59,7 @@ class _StorageType(NamedTuple):
 
 
 class _Dtype:
-  """The stand-in of a pickled `numpy.dtype`: plain numbers only."""
+  """The stand-in for a pickled `numpy.dtype`; supports only plain numbers."""
 
   def __init__(self, code, *_):
     self.code, self.order = str(code), "="
@@ -73,7 +75,7 @@ class _Dtype:
 
 
 class _Array:
-  """The stand-in of a pickled `numpy.ndarray`, whose content comes after it."""
+  """The stand-in for a pickled `numpy.ndarray`, whose content is set later."""
 
   def __init__(self, *_):
     self.value = None
@@ -91,14 +93,17 @@ def _scalar(dtype, content):
 
 
 def _encode(text, encoding):
-  """How bytes are written in a pickle of protocol 2."""
+  """Decodes the representation of bytes in pickle protocol 2."""
   if encoding != "latin1":
-    raise _Refused(f"expected bytes written as latin1, got {encoding!r:.40}")
+    raise _Refused(f"expected bytes encoded as latin1, got {encoding!r:.40}")
   return text.encode("latin1")
 
 
 def _tensor(storage, offset, size, stride, *_):
-  """A view of a storage, `offset` and `stride` in numbers, not bytes; never outside it and never larger than it."""
+  """A view of a storage, never outside it or larger than it.
+
+  `offset` and `stride` count numbers, not bytes.
+  """
   if (
     not isinstance(storage, np.ndarray)
     or storage.ndim != 1
@@ -106,12 +111,14 @@ def _tensor(storage, offset, size, stride, *_):
     or not all(type(i) is int and i >= 0 for i in (offset, *size, *stride))
   ):
     raise _Refused(
-      f"expected a tensor with a storage, offset, size and stride, got {(offset, size, stride)!r:.100}"
+      "expected a tensor with a storage, offset, size and stride, got "
+      f"{(offset, size, stride)!r:.100}"
     )
   numbers, last = math.prod(size), offset + sum((n - 1) * s for n, s in zip(size, stride))
   if numbers > len(storage) or numbers and last >= len(storage):
     raise _Refused(
-      f"expected tensors within their storage (saved as x.contiguous()), got size {tuple(size)}, stride {tuple(stride)} "
+      f"expected tensors within their storage (saved as x.contiguous()), got size {tuple(size)}, "
+      f"stride {tuple(stride)} "
       f"and offset {offset} in {len(storage)} numbers"
     )
   if not numbers:
@@ -139,24 +146,23 @@ _STANDS = {
 
 
 class _Unpickler(pickle.Unpickler):
-  """Of the layout; `read_storage(key, dtype, size)` gives a flat array."""
+  """Unpickler of the layout; `read_storage(key, dtype, size)` returns a flat array."""
 
   def __init__(self, file, read_storage):
     super().__init__(file)
     self._read_storage = read_storage
 
   def find_class(self, module, name):
-    """The stand-in of a name; nothing is imported."""
+    """The stand-in for a name; imports nothing."""
     if (module, name) not in _STANDS:
       raise _Refused(
-        f"expected tensors, numbers and containers of them, got a file that asks for {module}.{name}, which is not run".replace(
-          "\n", " "
-        )[:300]
+        "expected tensors, numbers and containers of them, got a file that asks for "
+        f"{module}.{name}, which is not run".replace("\n", " ")[:300]
       )
     return _STANDS[module, name]
 
   def persistent_load(self, pid):
-    """A storage."""
+    """The array of a storage."""
     kind, storage_type, key, _, size = pid
     if (
       kind != "storage"
@@ -169,11 +175,12 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torch_file(path) -> Any:
-  """Reads a `.pt` or `.pth` file of `torch.save` (zip format, torch 1.6 or newer) with NumPy alone.
+  """Reads a `.pt` or `.pth` file of `torch.save` (zip format, torch 1.6 or newer) using only NumPy.
 
-  Nothing in the file is run. Dicts, lists, tuples, numbers and strings come as they are; tensors, parameters and
-  storages as NumPy arrays, views of their storage (read-only, and sharing memory where the tensors did), so that transposed and
-  strided ones have the right entries; bfloat16 in `ml_dtypes.bfloat16`; NumPy numbers and arrays as themselves.
+  Runs no code from the file. Dicts, lists, tuples, numbers, strings, and NumPy numbers and arrays
+  are returned unchanged. Tensors, parameters and storages become read-only NumPy views of their
+  storage, with the same strides and shared memory. The dtype of bfloat16 tensors is
+  `ml_dtypes.bfloat16`.
 
   Args:
     path: file name.
@@ -182,28 +189,31 @@ def read_torch_file(path) -> Any:
     Nested containers with NumPy arrays.
 
   Raises:
-    ValueError: for a file that is missing, damaged, in torch's older format, or compressed; that asks for any function or class
-      but those of tensors, storages, ordered dicts and NumPy numbers; or whose tensors exceed their storage, or storages the file.
+    ValueError: for a file that is missing, damaged, compressed, or in the format from before torch
+      1.6; a file that asks for functions or classes other than those of tensors, storages, ordered
+      dicts and NumPy values; or tensors that exceed their storage, or storages that exceed the
+      file.
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise ValueError(f"{path}: expected a file of torch.save, found no such file")
+    raise ValueError(f"{path}: expected a torch.save file, found no such file")
   try:
     with open(path, "rb") as file:
       if file.read(len(LEGACY)) == LEGACY:
         raise _Refused(
-          "expected the zip format of torch.save, got the one of before torch 1.6; if you trust the file, convert it "
-          "where torch is: torch.save(torch.load(OLD, map_location='cpu', weights_only=False), NEW)"
+          "expected the zip format of torch.save, got the format from before torch 1.6; if "
+          "you trust the file, convert it with torch: "
+          "torch.save(torch.load(OLD, map_location='cpu', weights_only=False), NEW)"
         )
     with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # about odd text in the pickle
+      warnings.simplefilter("ignore")  # about invalid text in the pickle
       return _read(archive, os.path.getsize(path))
   except _Refused as error:
     raise ValueError(f"{path}: {error}") from error
-  except Exception as error:  # what damaged pickles and archives raise knows no bounds
+  except Exception as error:  # damaged pickles and archives can raise any exception
     what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     raise ValueError(
-      f"{path}: expected a whole file of torch.save, got one that does not read ({what})"
+      f"{path}: expected a complete torch.save file, got one that cannot be read ({what})"
     ) from error
 
 
@@ -213,13 +223,14 @@ def _read(archive, file_size: int):
   layouts = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
   if len(layouts) != 1:
     raise _Refused(
-      f"expected one data.pkl, as torch.save writes, got {', '.join(list(members)[:5]) or 'an empty archive'}"
+      "expected one data.pkl, as torch.save writes, got "
+      f"{', '.join(list(members)[:5]) or 'an empty archive'}"
     )
   if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
     raise _Refused("expected members that are not compressed, as torch.save writes them")
-  # So no two members share bytes, and all of them together fit into memory where the file does.
+  # Then no two members share bytes, and all members fit into memory if the file does.
   if sum(info.file_size for info in members.values()) > file_size:
-    raise _Refused(f"expected members that fit into {file_size} bytes, got ones that claim more")
+    raise _Refused(f"expected members that fit into {file_size} bytes, got larger ones")
   layout, root = layouts[0], layouts[0].removesuffix("data.pkl")
   if members[layout].file_size > _MAX_PICKLE_BYTES:
     raise _Refused(
@@ -244,17 +255,17 @@ def _read(archive, file_size: int):
     return storages[key, dtype]
 
   content = archive.read(members[layout])
-  # A large index would make the unpickler reserve as much memory, whatever the length of the file.
+  # The unpickler reserves memory for the largest memo index, regardless of the file size.
   if any(
     op.name.endswith("PUT") and (arg or 0) > len(content)
     for op, arg, _ in pickletools.genops(content)
   ):
-    raise _Refused("expected indices of memory that the layout can use, got larger ones")
+    raise _Refused("expected memo indices within the length of the layout, got larger ones")
   return _resolve(_Unpickler(io.BytesIO(content), read_storage).load(), {}, 0)
 
 
 def _numbers(content: bytes, dtype: str, order: str) -> np.ndarray:
-  """The flat array of a storage, in the byte order of this machine, read-only."""
+  """The read-only flat array of a storage, in native byte order."""
   if dtype == "bfloat16":
     import ml_dtypes
 
@@ -271,22 +282,24 @@ def _numbers(content: bytes, dtype: str, order: str) -> np.ndarray:
 
 
 def _resolve(value, done: dict, depth: int):
-  """The value with NumPy arrays in the place of their stand-ins; ValueError for what contains itself."""
+  """The value with stand-ins replaced by NumPy arrays; ValueError for recursive containers."""
   if depth > _MAX_DEPTH:
     raise _Refused(
-      f"expected at most {_MAX_DEPTH} containers in containers, got more, or one that contains itself"
+      f"expected at most {_MAX_DEPTH} levels of nested containers, got more or a recursive "
+      "container"
     )
   if isinstance(value, _Array):
     if value.value is None:
-      raise _Refused("expected NumPy arrays with a content, got one without")
+      raise _Refused("expected NumPy arrays with content, got one without")
     return value.value
   if isinstance(value, (_Dtype, _Stand, _StorageType)):
     raise _Refused(
-      f"expected tensors, numbers and containers of them, got a {type(value).__name__.strip('_').lower()}"
+      "expected tensors, numbers and containers of them, got a "
+      f"{type(value).__name__.strip('_').lower()}"
     )
   if not isinstance(value, (dict, list, tuple)):
     return value
-  if id(value) not in done:  # shared parts once, however often they are shared
+  if id(value) not in done:  # resolve shared parts only once
     new: dict | list | tuple
     if isinstance(value, dict):
       new = type(value)((key, _resolve(item, done, depth + 1)) for key, item in value.items())

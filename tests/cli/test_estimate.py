@@ -75,7 +75,7 @@ def test_a_selection_prints_an_estimate_before_it_starts(tmp_path, capsys, monke
   assert found and float(found[1]) > float(found[2]) == pytest.approx(rows**2 * 1e-4 / 60, rel=0.2)
 
 
-def test_work_adds_up():
+def test_work_is_additive():
   work = estimate.of_scores(1000, 10)
   assert work.pairs == 1000**2, "few rows are scored exactly"
   assert (work + estimate.Work(5.0, 7.0)).seconds(1.0, 1.0) == pytest.approx(

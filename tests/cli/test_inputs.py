@@ -1,4 +1,4 @@
-"""Robustness: dirty data, hostile files and full disks at each entry point, and a part of the fuzzing."""
+"""Robustness: invalid data, malicious files and full disks at each entry point; some fuzzing."""
 
 import io
 import json
@@ -98,12 +98,15 @@ ENTRIES = {
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_dirty_rows_work_or_are_refused(entry):
-  """If rows are accepted, the result is finite. (Entry points that compile slowly have tests of clean rows elsewhere.)"""
+  """If rows are accepted, the result is finite.
+
+  Entry points that compile slowly have tests of valid rows elsewhere.
+  """
   for name, (x, y, pattern) in CASES.items():
     if pattern is None and entry in ("evaluate_network", "distill"):
       continue
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # that scores are flat
+      warnings.simplefilter("ignore")  # about flat scores
       if pattern is None:
         assert all(np.isfinite(np.asarray(part)).all() for part in ENTRIES[entry](x, y)), name
         continue
@@ -279,7 +282,7 @@ def header(descr="'|u1'", shape="(9,)"):
 def archive(members, compression=zipfile.ZIP_DEFLATED):
   out = io.BytesIO()
   with warnings.catch_warnings(), zipfile.ZipFile(out, "w", compression) as file:
-    warnings.simplefilter("ignore")  # that a name is there twice
+    warnings.simplefilter("ignore")  # about a duplicate name
     for name, content in members:
       file.writestr(name, content)
   return out.getvalue()
@@ -621,5 +624,5 @@ def test_the_fuzzer_finds_planted_bugs(tmp_path):
   assert found["refused"] and len(found["defects"]) == 4
   assert all(
     any(text in name for name in found["defects"])
-    for text in ("KeyError", "silent NaN", "unclear message", "no end after")
+    for text in ("KeyError", "silent NaN", "unclear message", "no result after")
   )

@@ -23,7 +23,7 @@ QUICK = dict(steps=30, num_devices=1)
 
 
 def write_npz(path, classes=43, shape=(6, 6, 3), train=400, test=80, seed=0, **changes):
-  """Unbalanced color images: class k has a mean color of its own and a share that falls with k."""
+  """Unbalanced color images: class k has its own mean color, and its share decreases in k."""
   rng = np.random.default_rng(seed)
   share = 1.0 / (1 + np.arange(classes))
   means = rng.uniform(40, 215, (classes, 1, 1, shape[-1]))
@@ -141,7 +141,7 @@ def test_networks_are_evaluated_on_the_artifact(run):
   assert len(result["network_test_accuracy"]) == 2 and result["network_test_accuracy_mean"] > 0.3
 
 
-def test_same_seed_same_bytes_and_float64_artifact(tmp_path, x64):
+def test_equal_seeds_give_equal_bytes_and_float64_artifacts(tmp_path, x64):
   config = DistillConfig(x64=True, steps=5, num_devices=8, loss="cross_entropy", preprocess="zca")
   runs = [pipeline.run_distill(config, str(tmp_path / name), verbose=False) for name in "ab"]
   a, b = (kipcore.load_artifact(folder / "distilled.npz") for folder, _ in runs)
@@ -175,7 +175,7 @@ def test_unbalanced_color_images_of_43_classes_from_a_file(tmp_path):
     ),
   ],
 )
-def test_choices_run(changes, tmp_path):
+def test_all_choices_run(changes, tmp_path):
   config = DistillConfig(**{**QUICK, **changes})
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=False)
   assert 0 <= result["test_accuracy"] <= 1 and np.isfinite(result["init_test_accuracy"])

@@ -65,7 +65,7 @@ def test_blocks_do_not_change_the_loss(dtype):
 
 def test_block_rows(monkeypatch):
   assert planner.block_rows(1000, 10, 4) == 0 and planner.free_bytes() > 1e8
-  for free in (0.0, 1e6):  # of which the result must not depend
+  for free in (0.0, 1e6):  # the result must not depend on this
     monkeypatch.setattr(planner, "free_bytes", lambda free=free: free)
     assert planner.block_rows(1000, 10, 4) == 0
   monkeypatch.setattr(planner, "BLOCK_BYTES", 0.25e6)
@@ -186,7 +186,7 @@ def test_rare_classes_keep_a_row_and_validation_is_cut_from_the_subset():
 
 
 def test_only_the_subset_is_in_memory(tmp_path, monkeypatch):
-  """With more training rows than the reader believes to fit into memory."""
+  """With more training rows than the reader expects to fit into memory."""
   np.savez_compressed(tmp_path / "a.npz", **arrays(np.random.default_rng(0), 6000))
   monkeypatch.setattr(npz, "_memory", lambda: 50_000)
   with pytest.raises(

@@ -17,7 +17,7 @@ from kipcore.types import Support
 
 
 def problem():
-  """203 rows of three classes, which no number of devices divides."""
+  """203 rows of three classes, which is divisible by none of the device counts."""
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 3, 203)
   x = (1.5 * np.eye(3, 6)[labels] + 0.5 * rng.normal(size=(203, 6))).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Interrupted distillations: stopped, killed, with another run in their folder, a full disk or changed data."""
+"""Interrupted runs: stopped, killed, with concurrent runs, a full disk or changed data."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ RESUME = dataclasses.replace(EVERY, resume=True)
 
 @contextlib.contextmanager
 def stopped_after(calls: int):
-  """A run is stopped after that many calls to the devices."""
+  """Stops a run after the given number of device calls."""
   left = [calls]
 
   class Signals(resume.StopSignals):
@@ -219,7 +219,7 @@ def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path):
   assert time.monotonic() - started < 60
 
 
-def test_a_clock_that_runs_backwards_changes_nothing(tmp_path, whole, monkeypatch):
+def test_backward_clock_has_no_effect(tmp_path, whole, monkeypatch):
   now = [1e9]
 
   def back():
@@ -312,7 +312,7 @@ def test_a_killed_command_resumes_with_identical_results(tmp_path, number, statu
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_and_all_resume(tmp_path):
+def test_killed_process_stops_the_others_and_all_resume(tmp_path):
   """Of two processes on loopback one is killed: the other ends with status 4, and both resume."""
   flags = [
     "--steps=150",

@@ -1,4 +1,4 @@
-"""Settings: flags, help and validation come from the fields of the configs; every numeric flag at extreme values."""
+"""Settings: flags, help and validation from config fields; numeric flags at extreme values."""
 
 import dataclasses
 import math
@@ -94,13 +94,13 @@ def test_values_of_another_type_are_refused():
   ):
     ((name, value),) = wrong.items()
     config = configs.DistillConfig()
-    object.__setattr__(config, name, value)  # as a file of JSON could have it
+    object.__setattr__(config, name, value)  # as a JSON file could contain it
     with pytest.raises(UsageError, match=f"^--{name}: expected"):
       configs.validate(config)
 
 
 def test_a_setting_is_defined_once():
-  """A field with `setting` is a flag with its default, stands in the help, and reaches the config."""
+  """A field with `setting` is a flag with its default, is in the help, and reaches the config."""
 
   @dataclasses.dataclass(frozen=True)
   class Config:

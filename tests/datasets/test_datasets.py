@@ -1,4 +1,4 @@
-"""Data files and TFDS: checks, splits, hashes; every fault is one line, and nothing is unpickled."""
+"""Data files and TFDS: checks, splits, hashes, one-line errors, and no unpickling."""
 
 import gzip
 import hashlib
@@ -34,7 +34,7 @@ def save(path, **arrays):
 
 
 def fault(name, pattern, **options):
-  """The DatasetError comes, with this message, on one line."""
+  """Checks that a DatasetError with this message on one line is raised."""
   with pytest.raises(DatasetError, match=pattern) as caught:
     load_dataset(name, **options)
   assert "\n" not in str(caught.value)
@@ -45,7 +45,7 @@ def row_hashes(x, y):
 
 
 @pytest.mark.parametrize("fraction, seed", [(0.1, 0), (0.1, 7), (0.5, 0), (0, 0), (0.999, 1)])
-def test_unbalanced_color_file_is_split_by_class_and_loses_nothing(tmp_path, fraction, seed):
+def test_unbalanced_color_file_is_split_by_class_without_losing_rows(tmp_path, fraction, seed):
   rng = np.random.default_rng(1)
   counts = np.concatenate([[1, 2, 300], rng.integers(1, 60, 40)])  # 43 classes
   y = rng.permutation(np.repeat(np.arange(43), counts)).astype(np.uint8)
@@ -58,7 +58,7 @@ def test_unbalanced_color_file_is_split_by_class_and_loses_nothing(tmp_path, fra
   assert np.array_equal(data.x_test, given["x_test"]) and np.array_equal(
     data.y_test, given["y_test"]
   )
-  # Disjoint, complete, and each part in its first order.
+  # Disjoint, complete, and each part in its original order.
   before = row_hashes(given["x_train"], y)
   train, held = (
     row_hashes(data.x_train, data.y_train),
@@ -75,14 +75,14 @@ def test_unbalanced_color_file_is_split_by_class_and_loses_nothing(tmp_path, fra
     assert data.x_validation.shape == (round(fraction * len(y)), 4, 4, 3)
 
 
-def test_the_seed_moves_the_validation_split_only(tmp_path):
+def test_seed_changes_only_the_validation_split(tmp_path):
   path = save(tmp_path / "a.npz", **arrays_of())
   one, same, other = (load_dataset(path, seed=s) for s in (1, 1, np.int64(2)))
   assert one.hashes == same.hashes and np.array_equal(one.x_validation, same.x_validation)
   assert {k for k in one.hashes if one.hashes[k] != other.hashes[k]} == {"train", "validation"}
 
 
-def test_hashes_see_bytes_shape_dtype_and_labels_but_not_the_storage(tmp_path):
+def test_hashes_depend_on_content_shape_dtype_and_labels_but_not_storage(tmp_path):
   given = arrays_of()
   x, y = given["x_test"], given["y_test"]
 
@@ -239,20 +239,20 @@ def replaced(key, make):
     ),
   ],
 )
-def test_faults_of_content_name_what_came(tmp_path, change, pattern):
+def test_content_errors_name_the_actual_value(tmp_path, change, pattern):
   given = arrays_of()
   change(given)
   fault(save(tmp_path / "bad.npz", **given), "bad.npz: .*" + pattern)
 
 
 class Trap(str):
-  """Unpickling it would make a folder."""
+  """Unpickling it would create a folder."""
 
   def __reduce__(self):
     return os.mkdir, (str(self),)
 
 
-def test_pickles_are_refused_unread(tmp_path):
+def test_pickles_are_rejected_without_unpickling(tmp_path):
   trap = Trap(tmp_path / "sprung")
   for labels in (
     np.array([trap] * 60, object),
@@ -265,7 +265,7 @@ def test_pickles_are_refused_unread(tmp_path):
   assert not (tmp_path / "sprung").exists()
 
 
-def test_faults_of_the_file(tmp_path):
+def test_invalid_files(tmp_path):
   good = save(tmp_path / "good.npz", **arrays_of())
   content = (tmp_path / "good.npz").read_bytes()
   (tmp_path / "dir.npz").mkdir()
@@ -294,7 +294,7 @@ def test_faults_of_the_file(tmp_path):
   }
   np.savez_compressed(
     tmp_path / "packed.npz", **arrays_of() | blank
-  )  # as small as deflate can make them
+  )  # compressed as much as deflate allows
   assert load_dataset(str(tmp_path / "packed.npz")).x_test.shape == (20, 64, 64, 3)
 
 
@@ -314,7 +314,7 @@ def test_faults_of_the_file(tmp_path):
     ("{'descr': __import__('os'), 'shape': (1,)}", "readable .npz file .* ValueError"),
   ],
 )
-def test_headers_are_compared_with_the_file_before_memory_is_taken(tmp_path, header, pattern):
+def test_headers_are_checked_against_the_file_before_allocation(tmp_path, header, pattern):
   path = tmp_path / "a.npz"
   save(path, **{k: v for k, v in arrays_of().items() if k != "x_train"})
   with zipfile.ZipFile(path, "a") as archive:
@@ -323,7 +323,7 @@ def test_headers_are_compared_with_the_file_before_memory_is_taken(tmp_path, hea
   fault(str(path), pattern)
 
 
-def test_damaged_files_never_escape_as_another_error(tmp_path):
+def test_damaged_files_always_raise_the_documented_error(tmp_path):
   rng, path, seen = np.random.default_rng(5), tmp_path / "a.npz", set()
   np.savez_compressed(path, **arrays_of(8, 4, 2, (2, 2)))
   content = path.read_bytes()
@@ -340,7 +340,7 @@ def test_damaged_files_never_escape_as_another_error(tmp_path):
   assert seen == {2, "refused"}
 
 
-def test_digits_are_stratified_with_a_test_split_apart_from_the_seed():
+def test_digits_are_stratified_and_test_split_ignores_seed():
   one, two = load_dataset("digits"), load_dataset("digits", seed=3)
   assert one.x_train.shape[1:] == (8, 8, 1) and one.x_train.dtype == np.float32
   assert (
@@ -365,10 +365,11 @@ def test_bad_options_are_refused():
         load_dataset("digits", **{name: value})
 
 
-def test_importing_the_room_and_reading_files_leave_tensorflow_alone(tmp_path):
+def test_import_and_file_reading_do_not_import_tensorflow(tmp_path):
   path = save(tmp_path / "a.npz", **arrays_of())
   code = (
-    "import sys; from kipcore.datasets import load_dataset as load; load(sys.argv[1]); load('digits');"
+    "import sys; from kipcore.datasets import load_dataset as load; load(sys.argv[1]); "
+    "load('digits');"
     "sys.exit(any(m.startswith('tensorflow') for m in sys.modules))"
   )
   assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == 0
@@ -402,7 +403,7 @@ def prepare_tiny(folder, name="tiny_shapes", splits=("train", "test"), label=Non
   return written
 
 
-def test_a_prepared_tfds_folder_is_read_exactly_and_in_silence(tmp_path, capfd):
+def test_prepared_tfds_folder_is_read_exactly_and_silently(tmp_path, capfd):
   written = prepare_tiny(tmp_path)
   capfd.readouterr()
   data = load_dataset("tiny_shapes", data_dir=tmp_path, validation_fraction=0)
@@ -430,7 +431,7 @@ def test_tfds_without_a_labeled_test_split(tmp_path, splits, note, size):
   assert note in data.note and bool(note) == bool(data.note) and len(data.y_test) == size
 
 
-def test_faults_of_tfds_names(tmp_path, monkeypatch):
+def test_invalid_tfds_names(tmp_path, monkeypatch):
   tfds = pytest.importorskip("tensorflow_datasets")
   fault(
     "mnist", "mnist: expected data_dir to be an existing directory", data_dir=tmp_path / "absent"
@@ -457,7 +458,7 @@ def test_faults_of_tfds_names(tmp_path, monkeypatch):
   fault("tiny_odd", "expected a split called train, got fold1", data_dir=tmp_path)
   monkeypatch.setattr(
     socket, "getaddrinfo", lambda *_: open(tmp_path / "no network")
-  )  # an OSError, as there
+  )  # an OSError, as in TFDS
   monkeypatch.setattr(urllib.request, "getproxies", dict)
   fault(
     "kmnist",
@@ -467,12 +468,10 @@ def test_faults_of_tfds_names(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_real_mnist_through_tfds_is_the_real_mnist(tmp_path):
+def test_mnist_through_tfds_equals_the_original_files(tmp_path):
   script = needs(SHARED_DATA / "prepare_tfds.py")
   pytest.importorskip("tensorflow_datasets")
-  folder = os.environ.get(
-    "TFDS_DATA_DIR", ""
-  )  # where it is prepared already, half a minute is saved
+  folder = os.environ.get("TFDS_DATA_DIR", "")  # a prepared dataset saves half a minute
   if not os.path.isdir(os.path.join(folder, "mnist")):
     folder = str(tmp_path)
     subprocess.run(

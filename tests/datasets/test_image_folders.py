@@ -20,7 +20,7 @@ def write(folder, counts, size=(5, 4), mode="RGB", suffix=".png"):
   return folder
 
 
-def test_every_fifth_image_of_a_class_is_for_testing(tmp_path):
+def test_every_fifth_image_per_class_is_in_the_test_split(tmp_path):
   write(tmp_path / "pets", {"dog": 12, "cat": 5, ".cache": 3})
   (tmp_path / "pets" / "LICENSE").write_text("")
   (tmp_path / "pets" / "cat" / "notes.txt").write_text("")
@@ -41,7 +41,7 @@ def test_every_fifth_image_of_a_class_is_for_testing(tmp_path):
 
 
 @pytest.mark.parametrize("test", ["test", "val"])
-def test_two_splits_and_grey_images(tmp_path, test):
+def test_two_splits_and_gray_images(tmp_path, test):
   write(tmp_path / "train", {"a": 3, "b": 2}, mode="L")
   write(tmp_path / test, {"b": 1}, mode="1")
   data = load_dataset(f"{tmp_path}/", validation_fraction=0)
@@ -52,7 +52,7 @@ def test_two_splits_and_grey_images(tmp_path, test):
   )
 
 
-def test_jpeg_grey_and_transparent_images_become_color_and_that_is_said(tmp_path):
+def test_jpeg_gray_and_transparent_images_become_color_with_a_note(tmp_path):
   write(tmp_path / "a", {"x": 5, "y": 5}, suffix=".JPEG")
   for mode, name in (("L", "gray"), ("RGBA", "clear"), ("P", "palette")):
     Image.new(mode, (5, 4)).save(tmp_path / "a" / "x" / f"{name}.png")
@@ -68,7 +68,7 @@ PATTERN = np.random.default_rng(5).integers(0, 256, (4, 5, 3), np.uint8)
 
 
 def folder_with(tmp_path, *names, **save):
-  """Five plain images per class, and PATTERN under `names` in class x; returns its pixels as they are read."""
+  """Writes five uniform images per class and PATTERN as `names` in class x; returns its pixels."""
   write(tmp_path / "a", {"x": 5, "y": 5})
   for name in names:
     Image.fromarray(PATTERN).save(tmp_path / "a" / "x" / name, **save)
@@ -76,7 +76,7 @@ def folder_with(tmp_path, *names, **save):
 
 
 def last_of_x(folder, number=1):
-  """The last rows of class x, and the note; names after 004.png, so that row 5 and later are for training."""
+  """The last rows of class x and the note; names after 004.png put row 5 and later in training."""
   data = load_dataset(str(folder), validation_fraction=0)
   return data.x_train[data.y_train == 0][-number:], data.note
 
@@ -142,7 +142,7 @@ def test_every_format_is_read_as_pillow_reads_it(tmp_path, name, options):
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "tif", "png"])
-def test_the_first_frame_of_several_is_read(tmp_path, suffix):
+def test_only_the_first_frame_is_read(tmp_path, suffix):
   folder = write(tmp_path / "a", {"x": 5, "y": 5})
   frames = [Image.new("RGB", (5, 4), color) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
   lossless = {"lossless": True} if suffix == "webp" else {}
@@ -153,7 +153,7 @@ def test_the_first_frame_of_several_is_read(tmp_path, suffix):
   ).all() and f"first frame was read of 1 images such as z.{suffix}" in note
 
 
-def test_palette_alpha_and_cmyk_follow_their_rules(tmp_path, recwarn):
+def test_palette_alpha_and_cmyk_conversion(tmp_path, recwarn):
   folder = write(tmp_path / "a", {"x": 5, "y": 5})
   image = Image.fromarray(PATTERN)
   palette = image.quantize(8)
@@ -223,7 +223,7 @@ def test_everything_skipped_is_counted(tmp_path):
     assert kind in note
 
 
-def test_folders_beside_the_splits_are_counted(tmp_path):
+def test_folders_next_to_the_splits_are_counted(tmp_path):
   for split in ("train", "test", "val"):
     write(tmp_path / split, {"x": 2, "y": 2})
   note = load_dataset(f"{tmp_path}/", validation_fraction=0).note
@@ -264,7 +264,7 @@ def cut_short() -> bytes:
     ),
   ],
 )
-def test_folders_that_cannot_be_used_are_named(tmp_path, spoil, message):
+def test_unusable_folders_are_named(tmp_path, spoil, message):
   folder = write(tmp_path / "pets", {"cat": 6, "dog": 6})
   spoil(folder)
   with pytest.raises(DatasetError, match=message) as caught:
@@ -281,7 +281,7 @@ def test_test_classes_must_be_known(tmp_path):
     load_dataset(f"{tmp_path}/absent/")
 
 
-def test_what_tfds_prepared_is_no_folder_of_images(tmp_path, monkeypatch):
+def test_prepared_tfds_folder_is_not_an_image_folder(tmp_path, monkeypatch):
   from kipcore.datasets import image_folders
 
   (tmp_path / "mnist" / "3.0.1").mkdir(parents=True)

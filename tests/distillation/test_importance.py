@@ -1,4 +1,4 @@
-"""Samplers by loss: exact laws and weights, scores kept up to date, and the loop that uses them."""
+"""Importance samplers: exact distributions and weights, score updates, and the loop."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ CAPACITY = 97  # 91 rows and some padding
 
 
 def scored(sampler, uniform_mix, size, seed=0, share=0.7):
-  """A state in which some rows have heavy-tailed scores and the others are unknown, with a law for batches of a size."""
+  """A state with heavy-tailed scores, some unknown, and a distribution for batches of a size."""
   rng = np.random.default_rng(seed)
   scores = rng.pareto(1.2, CAPACITY).astype(np.float32)
   known = (rng.random(CAPACITY) < share) & (np.arange(CAPACITY) < 91)
@@ -31,7 +31,7 @@ def scored(sampler, uniform_mix, size, seed=0, share=0.7):
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_full_weights_are_unbiased_whatever_the_scores(balanced):
+def test_full_weights_are_unbiased_for_all_scores(balanced):
   sampler = importance.importance(
     uniform_mix=0.3, weight_exponent=1.0, least_gain=1.0, balanced=balanced
   )
@@ -63,7 +63,7 @@ def test_full_weights_are_unbiased_whatever_the_scores(balanced):
   )
 
 
-def test_the_law_is_the_documented_one(x64):
+def test_distribution_matches_its_documentation(x64):
   sampler = importance.importance(uniform_mix=0.25)
   state = scored(sampler, 0.25, 12)
   law = importance.sampling_distribution(state, 0.25)
@@ -87,7 +87,7 @@ def test_the_law_is_the_documented_one(x64):
   assert not pi[91:].any() and (pi == 1).sum() > 0
 
 
-def test_a_law_serves_until_a_quarter_of_the_rows_has_been_scored():
+def test_distribution_is_rebuilt_after_a_quarter_of_the_rows_is_scored():
   sampler = importance.importance("squared_error", uniform_mix=0.2, least_gain=1.0)
   labels, predictions = (
     jnp.zeros((10, 4)),
@@ -98,9 +98,9 @@ def test_a_law_serves_until_a_quarter_of_the_rows_has_been_scored():
   for step in range(7):
     state = update(state, rows + 10 * step, labels, info(predictions * (step + 1)))
     made.append(int(state.rebuilds))
-  assert made == [0, 0, 1, 1, 1, 2, 2]  # of 91 rows, 30 are the first that make a quarter
+  assert made == [0, 0, 1, 1, 1, 2, 2]  # 30 is the first count above a quarter of 91 rows
   assert int(jnp.sum(state.known)) == 70
-  # The last row scored is not in the law yet, and then it is.
+  # The last scored row enters the distribution only at the rebuild.
   assert not np.array_equal(
     importance.with_distribution(state, 0.2, 10).plan.inclusion, state.plan.inclusion
   )
@@ -136,13 +136,13 @@ def test_flat_scores_draw_like_the_plain_sampler(balanced):
     ):
       np.testing.assert_array_equal(got, want)
   heavy = importance.with_distribution(flat._replace(scores=flat.scores.at[7].set(100.0)), 0.5, 20)
-  # A law holds for batches of one size.
+  # A distribution is valid for batches of one size.
   for got, want in zip(
     ours.draw(key, heavy, 19), plain.draw(key, plain.init(counts, CAPACITY), 19)
   ):
     np.testing.assert_array_equal(got, want)
   assert not np.array_equal(ours.draw(key, heavy, 20)[0], expected[0])
-  # All rows or more: nothing to choose.
+  # With all rows or more, there is nothing to choose.
   assert np.isfinite(np.asarray(ours.draw(key, heavy, 200)[1])).all()
 
 
@@ -177,7 +177,7 @@ def test_scores_follow_their_definitions():
   assert_close(state.scores[rows], np.abs(predictions - labels).sum(1), 1e-5)
 
 
-def test_temperature_is_the_best_one(x64):
+def test_temperature_is_optimal(x64):
   rng = np.random.default_rng(0)
   labels = np.eye(5)[rng.integers(0, 5, 300)] - 0.2
   predictions = 0.3 * labels + 0.1 * rng.normal(size=labels.shape)
@@ -194,13 +194,14 @@ def test_temperature_is_the_best_one(x64):
     )
   )
   assert abs(got - best) < 2e-3
-  # Predictions that are always right want no end of it (from e^4 on their loss is 0 to rounding); always wrong ones, none.
+  # Always right predictions favor the largest b (from e^4 on, their loss rounds to 0), always wrong
+  # ones the smallest.
   assert float(importance.calibrated_temperature(jnp.asarray(labels), jnp.asarray(labels))) > 4
   assert float(importance.calibrated_temperature(jnp.asarray(-labels), jnp.asarray(labels))) < -3.9
 
 
-def test_calibration_cures_flat_cross_entropy():
-  """Theory: for ten classes right and wrong predictions differ by a factor 1.68 only, at a temperature of 1."""
+def test_calibration_makes_cross_entropy_informative():
+  """Theory: for ten classes at b = 1, losses of right and wrong predictions differ by only 1.68."""
   labels = np.eye(10, dtype=np.float32)[np.arange(200) % 10] - 0.1
   predictions = labels.copy()
   predictions[:10] = labels[np.arange(1, 11)]  # a twentieth is wrong
@@ -217,7 +218,7 @@ def test_calibration_cures_flat_cross_entropy():
   assert float(importance.sampling_distribution(state, 0.0).gain) > 5
 
 
-def test_two_million_rows_and_never_one_without_a_score():
+def test_two_million_rows_never_draw_a_row_of_score_zero():
   n, size = 2_000_000, 1000
   scores = np.where(np.arange(n) % 2, np.random.default_rng(0).pareto(1.5, n), 0).astype(np.float32)
   sampler = importance.importance("squared_error", uniform_mix=0.0, weight_exponent=1.0)
@@ -230,14 +231,15 @@ def test_two_million_rows_and_never_one_without_a_score():
   )
   assert (scores[np.asarray(rows)] > 0).all()
   assert all(len(set(batch)) == size for batch in np.asarray(rows[:20]).tolist())
-  # mean(w f) is the mean over the rows that can be drawn of any f, here 1 (and the score, without variance but for certain rows).
+  # mean(w f) estimates the mean of f over the rows that can be drawn. Here f is 1, and the score,
+  # whose estimate varies only by rows drawn with certainty.
   means = np.asarray(jnp.mean(weights, axis=1), np.float64)
   assert abs(means.mean() - 0.5) < 4 * means.std() / np.sqrt(300)
   drawn = np.asarray(jnp.mean(weights * scores[rows], axis=1), np.float64)
   assert_close(drawn.mean(), scores.mean(dtype=np.float64), 1e-3)
 
 
-def test_scores_that_are_no_numbers_are_left_alone():
+def test_nan_scores_are_ignored():
   sampler = importance.importance("squared_error")
   rows, labels = jnp.arange(5, dtype=jnp.int32), jnp.zeros((5, 4))
   predictions = jnp.ones((5, 4)).at[2, 1].set(jnp.nan)
@@ -280,7 +282,7 @@ def test_the_loop_learns_with_every_score(score, num_devices):
 
 
 def test_gradient_is_the_same_on_any_number_of_devices_when_all_rows_are_drawn():
-  """With unbiased weights and a batch of all rows, sharding changes nothing, uneven shards included."""
+  """With unbiased weights and batches of all rows, (uneven) sharding does not change the result."""
   support, x, y = problem(n=203)
   d = distiller(importance.importance("squared_error", weight_exponent=1.0), batch_size=203)
   losses = [
@@ -297,7 +299,7 @@ def test_a_refresh_scores_every_row_with_the_current_set(num_devices):
   d = distiller(importance.importance("squared_error", refresh_every=5), batch_size=24)
   devices = jax.devices()[:num_devices]
   before = loop.distill(0, d, support, x, y, 5, devices=devices)
-  # Step 6 refreshes with what five steps have learned, and then brings its own batch up to date.
+  # Step 6 refreshes all scores after five steps, and then updates those of its own batch.
   after = loop.distill(0, d, support, x, y, 6, devices=devices)
   targets = jax.tree.map(
     lambda a: a[0],

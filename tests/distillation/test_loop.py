@@ -62,7 +62,7 @@ def test_loss_equals_numpy_and_gradient_finite_differences(loss, x64):
   check_gradient(f, params)
 
 
-def test_only_what_is_asked_is_learned(dtype):
+def test_only_requested_parameters_are_learned(dtype):
   support, x, y = problem(dtype)
   for options, learned in (
     (kip.KIPOptions(1e-3), {"x"}),
@@ -102,13 +102,13 @@ def test_follows_the_neural_tangents_kernel_step_for_step(x64):
 
 
 def test_loss_and_gradient_of_a_batch_do_not_depend_on_the_number_of_devices(x64):
-  """One plain SGD step on all rows: every device count sees the same targets, uneven shards included."""
+  """One SGD step on all rows: all device counts see the same targets, also in uneven shards."""
   support, x, y = problem(np.float64, n=203)
   same_on_devices(distiller().method, support, x, y, rtol=1e-12, counts=(1, 2, 8))
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_same_seed_same_run_and_other_seed_other_run(num_devices):
+def test_runs_are_determined_by_the_seed(num_devices):
   support, x, y = problem()
   runs = [
     loop.distill(seed, distiller(), support, x, y, 12, devices=jax.devices()[:num_devices])
@@ -134,7 +134,7 @@ def test_mapped_loop_equals_plain_steps(dtype):
   assert_close(result.support.x, state.params["x"], rtol=10 * RTOL[dtype.name])
 
 
-def test_arranged_shards_hold_every_row_once():
+def test_arranged_shards_contain_every_row_once():
   _, x, y = problem(n=203)
   targets = loop.arrange_targets(x, y, 8, jax.random.key(0))
   counts = targets.class_counts.sum(1)
@@ -230,7 +230,7 @@ def test_networks_learn_from_a_support():
   assert np.array_equal(accuracy, again)
 
 
-def test_evaluation_in_blocks_equals_at_once(dtype):
+def test_blockwise_evaluation_equals_evaluation_at_once(dtype):
   support, x, y = problem(dtype)
   kernel = kipcore.ntk_fn(kipcore.fc(1))
   whole = kipcore.evaluate_krr(kernel, support, x, y, ridge=0.01)

@@ -1,4 +1,4 @@
-"""Configurations compare by value and compile once; data that pass through `jit` hold only arrays."""
+"""Configurations compare by value and compile once; records under `jit` contain only arrays."""
 
 import dataclasses
 import re
@@ -167,7 +167,7 @@ def test_equal_distillers_compile_once():
   assert len(traced) > first and traced[-1] == 2.0
 
 
-def test_data_pass_through_jit_as_arguments_and_results():
+def test_records_pass_through_jit_as_arguments_and_results():
   support, x, y = problem()
   distiller = kipcore.Distiller(
     kipcore.kip(KERNEL), kipcore.sampler("cross_entropy"), optax.adam(0.1), 10

@@ -20,7 +20,7 @@ import kipcore
 from experiments.docs import reference
 
 PACKAGE = pathlib.Path(kipcore.__file__).parent
-# What every example may use without importing it, as the front page of the reference says.
+# Names that examples may use without importing them, as documented on the front page.
 NAMES = {"jax": jax, "jnp": jnp, "np": np, "kipcore": kipcore}
 
 
@@ -47,13 +47,13 @@ EXAMPLES = examples()
 def test_examples_run(module):
   report = []
   runner = doctest.DocTestRunner(verbose=False)
-  with standard_promotion():  # as a user's JAX has it
+  with standard_promotion():  # the default of JAX
     for test in EXAMPLES[module]:
       runner.run(test, out=report.append)
   assert runner.tries and not runner.failures, "".join(report)
 
 
-# What people call first.
+# The main functions.
 MAIN = (
   "approximate_krr_sensitivities",
   "architecture",
@@ -93,7 +93,7 @@ def test_main_functions_have_an_example(name):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-  """The pages of the reference by name, built with no warning."""
+  """The pages of the reference by name, built without warnings."""
   pytest.importorskip("pdoc")
   folder = tmp_path_factory.mktemp("site")
   with warnings.catch_warnings():
@@ -111,14 +111,14 @@ def test_front_page_links_each_public_name(site):
     assert f'id="{name}"' in site[page], f"{page} does not document {name}"
 
 
-def test_links_of_the_reference_lead_to_pages(site):
+def test_reference_links_resolve(site):
   for name, text in site.items():
     for target in re.findall(r'href="([^":#]+\.html)', text):
       path = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
       assert path in site, f"{name}: {target}"
 
 
-def test_theory_page_holds_all_files_with_their_formulas(site):
+def test_theory_page_contains_all_files_and_formulas(site):
   for path in reference.THEORY.glob("*.md"):
     text = path.read_text()
     for heading in re.findall(r"^#+ (.+)$", text, flags=re.M):

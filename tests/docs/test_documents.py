@@ -1,4 +1,4 @@
-"""README, WORKSPACE and notebooks say what is true: their code is executed, their commands exist."""
+"""README, WORKSPACE and notebooks are correct: their code runs and their commands exist."""
 
 import json
 import pathlib
@@ -57,7 +57,7 @@ def test_workspace_names_every_module():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
-def test_notebooks_run_and_hold_no_outputs(path):
+def test_notebooks_run_and_contain_no_outputs(path):
   notebook = json.loads(path.read_text())
   scope = {}
   for cell in notebook["cells"]:
@@ -66,11 +66,11 @@ def test_notebooks_run_and_hold_no_outputs(path):
     assert not cell["outputs"] and cell["execution_count"] is None
     source = "".join(cell["source"])
     code = "\n".join(line for line in source.splitlines() if not line.startswith(("%", "!")))
-    with standard_promotion():  # as a user's JAX has it
+    with standard_promotion():  # the default of JAX
       exec(compile(code, path.name, "exec"), scope)
 
 
-def test_notebooks_install_alike():
+def test_notebooks_have_the_same_install_cell():
   cells = {
     "".join(cell["source"])
     for path in (ROOT / "notebooks").glob("*.ipynb")
@@ -80,8 +80,8 @@ def test_notebooks_install_alike():
   assert len(cells) == 1
 
 
-def test_links_lead_somewhere():
-  """Files that documents link to exist, and so do the headings."""
+def test_links_resolve():
+  """The files and headings that documents link to exist."""
   for path in DOCUMENTS:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
       name, _, heading = target.partition("#")
@@ -96,12 +96,12 @@ def test_links_lead_somewhere():
         assert heading in slugs, f"{path.name}: {target}"
 
 
-def test_documents_speak_of_the_software_alone():
+def test_documents_only_describe_the_software():
   for path in [*DOCUMENTS, *(ROOT / "notebooks").glob("*.ipynb")]:
     assert not re.search(r"(^|[^A-Za-z])/(work|root|tmp)/", path.read_text()), path.name
 
 
-def test_results_carry_their_origin():
+def test_results_record_their_origin():
   for path in (ROOT / "experiments" / "results").rglob("*.json"):
     origin = json.loads(path.read_text())["environment"]
     assert origin["commit"] and origin["hardware"]["backend"] and origin["versions"]["jax"], (
@@ -139,7 +139,7 @@ def test_tables_come_from_the_result_files():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-  """Where the commands of the README find what they name: a run, an .npz, a folder of images."""
+  """A folder with the inputs of the README's commands: a run, an .npz file, a folder of images."""
   from PIL import Image
 
   path = tmp_path_factory.mktemp("readme")
@@ -163,7 +163,8 @@ def place(tmp_path_factory):
 SMALL_NETWORKS = " --architecture=conv1 --width=4 --network_seeds=0 --test_rows=50"
 SMALL = {
   "run_distill": " --steps=2",
-  "run_compare": " --num_seeds=1 --inits=uniform --samplers=uniform --evaluations=250 --network_seeds=0 --architecture=conv1 --set=width=4",
+  "run_compare": " --num_seeds=1 --inits=uniform --samplers=uniform --evaluations=250 "
+  "--network_seeds=0 --architecture=conv1 --set=width=4",
   "run_evaluate": " --baselines=uniform --num_seeds=2 --network_steps=2 --width=4 --test_rows=50",
 }
 COMMANDS = re.findall(
@@ -173,7 +174,7 @@ COMMANDS = re.findall(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_readme_run(place, command):
-  """Each as written, but on digits for named datasets, and with few steps; none needs a network."""
+  """Runs each command with few steps and digits instead of named datasets; none needs a network."""
   module = command.split()[0].removeprefix("experiments.")
   command = re.sub(
     r"--dataset=(mnist|cifar10)|--data_dir=DIR",

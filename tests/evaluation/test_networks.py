@@ -1,4 +1,4 @@
-"""Evaluation by training networks against a loop written out."""
+"""Evaluation by training networks against an explicit loop."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from kipcore import keys
 OPTIONS = dict(num_seeds=2, width=8, num_steps=12, learning_rate=0.05)
 
 
-def test_equals_adam_with_a_cosine_schedule_written_out(x64):
-  """Step i of n has the rate 1/2 (1 + cos(pi i / n)) of the peak; the initial outputs are subtracted."""
+def test_equals_explicit_adam_with_cosine_schedule(x64):
+  """Step i of n has 1/2 (1 + cos(pi i / n)) of the peak rate; initial outputs are subtracted."""
   support, x, y = image_problem(np.float64, n=300)
   arch, n = kipcore.fc(1), OPTIONS["num_steps"]
   scores = kipcore.evaluate_network(3, arch, support, x, y, **OPTIONS)

@@ -1,4 +1,4 @@
-"""Baselines by their definitions, the table and its intervals, and that a run and a library call agree."""
+"""Baselines against their definitions, the table and its intervals, and equal runs and calls."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_k_center_is_farthest_first_and_within_twice_the_best(dtype):
 
 
 @pytest.mark.parametrize("choose", [representatives.herding, representatives.k_center])
-def test_absent_rows_do_not_count(choose):
+def test_masked_rows_are_ignored(choose):
   x = rows(30).astype(np.float32)
   present = np.arange(30) % 3 != 0
   kept = np.flatnonzero(present)
@@ -61,7 +61,7 @@ def test_absent_rows_do_not_count(choose):
     choose(x * np.nan, 2)
 
 
-def test_resnet_is_its_definition():
+def test_resnet_equals_its_definition():
   x = np.random.default_rng(0).normal(size=(2, 5, 6, 3)).astype(np.float32)
   module = kipcore.ResNet(4, 3, (1, 1))
   variables = jax.jit(module.init)(keys.canonical_key(0), x)
@@ -111,7 +111,7 @@ def test_scores_and_intervals():
     kipcore.ranking_scores(0.6, 0.4, 90)
 
 
-def test_table_holds_what_the_evaluators_give():
+def test_table_contains_the_evaluator_results():
   support, x, y = image_problem()
   sets = {"one": [support], "drawn": [Support(support.x * s, support.y) for s in (1.0, 0.5)]}
   kernel = kipcore.ntk_fn(kipcore.fc(1))
@@ -158,7 +158,7 @@ def test_networks_train_with_augmentation_and_on_batches():
     for a in ("", augment.DSA)
   )
   assert 0 <= plain[0] <= 1 and 0 <= augmented[0] <= 1
-  # Of equal rows any batch is like all of them.
+  # For equal rows, any batch is equivalent to all of them.
   doubled = Support(jnp.concatenate([support.x[:1]] * 4), jnp.concatenate([support.y[:1]] * 4))
   whole, part = (
     kipcore.evaluate_network(0, kipcore.fc(1), doubled, x, y, batch_size=size, **options)

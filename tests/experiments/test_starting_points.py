@@ -1,4 +1,4 @@
-"""Starts teach what they should on real digits, and the experiment behind the README's table runs."""
+"""Initializations have the expected accuracy on real digits, and the experiment runs."""
 
 import dataclasses
 

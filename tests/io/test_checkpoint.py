@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or fail go on from what was kept: bit for bit on as many devices, or say why not."""
+"""Interrupted and failed runs resume from snapshots, bit for bit on the same number of devices."""
 
 import dataclasses
 import json
@@ -64,11 +64,11 @@ def kept():
   "sampler", ["uniform", "class_balanced", "cross_entropy", "squared_error", "margin"]
 )
 @pytest.mark.parametrize("num_devices", [1, 3])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(sampler, num_devices):
+def test_resumed_run_is_bit_identical_to_uninterrupted_run(sampler, num_devices):
   resumes_exactly(distiller(sampler), *problem(), DEVICES[:num_devices], num_steps=12)
 
 
-def test_keeping_changes_nothing_and_has_the_scores_of_all_rows(kept):
+def test_snapshots_do_not_change_the_run_and_contain_all_scores(kept):
   snapshots, result = kept
   support, x, y = problem()
   plain = kipcore.distill(0, distiller(), support, x, y, 20, devices=DEVICES[:2])
@@ -83,7 +83,7 @@ def test_keeping_changes_nothing_and_has_the_scores_of_all_rows(kept):
   np.testing.assert_array_equal(resumed.scores, plain.scores)
 
 
-def test_it_stops_where_it_is_asked_to_and_goes_on(kept):
+def test_stops_at_requested_step_and_resumes(kept):
   support, x, y = problem()
   asked, snapshots = iter([False, False, True]), []
   checkpoint_policy = kipcore.CheckpointPolicy(snapshots.append, 1e9, lambda: next(asked))
@@ -98,8 +98,8 @@ def test_it_stops_where_it_is_asked_to_and_goes_on(kept):
 
 
 @pytest.mark.parametrize("num_devices", [1, 3])
-def test_another_number_of_devices_goes_on_with_the_same_scores(kept, num_devices):
-  """Rows are dealt out anew: what is known of each is found again, and draws follow it from the second step on."""
+def test_resume_on_other_device_count_keeps_scores(kept, num_devices):
+  """Rows are redistributed with their known scores, which draws follow from the second step on."""
   snapshots, result = kept
   support, x, y = problem()
   before, caught = snapshots[-2], []
@@ -152,8 +152,8 @@ def test_a_snapshot_of_another_run_is_refused(kept, change, message):
     kipcore.distill(0, distiller(), support, x, y, steps, devices=DEVICES[:2], resume=kept[0][-1])
 
 
-def test_a_step_that_fails_leaves_the_state_before_it():
-  """A loss that is not a number from the fifth step on: named, and the snapshot is that of four steps."""
+def test_failed_step_keeps_previous_state():
+  """A NaN loss at the fifth step is reported, and the snapshot is that of four steps."""
   support, x, y = problem()
 
   @dataclasses.dataclass(frozen=True)
@@ -190,8 +190,8 @@ def test_a_step_that_fails_leaves_the_state_before_it():
   )
 
 
-def test_a_run_whose_numbers_fail_goes_on_more_slowly():
-  """Gradient descent on sum x^4 at a rate that explodes; a millionth of it from an earlier snapshot does not."""
+def test_diverging_run_finishes_with_smaller_learning_rate():
+  """Gradient descent on sum x^4 diverges; at a millionth of the rate, the resumed run does not."""
   support, x, y = problem()
 
   @dataclasses.dataclass(frozen=True)
@@ -221,7 +221,7 @@ def test_a_run_whose_numbers_fail_goes_on_more_slowly():
     kipcore.scale_learning_rate(snapshots[0], 0.0)
 
 
-def test_files_hold_the_same_bits_and_the_last_few_are_kept(kept, tmp_path):
+def test_checkpoints_round_trip_bit_for_bit_and_only_newest_are_kept(kept, tmp_path):
   snapshots, _ = kept
   checkpoints = kipcore.Checkpoints(tmp_path / "kept", {"seed": 0}, keep=2)
   for snapshot in snapshots:
@@ -239,7 +239,7 @@ def test_files_hold_the_same_bits_and_the_last_few_are_kept(kept, tmp_path):
   np.testing.assert_array_equal(resumed.support.x, kept[1].support.x)
 
 
-def test_what_cannot_be_used_is_said_in_one_line(kept, tmp_path):
+def test_unusable_checkpoints_raise_one_line_errors(kept, tmp_path):
   snapshots, _ = kept
   with pytest.raises(ValueError, match="keep: expected"):
     kipcore.Checkpoints(tmp_path / "kept", {}, keep=0)
@@ -259,7 +259,7 @@ def test_what_cannot_be_used_is_said_in_one_line(kept, tmp_path):
     kipcore.Checkpoints(tmp_path / "file", {})
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(kept, tmp_path):
+def test_damaged_checkpoint_falls_back_to_previous(kept, tmp_path):
   snapshots, _ = kept
   first, last = snapshots[-2:]
   rng = np.random.default_rng(0)
@@ -282,7 +282,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(kept, tmp_path):
     assert read.step == first.step and checkpoints.steps() == [first.step]
 
 
-def test_a_write_that_fails_stops_the_run_and_leaves_what_was_there(kept, tmp_path, monkeypatch):
+def test_failed_write_stops_the_run_and_keeps_existing_files(kept, tmp_path, monkeypatch):
   snapshots, _ = kept
   checkpoints = kipcore.Checkpoints(tmp_path / "kept", {})
   checkpoints.save(snapshots[0])

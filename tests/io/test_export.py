@@ -1,4 +1,4 @@
-"""Exports read back with the readers of others, and what their JSON says is enough to use them."""
+"""Exports are read by other libraries, and their JSON contains all that is needed to use them."""
 
 import ast
 import csv
@@ -26,7 +26,10 @@ NAMES = ("air plane", "b/c", "2", "dog")
 def make(
   kind="zca", shape=(5, 6, 3), pixel_max=255.0, whole=False, dtype=np.float32, names=NAMES, m=7
 ):
-  """An artifact of m random images and learned labels; one class has no image, and pixels leave their range unless `whole`."""
+  """An artifact of m random images and learned labels.
+
+  One class has no image. Unless `whole`, pixels are not integers and exceed their range.
+  """
   rng = np.random.default_rng(0)
   x_train = np.rint(rng.uniform(0, pixel_max, (40, *shape)))
   fitted = kipcore.fit_preprocess(x_train, kind, pixel_max)
@@ -53,14 +56,14 @@ def make(
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-  """Saved and loaded, as users have it."""
+  """An artifact that was saved and loaded."""
   path = tmp_path_factory.mktemp("artifact") / "distilled.npz"
   kipcore.save_artifact(path, make())
   return kipcore.load_artifact(path)
 
 
 def same(actual, expected):
-  """Bit for bit, dtype and shape included."""
+  """Equal bits, dtypes and shapes."""
   actual, expected = np.asarray(actual), np.asarray(expected)
   assert (
     actual.dtype == expected.dtype
@@ -70,13 +73,13 @@ def same(actual, expected):
 
 
 def content(folder):
-  """Every file below a folder, hidden ones too, by name."""
+  """All files below a folder by name, including hidden ones."""
   return {
     str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
   }
 
 
-def test_arrays_say_what_the_artifact_says(stored):
+def test_exported_arrays_equal_the_artifact(stored):
   arrays = stored.as_numpy()
   same(arrays["images"], stored.images)
   same(arrays["labels"], stored.labels)
@@ -89,7 +92,7 @@ def test_arrays_say_what_the_artifact_says(stored):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("space", export.SPACES)
-def test_numpy_and_safetensors_hold_every_bit(tmp_path, dtype, space):
+def test_numpy_and_safetensors_are_bit_exact(tmp_path, dtype, space):
   import safetensors
 
   stored = make(dtype=dtype)
@@ -119,7 +122,7 @@ def test_numpy_and_safetensors_hold_every_bit(tmp_path, dtype, space):
 @pytest.mark.parametrize(
   "kind", ["none", "standardize", "zca", "zca_kip", "zca_dcbench", "zca_absolute"]
 )
-def test_conventions_are_enough_to_make_the_inputs(tmp_path, kind):
+def test_conventions_suffice_to_compute_the_inputs(tmp_path, kind):
   stored = make(kind)
   stored.export(tmp_path / "set.npz", "numpy")
   with np.load(tmp_path / "set.npz", allow_pickle=False) as file:
@@ -149,7 +152,7 @@ def read_png(folder, stored):
 
 @pytest.mark.parametrize("shape", [(5, 6, 3), (5, 6, 1)])
 @pytest.mark.parametrize("pixel_max", [255.0, 16.0, 1.0])
-def test_png_is_exact_for_whole_pixels_and_within_half_a_level_otherwise(
+def test_png_is_exact_for_integer_pixels_and_within_half_a_level_otherwise(
   tmp_path, shape, pixel_max
 ):
   for whole in (True, False):
@@ -161,11 +164,12 @@ def test_png_is_exact_for_whole_pixels_and_within_half_a_level_otherwise(
     same(labels, stored.labels)
     assert [int(row[1]) for row in rows] == list(np.arange(7) % 3)
     error = np.abs(images - np.clip(stored.images, 0, pixel_max)).max()
-    # The stated bound: pixels in their range are off by half a level of 255 at most, besides rounding of float64.
+    # The stated bound: pixels in their range are off by at most half a level of 255, plus float64
+    # rounding.
     assert error == 0 if whole else error <= said["unit"] / 2 * (1 + 1e-12)
     assert np.isclose(said["largest_error"], np.abs(images - stored.images).max(), rtol=1e-9)
     assert (said["clipped_share"] > 0.1) != whole
-  # As readers of folders number classes: by their sorted names, the empty one among them.
+  # Readers of folders number classes by their sorted names, including the empty class.
   assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == [
     "0_air-plane",
     "1_b-c",
@@ -175,7 +179,7 @@ def test_png_is_exact_for_whole_pixels_and_within_half_a_level_otherwise(
   assert not list((folder / "3_dog").iterdir())
 
 
-def test_tfds_reads_it_back(tmp_path, stored):
+def test_tfds_export_round_trips(tmp_path, stored):
   plain = make("none", whole=True, names=None)
   stored.export(tmp_path / "learned" / "1.0.0", "tfds")
   plain.export(tmp_path / "Plain set", "tfds")
@@ -212,8 +216,8 @@ def test_tfds_reads_it_back(tmp_path, stored):
     same(whole[name], array)
 
 
-def test_torch_gets_float32_channels_first(tmp_path, monkeypatch):
-  """Against a stand-in that keeps arrays; `test_pytorch_reads_it_back` has the true one."""
+def test_torch_export_is_float32_and_channels_first(tmp_path, monkeypatch):
+  """Uses a stand-in for PyTorch; `test_pytorch_export_round_trips` uses PyTorch itself."""
   written = {}
   save = lambda tensors, file: (written.update(tensors), file.write(b"tensors"))
   monkeypatch.setitem(
@@ -231,7 +235,7 @@ def test_torch_gets_float32_channels_first(tmp_path, monkeypatch):
   assert (tmp_path / "set.pt").read_bytes() == b"tensors"
 
 
-def test_pytorch_reads_it_back(tmp_path, stored):
+def test_pytorch_export_round_trips(tmp_path, stored):
   pytest.importorskip("torch", reason="needs PyTorch")
   stored.export(tmp_path / "set.pt", "torch")
   arrays, conventions = pytorch_training.load(tmp_path / "set.pt")
@@ -241,7 +245,7 @@ def test_pytorch_reads_it_back(tmp_path, stored):
   )
 
 
-def test_without_pytorch_one_line_says_what_is_missing(tmp_path, monkeypatch, stored):
+def test_missing_pytorch_is_reported_in_one_line(tmp_path, monkeypatch, stored):
   monkeypatch.setitem(sys.modules, "torch", None)
   for call in (stored.as_torch, lambda: stored.export(tmp_path / "set.pt", "torch")):
     with pytest.raises(
@@ -251,7 +255,7 @@ def test_without_pytorch_one_line_says_what_is_missing(tmp_path, monkeypatch, st
   assert not content(tmp_path)
 
 
-def test_the_program_without_kipcore_imports_none_of_it():
+def test_pytorch_training_does_not_import_kipcore():
   tree = ast.parse((ROOT / "experiments" / "studies" / "pytorch_training.py").read_text())
   modules = {
     alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
@@ -261,11 +265,11 @@ def test_the_program_without_kipcore_imports_none_of_it():
 
 
 @pytest.mark.parametrize("format", ["numpy", "png"])
-def test_only_exports_are_overwritten_and_only_when_asked(tmp_path, stored, format):
+def test_only_exports_are_overwritten_and_only_on_request(tmp_path, stored, format):
   path = tmp_path / "out"
   stored.export(path, format)
   before = content(tmp_path)
-  with pytest.raises(FileExistsError, match="expected a name that is free"):
+  with pytest.raises(FileExistsError, match="expected a path that does not exist"):
     stored.export(path, format)
   other = make("none", names=None)
   for different in ("safetensors", "tfds"):
@@ -275,11 +279,11 @@ def test_only_exports_are_overwritten_and_only_when_asked(tmp_path, stored, form
   other.export(path, format, overwrite=True)
   after = content(tmp_path)
   other.export(tmp_path / "new" / "out", format)
-  # Nothing of the earlier one is left; paths are no part of it.
+  # Nothing of the earlier export is left; paths are not part of it.
   assert after == content(tmp_path / "new") != before
 
 
-def test_what_is_no_export_is_never_replaced(tmp_path, stored):
+def test_other_files_are_never_replaced(tmp_path, stored):
   folder = tmp_path / "mine"
   folder.mkdir()
   (folder / "conventions.json").write_text('{"format": "of mine"}')
@@ -291,7 +295,7 @@ def test_what_is_no_export_is_never_replaced(tmp_path, stored):
     (tmp_path / "set.npz", "numpy"),
     (folder / "conventions.json", "png"),
   ):
-    for overwrite, message in ((False, "a name that is free"), (True, "an earlier export")):
+    for overwrite, message in ((False, "a path that does not exist"), (True, "an earlier export")):
       with pytest.raises(FileExistsError, match=message):
         stored.export(path, format, overwrite=overwrite)
   assert content(tmp_path) == before
@@ -311,9 +315,7 @@ def test_what_is_no_export_is_never_replaced(tmp_path, stored):
     ("png", "pathlib.Path.rename"),
   ],
 )
-def test_an_interrupted_export_leaves_the_earlier_one(
-  tmp_path, monkeypatch, stored, format, broken
-):
+def test_interrupted_export_keeps_the_earlier_one(tmp_path, monkeypatch, stored, format, broken):
   stored.export(tmp_path / "out", format)
   before = content(tmp_path)
   import PIL.Image  # noqa: F401
@@ -355,7 +357,7 @@ def test_wrong_arguments_are_named_before_anything_is_written(tmp_path, stored):
     ),
     (lambda: stored.export(path, "png", "inputs"), "format png: expected space pixels, got inputs"),
     (lambda: tabular.export(path, "png"), r"format png: expected images .*, got shape \(7, 6\)"),
-    (lambda: unknown.export(path, "png"), "format png: expected pixel_max"),
+    (lambda: unknown.export(path, "png"), "format png: expected a set with pixel_max"),
     (lambda: stored.export(path, "png", pixel_max=-1.0), "pixel_max: expected values > 0, got -1"),
     (lambda: export.as_numpy(np.zeros((3, 2)), np.zeros((2, 2))), "same number of rows"),
     (
@@ -377,13 +379,13 @@ def test_wrong_arguments_are_named_before_anything_is_written(tmp_path, stored):
 
 
 @pytest.mark.parametrize("format", ["safetensors", "png"])
-def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path, stored, format):
+def test_unwritable_folder_raises_oserror(tmp_path, stored, format):
   (tmp_path / "file").write_text("")
-  with pytest.raises(NotADirectoryError, match="expected a folder .*file to write to, got a file"):
+  with pytest.raises(NotADirectoryError, match="expected a writable folder .*file, got a file"):
     stored.export(tmp_path / "file" / "below" / "out", format)
   closed = tmp_path / "closed"
   closed.mkdir(mode=0o500)
-  if not os.access(closed, os.W_OK):  # a superuser writes everywhere
+  if not os.access(closed, os.W_OK):  # a superuser can write everywhere
     with pytest.raises(PermissionError, match="got one that is read-only"):
       stored.export(closed / "out", format)
   assert set(content(tmp_path)) == {"file"}
@@ -407,7 +409,7 @@ def test_learned_labels_are_described_as_such(tmp_path, capsys):
   assert "learned" not in export.folder_note(content._replace(labels=plain))
 
 
-def test_the_binary_exports_and_refuses(tmp_path, stored):
+def test_command_exports_and_rejects_invalid_requests(tmp_path, stored):
   path = tmp_path / "distilled.npz"
   kipcore.save_artifact(path, stored)
   run = functools.partial(run_binary, "experiments.run_export")

@@ -1,4 +1,4 @@
-"""Sets of other authors: each form as it is written, the conventions read with it, and files that mean harm."""
+"""Published sets of other authors: file formats, conventions, and malicious files."""
 
 import collections
 import pathlib
@@ -15,7 +15,7 @@ from helpers import SHARED_DATA, assert_close, needs
 import kipcore
 from kipcore import PublishedError, load_published, read_torch_file
 
-DATA = pathlib.Path(__file__).parent / "data"  # made by make_torch_files.py there
+DATA = pathlib.Path(__file__).parent / "data"  # written by make_torch_files.py there
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(4, 4, 4, 3)).astype(np.float32)
 HOT = np.eye(4, dtype=np.float32)[[0, 1, 2, 3]]
@@ -31,7 +31,7 @@ def write(path, form, content):
 
 
 def fault(pattern, path, *args, read=load_published, error=PublishedError):
-  """The error comes, with this message, names the file, and is one line."""
+  """Checks that the error has this message, names the file, and is one line."""
   with pytest.raises(error, match=pattern) as caught:
     read(path, *args)
   assert (
@@ -41,10 +41,10 @@ def fault(pattern, path, *args, read=load_published, error=PublishedError):
   )
 
 
-# --- files of torch.save ---
+# --- torch.save files ---
 
 
-def test_torch_writes_what_is_read():
+def test_files_written_by_torch_are_read():
   got = read_torch_file(DATA / "torch_layouts.pt")
   whole = np.arange(24.0).reshape(4, 6)
   expected = {
@@ -145,7 +145,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_nothing_is_run(name, tmp_path, monkeypatch):
+def test_pickles_execute_no_code(name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for layout in (CALLS[name], b"](" + tensor((6,), (1,)) + CALLS[name] + b"e"):
     path = torch_file(tmp_path / "a.pt", layout)
@@ -162,22 +162,22 @@ BAD_LAYOUTS = {
   "no such storage": (tensor((6,), (1,), key="../data.pkl"), {}, "no such member"),
   "half a number": (tensor((6,), (1,)), {"storage": bytes(23)}, "whole numbers of 4 bytes"),
   "another byte order": (tensor((6,), (1,)), {"byteorder": b"middle"}, "byte order"),
-  "a large index": (b"]r\xff\xff\xff\x7f", {}, "indices of memory"),
-  "a list in itself": (b"]q\x00h\x00a", {}, "contains itself"),
+  "a large index": (b"]r\xff\xff\xff\x7f", {}, "memo indices"),
+  "a list in itself": (b"]q\x00h\x00a", {}, "recursive container"),
   "a name, not a value": (name_of("torch", "FloatStorage"), {}, "tensors, numbers and containers"),
   "a change to a stand-in": (
     name_of("collections", "OrderedDict") + b"}" + const("build") + const(1) + b"sb",
     {},
-    "whole file",
+    "complete torch.save file",
   ),
   "Python objects in an array": (
     name_of("numpy.core.multiarray", "scalar")
     + several(name_of("numpy", "dtype") + several(const("O8")) + b"R", const(b"12345678"))
     + b"R",
     {},
-    "are numbers|whole file",
+    "are numbers|complete torch.save file",
   ),
-  "an end in the middle": (b"(", {}, "whole file"),
+  "an end in the middle": (b"(", {}, "complete torch.save file"),
   "compressed members": (
     tensor((6,), (1,)),
     {"compression": zipfile.ZIP_DEFLATED},
@@ -187,7 +187,7 @@ BAD_LAYOUTS = {
 
 
 @pytest.mark.parametrize("what", BAD_LAYOUTS)
-def test_claims_that_do_not_hold_are_refused(what, tmp_path):
+def test_inconsistent_metadata_is_rejected(what, tmp_path):
   layout, options, pattern = BAD_LAYOUTS[what]
   fault(
     pattern,
@@ -197,7 +197,7 @@ def test_claims_that_do_not_hold_are_refused(what, tmp_path):
   )
 
 
-def test_other_files_are_not_torch_files(tmp_path):
+def test_non_torch_files_are_rejected(tmp_path):
   path = tmp_path / "a.pt"
   fault("no such file", path, read=read_torch_file, error=ValueError)
   path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"rest")
@@ -260,7 +260,7 @@ SETS = {
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_sets_are_read_as_they_were_written(name, tmp_path):
+def test_published_sets_are_read_in_each_format(name, tmp_path):
   form, content, kind, labels, recipe, mirrored = SETS[name]
   path = write(tmp_path / name, form, content)
   got = load_published(path)
@@ -287,7 +287,7 @@ def test_sets_are_read_as_they_were_written(name, tmp_path):
   )
 
 
-def test_grey_and_large_sets_have_no_mirror_images(tmp_path):
+def test_gray_and_large_sets_have_no_mirror_images(tmp_path):
   gray = {**FREPO, "params": {"x_proto": IMAGES[..., :1], "y_proto": LEARNED}}
   got = load_published(write(tmp_path / "a", "Flax", gray))
   assert (got.mirrored, got.preprocess) == (False, "standardize")
@@ -296,7 +296,7 @@ def test_grey_and_large_sets_have_no_mirror_images(tmp_path):
   assert (got.mirrored, got.preprocess) == (False, None)
 
 
-def test_sets_of_torch(tmp_path):
+def test_torch_sets(tmp_path):
   images = np.arange(192, dtype=np.float32).reshape(4, 3, 4, 4).transpose(0, 2, 3, 1) / 8
   labels = np.eye(2)[[0, 0, 1, 1]] - 0.5
   for experiment, sign in enumerate((1, -1)):
@@ -308,7 +308,7 @@ def test_sets_of_torch(tmp_path):
     )
     assert (got.kind, got.preprocess, got.source["experiments"]) == ("dc", "standardize", 2)
     assert got.source["accuracies_of_all_experiments"] == {"ConvNet": [0.25, 0.5]}
-  fault(r"experiment in 0\.\.1, got 2", DATA / "torch_dc.pt", "dc", 2)
+  fault(r"experiment: expected an integer in 0\.\.1, got 2", DATA / "torch_dc.pt", "dc", 2)
   got = load_published(DATA / "images_best.pt")
   assert (
     got.kind == "mtt"
@@ -317,14 +317,14 @@ def test_sets_of_torch(tmp_path):
     and np.array_equal(got.labels, labels)
   )
   path = shutil.copy(DATA / "images_best.pt", tmp_path / "images_1.pt")
-  fault("labels_1.pt beside it", path)
+  fault("labels_1.pt in the same folder", path)
   shutil.copy(DATA / "labels_best.pt", tmp_path / "labels_1.pt")
   shutil.copy(DATA / "images_best.pt", tmp_path / "images_zca_1.pt")
   assert load_published(path).preprocess == "zca_absolute"
-  fault("images_zca_NAME.pt are pixels", tmp_path / "images_zca_1.pt")
+  fault("images_zca_NAME.pt contains pixels", tmp_path / "images_zca_1.pt")
 
 
-def test_pixels_go_through_the_preprocessing_of_the_publisher(tmp_path):
+def test_pixels_are_preprocessed_as_by_the_publisher(tmp_path):
   x = RNG.integers(0, 256, (60, 4, 4, 3)).astype(np.uint8)
   rfad = load_published(write(tmp_path / "best.npz", ".npz", RFAD))
   assert np.array_equal(
@@ -334,7 +334,7 @@ def test_pixels_go_through_the_preprocessing_of_the_publisher(tmp_path):
   assert np.array_equal(
     dc.fit_preprocess(x).apply(x), kipcore.fit_preprocess(x, "standardize").apply(x)
   )
-  # With the mean of CIFAR-10, the fixed numbers of DC.
+  # With the mean of CIFAR-10, the fixed constants of DC are used.
   mean, deviation = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2023, 0.1994, 0.2010])
   near = (255 * mean + RNG.choice([-60.0, 60.0], (4000, 4, 4, 3))).astype(np.float32)
   fitted = dc.fit_preprocess(near, pixel_max=255.0)
@@ -342,7 +342,7 @@ def test_pixels_go_through_the_preprocessing_of_the_publisher(tmp_path):
   assert_close(fitted.invert(fitted.apply(near)), near, 1e-6)
   mtt = load_published(DATA / "images_best.pt")
   with pytest.raises(
-    ValueError, match="kind: expected one of .*, got None; MTT's files do not say"
+    ValueError, match="kind: expected one of .*, got None; MTT's files do not record it"
   ):
     mtt.fit_preprocess(x)
   assert mtt.fit_preprocess(x, "zca_absolute").kind == "zca_absolute"
@@ -363,8 +363,8 @@ BAD_SETS = {
     None,
     "labels: expected finite",
   ),
-  "no labels": (".npz", {"images": IMAGES}, None, "kind shows in it"),
-  "no labels, kind given": (".npz", {"images": IMAGES}, "kip", "labels in it"),
+  "no labels": (".npz", {"images": IMAGES}, None, "of recognizable kind"),
+  "no labels, kind given": (".npz", {"images": IMAGES}, "kip", "with labels"),
   "other rows": (".npz", changed(RFAD, labels=HOT[:3]), None, "same number of rows"),
   "flat images": (
     ".npz",
@@ -393,8 +393,13 @@ BAD_SETS = {
     "ridge: expected values > 0",
   ),
   "a ridge a row": (".npz", changed(RFAD, jit=np.ones(4)), None, "jit: expected a finite number"),
-  "a huge temperature": (".npz", changed(RFAD, k=np.float64(1e4)), None, "temperature within 50"),
-  "NHWC or NCHW": (".npz", {"images": np.ones((4, 3, 3, 3)), "labels": HOT}, None, "say kind"),
+  "a huge temperature": (
+    ".npz",
+    changed(RFAD, k=np.float64(1e4)),
+    None,
+    "logarithm of the temperature in",
+  ),
+  "NHWC or NCHW": (".npz", {"images": np.ones((4, 3, 3, 3)), "labels": HOT}, None, "pass kind"),
   "an artifact of ours": (
     ".npz",
     {"images": IMAGES, "labels": HOT, "metadata": np.zeros(1)},
@@ -403,18 +408,18 @@ BAD_SETS = {
   ),
   "objects": (".npz", changed(RFAD, labels=np.array([None] * 4)), None, "never unpickled"),
   "another form": (".npz", RFAD, "rcig", r"kind rcig \(Flax\), got a .npz file"),
-  "another kind": ("Flax", FREPO, "rcig", "ema_average in it"),
-  "a list": ("Flax", [1, 2], None, "none of them"),
+  "another kind": ("Flax", FREPO, "rcig", "with ema_average"),
+  "a list": ("Flax", [1, 2], None, "got another file"),
 }
 
 
 @pytest.mark.parametrize("what", BAD_SETS)
-def test_bad_sets_have_one_line_that_says_so(what, tmp_path):
+def test_invalid_sets_raise_one_line_errors(what, tmp_path):
   form, content, kind, pattern = BAD_SETS[what]
   fault(pattern, write(tmp_path / "a.npz", form, content), kind)
 
 
-def test_wrong_labels_and_files_of_torch(tmp_path):
+def test_invalid_torch_labels_and_files(tmp_path):
   pairs = lambda labels: (
     b"}" + const("data") + b"](](" + tensor((1, 1, 2, 3), (6, 6, 3, 1)) + labels + b"ees"
   )
@@ -423,7 +428,7 @@ def test_wrong_labels_and_files_of_torch(tmp_path):
     tmp_path / "a.pt", pairs(tensor((2,), (1,), 0, 2, "LongStorage", "1")), **{"data/1": long}
   )
   fault(r"every class 0..c-1, got the classes \[0, 2\]", path)
-  fault("class numbers .*float32", torch_file(path, pairs(tensor((2,), (1,)))))
+  fault("class indices .*float32", torch_file(path, pairs(tensor((2,), (1,)))))
   fault(
     "pair of images and labels", torch_file(path, b"}" + const("data") + b"]" + const(1) + b"as")
   )
@@ -431,13 +436,13 @@ def test_wrong_labels_and_files_of_torch(tmp_path):
   fault("no such file", tmp_path / "b.npz")
   fault("a folder", tmp_path)
   path.write_bytes(b"")
-  fault("reads as none of them", path)
+  fault("cannot be read as any of them", path)
   with pytest.raises(ValueError, match="kind: expected one of kip"):
     load_published(path, "darts")
 
 
 @pytest.mark.parametrize("name", ["torch_dc.pt", "images_best.pt", "best.npz", "checkpoint_15000"])
-def test_damage_is_found_or_harmless(name, tmp_path):
+def test_damage_is_detected_or_harmless(name, tmp_path):
   path = tmp_path / name
   if name.endswith(".pt"):
     shutil.copy(DATA / name, path)
@@ -459,10 +464,10 @@ def test_damage_is_found_or_harmless(name, tmp_path):
     except PublishedError as error:
       refused += 1
       assert "\n" not in str(error)
-  assert refused >= 30  # all that were cut short
+  assert refused >= 30  # all truncated files
 
 
-def test_the_sets_of_rfad_and_rcig():
+def test_rfad_and_rcig_sets():
   rfad = load_published(needs(SHARED_DATA / "peers" / "rfad_cifar10_1ipc.npz"))
   assert (
     rfad.images.shape == (10, 32, 32, 3)

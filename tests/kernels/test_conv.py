@@ -1,4 +1,4 @@
-"""Convolutional kernels: unusual layers and sizes, tiles, memory, precision, and every transformation of JAX."""
+"""Convolutional kernels: unusual layers and sizes, tiles, memory, precision, transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def test_symmetric_half_equals_all_pairs(name, x64):
 
 
 def test_duplicated_rescaled_and_constant_images():
-  """Equal images have equal rows; without biases the kernel is homogeneous; a constant image is valid."""
+  """Equal images have equal rows, bias-free kernels are homogeneous, constant images are valid."""
   x, _ = images(np.float32, 5, shape=(8, 8, 3))
   x[4] = 0.7
   kernel = jax.jit(NetworkKernel(architecture("conv2"), "ntk"))
@@ -95,7 +95,7 @@ def test_duplicated_rescaled_and_constant_images():
   )
 
 
-def test_every_transformation_of_jax(x64):
+def test_all_jax_transformations(x64):
   """vmap, forward mode and forward over reverse agree with loops and differences."""
   rng = np.random.default_rng(0)
   x, v = (jnp.asarray(rng.normal(size=(2, 5, 4, 1))) for _ in range(2))
@@ -153,7 +153,7 @@ def test_pool_drops_remaining_rows_and_columns(x64):
 
 
 def test_memory_does_not_grow_with_the_pairs():
-  """The compiled program's scratch memory, forward and backward, at 576 and at 2,304 pairs of 16x16 images."""
+  """Forward and backward scratch memory for 576 and 2,304 pairs of 16x16 images."""
   kernel = NetworkKernel(architecture("conv2"), "ntk", tile_elements=1 << 15)
 
   def scratch(n):
@@ -189,7 +189,7 @@ def test_float64_ignores_the_precision(x64):
 
 
 @pytest.mark.slow
-def test_batches_of_products_change_nothing(x64, monkeypatch):
+def test_batched_products_give_equal_results(x64, monkeypatch):
   """The computation on accelerators, tiles as one batch, equals that of single pairs."""
   x1, x2 = (jnp.asarray(x) for x in images(np.float64, 5, 4))
   expected = [NetworkKernel(architecture("conv2"), "ntk", tile)(x1, x2) for tile in (900, None)]

@@ -47,8 +47,8 @@ def test_equals_neural_tangents(name, get, dtype):
     rtol, coincident = RTOL[dtype.name], RTOL[dtype.name]
     distinct = np.ones(value.shape, bool)
     if other is None:
-      # At parallel rows neural-tangents takes sqrt(v1 v2 - k^2) of rounding noise: half of the digits of its
-      # NTK are lost, in float64 too. `test_diagonal_is_exact` checks kipcore there.
+      # At parallel rows neural-tangents takes sqrt(v1 v2 - k^2) of rounding noise: half of the
+      # digits of its NTK are lost, in float64 too. `test_diagonal_is_exact` checks kipcore there.
       distinct[:3, :3], coincident = False, {"float32": 2e-4, "float64": 1e-6}[dtype.name]
       distinct[3, 3] = False
     np.testing.assert_allclose(np.asarray(value)[distinct], expected[distinct], rtol=rtol)
@@ -58,7 +58,7 @@ def test_equals_neural_tangents(name, get, dtype):
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_diagonal_is_exact(depth, dtype):
-  """K(x, x) by the recursion at angle 0, in float64 NumPy; equal and rescaled rows agree to what 1 - cos allows."""
+  """Against the recursion at angle 0 in float64 NumPy; also equal and rescaled rows."""
   x, _ = images(dtype)
   q = np.mean(x.astype(np.float64).reshape(4, -1) ** 2, axis=1)
   q = 2 * q + 0.01
@@ -156,7 +156,7 @@ def test_bias_free_kernel_is_homogeneous(x64):
 @pytest.mark.parametrize(
   "name", ["fc2", pytest.param("conv2", marks=pytest.mark.slow), "conv1_vec_gap"]
 )
-def test_monte_carlo_of_the_flax_realization(name):
+def test_monte_carlo_of_flax_networks_matches_the_kernel(name):
   """The mean over random networks is within 5 standard errors (and 3 % for the finite width)."""
   arch = architecture(name)
   x = np.random.default_rng(3).normal(size=(3, 4, 4, 2)).astype(np.float32)
@@ -192,7 +192,7 @@ def test_parameterizations_draw_the_same_distribution_of_functions():
   np.testing.assert_allclose(*moments, rtol=0.25)
 
 
-def test_neural_tangents_leaves_jax_as_it_was():
+def test_importing_neural_tangents_leaves_jax_unchanged():
   """The moved names exist only during its import; TensorFlow is not imported."""
   import subprocess
   import sys

@@ -1,4 +1,4 @@
-"""The report of a run: one file, escaped, complete, readable on a phone; where its hardest images come from; event files."""
+"""The report of a run: one complete, escaped file for all screens; hardest images; event files."""
 
 import dataclasses
 import html
@@ -32,7 +32,7 @@ from kipcore.report import pictures
 
 CONFIG = DistillConfig(
   steps=30, num_devices=1
-)  # as in test_pipeline.py, so that what it compiled is found
+)  # as in test_pipeline.py, so that its compilations are reused
 HOSTILE = "<script>alert(1)</script>" + "&\"'" + 60 * "m"
 SECTIONS = [
   "Accuracy",
@@ -57,7 +57,7 @@ def count_charts(page) -> int:
 
 
 class Page(html.parser.HTMLParser):
-  """The elements of a page; raises where one is closed that was not open last."""
+  """The elements of a page; raises if they are not nested correctly."""
 
   def __init__(self, text: str):
     super().__init__()
@@ -103,7 +103,7 @@ def copied(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def hostile(run, tmp_path_factory):
-  """The report of that run, had its classes had such names, and its dataset such a path."""
+  """The report of the run with other class names and another dataset path."""
   folder = shutil.copytree(run[0], tmp_path_factory.mktemp("hostile") / "run")
   stored = kipcore.load_artifact(folder / "distilled.npz")
   about = {**stored.metadata["dataset"], "class_names": [f"{i}{HOSTILE}" for i in range(10)]}
@@ -123,7 +123,7 @@ def report(folder) -> str:
   return (folder / "report.html").read_text()
 
 
-def test_the_report_is_one_file_that_loads_and_runs_nothing(run):
+def test_report_is_one_file_without_external_resources_and_scripts(run):
   text = report(run[0])
   page = Page(text)
   assert not re.search(
@@ -167,7 +167,7 @@ def test_the_report_has_every_section_and_the_figures_of_the_run(run):
   assert page.tags.count("img") == 2 + 2 * 10 + outputs.HARDEST
 
 
-def test_what_a_run_lacks_is_left_out(copied):
+def test_missing_parts_of_a_run_are_omitted(copied):
   stored = kipcore.load_artifact(copied / "distilled.npz")
   flat = dataclasses.replace(
     stored,
@@ -278,7 +278,7 @@ def test_importance_is_recorded_over_time_and_its_hardest_rows_are_kept(run):
 
 
 def problem(n=203):
-  """Rows of unequal classes in no order, and a support."""
+  """Unordered rows of unbalanced classes, and a support."""
   rng = np.random.default_rng(0)
   labels = rng.choice(3, n, p=[0.2, 0.3, 0.5])
   x = (1.5 * np.eye(3, 6)[labels] + 0.5 * rng.normal(size=(n, 6))).astype(np.float32)
@@ -287,8 +287,8 @@ def problem(n=203):
   return kipcore.Support(jnp.asarray(x[rows]), jnp.asarray(y[rows])), x, y
 
 
-def test_scores_come_back_in_the_order_of_the_rows():
-  """After one step on all rows they are the squared errors of the start, whatever device had a row."""
+def test_scores_are_returned_in_row_order():
+  """After one step on all rows, scores are the squared errors of the start on any device."""
   support, x, y = problem()
   method = kip.kip(kipcore.linear_fn(), kip.KIPOptions(1e-2))
   distiller = loop.Distiller(
@@ -303,7 +303,7 @@ def test_scores_come_back_in_the_order_of_the_rows():
   assert_close(result.history[-1]["class_shares"], np.bincount(y.argmax(1)) / len(x), 1e-2)
 
 
-def test_rows_of_the_deal_and_the_scores_that_are_not_known():
+def test_assigned_rows_and_unknown_scores():
   _, x, y = problem()
   key = jax.random.key(3)
   for num_devices in (1, 3):
@@ -319,8 +319,8 @@ def test_rows_of_the_deal_and_the_scores_that_are_not_known():
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_what_is_logged_of_a_sampler_is_its_law(balanced):
-  """Shares by class and effective share against NumPy, for a law in use, before there is one, and where it does not pay."""
+def test_logged_sampler_metrics_describe_its_distribution(balanced):
+  """Class and effective shares against NumPy, for an active, missing and useless distribution."""
   counts, capacity, mix = np.array([30, 50, 20]), 104, 0.25
   sampler = importance.importance("squared_error", mix, least_gain=1.5, balanced=balanced)
   state = sampler.init(jnp.asarray(counts, jnp.int32), capacity)
@@ -401,7 +401,7 @@ def test_a_comparison_is_a_table_with_intervals_and_settings(tmp_path):
   assert (tmp_path / "again.html").read_text() == text
 
 
-def test_a_report_is_written_anew_from_its_folder(run, tmp_path):
+def test_report_is_regenerated_from_its_folder(run, tmp_path):
   report_command.write(run[0], tmp_path / "again.html")
   assert (tmp_path / "again.html").read_text() == report(run[0])
   with pytest.raises(UsageError, match="--run: expected the folder of a finished run, got"):
@@ -411,7 +411,7 @@ def test_a_report_is_written_anew_from_its_folder(run, tmp_path):
     report_command.write(run[0], tmp_path / "none" / "none.html")
 
 
-def test_charts_show_the_data_and_repeat_byte_for_byte():
+def test_charts_show_the_data_and_are_byte_reproducible():
   history = [{"step": s, "loss": 1 / s, "accuracy": 0.1 * s} for s in (1, 2, 5)]
   draw = lambda: pictures.learning_curve(history, {"baseline": 0.3})
   loss, accuracy = draw().axes
@@ -424,7 +424,7 @@ def test_charts_show_the_data_and_repeat_byte_for_byte():
   assert [bar.get_height() for bar in axes.patches] == [50.0, 60.0]
 
 
-def test_images_are_inlined_as_they_are():
+def test_images_are_inlined_unchanged():
   import base64
   import io
 
@@ -444,7 +444,7 @@ def test_images_are_inlined_as_they_are():
     html_report.image(np.zeros((2, 2, 4)), (0, 1))
 
 
-def test_rows_of_images_are_wrapped_and_have_their_captions(tmp_path):
+def test_image_rows_are_wrapped_and_captioned(tmp_path):
   from matplotlib.image import imread
 
   low, wrapped, longer = (tmp_path / f"{i}.png" for i in range(3))
@@ -479,12 +479,12 @@ def browse(folder, *arguments):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs the browser chromium, which is absent")
-def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(hostile, tmp_path):
-  """No page is wider than its window, with names of 90 letters in it and tables that are wider; and it is not blank."""
+def test_browser_renders_the_page_at_phone_and_desktop_width(hostile, tmp_path):
+  """With names of 90 letters and wide tables, no page is blank or wider than its window."""
   from matplotlib.image import imread
 
   pages = [report(hostile), report(write_comparison(tmp_path / "grid"))]
-  # A copy of its own, opened up and without the policy that forbids the measuring script.
+  # An expanded copy without the policy that forbids the measuring script.
   opened = [
     re.sub(r"<meta http-equiv[^>]*>", "", page).replace("<details", "<details open")
     for page in pages
@@ -495,8 +495,11 @@ def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(hostile, tmp_path):
     for width, page in frames
   )
   measure = (
-    "onload = () => { document.title = JSON.stringify([...document.querySelectorAll('iframe')].map(f => { const d = f.contentDocument; "
-    "return [d.documentElement.clientWidth, d.documentElement.scrollWidth, Math.max(...[...d.querySelectorAll('.scroll')].map("
+    "onload = () => { document.title = "
+    "JSON.stringify([...document.querySelectorAll('iframe')].map(f => { const d = "
+    "f.contentDocument; "
+    "return [d.documentElement.clientWidth, d.documentElement.scrollWidth, "
+    "Math.max(...[...d.querySelectorAll('.scroll')].map("
     "e => e.scrollWidth - e.clientWidth))] })) }"
   )
   (tmp_path / "host.html").write_text(
@@ -524,7 +527,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_on_a_desk(hostile, tmp_path):
 
 
 def test_a_run_logs_to_a_writer(tmp_path, monkeypatch):
-  """With any writer of that interface, whether tensorboardX is there or not."""
+  """Works with any writer of that interface, with or without tensorboardX."""
   written = []
 
   class SummaryWriter:

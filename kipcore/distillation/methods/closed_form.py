@@ -1,4 +1,4 @@
-"""Distillation in closed form, for ridge regression in features that can be inverted: nothing is learned step by step."""
+"""Closed-form distillation for ridge regression in invertible features, without training steps."""
 
 import dataclasses
 import functools
@@ -26,12 +26,15 @@ class ClosedFormOptions:
   """Options of `krr_closed_form`.
 
   Attributes:
-    feature_map, depth, num_features, bandwidth: "linear", "fcnn" or "rff", and its settings; see `draw_map`.
-    labels: "start": those that the start has; "predicted": what the full model predicts there (published).
-    ridges: candidates, absolute, for the model of all rows.
-    criterion, held_out: by which the fraction `held_out` of the rows choose among them, "accuracy" or "loss".
-    relative_ridge: with which the distilled set will be used, a fraction of tr(K_ss) / m.
-    block_size: rows at a time.
+    feature_map, depth, num_features, bandwidth: "linear", "fcnn" or "rff", and its settings; see
+      `draw_map`.
+    labels: "start" for the labels of the start, or "predicted" for the predictions of the full
+      model on the start (published).
+    ridges: candidate absolute ridges of the full model.
+    criterion: "accuracy" or "loss" on held-out rows, which selects the ridge.
+    held_out: fraction of the rows that are held out for this selection.
+    relative_ridge: ridge with which the distilled set will be used, as a fraction of tr(K_ss) / m.
+    block_size: rows per block.
   """
 
   feature_map: str = "linear"
@@ -67,7 +70,13 @@ class ClosedFormOptions:
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureMap:
-  """An invertible feature map: its name, its matrices `(inputs, outputs)` and, for rff, its shift `(p,)`; from `draw_map`."""
+  """An invertible feature map from `draw_map`.
+
+  Attributes:
+    name: "linear", "fcnn" or "rff".
+    weights: matrices `(inputs, outputs)`.
+    shift: `(p,)` for rff, else None.
+  """
 
   name: str
   weights: tuple[Array, ...] = ()
@@ -90,7 +99,7 @@ class FeatureKernel:
 
 
 class Validation(NamedTuple):
-  """Scores on the held-out rows of each ridge: `ridges`, `accuracy` and `loss` (half mean squared error), `(r,)`."""
+  """Held-out scores: `ridges`, `accuracy` and `loss` (half mean squared error), each `(r,)`."""
 
   ridges: np.ndarray
   accuracy: np.ndarray
@@ -101,12 +110,16 @@ class ClosedForm(NamedTuple):
   """A distilled set and the model that it reproduces.
 
   Attributes:
-    support: `(m, ...)` inputs like the given rows, `(m, c)` labels.
-    feature_map, weights, ridge: phi, W `(p, c)` and the absolute ridge of the full model f(x) = phi(x) W.
-    support_ridge: with which the set reproduces W, absolute: relative_ridge * tr(K_ss) / m, or the largest feasible.
-    scale: by which features and labels were shrunk to lie in the range of the map; 1 but for rff.
-    error: ||W_S - W|| / ||W|| of ridge regression on the set, measured through its inputs as they are returned.
-    validation, held_out: the table that chose `ridge`, and the rows that filled it, int32.
+    support: `(m, ...)` inputs with the shape and dtype of the given rows, `(m, c)` labels.
+    feature_map: phi.
+    weights: W `(p, c)` of the full model f(x) = phi(x) W.
+    ridge: absolute ridge of the full model.
+    support_ridge: absolute ridge with which the set reproduces W: relative_ridge * tr(K_ss) / m, or
+      the largest feasible ridge if that is smaller.
+    scale: factor of features and labels that keeps them in the range of the map; 1 except for rff.
+    error: ||W_S - W|| / ||W||, with W_S from ridge regression on the returned inputs.
+    validation: the scores that selected `ridge`.
+    held_out: indices of the held-out rows, int32.
     status: int32, `types.Status`.
   """
 
@@ -135,25 +148,27 @@ def draw_map(
 
       linear:  phi(x) = x
       fcnn:    `depth` times x <- LeakyReLU_0.1(x A), A (d, d) with entries N(0, 1/d); a bijection
-      rff:     phi(x) = sqrt(2/p) cos(x A + b), A (d, p) with entries N(0, 1/bandwidth^2), b uniform on [0, 2 pi);
-               onto the cube |phi_j| <= sqrt(2/p) if p <= d
+      rff:     phi(x) = sqrt(2/p) cos(x A + b), A (d, p) with entries N(0, 1/bandwidth^2),
+               b uniform on [0, 2 pi); onto the cube |phi_j| <= sqrt(2/p) if p <= d
 
-  The expected kernel of rff is exp(-||x - x'||^2 / (2 bandwidth^2)); the published b on [0, pi) changes signs only.
+  The expected kernel of rff is exp(-||x - x'||^2 / (2 bandwidth^2)). The published b is uniform on
+  [0, pi), which only changes signs.
 
   Args:
     key: random key (or int seed).
     name: "linear", "fcnn" or "rff".
     num_inputs: d.
-    depth: layers of fcnn.
-    num_features: p of rff; None for d, as published. Inputs stay nearer to real rows where it is well below d.
-    bandwidth: length scale of rff, in the units of the inputs.
-    dtype: of the parameters.
+    depth: number of fcnn layers.
+    num_features: p of rff; None for d, as published. Inputs stay closer to real rows if p is well
+      below d.
+    bandwidth: length scale of rff, in units of the inputs.
+    dtype: dtype of the parameters.
 
   Returns:
     `FeatureMap`.
 
   Raises:
-    ValueError: for an unknown name, or more features than inputs (no map onto them exists then).
+    ValueError: for an unknown name, or more features than inputs (the map is then not onto).
   """
   checks.one_of("feature_map", name, FEATURE_MAPS)
   depth = checks.positive_int("depth", depth)
@@ -162,7 +177,7 @@ def draw_map(
   checks.positive_int("num_features", p)
   if p > d or (p != d and name != "rff"):
     raise ValueError(
-      f"num_features: expected {'at most ' if name == 'rff' else ''}the {d} numbers of a row, got {p}"
+      f"num_features: expected {'at most ' if name == 'rff' else ''}{d}, the size of a row, got {p}"
     )
   draw = keys.stream(key, "weights")
   if name == "fcnn":
@@ -179,7 +194,7 @@ def draw_map(
 
 
 def map_features(feature_map: FeatureMap, x: Array) -> Array:
-  """phi(x), `(n, p)`, of rows `(n, ...)`, in their dtype."""
+  """phi(x), `(n, p)`, of rows `(n, ...)`, in the dtype of the rows."""
   x = x.reshape(x.shape[0], -1)
   for w in feature_map.weights:
     x = linalg.matmul(x, w.astype(x.dtype))
@@ -193,8 +208,9 @@ def map_features(feature_map: FeatureMap, x: Array) -> Array:
 def invert_map(feature_map: FeatureMap, phi, near) -> np.ndarray:
   """Rows `(m, ...)` with the features `phi` `(m, p)`, in float64 on the host.
 
-  Of the many rows with the same Fourier features it takes, for each feature, the branch of the arc cosine nearest to
-  that of `near` `(m, ...)`, and then the row nearest to `near`. Features beyond +-sqrt(2/p) are clipped there.
+  Many rows have the same Fourier features. For each feature, the function selects the branch of the
+  arc cosine closest to that of `near` `(m, ...)`; then it selects the row closest to `near`.
+  Features outside [-sqrt(2/p), sqrt(2/p)] are clipped.
   """
   phi, near = np.asarray(phi, np.float64), np.asarray(near, np.float64)
   weights = [np.asarray(w, np.float64) for w in feature_map.weights]
@@ -215,10 +231,11 @@ def feature_kernel(feature_map: FeatureMap) -> FeatureKernel:
   """The kernel <phi(x), phi(x')> of a feature map.
 
   Args:
-    feature_map: from `draw_map`, or of a `ClosedForm`.
+    feature_map: from `draw_map` or a `ClosedForm`.
 
   Returns:
-    `kernel_fn(x1, x2=None) -> (n1, n2)`, hashable, with `diag`; its matrices become constants of what is compiled.
+    A hashable `kernel_fn(x1, x2=None) -> (n1, n2)` with a method `diag`. Compiled functions that
+    call it contain its matrices as constants.
   """
   return FeatureKernel(feature_map)
 
@@ -226,44 +243,57 @@ def feature_kernel(feature_map: FeatureMap) -> FeatureKernel:
 def krr_closed_form(
   key, x, y, start: Support | int, options: ClosedFormOptions = ClosedFormOptions()
 ) -> ClosedForm:
-  """The set of m points whose ridge regression is that of all rows, by linear algebra alone.
+  """Computes m points whose ridge regression equals that of all rows, using only linear algebra.
 
-      W = (Phi^T Phi + ridge I)^{-1} Phi^T y                                   the model of all rows, (p, c)
-      E = W Y^+ = U diag(s) V^T                                                (p, m), of rank r
-      Phi_S = V diag(sigma) U^T + (I - Y Y^+) Phi_0 (I - U U^T)                (m, p)
+      W = (Phi^T Phi + ridge I)^{-1} Phi^T y                             the full model, (p, c)
+      E = W Y^+ = U diag(s) V^T                                          (p, m), of rank r
+      Phi_S = V diag(sigma) U^T + (I - Y Y^+) Phi_0 (I - U U^T)          (m, p)
       sigma_i = (1 + sqrt(1 - 4 lambda s_i^2)) / (2 s_i),  so that  sigma_i / (sigma_i^2 + lambda) = s_i
 
-  with Y the `(m, c)` labels of the set and Phi_0 the features of the start. The parts of Phi_S have orthogonal rows and
-  columns and the second is orthogonal to Y, so Phi_S^T (Phi_S Phi_S^T + lambda I)^{-1} Y = U diag(s) V^T Y = W Y^+ Y = W.
-  Proved: exact for every lambda <= 1 / (4 s_1^2) if the rows of y lie in the row space of Y, as they do where each class has
-  a point; at lambda = 0 Phi_S is nearest to Phi_0 among the matrices whose dual coefficients lie in the range of Y. Centered
-  labels have rank c - 1; points of c - 1 classes are then enough. Inputs are phi^{-1}(Phi_S); where features exceed
-  the range of rff, features and labels are multiplied by `scale` and lambda by its square, which leaves W as it is.
-  Heuristic: that inputs look like the start. Square Gaussian matrices (fcnn, rff with p = d) have conditions of
-  the order of d: inputs then look like noise, and their rounding to float32 shows in `error`.
+  with Y the `(m, c)` labels of the set, Phi_0 the features of the start and lambda the ridge of the
+  set. The two parts of Phi_S have orthogonal rows and columns, and the second is orthogonal to Y,
+  so Phi_S^T (Phi_S Phi_S^T + lambda I)^{-1} Y = U diag(s) V^T Y = W Y^+ Y = W. The inputs are
+  phi^{-1}(Phi_S). If features exceed the range of rff, features and labels are multiplied by
+  `scale` and lambda by scale^2, which does not change W.
 
-  Published: p = d, depth 1, 95 % of the rows make W, free part (I - Y^+ Y) pinv(Phi_0) of the inverse, labels predicted,
-  principal arc cosine, features of rff divided by their largest entry but labels kept (which scales predictions).
-  Ours differs in the free part (no ill-conditioned pseudo-inverse), in W from all rows once the ridge is chosen, in labels
-  scaled with features, in the branch, and in a ridge of the set that is never 0. Ties in accuracy go to the least
-  loss; ridges below the rounding of Phi^T Phi (`linalg.rounding_ridge`) are left out, in float32 perhaps most.
-  Not to be traced: it loops over row blocks, with memory for a few p x p matrices and a block.
+  Proved: W is reproduced exactly for every lambda <= 1 / (4 s_1^2) if the rows of y lie in the row
+    space of Y. This
+  holds if each class has a point; for centered labels, which have rank c - 1, points of c - 1
+  classes suffice. At lambda = 0, Phi_S is the matrix closest to Phi_0 among those whose dual
+  coefficients lie in the range of Y.
+  Heuristic: that the inputs resemble the start. Square Gaussian matrices (fcnn, rff with p = d)
+    have
+  condition numbers of order d. The inputs then look like noise, and rounding them to float32
+  increases `error`.
+
+  Published version: p = d, depth 1, W from 95 % of the rows, free part (I - Y^+ Y) pinv(Phi_0) of
+    the
+  inverse, predicted labels, principal arc cosine, and rff features divided by their largest entry
+  but unscaled labels (which scales predictions). This implementation differs in the free part (no
+  ill-conditioned pseudo-inverse), W (fitted on all rows after the ridge is selected), the labels
+  (scaled with the features), the branch of the arc cosine, and the ridge of the set (never 0).
+
+  Ties in accuracy are broken by the smaller loss. Ridges below the rounding error of Phi^T Phi
+  (`linalg.rounding_ridge`) are skipped; in float32 these may be most of them. Loops over row blocks
+  with memory for a few p x p matrices and one block, so it cannot be traced.
 
   Args:
     key: random key (or int seed).
     x: `(n, ...)` training rows, NumPy or JAX.
     y: `(n, c)` labels or any outputs.
-    start: points that the set starts from, real rows or noise; or that many rows of each class, drawn at random.
+    start: initial points, real rows or noise; or the number of rows to draw at random per class.
     options: see `ClosedFormOptions`.
 
   Returns:
-    `ClosedForm`; `evaluate_krr(feature_kernel(r.feature_map), r.support, x, y, ridge=r.support_ridge)` scores it.
+    `ClosedForm`; score it with
+    `evaluate_krr(feature_kernel(r.feature_map), r.support, x, y, ridge=r.support_ridge)`.
 
   Raises:
-    ValueError, TypeError: for shapes that disagree, unknown names, labels of the start that do not span those of y,
-      ridges all below rounding, values that are not finite or not floats.
+    ValueError, TypeError: for inconsistent shapes, unknown names, labels of the start that do not
+      span those of y, only ridges below the rounding error, or values that are not finite floats.
 
-  Source: Chen, Huang, Weng 2024, theorems for linear and surjective feature maps.
+  References:
+    Chen, Huang and Weng (2024), theorems for linear and surjective feature maps.
   """
   checks.same_rows("x", x, "y", y)
   checks.rank("y", y, 2)
@@ -278,14 +308,15 @@ def krr_closed_form(
     start = Support(jnp.asarray(x[rows]), jnp.asarray(y[rows]))
   checks.shape("start.x", start.x, (None, *x.shape[1:]))
   checks.shape("start.y", start.y, (start.x.shape[0], y.shape[1]))
-  # Rows of centered float32 labels sum to zero up to the rounding of float32 only.
+  # Rows of centered float32 labels sum to zero only up to float32 rounding.
   y64, span = (
     np.asarray(y, np.float64),
     _row_space(np.asarray(start.y, np.float64), float(jnp.finfo(start.y.dtype).eps)),
   )
   if not np.sum((y64 - y64 @ span @ span.T) ** 2) <= 1e-6 * np.sum(y64**2):
     raise ValueError(
-      f"start: expected labels that span those of y, as points of each of the {y.shape[1]} classes do, "
+      f"start: expected labels that span those of y (for example, a point of each of {y.shape[1]} "
+      "classes), "
       f"got {start.y.shape[0]} points whose labels have rank {span.shape[1]}"
     )
   feature_map = draw_map(
@@ -342,7 +373,7 @@ def _full_model(key, x, y, feature_map, options):
   v = max(1, round(options.held_out * n))
   if v >= n:
     raise ValueError(
-      f"held_out: expected a fraction that leaves rows to fit, got {options.held_out} of {n}"
+      f"held_out: expected a fraction that leaves rows to fit, got {options.held_out} of {n} rows"
     )
   order = np.asarray(jax.random.permutation(key, n))
   held_out, fit = np.sort(order[:v]), np.sort(order[v:])
@@ -351,13 +382,13 @@ def _full_model(key, x, y, feature_map, options):
   sums = (jnp.zeros((p, p), dtype), jnp.zeros((p, y.shape[1]), dtype))
   for block in row_blocks(fit):
     sums = _add(feature_map, sums, block)
-  checks.finite("moments of the features (x may hold NaN or be too large)", sums[0])
+  checks.finite("moments of the features (x may contain NaN or values that are too large)", sums[0])
   floor = float(linalg.rounding_ridge(sums[0]))
   ridges = np.array([r for r in options.ridges if r >= floor])
   if not ridges.size:
     raise ValueError(
-      f"ridges: expected one of at least {floor:.2g}, the rounding of Phi^T Phi in {dtype}, "
-      f"got at most {max(options.ridges)}; standardize x, or turn the 64-bit switch on"
+      f"ridges: expected one of at least {floor:.2g}, the rounding error of Phi^T Phi in {dtype}, "
+      f"got at most {max(options.ridges)}; standardize x, or enable 64-bit floats in JAX"
     )
   values, vectors = jnp.linalg.eigh(sums[0])
   values, rotated = jnp.maximum(values, 0), linalg.matmul(vectors.T, sums[1])
@@ -382,7 +413,7 @@ def _full_model(key, x, y, feature_map, options):
 
 
 def _row_blocks(x, y, size, dtype, rows):
-  """Yields blocks `(x, y, keep)` of the chosen rows; the last is padded with rows of which none is kept."""
+  """Yields blocks `(x, y, keep)` of the given rows; `keep` is False for padding rows."""
   for part in blocks.row_slices(len(rows), size):
     take = blocks.pad_rows(rows[part], size)
     keep = np.arange(size) < part.stop - part.start
@@ -402,7 +433,7 @@ def _add(feature_map, sums, block):
 
 @jax.jit
 def _score(feature_map, models, block):
-  """Hits and sums of squared errors of each model `(r, p, c)` on a block, `(r,)` each."""
+  """Counts of hits and sums of squared errors, `(r,)` each, of models `(r, p, c)` on a block."""
   x, y, keep = block
   found = jnp.einsum("np,rpc->rnc", map_features(feature_map, x), models, precision=linalg.HIGHEST)
   right = keep[None] & (jnp.argmax(found, axis=2) == jnp.argmax(y, axis=1)[None])
@@ -412,7 +443,7 @@ def _score(feature_map, models, block):
 
 
 def _row_space(a, eps=np.finfo(np.float64).eps) -> np.ndarray:
-  """An orthonormal basis of the rows of `a`, known to a relative `eps`: `(columns, rank)`."""
+  """Orthonormal basis `(columns, rank)` of the row space of `a`, known to relative `eps`."""
   _, s, vt = np.linalg.svd(a, full_matrices=False)
   return vt[s > 100 * eps * s[0]].T
 
@@ -421,7 +452,7 @@ def _support_features(w, y_s, phi_start, relative_ridge):
   """Phi_S and the absolute ridge of the formula in `krr_closed_form`, in float64."""
   range_y = _row_space(y_s.T)
   q, r = np.linalg.qr(w)
-  # Y^+ = (Q^T Y)^+ Q^T with Q a basis of the range of Y, so that its rank is decided once.
+  # Y^+ = (Q^T Y)^+ Q^T with a basis Q of the range of Y, so that its rank is determined only once.
   u, s, vt = np.linalg.svd(r @ np.linalg.pinv(range_y.T @ y_s), full_matrices=False)
   kept = s > 1e-13 * s[0]
   u, s, v = q @ u[:, kept], s[kept], range_y @ vt[kept].T
@@ -432,7 +463,7 @@ def _support_features(w, y_s, phi_start, relative_ridge):
     relative_ridge * (np.sum(sigma(ridge) ** 2) + np.sum(rest**2)) / len(y_s) - ridge
   )
   low, high = 0.0, 0.25 / s[0] ** 2
-  # The excess falls in the ridge: this finds its zero, or the largest feasible ridge where the zero is beyond.
+  # The excess decreases in the ridge. Find its zero, or the largest feasible ridge if smaller.
   for _ in range(100):
     middle = 0.5 * (low + high)
     low, high = (middle, high) if excess(middle) > 0 else (low, middle)

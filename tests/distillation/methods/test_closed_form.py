@@ -1,4 +1,4 @@
-"""Distillation in closed form: exactness, the inverse of each feature map, the choice of the ridge, what is refused."""
+"""Closed-form distillation: exactness, inverses of feature maps, choice of the ridge, errors."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def options(name, **others):
 
 
 def numpy_features(feature_map, x):
-  """Written out once more, row by row."""
+  """Independent implementation, row by row."""
   rows = []
   for row in np.asarray(x, np.float64).reshape(len(x), -1):
     for a in feature_map.weights:
@@ -48,7 +48,7 @@ def numpy_features(feature_map, x):
 
 
 def ridge_regression(phi, y, ridge):
-  """Argmin ||phi W - y||^2 + ridge ||W||^2 as a least-squares problem: no normal equations."""
+  """Argmin ||phi W - y||^2 + ridge ||W||^2 as a least-squares problem, without normal equations."""
   p = phi.shape[1]
   return np.linalg.lstsq(
     np.vstack([phi, np.sqrt(ridge) * np.eye(p)]),
@@ -59,7 +59,7 @@ def ridge_regression(phi, y, ridge):
 
 @pytest.fixture(scope="module")
 def solved():
-  """One problem solved under each map, with 1 and 3 images a class."""
+  """One problem solved under each map, with 1 and 3 images per class."""
   with enable_x64(True):
     x, y = problem()
     return (
@@ -71,7 +71,7 @@ def solved():
 
 @pytest.mark.parametrize("per_class", [1, 3])
 @pytest.mark.parametrize("name", MAPS)
-def test_the_distilled_set_predicts_what_all_rows_do(name, per_class, solved, x64):
+def test_distilled_set_predicts_like_all_rows(name, per_class, solved, x64):
   x, y, results = solved
   result = results[name, per_class]
   support, ridge = result.support, result.support_ridge
@@ -88,7 +88,7 @@ def test_the_distilled_set_predicts_what_all_rows_do(name, per_class, solved, x6
   )
   assert result.error < 1e-8 and int(result.status) == 0
 
-  # The ridge is the stated fraction, so that whoever scores by a fraction finds the same model.
+  # The ridge is the stated fraction, so that scoring with this fraction gives the same model.
   np.testing.assert_allclose(ridge, 1e-6 * np.trace(phi_s @ phi_s.T) / len(phi_s), rtol=1e-6)
   kernel = feature_kernel(result.feature_map)
   for how in ({"ridge": ridge}, {"relative_ridge": 1e-6}):
@@ -109,13 +109,13 @@ def test_the_correction_for_the_ridge_of_the_set_is_exact(relative_ridge, x64):
   share = result.support_ridge / (np.trace(phi_s @ phi_s.T) / 9)
   if relative_ridge < 10:
     np.testing.assert_allclose(share, relative_ridge, rtol=1e-6)
-  else:  # No set has this model at such a ridge: the largest feasible one stands in.
+  else:  # No set has this model at this ridge, so the largest feasible ridge is used.
     s = np.linalg.norm(np.asarray(result.weights) @ np.linalg.pinv(result.support.y), 2)
     np.testing.assert_allclose(result.support_ridge, 0.25 / s**2, rtol=1e-9)
     assert share < relative_ridge
 
 
-def test_the_free_part_is_the_nearest_to_the_start(x64):
+def test_free_part_is_closest_to_the_start(x64):
   x, y = problem()
   rows = kipcore.class_balanced_indices(1, y.argmax(1), 3, 3)
   start = Support(jnp.asarray(x[rows]), jnp.asarray(y[rows]))
@@ -124,7 +124,8 @@ def test_the_free_part_is_the_nearest_to_the_start(x64):
     np.asarray(a, np.float64).reshape(len(a), -1)
     for a in (start.x, result.support.x, result.weights)
   )
-  # Feasible moves keep N W = 0 and Y^T N = 0 of the free part N; along all of them the distance is stationary.
+  # Feasible moves keep N W = 0 and Y^T N = 0 of the free part N; along all of them the distance is
+  # stationary.
   p_y, p_w = y[rows] @ np.linalg.pinv(y[rows]), w @ np.linalg.pinv(w)
   move = (np.eye(9) - p_y) @ np.random.default_rng(0).normal(size=phi_s.shape) @ (np.eye(16) - p_w)
   assert abs(np.vdot(phi_s - phi_0, move)) < 1e-8 * np.linalg.norm(phi_s - phi_0) * np.linalg.norm(
@@ -137,7 +138,7 @@ def test_the_free_part_is_the_nearest_to_the_start(x64):
   assert_close(w_moved, w, 1e-6)
 
 
-def test_predicted_labels_keep_what_the_model_sees_of_the_start(x64):
+def test_predicted_labels_keep_the_start_as_seen_by_the_model(x64):
   x, y = problem()
   rows = kipcore.class_balanced_indices(1, y.argmax(1), 2, 3)
   start = Support(jnp.asarray(x[rows]), jnp.asarray(y[rows]))
@@ -190,7 +191,7 @@ def test_labels_centered_in_float32_have_the_rank_of_centered_labels(x64):
   narrow = y.astype(np.float32)
   assert (
     np.abs(narrow.astype(np.float64).sum(1)).max() > 1e-9
-  )  # what must not count as a direction of its own
+  )  # must not count as a separate direction
   wide, rounded = (
     krr_closed_form(
       3, x, labels, Support(jnp.asarray(x[rows]), jnp.asarray(labels[rows])), options("linear")
@@ -215,7 +216,7 @@ def test_maps_and_their_inverses(name, num_features, x64):
   if name != "rff":
     assert_close(back, x, 1e-9)
   elif num_features is None:
-    assert_close(invert_map(feature_map, phi, x), x, 1e-9)  # the branch nearest to x is that of x
+    assert_close(invert_map(feature_map, phi, x), x, 1e-9)  # the branch closest to x is that of x
     angle = lambda rows: rows.reshape(20, -1) @ np.asarray(feature_map.weights[0])
     assert np.max(np.abs(angle(back) - angle(near))) <= np.pi * (1 + 1e-9)
 
@@ -232,7 +233,7 @@ def test_fourier_features_beyond_their_range_are_shrunk_with_their_labels(x64):
   assert result.error < 1e-8
 
 
-def test_random_maps_have_the_kernels_they_are_named_for(x64):
+def test_random_maps_have_the_documented_kernels(x64):
   x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2000)) / 2000**0.5)
   rff = feature_kernel(draw_map(0, "rff", 2000, bandwidth=0.8, dtype=jnp.float64))
   assert_close(rff(x), kipcore.rbf_fn(0.8)(x), 0.15)  # 5 standard errors of 2000 features
@@ -242,7 +243,7 @@ def test_random_maps_have_the_kernels_they_are_named_for(x64):
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_the_kernel_is_one(name, dtype):
+def test_feature_kernel_equals_inner_products_of_features(name, dtype):
   kernel = feature_kernel(
     draw_map(1, name, 16, MAPS[name].get("depth", 1), bandwidth=3.0, dtype=dtype)
   )
@@ -260,7 +261,7 @@ def test_the_kernel_is_one(name, dtype):
 
 
 @pytest.mark.parametrize("criterion", ["accuracy", "loss"])
-def test_the_ridge_is_that_of_an_exhaustive_search_on_held_out_rows(criterion, x64):
+def test_ridge_equals_exhaustive_search_on_held_out_rows(criterion, x64):
   x, y = problem(noise=2.5)
   result = krr_closed_form(8, x, y, 1, options("fcnn", criterion=criterion, held_out=0.2))
   held_out = result.held_out
@@ -286,7 +287,7 @@ def test_the_ridge_is_that_of_an_exhaustive_search_on_held_out_rows(criterion, x
   np.testing.assert_allclose(result.ridge, result.validation.ridges[best])
 
 
-def test_rows_that_are_held_out_do_not_reach_the_candidates(x64):
+def test_held_out_rows_do_not_affect_the_candidates(x64):
   x, y = problem()
   first = krr_closed_form(8, x, y, 1, options("linear"))
   changed = x.copy()
@@ -299,7 +300,7 @@ def test_rows_that_are_held_out_do_not_reach_the_candidates(x64):
   )
 
 
-def test_blocks_and_kinds_of_arrays_do_not_matter_and_seeds_repeat(x64):
+def test_block_size_and_array_type_do_not_matter_and_seeds_are_reproducible(x64):
   x, y = problem()
   first = krr_closed_form(8, x, y, 2, options("rff", block_size=7))
   second = krr_closed_form(8, jnp.asarray(x), jnp.asarray(y), 2, options("rff", block_size=1000))
@@ -335,7 +336,7 @@ def test_float32_reaches_the_accuracy_of_the_full_model(name):
   assert result.error < 1e-2
 
 
-def test_float32_leaves_out_ridges_below_its_rounding():
+def test_float32_skips_ridges_below_its_rounding_error():
   with enable_x64(False):
     x, y = problem(np.float32)
     ridges = krr_closed_form(0, x, y, 1, options("linear")).validation.ridges
@@ -380,5 +381,5 @@ def test_wrong_arguments_are_named(x64):
   with pytest.raises(TypeError, match="x: expected a floating dtype"):
     krr_closed_form(0, x.astype(np.int32), y, 1)
   x[4] = np.nan
-  with pytest.raises(ValueError, match="may hold NaN"):
+  with pytest.raises(ValueError, match="may contain NaN"):
     krr_closed_form(0, x, y, start)

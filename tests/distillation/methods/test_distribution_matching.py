@@ -1,4 +1,4 @@
-"""DM: its loss by NumPy, its gradient, weights and absent classes, augmentation, devices, seeds, learning."""
+"""DM: loss against NumPy, gradient, weights, absent classes, augmentation, devices, seeds."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def test_loss_equals_numpy_with_weights_and_absent_classes(batch_labels, support
     expected += np.sum((np.average(phi_t[t], axis=0, weights=weights[t]) - phi_s[s].mean(0)) ** 2)
   np.testing.assert_allclose(value, expected, rtol=1e-11)
   assert info.predictions.shape == y.shape and info.per_example.shape == (10,) and info.status == 0
-  # What samplers look at: ridge regression from the support in these features.
+  # Predictions for samplers: ridge regression on the support in these features.
   k_ss = phi_s @ phi_s.T
   dual = np.linalg.solve(k_ss + 1e-3 * np.trace(k_ss) / 4 * np.eye(4), ys)
   assert_close(info.predictions, phi_t @ phi_s.T @ dual, rtol=1e-8)
@@ -62,7 +62,7 @@ def test_gradient_equals_finite_differences(x64):
 
 
 def test_support_equal_to_the_data_has_loss_zero(x64):
-  """With augmentation too: both sides are transformed alike."""
+  """With augmentation too: both sides get the same transform."""
   x, y = map(jnp.asarray, rows(np.array([0, 1, 2, 0, 1, 2, 2])))
   method = dm(net())
   params = method.init_params(Support(x, y))
@@ -75,14 +75,14 @@ def test_support_equal_to_the_data_has_loss_zero(x64):
 
 
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
-  """Two steps, uneven shards and classes that a device lacks included."""
+  """Two steps, including uneven shards and classes missing on a device."""
   support, x, y = problem(np.float64, n=21)
   same_on_devices(dm(net()), support, x, y, rtol=1e-11, num_steps=2)
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "cross_entropy"])
 def test_distilling_teaches(sampler):
-  """The loss under networks that the run has not seen falls; equal seeds repeat; float32."""
+  """The loss under networks unseen in the run falls; equal seeds give equal results; float32."""
   support, x, y = problem()
   method = dm(net())
   distiller = loop.Distiller(method, importance.sampler(sampler), optax.sgd(0.3, momentum=0.5), 30)

@@ -1,4 +1,4 @@
-"""DC and DSA: per-class gradients, the distance, its gradient, the schedule of the network, devices, seeds, learning."""
+"""DC and DSA: per-class gradients, distance and its gradient, network schedule, devices, seeds."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def net(convolutional=False):
 
 
 def numpy_gradients(theta, x, y, weights, k):
-  """Mean gradient of the cross-entropy of the rows of class k through a softplus network with one hidden layer."""
+  """Mean cross-entropy gradient of class k for a softplus network with one hidden layer."""
   own = y.argmax(1) == k
   x, w = x[own].reshape(own.sum(), -1), weights[own] / weights[own].sum()
   w1, b1, w2, b2 = (
@@ -88,8 +88,8 @@ def test_gradient_equals_finite_differences(make, convolutional, x64):
 
 
 @pytest.mark.parametrize("b", [1, 7, 300])
-def test_class_gradients_equal_one_gradient_a_class(b, x64):
-  """Any counts, absent classes and classes of several chunks included; a second derivative as well."""
+def test_class_gradients_equal_one_gradient_per_class(b, x64):
+  """Any counts, including absent and multi-chunk classes; also a second derivative."""
   rng, c = np.random.default_rng(b), 4
   x, weights, theta = (
     jnp.asarray(rng.normal(size=(b, 3))),
@@ -125,7 +125,7 @@ def test_class_gradients_equal_one_gradient_a_class(b, x64):
 
 
 def test_support_equal_to_the_data_has_distance_zero(x64):
-  """With augmentation too: a class is transformed alike on both sides."""
+  """With augmentation too: a class gets the same transform on both sides."""
   x, y = map(jnp.asarray, rows(np.array([0, 1, 2, 0, 1, 2, 2])))
   method = gm.dsa(net(True))
   params = method.init_params(Support(x, y))
@@ -134,11 +134,11 @@ def test_support_equal_to_the_data_has_distance_zero(x64):
     lambda key, batch_x: method.loss(params, aux, Batch(batch_x, y), jnp.full(7, 3.0), key)[0]
   )
   for seed in range(4):
-    # The 1e-6 beside the product of norms leaves a little.
+    # The 1e-6 added to the product of norms leaves a small distance.
     assert abs(f(jax.random.key(seed), x)) < 1e-3 < 0.1 < f(jax.random.key(seed), x[::-1])
 
 
-def test_distance_at_opposite_parallel_and_dead_units():
+def test_distance_of_opposite_parallel_and_dead_units():
   """Biases do not count; a unit without gradient adds 1, and its derivative is finite."""
   r = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
   tree = lambda a: {"bias": jnp.ones((2, 7), jnp.float32), "kernel": jnp.asarray(a)}
@@ -172,7 +172,7 @@ def test_published_loops(images, loops):
 
 
 def test_network_is_trained_between_redraws(x64):
-  """One pass is the gradient step written out; every third step draws a new network."""
+  """One pass equals an explicit gradient step; every third step draws a new network."""
   support, _, _ = problem(np.float64)
   method = gm.dc(net(), gm.GradientMatchingOptions(3, 1, 0.5))
   params = method.init_params(support)
@@ -221,7 +221,7 @@ def test_training_of_the_network_in_several_batches_lowers_its_loss():
 
 
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
-  """Two steps with a trained network between, uneven shards and classes that a device lacks included."""
+  """Two steps with network training between, uneven shards and classes missing on a device."""
   support, x, y = problem(np.float64, n=21)
   same_on_devices(
     gm.dc(net(), gm.GradientMatchingOptions(5, 1)), support, x, y, rtol=1e-11, num_steps=2
@@ -245,7 +245,7 @@ def test_equal_seeds_repeat():
 
 @pytest.mark.parametrize("make, sampler", [(gm.dc, "uniform"), (gm.dsa, "cross_entropy")])
 def test_distilling_teaches(make, sampler):
-  """The loss under networks that the run has not seen falls; float32."""
+  """The loss under networks unseen in the run falls; float32."""
   support, x, y = problem()
   method = make(net(), gm.GradientMatchingOptions(5, 2))
   distiller = loop.Distiller(method, importance.sampler(sampler), optax.sgd(0.3, momentum=0.5), 30)

@@ -1,4 +1,4 @@
-"""RCIG: its head, its direct and implicit gradients against the bilevel problem solved apart, clipping, devices, runs."""
+"""RCIG: head, direct and implicit gradients of the bilevel problem, clipping, devices, runs."""
 
 import dataclasses
 
@@ -19,7 +19,8 @@ from kipcore.types import Support
 
 M, C, T = 4, 3, 12
 NETWORK = networks.network(kipcore.fc(1, activation="erf"), 4, C)
-# Close to the minimum of the inner problem, with an implicit gradient that is clipped for the images and not for the labels.
+# Close to the minimum of the inner problem, with an implicit gradient that is clipped for the
+# images but not for the labels.
 QUICK = rcig.RCIGOptions(
   pool_size=3, max_age=4, pool_rate=1e-2, inner_steps=40, inner_rate=3e-2, l2=0.1
 )
@@ -57,7 +58,7 @@ class Setting:
     self.batch = Batch(jnp.asarray(x[-T:]), jnp.asarray(y[-T:]))
     self.weights = jnp.asarray(np.random.default_rng(1).uniform(0, 2, T))
     self.net = jax.tree.map(lambda a: a[self.aux.pool.chosen], self.aux.pool.variables)
-    # The aux is an argument: constants would be folded, which takes longer than the work.
+    # The aux is an argument, because constant folding would take longer than the computation.
     self.graded = jax.jit(
       jax.value_and_grad(
         lambda p, aux: self.method.loss(p, aux, self.batch, self.weights, None), has_aux=True
@@ -81,7 +82,7 @@ def converged():
 
 
 def reference(setting):
-  """Inner and outer objective of a hidden layer of erf units, written out: functions of (x, y, log temperature, w)."""
+  """Inner and outer objective of one erf layer, as functions of (x, y, log temperature, w)."""
   net = setting.net["params"]
   weight, bias = net["layer_1"]["kernel"], net["bias_1"]
   d, p = weight.shape
@@ -108,7 +109,7 @@ def reference(setting):
     )
 
   def adam(x, y):
-    """The inner loop of the method, by hand."""
+    """Explicit inner loop of the method."""
 
     def step(i, carry):
       w, m, v = carry
@@ -136,7 +137,7 @@ def reference(setting):
 
 
 def test_head_is_kernel_ridge_regression_on_the_features(x64, quick):
-  """At an inner rate of 1e-30 the features are the network's own: the library's KRR, and NumPy's."""
+  """At an inner rate of 1e-30, the head equals KRR on the initial features, also in NumPy."""
   still = Setting(dataclasses.replace(QUICK, inner_rate=1e-30))
   info = jax.jit(
     lambda aux: still.method.loss(still.params, aux, still.batch, still.weights, None)[1]
@@ -170,7 +171,7 @@ def test_value_and_direct_gradient_equal_finite_differences_at_fixed_w(x64):
 
 
 def compare(gradient, params, function, rtol, h=1e-5):
-  """Slopes along two random directions a parameter."""
+  """Slopes along two random directions per parameter."""
   rng = np.random.default_rng(2)
   for name in params:
     for _ in range(2):
@@ -182,7 +183,7 @@ def compare(gradient, params, function, rtol, h=1e-5):
 
 
 def test_gradient_is_that_of_the_bilevel_problem(x64, converged):
-  """Finite differences of the outer loss where the inner problem is solved anew by Newton's method."""
+  """Finite differences of the outer loss with the inner problem solved again by Newton's method."""
   _, outer, adam, newton, slope, hessian = reference(converged)
   p = converged.params
   (value, _), gradient = converged.loss()
@@ -246,7 +247,7 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
   same_on_devices(rcig.rcig(NETWORK, QUICK), support, x, y)
 
 
-def test_average_weighs_the_past_without_bias_to_the_start(x64, quick):
+def test_average_weights_the_past_without_initial_bias(x64, quick):
   method, aux, start = quick.method, quick.aux, quick.params
   assert np.array_equal(method.support(start, aux).x, start["x"])
   update = jax.jit(method.update_aux)
@@ -262,7 +263,7 @@ def test_average_weighs_the_past_without_bias_to_the_start(x64, quick):
     np.testing.assert_allclose(value, expected, rtol=1e-12)
 
 
-def test_pool_trains_the_network_in_use_and_draws_old_ones_anew(x64, quick):
+def test_pool_trains_the_active_network_and_redraws_old_ones(x64, quick):
   update, aux, params = jax.jit(quick.method.update_aux), quick.aux, quick.params
   objective = lambda net: quick_objective(quick, net)
   assert list(aux.pool.age) == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""RFAD and FRePo: kernels against their limit, losses and gradients against NumPy and finite differences, pools."""
+"""RFAD and FRePo: limit kernels, losses against NumPy, finite differences, and pools."""
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ def test_frepo_loss_equals_numpy_and_gradient_finite_differences(norm, flip, x64
   check_gradient(lambda p: f(p)[0], params)
 
 
-def test_frepo_pool_trains_one_network_and_redraws_the_old(x64):
+def test_frepo_pool_trains_one_network_and_redraws_old_ones(x64):
   """A training step is Adam on the mean squared error, batch norm by the batch; the others stay."""
   support, _, _ = problem()
   module = network(ARCH, 3, 3, norm="batch")

@@ -1,4 +1,4 @@
-"""MTT: its loss and gradients, the experts it imitates, and their files."""
+"""MTT: its loss and gradients, its experts, and their files."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ OPTIONS = TrajectoryMatchingOptions(3, 2, 2, 256, "", 0.1)
 
 
 def data(n=23, dtype=np.float64, seed=0):
-  """Rows in no order, three classes."""
+  """Unordered rows of three classes."""
   rng = np.random.default_rng(seed)
   labels = rng.integers(0, C, n)
   x = rng.normal(size=(C, D))[labels] + 0.7 * rng.normal(size=(n, D))
@@ -49,12 +49,13 @@ def some_experts(dtype=np.float64, count=2, epochs=4, x=None, y=None, **options)
 
 @pytest.fixture(scope="module")
 def small():
-  """Support, targets and experts in float32, made once."""
+  """Support, targets and experts in float32, created once."""
   x, y = data(60, np.float32)
   return Support(jnp.asarray(x[:6]), jnp.asarray(y[:6])), x, y, some_experts(x=x, y=y)
 
 
-# The network by hand: softplus(BETA z) / BETA between two dense layers; flat order is that of the sorted names.
+# Explicit network: softplus(BETA z) / BETA between two dense layers; flat order is that of the
+# sorted names.
 def unflatten(theta):
   sizes = [(WIDTH,), (C,), (D, WIDTH), (WIDTH, C)]
   parts = np.split(theta, np.cumsum([np.prod(s) for s in sizes])[:-1])
@@ -71,7 +72,7 @@ def forward(theta, x):
 
 
 def gradient(theta, x, y, weights):
-  """Of sum_i weights_i CE(f(x_i), class of y_i), by hand."""
+  """Explicit gradient of sum_i weights_i CE(f(x_i), class of y_i)."""
   _, _, _, w2 = unflatten(theta)
   z, hidden, softmax = forward(theta, x)
   error = weights[:, None] * (softmax - np.eye(C)[y.argmax(1)])
@@ -92,7 +93,7 @@ def matching_loss(x, log_rate, y, start, goal, batches):
 
 @pytest.mark.parametrize("syn_batch, num_steps", [(256, 3), (2, 4)])
 def test_loss_and_gradients_equal_a_student_by_hand(syn_batch, num_steps, x64):
-  """In batches of 2 of 5 rows the third is a single row, and the fourth step begins a new permutation."""
+  """With batches of 2 of 5 rows, step 3 has a single row and step 4 starts a new permutation."""
   x, y = data()
   method = trajectory_matching.mtt(
     MODULE, some_experts(), dataclasses.replace(OPTIONS, syn_batch=syn_batch, syn_steps=num_steps)
@@ -125,7 +126,7 @@ def test_loss_and_gradients_equal_a_student_by_hand(syn_batch, num_steps, x64):
 
 @pytest.mark.slow
 def test_augmented_gradient_of_a_convolutional_network(x64):
-  """Against finite differences, through four student steps with a transform each."""
+  """Against finite differences, through four student steps with one transform each."""
   module = networks.network(kipcore.conv_net(1), 4, C, norm="instance")
   rng = np.random.default_rng(0)
   support = Support(jnp.asarray(rng.normal(size=(4, 8, 8, 1))), jnp.asarray(data(4)[1]))
@@ -148,8 +149,11 @@ def test_augmented_gradient_of_a_convolutional_network(x64):
   check_gradient(lambda params: loss(params, key), params, ("x", "log_rate"), h=1e-6, rtol=1e-5)
 
 
-def test_a_student_that_stands_still_and_one_that_repeats_the_expert(x64):
-  """Full batches make an epoch one step: the data themselves bring the student to the expert, and fewer steps less near."""
+def test_losses_of_unchanged_student_and_of_student_equal_to_expert(x64):
+  """With full batches an epoch is one step, so the data themselves lead the student to the expert.
+
+  Fewer steps end farther from it.
+  """
   x, y = data()
   rate, epochs = 0.2, 6
   walk = experts.train_expert(0, MODULE, x, y, epochs, rate, batch_size=99)[None]
@@ -176,8 +180,8 @@ def test_a_student_that_stands_still_and_one_that_repeats_the_expert(x64):
   [samplers.class_balanced(), importance.importance("residual_norm", least_gain=1.0)],
   ids=lambda s: s.name,
 )
-def test_an_expert_equals_a_plain_loop(sampler, x64):
-  """Batches and weights from the sampler, which is shown softmax - 1/c of what it drew; gradients by hand."""
+def test_expert_equals_a_plain_training_loop(sampler, x64):
+  """Batches and weights are from the sampler, which gets softmax - 1/c; gradients are explicit."""
   x, y = data()
   num_epochs, rate, momentum, size = 3, 0.1, 0.5, 5
   walk = experts.train_expert(7, MODULE, x, y, num_epochs, rate, size, sampler, momentum)
@@ -209,7 +213,7 @@ def test_an_expert_equals_a_plain_loop(sampler, x64):
   )
 
 
-def test_experts_learn_also_from_what_they_get_wrong(small):
+def test_experts_also_learn_from_misclassified_rows(small):
   _, x, y, walks = small
   hard = experts.train_expert(
     0, MODULE, x, y, 12, 0.2, 10, importance.sampler("cross_entropy", least_gain=1.0)
@@ -247,7 +251,7 @@ def test_augmented_experts_see_transformed_images():
   assert np.array_equal(plain[0], flipped[0]) and not np.array_equal(plain[1], flipped[1])
 
 
-def test_an_expert_that_diverges_says_so(small):
+def test_diverging_expert_is_reported(small):
   _, x, y, _ = small
   with pytest.raises(kipcore.NumericalError, match="training of an expert failed .NOT_FINITE"):
     experts.train_expert(0, MODULE, x, y, 8, 1e38, 10)
@@ -262,8 +266,8 @@ def distiller(
   return loop.Distiller(trajectory_matching.mtt(MODULE, walks, options), sampler, optimizer, 16)
 
 
-def test_runs_do_not_depend_on_devices_or_where_the_experts_are(small, tmp_path, x64):
-  """The callback that reads them meets 8 devices in a compiled loop; equal seeds on equal devices give equal bits."""
+def test_runs_do_not_depend_on_devices_or_expert_storage(small, tmp_path, x64):
+  """Expert files are read by a callback in a loop on 8 devices; equal seeds give equal bits."""
   x, y, walks = small[1].astype(np.float64), small[2].astype(np.float64), small[3]
   support = Support(jnp.asarray(x[:6]), jnp.asarray(y[:6]))
   trajectories.save_trajectories(tmp_path / "e.npy", walks, {})
@@ -303,7 +307,7 @@ def test_distilling_teaches(small, sampler):
   )
 
 
-def test_every_expert_and_start_is_drawn_and_none_is_a_constant_of_the_program(small):
+def test_all_experts_and_starts_are_drawn_and_none_is_a_program_constant(small):
   support, _, _, walks = small
   method = trajectory_matching.mtt(MODULE, walks, OPTIONS)
   params = method.init_params(support)
@@ -317,14 +321,14 @@ def test_every_expert_and_start_is_drawn_and_none_is_a_constant_of_the_program(s
   assert many.shape == (3, 2, walks.shape[2])
 
 
-def test_experts_that_stand_still_are_a_named_failure(small):
+def test_unchanging_experts_are_a_reported_failure(small):
   support, x, y, walks = small
   with pytest.raises(kipcore.NumericalError, match="distillation at step 1 failed .NOT_FINITE"):
     loop.distill(0, distiller(np.ones_like(walks), samplers.uniform()), support, x, y, 2)
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64"])
-def test_files_give_back_what_was_saved_bit_for_bit(kind, tmp_path):
+def test_files_round_trip_bit_for_bit(kind, tmp_path):
   path, rng = tmp_path / "experts.npy", np.random.default_rng(0)
   walks = rng.normal(size=(12, 3, 7)).astype(kind)
   alive = []
@@ -347,7 +351,7 @@ def test_files_give_back_what_was_saved_bit_for_bit(kind, tmp_path):
   assert np.array_equal(trajectories.load_trajectories(path).array, walks[:2] + 1)
 
 
-def test_a_failed_save_leaves_the_old_files(tmp_path):
+def test_failed_save_keeps_the_old_files(tmp_path):
   path, walks = tmp_path / "experts.npy", np.ones((2, 3, 4))
   trajectories.save_trajectories(path, walks, {"seed": 1})
 

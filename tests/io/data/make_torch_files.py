@@ -1,4 +1,4 @@
-"""Writes the .pt files beside it, with torch (2.13.0 wrote those that are kept): `python make_torch_files.py FOLDER`."""
+"""Writes the .pt files of this folder with torch (2.13.0): `python make_torch_files.py FOLDER`."""
 
 import pathlib
 import sys
@@ -9,7 +9,7 @@ import torch
 folder = pathlib.Path(sys.argv[1])
 images = torch.arange(4 * 3 * 4 * 4, dtype=torch.float32).reshape(4, 3, 4, 4) / 8
 labels = torch.tensor([0, 0, 1, 1])
-# As DC, DSA and DM save a result, and as MTT does.
+# In the formats of DC, DSA and DM, and of MTT.
 torch.save(
   {
     "data": [[images.clone(), labels.clone()], [-images, labels.clone()]],
