@@ -36,7 +36,8 @@ STRATEGIES = (
   "herding",
   "k_center",
 )
-# Candidates of "auto". Noise cannot win; the other strategies depend on weights or are not compared.
+# Candidates of "auto". Noise is excluded because it cannot win, and strategies by score because they
+# need their weights.
 AUTO_CANDIDATES = ("uniform", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit")
 NEEDS_KERNEL = ("krr_sensitivity", "leverage", "krr_pursuit", "auto")
 # Ridge of objectives over all n rows (pursuit, label solve), as a fraction of the mean diagonal.
@@ -305,7 +306,7 @@ def _trials(k: int) -> int:
 def objective_ridge(kernel_fn: KernelFn, x: Array) -> float:
   """Absolute ridge of objectives over all rows: OBJECTIVE_RIDGE times the mean kernel diagonal.
 
-  The mean is taken over about 1,000 evenly spaced rows, or over all rows if there are fewer.
+  The mean is taken over at most 2,000 evenly spaced rows.
 
   Args:
     kernel_fn: the kernel.
