@@ -281,7 +281,7 @@ class TestKRRPursuit:
       objective(x, y, means[result.indices], result.coefficients, self.ridge),
       50 * RTOL[dtype.name],
     )
-    with pytest.raises(ValueError, match="classes: expected one class a candidate"):
+    with pytest.raises(ValueError, match="classes: expected one class per candidate"):
       krr_pursuit(0, rbf, x, y, means, 5, self.ridge, quota=2)
 
   def test_jit_determinism_and_no_recompilation(self, x64):
