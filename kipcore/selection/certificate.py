@@ -170,8 +170,8 @@ def measure_coreset(
   after `dual_steps` steps of conjugate gradients. Each step evaluates all n^2 kernel entries, one
   block of rows at a time.
 
-  The function runs on the host and returns Python numbers. It cannot be used inside `jit`, `vmap` or
-  `grad`.
+  The function runs on the host and returns Python numbers. It cannot be used inside `jit`, `vmap`
+  or `grad`.
 
   Args:
     key: a random key or an int seed.
@@ -179,8 +179,8 @@ def measure_coreset(
     x: `(n, ...)` rows, or None with a matrix.
     y: `(n, c)` labels.
     ridge: absolute > 0, the same in F and F_S.
-    indices, weights: `(m,)` rows of the subset and their weights; repeated rows and zero weights are
-      allowed.
+    indices, weights: `(m,)` rows of the subset and their weights; repeated rows and zero weights
+      are allowed.
     num_landmarks: maximum number of landmarks. Memory: a few `(num_landmarks, num_landmarks)` and
       `(block_size, num_landmarks)` arrays.
     num_queries: number of random perturbations, and of rows of high sensitivity (two queries each).
@@ -363,7 +363,7 @@ def _subset_objective(kernel_fn, data, indices, weights, block_size):
 
 
 def _prepare(key, kernel, x, y, ridge, num_landmarks, num_queries, block_size):
-  """Checks the arguments; returns `(kernel_fn or None, key of the bank, data, landmarks, basis)`."""
+  """Checks the arguments; returns `(kernel_fn or None, bank key, data, landmarks, basis)`."""
   for name, value in (
     ("num_landmarks", num_landmarks),
     ("num_queries", num_queries),

@@ -54,9 +54,9 @@ def rpcholesky(
   k >= r/eps + min(r log(1/(eps eta)), r/eps + r log_+(2^r/eps)) pivots, where
   eta = tr(K - [K]_r) / tr K and [K]_r is the best approximation of rank r (Chen et al.).
   `block_size=1` is their algorithm. A larger block proposes 2 `block_size` rows at once and accepts
-  each, up to `block_size`, with probability (current residual) / (residual when proposed). The pivots
-  have the same distribution, and the work consists of matrix products (Epperly et al.). Cost: about
-  `rank` kernel columns and n rank^2 operations; no n x n matrix is formed.
+  each, up to `block_size`, with probability (current residual) / (residual when proposed). The
+  pivots have the same distribution, and the work consists of matrix products (Epperly et al.).
+  Cost: about `rank` kernel columns and n rank^2 operations; no n x n matrix is formed.
 
   Args:
     key: a random key or an int seed.
@@ -113,7 +113,8 @@ def _rpcholesky(key, kernel_fn, x, weights, rank, block_size, row_block_size):
     inside = factor[:, rows]
     schur = kernel_fn(x[rows], None) - linalg.matmul(inside.T, inside)
     thresholds = uniforms[:, 2] * residual[rows]
-    # Use the residual from which the row was proposed: the kernel block differs from it by rounding.
+    # Use the residual from which the row was proposed: the kernel block differs from it by
+    # rounding.
     schur = jnp.fill_diagonal(schur, residual[rows], inplace=False)
     accepted, lower = _reject(
       schur, rows, thresholds, floor[rows], jnp.minimum(rank - count, block_size)
@@ -159,7 +160,7 @@ def _rpcholesky(key, kernel_fn, x, weights, rank, block_size, row_block_size):
 
 
 def _reject(schur, rows, thresholds, floor, room):
-  """Cholesky factor of the accepted rows: accepts proposal j if threshold_j < its current residual."""
+  """Cholesky factor of the accepted rows: row j is accepted if threshold_j < its residual."""
   size = rows.shape[0]
 
   def consider(j, carry):

@@ -1,4 +1,4 @@
-"""k-means: D^2 seeding in input or kernel space, Lloyd's algorithm, and the data rows nearest to centers.
+"""k-means: D^2 seeding in input or kernel space, Lloyd's algorithm, and medoids.
 
 The guarantees apply only to the k-means cost sum_i w_i min_c ||x_i - c||^2. That a good clustering
 gives a good distilled set is an empirical observation.
@@ -75,11 +75,11 @@ def kmeans_plusplus(
 ) -> Seeds:
   """k-means++ seeds: P(i) is proportional to w_i * (distance to the nearest seed)^2.
 
-  The first seed is drawn with P(i) proportional to w_i. With `num_trials=1`, the expected cost is at
-  most 8 (ln k + 2) times the optimal cost (Arthur and Vassilvitskii 2007, Theorem 3.1; improved to
-  5 (ln k + 2) by Makarychev et al. 2020). With l > 1 trials, each step draws l rows and keeps the one
-  that reduces the cost most. This is usually better, but the known guarantee is weaker, of order
-  l^3 log^3 k (Grunau et al. 2023). The default of scikit-learn is 2 + floor(ln k) trials.
+  The first seed is drawn with P(i) proportional to w_i. With `num_trials=1`, the expected cost is
+  at most 8 (ln k + 2) times the optimal cost (Arthur and Vassilvitskii 2007, Theorem 3.1; improved
+  to 5 (ln k + 2) by Makarychev et al. 2020). With l > 1 trials, each step draws l rows and keeps
+  the one that reduces the cost most. This is usually better, but the known guarantee is weaker, of
+  order l^3 log^3 k (Grunau et al. 2023). The default of scikit-learn is 2 + floor(ln k) trials.
 
   Rows are proposed in blocks and accepted with probability (current squared distance) / (squared
   distance when proposed). The seeds have exactly the distribution of the sequential algorithm, and
@@ -94,9 +94,9 @@ def kmeans_plusplus(
     num_trials: number of rows drawn per step.
 
   Returns:
-    `Seeds(centers, indices)` in the order of selection. If fewer than k distinct rows have a positive
-    weight, the remaining seeds are drawn in proportion to weight from the rows not yet selected, and
-    from all rows once these are exhausted. Distances below the rounding error of
+    `Seeds(centers, indices)` in the order of selection. If fewer than k distinct rows have a
+    positive weight, the remaining seeds are drawn in proportion to weight from the rows not yet
+    selected, and from all rows once these are exhausted. Distances below the rounding error of
     ||x||^2 + ||c||^2 - 2 x.c on centered rows are treated as zero.
 
   Raises:
@@ -125,9 +125,9 @@ def kernel_kmeans_plusplus(
   """`kmeans_plusplus` in the feature space of a kernel: d^2(i, j) = k_ii + k_jj - 2 k_ij.
 
   The guarantees of `kmeans_plusplus` hold in any Hilbert space. Only the kernel columns of proposed
-  rows are evaluated (somewhat more than `num_clusters * num_trials`), and at most
-  `32 * num_trials` of them are held at a time. With the linear kernel and the same key, the function
-  selects the same rows as `kmeans_plusplus`.
+  rows are evaluated (somewhat more than `num_clusters * num_trials`), and at most `32 * num_trials`
+  of them are held at a time. With the linear kernel and the same key, the function selects the same
+  rows as `kmeans_plusplus`.
 
   Args:
     key: a random key or an int seed.
@@ -172,8 +172,8 @@ def _distances(squares, center_squares, products, features):
   """Squared distances `(n, b)` from products; those below the rounding error are set to zero."""
   norms = squares[:, None] + center_squares[None]
   distances = norms - 2 * products
-  # The rounding error of a sum of `features` products grows like a random walk; this bound is several
-  # standard deviations.
+  # The rounding error of a sum of `features` products grows like a random walk; this bound is
+  # several standard deviations.
   rounding = jnp.finfo(norms.dtype).eps * (4 + math.sqrt(features) / 4)
   return jnp.where(distances <= rounding * norms, 0, distances)
 
@@ -264,9 +264,10 @@ def kmeans(
   """Lloyd's algorithm from k-means++ seeds: each center moves to the weighted mean of its rows.
 
   The cost never increases (up to rounding), so the bound of `kmeans_plusplus` also holds for the
-  result. No stronger bound is proved. The centers of empty clusters move to the rows with the largest
-  w_i d_i^2, or stay if these values are zero. The iteration stops when sum_c ||change of center c||^2
-  is at most `tolerance` times the mean variance of the features, as in scikit-learn.
+  result. No stronger bound is proved. The centers of empty clusters move to the rows with the
+  largest w_i d_i^2, or stay if these values are zero. The iteration stops when the sum of
+  squared changes of the centers is at most `tolerance` times the mean variance of the features, as
+  in scikit-learn.
 
   Args:
     key: a random key or an int seed.

@@ -36,8 +36,8 @@ STRATEGIES = (
   "herding",
   "k_center",
 )
-# Candidates of "auto". Noise is excluded because it cannot win, and strategies by score because they
-# need their weights.
+# Candidates of "auto". Noise is excluded because it cannot win, and strategies by score because
+# they need their weights.
 AUTO_CANDIDATES = ("uniform", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit")
 NEEDS_KERNEL = ("krr_sensitivity", "leverage", "krr_pursuit", "auto")
 # Ridge of objectives over all n rows (pursuit, label solve), as a fraction of the mean diagonal.
@@ -90,17 +90,19 @@ def select_coreset(
 
   Strategies:
     uniform: distinct rows, drawn uniformly.
-    krr_sensitivity: rows drawn systematically within each class, in proportion to (upper bounds on) the
-      sensitivities of kernel ridge regression at the score ridge. The weights are
-      1 / (inclusion probability), so weighted sums of any function are unbiased. `sample_size` proves
-      error bounds for large m and draws with replacement, but not for a few images per class.
+    krr_sensitivity: rows drawn systematically within each class, in proportion to (upper bounds on)
+      the sensitivities of kernel ridge regression at the score ridge. The weights are
+      1 / (inclusion probability), so weighted sums of any function are unbiased. `sample_size`
+      proves error bounds for large m and draws with replacement, but not for a few images per
+      class.
     leverage: the same with leverage scores, which do not depend on the labels.
     kmeans: centroids of each class (synthetic). The k-means cost is bounded by the seeding. That
       centroids are a good initialization for distillation is an empirical observation.
     kmedoids: the distinct rows nearest to these centroids.
     kmeans_plusplus: the k-means++ seeds of each class.
     herding, k_center: deterministic selection within each class, see `representatives`.
-    krr_pursuit: greedy minimization of the ridge regression objective over all rows (`krr_pursuit`).
+    krr_pursuit: greedy minimization of the ridge regression objective over all rows
+      (`krr_pursuit`).
     noise: standard normal values.
     auto: the candidate of AUTO_CANDIDATES with the smallest `measured_objective`, the error rate of
       ridge regression on the given rows (at most 10,000 of them). By this measure it is never worse
@@ -117,8 +119,9 @@ def select_coreset(
     strategy: see above.
     kernel_fn: the kernel; required by krr_sensitivity, leverage, krr_pursuit and auto.
     relative_ridge: ridge at which "auto" compares candidates, as a fraction of tr(K_ss) / m.
-    score_ridge: absolute ridge of the scores, or "auto" for the ridge at which the effective dimension
-      is about `score_ridge.AUTO_KAPPA` m. At the training ridge all scores would be nearly equal.
+    score_ridge: absolute ridge of the scores, or "auto" for the ridge at which the effective
+      dimension is about `score_ridge.AUTO_KAPPA` m. At the training ridge all scores would be
+      nearly equal.
     num_candidates: pool size of krr_pursuit, at most n.
 
   Returns:
@@ -209,7 +212,8 @@ def _rows(x, y, rows, weights, strategy, **extra) -> Coreset:
 def _by_class(x, labels):
   """Yields for each class its row indices, its rows as vectors, and a mask of the rows.
 
-  Rows and mask are padded to the size of the largest class, so that all classes share one compilation.
+  Rows and mask are padded to the size of the largest class, so that all classes share one
+  compilation.
   """
   flat = x.reshape(x.shape[0], -1)
   longest = int(np.bincount(labels).max())
@@ -338,14 +342,14 @@ def _pursue(key, x, y, per_class, kernel_fn, num_candidates, share) -> Coreset:
 
 
 def num_score_columns(num_rows: int, num_samples: int) -> int:
-  """Number of kernel columns that `score_rows` evaluates: landmarks, or all rows of a small dataset."""
+  """Number of kernel columns that `score_rows` evaluates: the landmarks, or all rows if n is small."""
   return num_rows if num_rows <= _EXACT_ROWS else min(num_rows, max(2 * num_samples, 1000))
 
 
 def score_rows(
   key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn, score_ridge="auto"
 ) -> tuple[float, sensitivity.SensitivityScores]:
-  """Kernel ridge regression sensitivities of all rows: exact for n <= 3,000, otherwise upper bounds.
+  """Ridge regression sensitivities of all rows: exact for n <= 3,000, otherwise upper bounds.
 
   Args:
     key: random key (or int seed) for the landmarks.
@@ -432,7 +436,7 @@ def auto_candidates(
   kernel_fn: KernelFn,
   num_candidates: int = 2000,
 ) -> dict[str, Coreset]:
-  """The candidates of "auto": the coresets of `select_coreset` for AUTO_CANDIDATES and the same key.
+  """The candidates of "auto": coresets of `select_coreset` for AUTO_CANDIDATES and the same key.
 
   Args:
     key, x, y, images_per_class, kernel_fn, num_candidates: as in `select_coreset`.

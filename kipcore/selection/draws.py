@@ -3,8 +3,8 @@
 Draws with replacement invert the cumulative distribution in two levels. Draws without replacement
 are systematic. They represent probabilities as integer multiples of 2^-32 with wrap-around
 arithmetic, so rounding affects neither the sample size nor the inclusion probabilities, in float32
-or float64. Both methods take a few passes over the rows and do not sort. `sampling` computes weighted
-samples from these draws.
+or float64. Both methods take a few passes over the rows and do not sort. `sampling` computes
+weighted samples from these draws.
 """
 
 import math
@@ -24,10 +24,11 @@ _SPREADS = 16
 
 
 def draw_rows(key: Array, scores: Array, num_draws: int) -> Array:
-  """Independent draws with P(i) = scores_i / sum(scores), `(num_draws,)` int32, in O(n + num_draws log n).
+  """Independent draws with P(i) = scores_i / sum(scores), `(num_draws,)` int32.
 
-  Draws a block of about sqrt(n) rows and then a row in it, each with its own uniform variate, so that
-  float32 only has to resolve about sqrt(n) probabilities. Rows of score 0 are never drawn.
+  Cost: O(n + num_draws log n).
+  Draws a block of about sqrt(n) rows and then a row in it, each with its own uniform variate, so
+  that float32 only has to resolve about sqrt(n) probabilities. Rows of score 0 are never drawn.
   """
   width = 1 << (max(scores.shape[0] - 1, 1).bit_length() + 1) // 2
   rows = jnp.pad(scores / jnp.max(scores), (0, -scores.shape[0] % width)).reshape(-1, width)
@@ -58,8 +59,8 @@ def draw_few_rows(uniforms: Array, weights: Array) -> Array:
 def _invert(masses: Array, uniform: Array) -> Array:
   """The first positive entry of each row whose cumulative mass exceeds uniform * total."""
   cumulative, positive = jnp.cumsum(masses, axis=1), masses > 0
-  # A parallel cumulative sum may not be monotone in the last bit. The mask still excludes entries of
-  # zero mass.
+  # A parallel cumulative sum may not be monotone in the last bit. The mask still excludes entries
+  # of zero mass.
   hit = (cumulative > uniform * cumulative[:, -1:]) & positive
   last = masses.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=1)
   return jnp.where(hit.any(axis=1), jnp.argmax(hit, axis=1), last).astype(jnp.int32)
@@ -77,7 +78,7 @@ def _below(key, tops, num_draws):
 
 
 def _search(table, row, values):
-  """The first column of `table[row]` above the value, by bisection; the rows of `table` are sorted."""
+  """The first column of the sorted row `table[row]` above the value, by bisection."""
   columns = table.shape[1]
   flat = table.reshape(-1)
   found = jnp.zeros_like(row)
@@ -178,7 +179,7 @@ def total(x):
 
 
 def law(scores, input_weights, mix, power=None):
-  """Probabilities `(n,)` in the widest float dtype, and whether the scores are valid (uniform if not)."""
+  """Probabilities `(n,)` in the widest dtype, and whether the scores are valid (uniform if not)."""
   scores, input_weights, mix = (
     v.astype(linalg.widest_dtype(v.dtype)) for v in (scores, input_weights, mix)
   )
@@ -196,8 +197,9 @@ def law(scores, input_weights, mix, power=None):
 def _inclusion_units(p, b):
   """Inclusion probabilities pi = min(1, c p) with sum b.
 
-  Returns `units`, uint32 multiples of 2^-32 for rows with pi < 1, and `always`, a mask of the rows with
-  pi = 1. The units sum exactly to a multiple of 2^32. A row with 0 < pi < 1 has at least one unit.
+  Returns `units`, uint32 multiples of 2^-32 for rows with pi < 1, and `always`, a mask of the rows
+  with pi = 1. The units sum exactly to a multiple of 2^32. A row with 0 < pi < 1 has at least one
+  unit.
   """
   n, dtype = p.shape[0], p.dtype
   positive = p > 0
@@ -213,8 +215,8 @@ def _inclusion_units(p, b):
   always, _ = jax.lax.while_loop(
     lambda s: s[1], grow, (positive & (count(positive) <= b), jnp.bool_(True))
   )
-  # Corrections for rounding: rows that exactly fill the remaining draws are certain, and if b rows seem
-  # certain although more rows have p > 0, the lightest of them is not.
+  # Corrections for rounding: rows that exactly fill the remaining draws are certain, and if b rows
+  # seem certain although more rows have p > 0, the lightest of them is not.
   always |= positive & (count(positive) - count(always) <= b - count(always))
   full = (count(always) == b) & (count(positive) > b)
   lightest = jnp.argmin(jnp.where(always, p, jnp.inf))
@@ -259,7 +261,7 @@ def _prefix_sum(x):
 
 
 def _scrambled(words, log_size):
-  """A bijection of 0 .. 2^log_size - 1 keyed by six words: invertible multiplications and xor-shifts."""
+  """A bijection of 0 .. 2^log_size - 1 keyed by six words (odd multiplications and xor-shifts)."""
   i = jnp.arange(2**log_size, dtype=jnp.uint32)
   for r in range(3):
     i = (i * (words[2 * r] | 1) + words[2 * r + 1]) & jnp.uint32(2**log_size - 1)
@@ -310,9 +312,10 @@ def no_plan(n: int, dtype) -> Plan:
 
 
 def pick(prepared: Plan, start, size):
-  """Indices `(size,)` and their inclusion probabilities for a uniform uint32 start (in units of 2^-32).
+  """Indices `(size,)` and their inclusion probabilities for a uniform uint32 start.
 
-  Selects the rows at which start + (cumulative inclusion probability) reaches 1, 2, ...
+  Selects the rows at which start + (cumulative inclusion probability) reaches 1, 2, ..., with
+  the start in units of 2^-32.
   """
   last = prepared.order.shape[0] - 1
   passed = lambda i: prepared.whole[i] + (prepared.part[i] + start < start).astype(jnp.int32)

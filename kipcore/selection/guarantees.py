@@ -1,10 +1,10 @@
-"""Proved guarantees: sample sizes for a given error bound, and lower bounds on the minimum objective.
+"""Proved guarantees: sample sizes for an error bound, and lower bounds on the minimum objective.
 
 F(W) = sum_i ||W^T phi_i - y_i||^2 + ridge ||W||^2 over all n rows, and F_S(W) is the same with the
 weighted rows of the subset and *the same* ridge. The theorems apply to draws with replacement with
-p_i = s_i / t, where s_i is at least the sensitivity of row i and t = sum s_i. If a share g of uniform
-draws is mixed in, use t / (1 - g). The lower bounds on F* = min F follow from duality; `certificate`
-compares them with the measured objective of a subset.
+p_i = s_i / t, where s_i is at least the sensitivity of row i and t = sum s_i. If a share g of
+uniform draws is mixed in, use t / (1 - g). The lower bounds on F* = min F follow from duality;
+`certificate` compares them with the measured objective of a subset.
 """
 
 import functools
@@ -28,18 +28,18 @@ def sample_size(
 
   With t = `total_sensitivity`, d = `dimension`, e = `epsilon`:
 
-  - "krr": |F_S(W) / F(W) - 1| <= e for all W and any number of outputs, with d the effective dimension,
-    from m >= (8 t / e^2) (1 + e / 6) ln((16 d + 4) / delta). Requires s_i of at least the kernel ridge
-    regression sensitivity, and a largest kernel eigenvalue of at least the ridge.
+  - "krr": |F_S(W) / F(W) - 1| <= e for all W and any number of outputs, with d the effective
+    dimension, from m >= (8 t / e^2) (1 + e / 6) ln((16 d + 4) / delta). Requires s_i of at least
+    the kernel ridge regression sensitivity, and a largest kernel eigenvalue of at least the ridge.
   - "krr_optimum": F(W_S) <= (1 + e) F* for the minimizer W_S of F_S, from
-    m >= max((28 t / 3) ln(32 d / delta), (8 t / e) (1 + sqrt(e) / 6) ln(4 / delta)). The requirements
-    are those of "krr".
-  - "single_query": |F_S / F - 1| <= e for any loss and one query that is fixed before the draw, from
-    m >= (2 t / e^2) (1 + e / 3) ln(2 / delta). Does not use d.
+    m >= max((28 t / 3) ln(32 d / delta), (8 t / e) (1 + sqrt(e) / 6) ln(4 / delta)). Has the same
+    requirements as "krr".
+  - "single_query": |F_S / F - 1| <= e for any loss and one query that is fixed before the draw,
+    from m >= (2 t / e^2) (1 + e / 3) ln(2 / delta). Does not use d.
   - "pseudo_dimension": |F_S / F - 1| <= e for all queries of any loss whose ranges have
-    (pseudo-)dimension d, from m >= constant (t / e^2) (d ln t + ln(1 / delta)). The references do not
-    state the constant, so with the default of 1 this is an order of magnitude and not a guarantee. For
-    a kernel, d can be as large as n, and then the bound is not useful.
+    (pseudo-)dimension d, from m >= constant (t / e^2) (d ln t + ln(1 / delta)). The references do
+    not state the constant, so with the default of 1 this is an order of magnitude and not a
+    guarantee. For a kernel, d can be as large as n, and then the bound is not useful.
 
   The constants of the first three are derived from Bernstein inequalities on the theory page.
 
@@ -58,8 +58,8 @@ def sample_size(
     ValueError: for values out of range or an unknown theorem.
 
   References:
-    Tropp 2015, theorem 7.7.1; Pinelis 1994, theorem 3.3 ("krr", "krr_optimum"). Feldman and Langberg
-    2011; Braverman, Feldman and Lang 2016 ("pseudo_dimension").
+    Tropp 2015, theorem 7.7.1; Pinelis 1994, theorem 3.3 ("krr", "krr_optimum"). Feldman and
+    Langberg 2011; Braverman, Feldman and Lang 2016 ("pseudo_dimension").
 
   Example:
     >>> kipcore.sample_size(total_sensitivity=50, dimension=40, epsilon=0.5, delta=0.1)
@@ -100,8 +100,8 @@ def guarantee_at(
     total_sensitivity, dimension, delta, theorem, constant: as for `sample_size`.
 
   Returns:
-    epsilon, or `math.inf` if the theorem gives no bound at this size (for theorems on |F_S / F - 1|, if
-    epsilon would be 1 or more).
+    epsilon, or `math.inf` if the theorem gives no bound at this size (for theorems on
+    |F_S / F - 1|, if epsilon would be 1 or more).
 
   Raises:
     ValueError: as `sample_size`.
@@ -205,7 +205,7 @@ def exact_lower(kernel_fn, data):
 
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "steps", "block_size"))
 def dual_lower(kernel_fn, data, landmarks, basis, steps, block_size):
-  """Lower bound on F*: the dual objective after preconditioned conjugate gradients on each output."""
+  """Lower bound on F*: the dual objective after preconditioned conjugate gradients."""
   rows = jnp.arange(data.y.shape[0], dtype=jnp.int32)
 
   def system(v):

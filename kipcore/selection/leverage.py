@@ -1,16 +1,16 @@
 """Ridge leverage scores: exact, from features, and from landmarks.
 
-For a kernel matrix K with input weights u (default 1), let K_u = U^{1/2} K U^{1/2}, and let phi_i be
-the features of row i of K_u. The ridge leverage score of row i is
+For a kernel matrix K with input weights u (default 1), let K_u = U^{1/2} K U^{1/2}, and let phi_i
+be the features of row i of K_u. The ridge leverage score of row i is
 
   tau_i = phi_i^T G^{-1} phi_i = (K_u (K_u + ridge I)^{-1})_ii,   G = sum_j phi_j phi_j^T + ridge I,
 
 a number in [0, 1]. The sum of the scores is the effective dimension d_eff(ridge). `ridge` is always
-absolute, as in K + ridge I. Alaoui and Mahoney (NeurIPS 2015) and the BLESS code of Rudi et al. (2018)
-use the same convention; the paper of Rudi et al. multiplies the ridge by n.
+absolute, as in K + ridge I. Alaoui and Mahoney (NeurIPS 2015) and the BLESS code of Rudi et al.
+(2018) use the same convention; the paper of Rudi et al. multiplies the ridge by n.
 
-At a ridge far below tr K / n, every score is nearly 1, and sampling by the scores is nearly uniform.
-Scores therefore need their own ridge, see `score_ridge.score_ridge_for_dimension`.
+At a ridge far below tr K / n, every score is nearly 1, and sampling by the scores is nearly
+uniform. Scores therefore need their own ridge, see `score_ridge.score_ridge_for_dimension`.
 """
 
 import functools
@@ -44,12 +44,12 @@ def ridge_leverage_scores(k: Array, ridge, weights: Array | None = None) -> Arra
     weights: `(n,)` input weights >= 0, or None for 1.
 
   Returns:
-    `(n,)` in [0, 1], in the dtype of `k`; NaN if the factorization fails. In float32 (without 64-bit
-    mode) they agree with float64 to 1e-3 for ridge >= 1e-2 tr K / n.
+    `(n,)` in [0, 1], in the dtype of `k`; NaN if the factorization fails. In float32 (without
+    64-bit mode) they agree with float64 to 1e-3 for ridge >= 1e-2 tr K / n.
 
   Raises:
-    ValueError: for inconsistent shapes, a ridge <= 0, or a ridge below 1e-4 tr K / n if only float32 is
-      available. If such a ridge is traced, the scores are NaN instead.
+    ValueError: for inconsistent shapes, a ridge <= 0, or a ridge below 1e-4 tr K / n if only
+      float32 is available. If such a ridge is traced, the scores are NaN instead.
 
   Example:
     >>> k = jnp.diag(jnp.asarray([9.0, 1.0]))
@@ -61,7 +61,7 @@ def ridge_leverage_scores(k: Array, ridge, weights: Array | None = None) -> Arra
 
 
 def effective_dimension(k: Array, ridge, weights: Array | None = None) -> Array:
-  """The effective dimension d_eff = tr K_u (K_u + ridge I)^{-1}, the sum of `ridge_leverage_scores`.
+  """Effective dimension d_eff = tr K_u (K_u + ridge I)^{-1}, the sum of `ridge_leverage_scores`.
 
   Args:
     k, ridge, weights: as for `ridge_leverage_scores`. See there for the errors raised.
@@ -80,7 +80,7 @@ def effective_dimension(k: Array, ridge, weights: Array | None = None) -> Array:
 def feature_leverage_scores(
   z: Array, ridge, weights: Array | None = None, block_size: int | None = None
 ) -> Array:
-  """Leverage scores of the kernel Z Z^T, u_i z_i^T (Z^T U Z + ridge I)^{-1} z_i, from a D x D matrix.
+  """Leverage scores of the kernel Z Z^T, u_i z_i^T (Z^T U Z + ridge I)^{-1} z_i, in D dimensions.
 
   The scores are exact for Z Z^T. For a kernel matrix K with Z Z^T <= K they are lower bounds on the
   scores of K.
@@ -142,8 +142,8 @@ def landmark_leverage_scores(
     ValueError: as `ridge_leverage_scores`, and for repeated landmarks.
 
   References:
-    Musco and Musco (NeurIPS 2017), section 3; Cohen et al. (ITCS 2015), theorem 4 (uniform sampling).
-    The form t / (1 + t) is the Sherman-Morrison formula.
+    Musco and Musco (NeurIPS 2017), section 3; Cohen et al. (ITCS 2015), theorem 4 (uniform
+    sampling). The form t / (1 + t) is the Sherman-Morrison formula.
   """
   ridge, root = scoring.prepare_rows("x", x, ridge, weights)
   landmarks = scoring.prepare_landmarks(landmarks, x.shape[0])
@@ -162,7 +162,7 @@ def landmark_leverage_scores(
 def low_rank_leverage_bounds(
   factor: Array, k_diag: Array, ridge, residual_norm=None
 ) -> LeverageBounds:
-  """Bounds on the leverage scores of K from a factor with F F^T <= K, e.g. a partial Cholesky factor.
+  """Bounds on the leverage scores of K from a factor F F^T <= K, e.g. a partial Cholesky factor.
 
   With E = K - F F^T, ||E|| <= residual_norm, c = residual_norm / ridge, and sigma_i(l) the score of
   row i for F F^T at ridge l:
@@ -171,9 +171,9 @@ def low_rank_leverage_bounds(
     tau_i <= t / (1 + t),  t = h / (1 - a h) + E_ii / ((1 - q) ridge),
     h = f_i^T (a F^T F + ridge I)^{-1} f_i,  a = q / (q + c),  for any q in (0, 1).
 
-  Both upper bounds are proved on the theory page, and the smaller one is returned. The first adds the
-  largest possible residual, the second the residual of row i. q is chosen from a grid to make the
-  second bound small.
+  Both upper bounds are proved on the theory page, and the smaller one is returned. The first adds
+  the largest possible residual, the second the residual of row i. q is chosen from a grid to make
+  the second bound small.
 
   Args:
     factor: `(n, k)` with F F^T <= K.
@@ -199,7 +199,7 @@ def low_rank_leverage_bounds(
 
 
 def warn_if_flat(max_over_mean) -> None:
-  """Issues a warning if the largest score is below 1.05 times the mean; does nothing for tracers."""
+  """Issues a warning if the largest score is below 1.05 times the mean; ignores tracers."""
   if not checks.is_traced(max_over_mean) and float(max_over_mean) < FLAT_RATIO:
     warnings.warn(
       f"scores are nearly equal (largest / mean = {float(max_over_mean):.3f}), so sampling by them is "

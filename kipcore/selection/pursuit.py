@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from kipcore import blocks, checks, keys, linalg
 from kipcore.types import Array, KernelFn, Status
 
-# A remainder below this multiple of eps times the vector is treated as zero: the vector lies in the span
-# of the others.
+# A remainder below this multiple of eps times the vector is treated as zero: the vector lies in the
+# span of the others.
 _ROUNDING_UNITS = 32
 
 
@@ -18,16 +18,17 @@ class Pursuit(NamedTuple):
   """Rows selected for kernel ridge regression.
 
   Attributes:
-    indices: `(m,)` int32 rows of `x` in the order of selection (positions in the pool if the pool was
-      given as separate rows). Entries are -1 if no candidate was left.
+    indices: `(m,)` int32 rows of `x` in the order of selection (positions in the pool if the pool
+      was given as separate rows). Entries are -1 if no candidate was left.
     candidates: `(L,)` int32, the pool, with the same meaning of indices.
     coefficients: `(m, c)`, c of the predictor K_tS c; zero for entries with index -1.
-    objectives: `(m + 1,)`, F with the first 0, 1, ..., m points, non-increasing; entry 0 is ||Y||^2.
-      K_LL includes the jitter of `linalg.factor_semidefinite`, so the values are slightly above F.
-    pool_objective: scalar, F with all L candidates. `objectives[-1] / pool_objective` is the factor by
-      which F increases with m points instead of L.
-    status: int32 scalar, `Status`: NOT_POSITIVE_DEFINITE if fewer than m candidates could be selected
-      (because of duplicates, or a quota that the pool cannot fill).
+    objectives: `(m + 1,)`, F with the first 0, 1, ..., m points, non-increasing; entry 0 is
+      ||Y||^2. K_LL includes the jitter of `linalg.factor_semidefinite`, so the values are slightly
+      above F.
+    pool_objective: scalar, F with all L candidates. `objectives[-1] / pool_objective` is the factor
+      by which F increases with m points instead of L.
+    status: int32 scalar, `Status`: NOT_POSITIVE_DEFINITE if fewer than m candidates could be
+      selected (because of duplicates, or a quota that the pool cannot fill).
   """
 
   indices: Array
@@ -51,18 +52,19 @@ def krr_pursuit(
   classes: Array | None = None,
   block_size: int = 1024,
 ) -> Pursuit:
-  """Greedy selection of support rows S for F(S, c) = ||K_nS c - Y||^2 + ridge <c, K_SS c> over all n rows.
+  """Greedy selection of support rows S for kernel ridge regression over all n rows.
 
-  This is orthogonal matching pursuit on the normal equations of a pool of L candidates. With
-  M = K_Ln K_nL + ridge K_LL and B = K_Ln Y, each step selects the candidate with the largest
-  ||B_j - M_jS c||^2 / (M_jj - M_jS M_SS^{-1} M_Sj), which is exactly the decrease of F, and solves
-  again for all c. With the labels (K_SS + l I) c, ridge regression at ridge l reproduces the predictor.
-  F decreases at every step. The decrease is at least a factor 1 - exp(-gamma) of that of the best m
-  points, where gamma is the submodularity ratio, which is not computed.
+  The objective is F(S, c) = ||K_nS c - Y||^2 + ridge <c, K_SS c>. The method is orthogonal matching
+  pursuit on the normal equations of a pool of L candidates. With M = K_Ln K_nL + ridge K_LL and
+  B = K_Ln Y, each step selects the candidate with the largest ||B_j - M_jS c||^2 / (M_jj - M_jS
+  M_SS^{-1} M_Sj), which is exactly the decrease of F, and solves again for all c. With the labels
+  (K_SS + l I) c, ridge regression at ridge l reproduces the predictor. F decreases at every step.
+  The decrease is at least a factor 1 - exp(-gamma) of that of the best m points, where gamma is the
+  submodularity ratio, which is not computed.
 
-  M is never formed, because its condition number is the square of that of the kernel matrix. The same
-  steps are computed by modified Gram-Schmidt on vectors whose inner products are the entries of M.
-  Candidates whose gain is at rounding level are skipped.
+  M is never formed, because its condition number is the square of that of the kernel matrix. The
+  same steps are computed by modified Gram-Schmidt on vectors whose inner products are the entries
+  of M. Candidates whose gain is at rounding level are skipped.
 
   Args:
     key: a random key or an int seed; used only to draw the pool.
@@ -70,17 +72,18 @@ def krr_pursuit(
     x: `(n, ...)` rows.
     y: `(n, c)` labels, centered as for the model (kernel ridge regression has no intercept).
     candidates: the pool: an int L to draw L rows of `x` without replacement (alternating between
-      classes if there is a quota), `(L,)` integer rows of `x`, or `(L, ...)` separate floating rows.
+      classes if there is a quota), `(L,)` integer rows of `x`, or `(L, ...)` separate floating
+      rows.
     num_points: m, at most L.
     ridge: absolute, > 0.
     quota: maximum number of points per class, or None; `m / c` gives equal classes.
-    classes: `(L,)` integer classes of the candidates for the quota; by default the index of the largest
-      label.
+    classes: `(L,)` integer classes of the candidates for the quota; by default the index of the
+      largest label.
     block_size: number of rows of `x` whose kernel with the pool is held at a time.
 
   Returns:
-    `Pursuit`. Memory: L^2 + block_size L entries. Cost: n L kernel entries, n L^2 operations, and L^2
-    operations per step.
+    `Pursuit`. Memory: L^2 + block_size L entries. Cost: n L kernel entries, n L^2 operations, and
+    L^2 operations per step.
 
   Raises:
     ValueError, TypeError: for a wrong shape, dtype or range, or NaN rows.
@@ -171,7 +174,8 @@ def _draw_pool(key, labels, size, balanced):
 def _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, block_size):
   vectors, wanted, square, jitter, status = _least_squares(kernel_fn, x, y, pool, ridge, block_size)
   size = pool.shape[0]
-  # A copy of a selected row retains only rounding errors and the contribution of the jitter of K_LL.
+  # A copy of a selected row retains only rounding errors and the contribution of the jitter of
+  # K_LL.
   floor = (_ROUNDING_UNITS * jnp.finfo(vectors.dtype).eps) ** 2 * jnp.sum(
     vectors**2, axis=1
   ) + 4 * ridge * jitter
@@ -252,7 +256,7 @@ def _least_squares(kernel_fn, x, y, pool, ridge, block_size):
 
 
 def _coefficients(vectors, wanted, lower, chosen, labels):
-  """The coefficients M_SS^{-1} B_S from the triangular factor, with one step of iterative refinement."""
+  """M_SS^{-1} B_S from the triangular factor, with one step of iterative refinement."""
   used = chosen >= 0
   # Row t of `lower` belongs to step t. A step without a selection becomes a row of the identity.
   among = used[:, None] & used[None]

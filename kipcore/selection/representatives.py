@@ -17,8 +17,9 @@ def herding(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Ar
 
       i_k = argmin_i || mu - (x_i + sum_{j<k} x_{i_j}) / k ||,   distinct i
 
-  The error of the mean decreases as 1/k while rows remain and mu is inside their convex hull (proved if
-  rows may be selected repeatedly). That few such rows are good training data is an empirical observation.
+  The error of the mean decreases as 1/k while rows remain and mu is inside their convex hull
+  (proved if rows may be selected repeatedly). That few such rows are good training data is an
+  empirical observation.
 
   Args:
     x: `(n, ...)` floating rows, compared as vectors.
@@ -55,7 +56,8 @@ def k_center(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> A
     ValueError, TypeError: for rows that are not finite floats, or fewer than `num_rows` rows.
 
   References:
-    Gonzalez (1985), theorem 2.2; Sener and Savarese (ICLR 2018), algorithm 1 (as a selection method).
+    Gonzalez (1985), theorem 2.2; Sener and Savarese (ICLR 2018), algorithm 1 (as a selection
+    method).
   """
   return _k_center(num_rows, *_checked(x, num_rows, present))
 

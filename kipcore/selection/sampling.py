@@ -19,7 +19,7 @@ from kipcore.types import Array, Status
 
 
 class Sample(NamedTuple):
-  """Drawn rows: `indices` `(m,)` int32 and `weights` `(m,)`, as defined by the sampling function."""
+  """Drawn rows: `indices` `(m,)` int32 and `weights` `(m,)`, defined by the sampling function."""
 
   indices: Array
   weights: Array
@@ -60,8 +60,9 @@ class SamplingGain(NamedTuple):
   """Measures of how far probabilities p are from uniform.
 
   Attributes:
-    second_moment: n sum p^2, from 1 (uniform) to n. If the contributions of the rows are proportional
-      to p, the second moment of one uniform draw is larger than that of a draw from p by this factor.
+    second_moment: n sum p^2, from 1 (uniform) to n. If the contributions of the rows are
+      proportional to p, the second moment of one uniform draw is larger than that of a draw from p
+      by this factor.
     effective_sample_size: 1 / sum p^2, from 1 to n.
     max_over_mean: n max p.
   """
@@ -84,12 +85,13 @@ def sensitivity_sample(
 
   p_i = (1 - g) s_i / sum(s) + g u_i / sum(u), with g = `uniform_mix`. With replacement,
   w = u_i / (m p_i) (Feldman and Langberg 2011), and a row that is drawn twice appears twice in the
-  result (see `merge_duplicates`). Without replacement, rows are drawn as by `systematic_sample`, and
-  w = u_i / P(i is drawn).
+  result (see `merge_duplicates`). Without replacement, rows are drawn as by `systematic_sample`,
+  and w = u_i / P(i is drawn).
 
-  Proved: unbiasedness and, with replacement, the sample sizes of `guarantees.sample_size` if the scores
-  are at least the sensitivities u_i f_i / sum u f. For g > 0, divide the total sensitivity by 1 - g; the
-  weights are then at most sum(u) / (g m). The sample sizes are not proved for systematic draws.
+  Proved: unbiasedness and, with replacement, the sample sizes of `guarantees.sample_size` if the
+  scores are at least the sensitivities u_i f_i / sum u f. For g > 0, divide the total sensitivity
+  by 1 - g; the weights are then at most sum(u) / (g m). The sample sizes are not proved for
+  systematic draws.
 
   Args:
     key: a random key or an int seed.
@@ -103,8 +105,8 @@ def sensitivity_sample(
     `Sample(indices, weights)`.
 
   Raises:
-    ValueError, TypeError: for a wrong shape, dtype or range, non-finite or all-zero scores, or fewer
-      rows with p_i > 0 than draws without replacement.
+    ValueError, TypeError: for a wrong shape, dtype or range, non-finite or all-zero scores, or
+      fewer rows with p_i > 0 than draws without replacement.
 
   Example:
     >>> scores = jnp.asarray([1.0, 2.0, 3.0, 4.0])
@@ -128,17 +130,18 @@ def sensitivity_sample(
 
 
 def systematic_sample(key, scores: Array, num_samples: int, *, uniform_mix=0.0) -> SystematicSample:
-  """Draws b distinct rows with P(i is drawn) = pi_i = min(1, c p_i) and sum_i pi_i = b, in one pass.
+  """Draws b distinct rows with P(i is drawn) = pi_i = min(1, c p_i), sum_i pi_i = b, in one pass.
 
-  The rows are arranged in a pseudo-random order. Intervals of length pi_i are placed end to end from
-  a uniform start in [0, 1), and a row is drawn if its interval contains an integer (Madow 1949). Rows
-  with pi_i = 1 are always drawn. E[sum_j w_j f(i_j)] = sum_i f(i) with w_j = 1 / pi_{i_j}.
+  The rows are arranged in a pseudo-random order. Intervals of length pi_i are placed end to end
+  from a uniform start in [0, 1), and a row is drawn if its interval contains an integer (Madow
+  1949). Rows with pi_i = 1 are always drawn. E[sum_j w_j f(i_j)] = sum_i f(i) with
+  w_j = 1 / pi_{i_j}.
 
   Integer arithmetic makes the sample size exact, the rows distinct, and `inclusion` exact as a
   multiple of 2^-32 (at least one for a positive score). pi follows the scores up to the rounding of
-  their dtype. The order is a keyed bijection (multiplications and shifts), not a uniform permutation:
-  first-order inclusion probabilities are exact in any order, joint ones are close to those of a
-  random order, and nothing is proved about the variance.
+  their dtype. The order is a keyed bijection (multiplications and shifts), not a uniform
+  permutation: first-order inclusion probabilities are exact in any order, joint ones are close to
+  those of a random order, and nothing is proved about the variance.
 
   Args:
     key: a random key or an int seed.
@@ -162,11 +165,11 @@ def systematic_sample(key, scores: Array, num_samples: int, *, uniform_mix=0.0) 
 def gumbel_sample(key, scores: Array, num_samples: int) -> Sample:
   """Successive sampling without replacement (Gumbel top-b); E[sum_j w_j f(i_j)] = sum_i f(i).
 
-  Draws the rows with the b largest values of log p_i + Gumbel noise. With kappa the next largest value,
-  w_i = 1 / (1 - exp(-exp(log p_i - kappa))) (Kool, van Hoof and Welling 2020, eq. 9: the
+  Draws the rows with the b largest values of log p_i + Gumbel noise. With kappa the next largest
+  value, w_i = 1 / (1 - exp(-exp(log p_i - kappa))) (Kool, van Hoof and Welling 2020, eq. 9: the
   Horvitz-Thompson weight given the threshold). Weights 1 / (b p_i) would be biased, because the
-  inclusion probability is not b p_i. The variance is infinite at b = 1. `systematic_sample` is cheaper;
-  the joint distribution of `gumbel_sample` is simpler.
+  inclusion probability is not b p_i. The variance is infinite at b = 1. `systematic_sample` is
+  cheaper; the joint distribution of `gumbel_sample` is simpler.
 
   Args:
     key: a random key or an int seed.
@@ -189,13 +192,15 @@ def importance_sample(
 ) -> Sample:
   """Draws a batch of distinct rows by loss: p_i = (1 - g) l_i^power / sum(l^power) + g / n.
 
-  The draw is systematic. The weights w_i = (b / (n pi_i))^e with e = `weight_exponent` are for a *mean*
-  over the batch. At e = 1, E[(1/b) sum_j w_j f(i_j)] = (1/n) sum_i f(i) for every f, even if the losses
-  are outdated, and the weights are at most 1 / g. At e = 0 all weights are 1, and the batch mean is a
-  different objective that emphasizes rows of high loss. Values in between trade bias for variance.
+  The draw is systematic. The weights w_i = (b / (n pi_i))^e with e = `weight_exponent` are for a
+  *mean* over the batch. At e = 1, E[(1/b) sum_j w_j f(i_j)] = (1/n) sum_i f(i) for every f, even if
+  the losses are outdated, and the weights are at most 1 / g. At e = 0 all weights are 1, and the
+  batch mean is a different objective that emphasizes rows of high loss. Values in between trade
+  bias for variance.
 
-  Proved: unbiasedness at e = 1. With independent draws, the variance is smallest if p is proportional
-  to gradient norms instead of losses (Alain et al. 2015), so pass residual norms if available.
+  Proved: unbiasedness at e = 1. With independent draws, the variance is smallest if p is
+  proportional to gradient norms instead of losses (Alain et al. 2015), so pass residual norms if
+  available.
 
   Args:
     key: a random key or an int seed.
@@ -203,8 +208,8 @@ def importance_sample(
     num_samples: b <= n, and at most the number of positive losses if `uniform_mix` is 0.
     uniform_mix: g in [0, 1], may be traced.
     weight_exponent: e in [0, 1], may be traced.
-    power: exponent of the losses, >= 0, may be traced; 0 gives uniform draws, and values below 1 make
-      the probabilities more equal.
+    power: exponent of the losses, >= 0, may be traced; 0 gives uniform draws, and values below 1
+      make the probabilities more equal.
 
   Returns:
     `Sample(indices, weights)`.
@@ -244,16 +249,16 @@ def stratified_sample(
   """`sensitivity_sample` within each class, with a fixed number of draws per class.
 
   Draws m_c rows of class c, so that E[sum_j w_j f(i_j)] = sum_i f(i). The quotas m_c are equal, or
-  proportional to the total score t_c of the class. Equal quotas increase the total sensitivity by the
-  factor max_c t_c m / (t m_c); for proportional quotas this factor is 1 up to rounding.
+  proportional to the total score t_c of the class. Equal quotas increase the total sensitivity by
+  the factor max_c t_c m / (t m_c); for proportional quotas this factor is 1 up to rounding.
 
   Args:
     key: a random key or an int seed.
     scores: `(n,)`, >= 0, not all zero in any class. May be traced if the quotas are equal.
     labels: `(n,)` integers, not traced because the classes determine array shapes.
     num_samples: m, a multiple of the number of classes if the quotas are equal.
-    allocation: "equal" or "proportional" (at least one draw per class, and without replacement at most
-      the number of rows of the class).
+    allocation: "equal" or "proportional" (at least one draw per class, and without replacement at
+      most the number of rows of the class).
     uniform_mix: g in [0, 1], share of uniform draws within each class.
     replace: True to draw with replacement, False for systematic draws.
 
@@ -261,8 +266,8 @@ def stratified_sample(
     `Sample(indices, weights)`, `(m,)`, ordered by class.
 
   Raises:
-    ValueError, TypeError: as `sensitivity_sample`, and if a class has fewer rows (or positive scores)
-      than its quota in draws without replacement.
+    ValueError, TypeError: as `sensitivity_sample`, and if a class has fewer rows (or positive
+      scores) than its quota in draws without replacement.
   """
   scores, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
   checks.one_of("allocation", allocation, ("equal", "proportional"))

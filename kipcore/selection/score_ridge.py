@@ -1,7 +1,7 @@
 """Selection of the score ridge by effective dimension, with or without an n x n matrix.
 
-d_eff(ridge) = tr K_u (K_u + ridge I)^{-1} is the sum of the ridge leverage scores (see `leverage`). It
-decreases strictly from the rank of K_u to 0.
+d_eff(ridge) = tr K_u (K_u + ridge I)^{-1} is the sum of the ridge leverage scores (see `leverage`).
+It decreases strictly from the rank of K_u to 0.
 """
 
 import functools
@@ -25,7 +25,8 @@ class ScoreRidge(NamedTuple):
   Attributes:
     ridge: absolute, scalar.
     effective_dimension: d_eff at that ridge; an upper bound if landmarks were used.
-    effective_dimension_lower: lower bound on d_eff; equal to `effective_dimension` without landmarks.
+    effective_dimension_lower: lower bound on d_eff; equal to `effective_dimension` without
+      landmarks.
     converged: bool, whether `effective_dimension` matches the target within the tolerance.
     status: int32, `Status`; `MAX_STEPS` if the target could not be reached.
   """
@@ -48,8 +49,8 @@ def score_ridge_for_dimension(k: Array, target, weights: Array | None = None) ->
   """Finds the ridge with d_eff(ridge) = target by bisection on log(ridge).
 
   The ridge is unique, because d_eff decreases strictly from rank K to 0. To draw m samples, use
-  target = `AUTO_KAPPA` * m: the guarantees of leverage sampling require m above d_eff log d_eff, and
-  with a much larger d_eff the scores are nearly equal (heuristic).
+  target = `AUTO_KAPPA` * m: the guarantees of leverage sampling require m above d_eff log d_eff,
+  and with a much larger d_eff the scores are nearly equal (heuristic).
 
   Args:
     k: `(n, n)` kernel matrix, or `(n,)` its eigenvalues.
@@ -57,9 +58,9 @@ def score_ridge_for_dimension(k: Array, target, weights: Array | None = None) ->
     weights: `(n,)` input weights, only with a matrix.
 
   Returns:
-    `ScoreRidge` with an absolute ridge. `converged` is True if d_eff is within a relative 1e-6 of the
-    target (1e-4 in float32). It is False if the target exceeds the rank, or if the ridge would be below
-    the smallest one that scores accept in float32; then that smallest ridge is returned.
+    `ScoreRidge` with an absolute ridge. `converged` is True if d_eff is within a relative 1e-6 of
+    the target (1e-4 in float32). It is False if the target exceeds the rank, or if the ridge would
+    be below the smallest one that scores accept in float32; then that smallest ridge is returned.
 
   Raises:
     ValueError: for a target outside (0, n) or inconsistent shapes.
@@ -90,8 +91,8 @@ def landmark_score_ridge(
 ) -> ScoreRidge:
   """Finds a ridge at which d_eff is at most the target, from landmarks and without an n x n matrix.
 
-  Uses the bounds of `effective_dimension_bounds`: the upper bound is set equal to the target, and the
-  lower bound is returned too.
+  Uses the bounds of `effective_dimension_bounds`: the upper bound is set equal to the target, and
+  the lower bound is returned too.
 
   Args:
     key: random key of the landmarks.
@@ -126,8 +127,8 @@ def effective_dimension_bounds(
 
     lower = sum sigma / (sigma + ridge) <= d_eff <= lower + T / ridge
 
-  Here sigma are the eigenvalues of the Nystrom approximation of K_u from uniform random landmarks, and T
-  is the trace of its residual. The bounds are proved for every set of landmarks.
+  Here sigma are the eigenvalues of the Nystrom approximation of K_u from uniform random landmarks,
+  and T is the trace of its residual. The bounds are proved for every set of landmarks.
 
   Args:
     key: random key of the landmarks.
@@ -188,11 +189,12 @@ def _bisect_ridge(values, tail, target, num_rows):
   # d_eff <= tr K / ridge, so d_eff is at most the target at the upper end.
   trace = jnp.sum(values) + tail
   high = jnp.log(trace / target)
-  # Eigenvalues below n eps times the largest are rounding errors, so a smaller ridge is meaningless.
+  # Eigenvalues below n eps times the largest are rounding errors, so a smaller ridge is
+  # meaningless.
   low = jnp.log(jnp.max(values) * values.shape[0] * jnp.finfo(values.dtype).eps)
   if values.dtype == jnp.float32:
-    # Twice the smallest ridge that scores accept in float32, because the landmarks may have a larger
-    # mean diagonal.
+    # Twice the smallest ridge that scores accept in float32, because the landmarks may have a
+    # larger mean diagonal.
     low = jnp.maximum(low, jnp.log(2 * scoring.FLOAT32_RIDGE_FLOOR * trace / num_rows))
     high = jnp.maximum(low, high)
 

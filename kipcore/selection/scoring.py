@@ -1,7 +1,7 @@
-"""Shared code of leverage scores and sensitivities: input checks, weighted kernel blocks, ridge fits.
+"""Shared code of leverage scores and sensitivities: input checks, kernel blocks, ridge fits.
 
-Internal to this package. Computations use the widest available float dtype. Rows of weight 0 (padding)
-have no effect.
+Internal to this package. Computations use the widest available float dtype. Rows of weight 0
+(padding) have no effect.
 """
 
 from typing import NamedTuple
@@ -14,8 +14,8 @@ from kipcore import blocks, checks, linalg
 from kipcore.kernels.gram import gram_diag
 from kipcore.types import Array, KernelFn, Status
 
-# The error of float32 scores is about 1e-7 times the condition number. For a ridge below this fraction
-# of tr K / n they are meaningless.
+# The error of float32 scores is about 1e-7 times the condition number. For a ridge below this
+# fraction of tr K / n they are meaningless.
 FLOAT32_RIDGE_FLOOR = 1e-4
 
 _PANELS = 4
@@ -63,7 +63,7 @@ def prepare_landmarks(landmarks, n: int) -> Array:
 
 
 def check_precision(ridge, mean_diagonal, dtype) -> None:
-  """Raises an error if the ridge is too small for float32; calls `mean_diagonal` in float32 only."""
+  """Raises an error if the ridge is too small for float32; float64 skips `mean_diagonal()`."""
   if linalg.widest_dtype(dtype) == jnp.float64 or checks.is_traced(ridge):
     return
   mean = mean_diagonal()
@@ -99,7 +99,8 @@ def score_factor(k: Array, ridge: Array) -> linalg.Factor:
 def factor_leverage(f: linalg.Factor, ridge: Array) -> Array:
   """1 - ridge diag((L L^T)^{-1}); NaN if the factorization failed.
 
-  L^{-1} is computed in panels of columns, because panels on the right need only the trailing part of L.
+  L^{-1} is computed in panels of columns, because panels on the right need only the trailing part
+  of L.
   """
   m = f.lower.shape[0]
   size = -(-m // _PANELS)
@@ -141,8 +142,8 @@ def feature_fit(z, root, y, ridge, block_size):
 def landmark_fit(kernel_fn, x, root, y, landmarks, landmark_weights, ridge, block_size):
   """Exact score and squared residual of each row i in the problem with only the rows S and i.
 
-  `y` is already weighted. Returns the scores, the squared residuals and the minimum objectives of these
-  problems, each `(n,)`, and a status. With landmark weights the scores are t_i.
+  `y` is already weighted. Returns the scores, the squared residuals and the minimum objectives of
+  these problems, each `(n,)`, and a status. With landmark weights the scores are t_i.
   """
   s = landmark_solution(
     kernel_fn, x[landmarks], root[landmarks], y[landmarks], ridge, landmark_weights
@@ -184,7 +185,7 @@ def landmark_block(kernel_fn, s: LandmarkSolution, ridge, xb, rb, yb):
 
 
 def landmark_optima(s: LandmarkSolution, t, error2, landmarks, ridge):
-  """(scores, squared residuals, minimum objectives), each `(n,)`, from `landmark_block` of all rows."""
+  """(scores, squared residuals, minimum objectives), each `(n,)`, from `landmark_block`."""
   optimum = ridge * jnp.sum(s.y * s.dual)
   tau = (t / (1 + t)).at[landmarks].set(factor_leverage(s.factor, ridge))
   residual2 = (error2 / (1 + t) ** 2).at[landmarks].set(ridge**2 * jnp.sum(s.dual**2, axis=1))
@@ -192,7 +193,7 @@ def landmark_optima(s: LandmarkSolution, t, error2, landmarks, ridge):
 
 
 def nystrom_factor(kernel_fn, xs, rs) -> linalg.Factor:
-  """Factor of K_SS plus jitter at rounding level; the features V = K_nS L^{-T} satisfy V V^T <= K."""
+  """Factor of K_SS plus jitter at rounding level; V = K_nS L^{-T} satisfies V V^T <= K."""
   k_ss = weighted_block(kernel_fn, xs, rs)
   return linalg.factor(k_ss, 4 * jnp.finfo(k_ss.dtype).eps * jnp.trace(k_ss))
 
@@ -203,9 +204,10 @@ def kept_share(share, ridge, residual_norm):
 
 
 def best_share(values, tail, ridge, residual_norm) -> Array:
-  """The q of `low_rank_leverage_bounds` that minimizes sum_i h_i + E_ii / ((1 - q) ridge) on a grid.
+  """The q of `low_rank_leverage_bounds`, by grid search.
 
-  `values` are the eigenvalues of F^T F, and `tail` is tr E.
+  It minimizes sum_i h_i + E_ii / ((1 - q) ridge).   `values` are the eigenvalues of F^T F, and
+  `tail` is tr E.
   """
   share = jnp.linspace(0.0, 0.98, 99, dtype=ridge.dtype)
   kept = kept_share(share, ridge, residual_norm)

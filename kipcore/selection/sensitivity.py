@@ -4,18 +4,18 @@ The sensitivity of row i is its largest possible share of the objective,
 
   s_i = sup_q u_i f_i(q) / F(q),  F = sum_i u_i f_i (+ regularizer),
 
-(Langberg and Schulman, SODA 2010). Rows drawn in proportion to s_i, or to upper bounds on s_i, with weights
-1 / (expected count), form a coreset whose size grows with the total of the scores (Feldman and Langberg 2011;
-Braverman et al. 2016). This does not hold for scores below the sensitivities.
+(Langberg and Schulman, SODA 2010). Rows drawn in proportion to s_i, or to upper bounds on s_i, with
+weights 1 / (expected count), form a coreset whose size grows with the total of the scores (Feldman
+and Langberg 2011; Braverman et al. 2016). This does not hold for scores below the sensitivities.
 
-For kernel ridge regression, q is a linear map W on features phi, the loss of a row is
-||W^T phi_i - y_i||^2, and the objective of the coreset has the same regularizer ridge ||W||^2. For any
+For kernel ridge regression, q is a linear map W on features phi, the loss of a row is ||W^T
+phi_i - y_i||^2, and the objective of the coreset has the same regularizer ridge ||W||^2. For any
 number of outputs, the sensitivities are
 
   s_i = tau_i + ||r_i||^2 / F*,   sum_i s_i <= d_eff + 1,
 
-where tau_i is the ridge leverage score, r_i the residual of the optimal fit, and F* the minimum of F.
-Input weights u replace phi_i by sqrt(u_i) phi_i and y_i by sqrt(u_i) y_i.
+where tau_i is the ridge leverage score, r_i the residual of the optimal fit, and F* the minimum of
+F. Input weights u replace phi_i by sqrt(u_i) phi_i and y_i by sqrt(u_i) y_i.
 """
 
 import enum
@@ -49,7 +49,8 @@ class SensitivityScores(NamedTuple):
     effective_dimension: sum of `leverage`: d_eff or an upper bound on it.
     effective_dimension_lower: lower bound on d_eff (0 if it was not computed).
     label_mass: sum of `label_scores`; at most 1 if the scores are exact.
-    max_over_mean: largest score / mean score, 1 if all are equal. Below 1.05, sampling is nearly uniform.
+    max_over_mean: largest score / mean score, 1 if all are equal. Below 1.05, sampling is nearly
+      uniform.
     second_moment: n sum p_i^2 with p = scores / total; 1 if all scores are equal.
     guarantee: `Guarantee`.
     status: int32, `Status`.
@@ -76,8 +77,8 @@ def krr_sensitivity_scores(
 
     A = (K_u + ridge I)^{-1} U^{1/2} Y,   s_i = tau_i + ridge ||A_i||^2 / <U^{1/2} Y, A>
 
-  The theory page proves that s_i is the sensitivity. If Y = 0, the label term is 0. Centering the labels
-  changes the scores, so pass the labels that are used for training.
+  The theory page proves that s_i is the sensitivity. If Y = 0, the label term is 0. Centering the
+  labels changes the scores, so pass the labels that are used for training.
 
   Args:
     k: `(n, n)` kernel matrix, symmetric positive semi-definite.
@@ -122,8 +123,8 @@ def feature_krr_sensitivities(
 ) -> SensitivityScores:
   """Exact sensitivities of ridge regression on features, from a D x D matrix.
 
-  The scores are exact for the kernel Z Z^T. For a kernel that Z Z^T approximates, they are approximations
-  without a guarantee.
+  The scores are exact for the kernel Z Z^T. For a kernel that Z Z^T approximates, they are
+  approximations without a guarantee.
 
   Args:
     z: `(n, D)` features.
@@ -159,9 +160,9 @@ def blocked_krr_sensitivities(
 ) -> SensitivityScores:
   """Certified upper bounds: the exact sensitivity of each row within its own group.
 
-  The bounds hold for every partition, because leaving out rows makes F smaller. With classes as groups
-  they are tight. One kernel matrix of a group is held at a time. All groups are padded to the largest, so
-  the cost is (number of groups) (largest group)^3.
+  The bounds hold for every partition, because leaving out rows makes F smaller. With classes as
+  groups they are tight. One kernel matrix of a group is held at a time. All groups are padded to
+  the largest, so the cost is (number of groups) (largest group)^3.
 
   Args:
     kernel_fn: see `types.KernelFn`; hashable.
@@ -171,8 +172,8 @@ def blocked_krr_sensitivities(
     objective_bound: a known lower bound on F*, which tightens the label term; 0 for none.
 
   Returns:
-    `SensitivityScores`, upper bounds; `objective` is the best known lower bound on F*. Issues a warning if
-    the scores are nearly equal.
+    `SensitivityScores`, upper bounds; `objective` is the best known lower bound on F*. Issues a
+    warning if the scores are nearly equal.
 
   Raises:
     TypeError: for traced groups, because their sizes determine array shapes.
@@ -217,16 +218,18 @@ def approximate_krr_sensitivities(
 ) -> SensitivityScores:
   """Certified upper bounds from landmarks S, in blocks of rows and without an n x n matrix.
 
-  Each score is the smaller of two bounds. The theory page proves both for every S and every order of rows.
+  Each score is the smaller of two bounds. The theory page proves both for every S and every order
+  of rows.
 
-  1. One pass: the exact sensitivity of row i in the problem with only the rows S and i, tightened by a
-     lower bound on F*.
+  1. One pass: the exact sensitivity of row i in the problem with only the rows S and i, tightened
+     by a lower bound on F*.
   2. Two passes (with `refine`): with the Nystrom approximation from S, the second bound of
-     `leverage.low_rank_leverage_bounds` on tau_i, and a bound on ||r_i|| from the fit in the span of S.
+     `leverage.low_rank_leverage_bounds` on tau_i, and a bound on ||r_i|| from the fit in the span
+     of S.
 
-  Bound 2 is tight if the spectral norms of the diagonal blocks of the Nystrom residual sum to less than the
-  ridge (d_eff in the low hundreds for 60,000 rows of MNIST). Otherwise bound 1 is the smaller one, and
-  `blocked_krr_sensitivities` with classes as groups is tighter.
+  Bound 2 is tight if the spectral norms of the diagonal blocks of the Nystrom residual sum to less
+  than the ridge (d_eff in the low hundreds for 60,000 rows of MNIST). Otherwise bound 1 is the
+  smaller one, and `blocked_krr_sensitivities` with classes as groups is tighter.
 
   Args:
     key: random key for the landmarks and for the order of the rows.
@@ -235,12 +238,13 @@ def approximate_krr_sensitivities(
     y, ridge, weights: as for `krr_sensitivity_scores`.
     num_landmarks: s; limited to n.
     landmarks: `(s,)` distinct indices to use instead of uniform random ones.
-    block_size: number of rows processed at a time. Memory: s x s and block_size x (s + block_size) entries.
+    block_size: number of rows processed at a time. Memory: s x s and block_size x (s + block_size)
+      entries.
     refine: False for bound 1 only, at about a third of the cost.
 
   Returns:
-    `SensitivityScores`, upper bounds; `effective_dimension` and `effective_dimension_lower` are bounds on
-    d_eff. Issues a warning if the scores are nearly equal.
+    `SensitivityScores`, upper bounds; `effective_dimension` and `effective_dimension_lower` are
+    bounds on d_eff. Issues a warning if the scores are nearly equal.
 
   Raises:
     ValueError: as `krr_sensitivity_scores`, and for repeated landmarks.
@@ -278,12 +282,13 @@ def kmeans_sensitivities(
 
     s_i <= u_i (2 alpha d_i^2 / c + 4 alpha c_b / (U_b c) + 4 / U_b),   b = nearest center of i,
 
-  where d_i is the distance to b, c the weighted cost, and c_b and U_b the cost and weight of the cluster.
-  The sum of the bounds is at most 6 alpha + 4 |B|.
+  where d_i is the distance to b, c the weighted cost, and c_b and U_b the cost and weight of the
+  cluster. The sum of the bounds is at most 6 alpha + 4 |B|.
 
-  The bounds are proved (by the triangle inequality) for every k-tuple of centers if the optimal cost is at
-  least c / alpha. For k-means++ seeds, alpha = 16 (log2 k + 2) is valid with probability 1/2. The default
-  alpha = 1 is proved only for optimal B and is a heuristic after Lloyd's algorithm.
+  The bounds are proved (by the triangle inequality) for every k-tuple of centers if the optimal
+  cost is at least c / alpha. For k-means++ seeds, alpha = 16 (log2 k + 2) is valid with probability
+  1/2. The default alpha = 1 is proved only for optimal B and is a heuristic after Lloyd's
+  algorithm.
 
   Args:
     x: `(n, d)` rows.
@@ -298,8 +303,8 @@ def kmeans_sensitivities(
     ValueError: for inconsistent shapes, alpha < 1, or NaN or infinite input.
 
   References:
-    Bachem, Lucic and Krause, "Practical coreset constructions for machine learning" (2017), lemma 2.2 and
-    algorithm 2.
+    Bachem, Lucic and Krause, "Practical coreset constructions for machine learning" (2017), lemma
+    2.2 and algorithm 2.
   """
   weights = _prepare_points(x, weights)
   checks.floating("centers", centers)
@@ -315,9 +320,10 @@ def kmeans_sensitivities(
 def lightweight_sensitivities(x: Array, weights: Array | None = None) -> Array:
   """Probabilities of lightweight coresets, q_i = u_i / (2 U) + u_i d_i^2 / (2 sum_j u_j d_j^2).
 
-  d_i is the distance to the weighted mean, and U is the sum of the weights. Proved for k-means with an
-  additive error (theorem 2 of the reference): with draws from q,
-  |cost_S(Q) - cost(Q)| <= (eps / 2) (cost(Q) + cost(mean)) for all sets Q of k centers. A weight is a
+  d_i is the distance to the weighted mean, and U is the sum of the weights. Proved for k-means with
+  an additive error (theorem 2 of the reference): with draws from q,
+  |cost_S(Q) - cost(Q)| <= (eps / 2) (cost(Q) + cost(mean)) for all sets Q of k centers. A weight is
+  a
   multiplicity: it multiplies d_i^2, not the coordinates.
 
   Args:
@@ -331,7 +337,8 @@ def lightweight_sensitivities(x: Array, weights: Array | None = None) -> Array:
     ValueError: for inconsistent shapes, or NaN or infinite input.
 
   References:
-    Bachem, Lucic and Krause, "Scalable k-means clustering via lightweight coresets" (KDD 2018), algorithm 1.
+    Bachem, Lucic and Krause, "Scalable k-means clustering via lightweight coresets" (KDD 2018),
+    algorithm 1.
   """
   return _lightweight_scores(x, _prepare_points(x, weights))
 

@@ -1,6 +1,7 @@
-"""Compiled core functions of `sensitivity`. Inputs are already checked, and labels already weighted.
+"""Compiled core functions of `sensitivity`, for checked inputs and weighted labels.
 
-Each `*_scores` function returns (scores, leverage, F* or a lower bound, lower bound on d_eff, status).
+Each `*_scores` function returns (scores, leverage, F* or a lower bound, lower bound on d_eff,
+status).
 """
 
 import functools
@@ -82,7 +83,7 @@ def blocked_scores(kernel_fn, x, y, ridge, root, index, present, bound):
 
 
 def norm_bound(e):
-  """Upper bound ||E^8||_F^{1/8} on the spectral norm of a symmetric matrix, with intermediate scaling."""
+  """Upper bound ||E^8||_F^{1/8} on the spectral norm of a symmetric matrix E."""
   scales = []
   for _ in range(_SQUARINGS):
     scales.append(jnp.linalg.norm(e))
@@ -161,7 +162,7 @@ def nystrom_start(kernel_fn, xs, rs) -> NystromStart:
 
 
 def nystrom_totals(s: NystromStart, num_outputs):
-  """Zero totals for `nystrom_gather`: V^T V, V^T Y, tr E and a bound on ||E||, with E = K - V V^T."""
+  """Zero totals for `nystrom_gather`: V^T V, V^T Y, and tr E and a bound on ||E||, E = K - V V^T."""
   size = s.root.shape[0]
   return tuple(
     jnp.zeros(shape, s.root.dtype) for shape in ((size, size), (size, num_outputs), (), ())
@@ -198,7 +199,7 @@ def nystrom_fit(s: NystromStart, totals, ridge) -> NystromFit:
 
 
 def nystrom_rows(kernel_fn, s: NystromStart, fit: NystromFit, ridge, xb, rb, yb):
-  """For a block b: bounds on tau_i, squared residuals of W~, <R~_b, E_bb R~_b>^{1/2} for each output."""
+  """For a block b: bounds on tau_i, squared residuals of W~, <R~_b, E_bb R~_b>^{1/2} per output."""
   v = _features(kernel_fn, s, xb, rb)
   missed = jnp.maximum(scoring.weighted_diagonal(kernel_fn, xb, rb) - jnp.sum(v**2, axis=0), 0)
   h = jnp.sum(linalg.whiten(linalg.Factor(fit.kept_factor, fit.status), v) ** 2, axis=0)
@@ -211,7 +212,7 @@ def nystrom_rows(kernel_fn, s: NystromStart, fit: NystromFit, ridge, xb, rb, yb)
 
 @functools.partial(jax.jit, static_argnums=1)
 def diagnose(parts, dtype):
-  """The fields of `SensitivityScores`, with a placeholder for the guarantee that the caller sets."""
+  """The fields of `SensitivityScores`; the caller replaces the placeholder for the guarantee."""
   scores, tau, objective, lower, status = parts
   n = scores.shape[0]
   scores = jnp.where(status == Status.OK, jnp.clip(scores, 0, 1), jnp.nan)

@@ -1,4 +1,4 @@
-"""Certified sensitivity bounds for data that do not fit in memory, in two passes over blocks of rows.
+"""Certified sensitivity bounds for data that do not fit in memory, from blocks of rows.
 
 A Python loop calls compiled functions for each block. Only the scores use memory that grows with n.
 """
@@ -29,29 +29,30 @@ def stream_krr_sensitivities(
 ) -> SensitivityScores:
   """`approximate_krr_sensitivities` for rows on disk: the same bounds, with blocks in file order.
 
-  Both bounds are proved for every order of the rows. The norm in the second bound is a sum over blocks, so
-  a file sorted by class gives somewhat larger scores than a shuffled file.
+  Both bounds are proved for every order of the rows. The norm in the second bound is a sum over
+  blocks, so a file sorted by class gives somewhat larger scores than a shuffled file.
 
   Args:
     key: random key (or int seed) of the landmarks.
     kernel_fn: see `types.KernelFn`; hashable.
-    x: `(n, ...)` rows: an array, or an object with `shape` that supports slices and integer lists as
-      indices, such as `np.memmap`.
+    x: `(n, ...)` rows: an array, or an object with `shape` that supports slices and integer lists
+      as indices, such as `np.memmap`.
     y: `(n, c)` floating labels, of the same types as `x`.
     ridge: absolute, scalar > 0.
     num_landmarks: s; limited to n.
-    transform: function that converts a block of `x` to floating rows, e.g. `Preprocess.apply`; None if the
-      rows are already floating.
-    block_size: number of rows processed at a time. Memory: s x s and block_size x (s + block_size) entries.
-      The second bound takes about block_size^2 operations per row.
+    transform: function that converts a block of `x` to floating rows, e.g. `Preprocess.apply`; None
+      if the rows are already floating.
+    block_size: number of rows processed at a time. Memory: s x s and block_size x (s + block_size)
+      entries. The second bound takes about block_size^2 operations per row.
     refine: as for `approximate_krr_sensitivities`; False reads the rows only once.
 
   Returns:
-    `SensitivityScores`, upper bounds. Cost per pass: n s kernel entries and n s^2 operations. Issues a
-    warning if the scores are nearly equal.
+    `SensitivityScores`, upper bounds. Cost per pass: n s kernel entries and n s^2 operations.
+    Issues a warning if the scores are nearly equal.
 
   Raises:
-    ValueError, TypeError: as `approximate_krr_sensitivities`. The message for NaN rows names the block.
+    ValueError, TypeError: as `approximate_krr_sensitivities`. The message for NaN rows names the
+      block.
   """
   n = x.shape[0]
   for name, value in (("num_landmarks", num_landmarks), ("block_size", block_size)):
