@@ -342,7 +342,7 @@ def _pursue(key, x, y, per_class, kernel_fn, num_candidates, share) -> Coreset:
 
 
 def num_score_columns(num_rows: int, num_samples: int) -> int:
-  """Number of kernel columns that `score_rows` evaluates: the landmarks, or all rows if n is small."""
+  """Number of kernel columns that `score_rows` evaluates: landmarks, or all rows if n is small."""
   return num_rows if num_rows <= _EXACT_ROWS else min(num_rows, max(2 * num_samples, 1000))
 
 

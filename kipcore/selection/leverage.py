@@ -162,7 +162,7 @@ def landmark_leverage_scores(
 def low_rank_leverage_bounds(
   factor: Array, k_diag: Array, ridge, residual_norm=None
 ) -> LeverageBounds:
-  """Bounds on the leverage scores of K from a factor F F^T <= K, e.g. a partial Cholesky factor.
+  """Bounds on the leverage scores of K from F with F F^T <= K, e.g. a partial Cholesky factor.
 
   With E = K - F F^T, ||E|| <= residual_norm, c = residual_norm / ridge, and sigma_i(l) the score of
   row i for F F^T at ridge l:

@@ -162,7 +162,7 @@ def nystrom_start(kernel_fn, xs, rs) -> NystromStart:
 
 
 def nystrom_totals(s: NystromStart, num_outputs):
-  """Zero totals for `nystrom_gather`: V^T V, V^T Y, and tr E and a bound on ||E||, E = K - V V^T."""
+  """Zeros for `nystrom_gather`: V^T V, V^T Y, tr E and a bound on ||E||, with E = K - V V^T."""
   size = s.root.shape[0]
   return tuple(
     jnp.zeros(shape, s.root.dtype) for shape in ((size, size), (size, num_outputs), (), ())
