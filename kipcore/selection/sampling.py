@@ -314,7 +314,15 @@ def stratified_sample(
 
 @jax.jit
 def merge_duplicates(indices: Array, weights: Array) -> MergedSample:
-  """Adds up the weights of equal indices, with static shapes. Weighted sums are unchanged."""
+  """Adds up the weights of equal indices, with static shapes. Weighted sums are unchanged.
+
+  Args:
+    indices: `(m,)` integers.
+    weights: `(m,)`.
+
+  Returns:
+    `MergedSample`.
+  """
   order = jnp.argsort(indices)
   ordered = indices[order]
   first = jnp.concatenate([jnp.ones((1,), bool), ordered[1:] != ordered[:-1]])
@@ -324,7 +332,14 @@ def merge_duplicates(indices: Array, weights: Array) -> MergedSample:
 
 
 def sampling_gain(scores: Array) -> SamplingGain:
-  """Measures how far the probabilities p = scores / sum(scores), `(n,)`, are from uniform."""
+  """Measures how far the probabilities p = scores / sum(scores) are from uniform.
+
+  Args:
+    scores: `(n,)`, >= 0.
+
+  Returns:
+    `SamplingGain`; `second_moment` is 1 if all scores are equal.
+  """
   checks.rank("scores", scores, 1)
   n = scores.shape[0]
   p = scores / draws.total(scores)
