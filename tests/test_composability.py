@@ -142,7 +142,7 @@ def test_one_row(dtype):
   assert sampling.systematic_sample(0, scores.scores, 1).indices.tolist() == [0]
 
 
-@pytest.mark.filterwarnings("ignore:scores are flat")
+@pytest.mark.filterwarnings("ignore:scores are nearly equal")
 def test_as_many_points_as_rows(x64):
   x, y = data()
   assert sorted(clustering.kmeans_plusplus(0, x, N).indices.tolist()) == list(range(N))

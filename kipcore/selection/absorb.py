@@ -1,4 +1,4 @@
-"""Weights that survive: a weighted coreset as an unweighted one, for whatever comes after."""
+"""Conversion of a weighted coreset to an equivalent unweighted one."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,30 +9,31 @@ from kipcore.types import KernelFn, Support
 
 
 def absorb_weights(kernel_fn: KernelFn, coreset: Coreset, ridge, used_ridge, how: str = "labels"):
-  """The weighted ridge regression of a coreset as an unweighted one, exactly.
+  """Converts the weighted ridge regression of a coreset to an equivalent unweighted one.
 
-  The weighted fit solves (K_SS + ridge diag(1/w)) a = y. The three cures give the same
-  predictor from an ordinary solve:
+  The weighted fit solves (K_SS + ridge diag(1/w)) a = y. Three methods give exactly the same
+  predictor from an unweighted problem:
     labels: y' = (K_SS + used_ridge I)(K_SS + ridge diag(1/w))^{-1} y, for any kernel.
-    ridge: the vector ridge / w, with y as it is.
-    scale: x' = sqrt(w) x and y' = sqrt(w) y, with the ridge `ridge`; only for kernels with
-      k(a x, b z) = a b k(x, z): bias-free ReLU networks and the linear kernel.
-  "drop" keeps x, y and `used_ridge` and forgets the weights: heuristic, no theorem holds.
+    ridge: y is unchanged, and the ridge is the vector ridge / w.
+    scale: x' = sqrt(w) x and y' = sqrt(w) y, with the ridge `ridge`. This needs a kernel with
+      k(a x, b z) = a b k(x, z), such as bias-free ReLU networks and the linear kernel.
+  The fourth method, "drop", ignores the weights and keeps x, y and `used_ridge`. It is a heuristic
+  without a guarantee.
 
   Args:
     kernel_fn: the kernel.
-    coreset: from `select_coreset`.
+    coreset: from `select_coreset`, with positive weights.
     ridge: absolute ridge of the weighted problem, e.g. `coreset.ridge`.
-    used_ridge: absolute ridge with which the result will be used (labels, drop).
+    used_ridge: absolute ridge that will be used with the result; for "labels" and "drop" only.
     how: "labels", "ridge", "scale" or "drop".
 
   Returns:
     `(support, ridge)`: `Support` and the absolute ridge (scalar or `(m,)`) to use with it.
 
   Raises:
-    ValueError: for another `how`, weights that are not positive, or "scale" with a kernel
+    ValueError: for an unknown `how`, weights that are not positive, or "scale" with a kernel
       that is not homogeneous.
-    NumericalError: where the factorization failed.
+    NumericalError: if the factorization fails.
   """
   checks.one_of("how", how, ("labels", "ridge", "scale", "drop"))
   checks.positive("weights", coreset.weights)
@@ -46,8 +47,8 @@ def absorb_weights(kernel_fn: KernelFn, coreset: Coreset, ridge, used_ridge, how
     k, scaled = kernel_fn(probe[:1], probe[1:]), kernel_fn(2.0 * probe[:1], 3.0 * probe[1:])
     if not np.allclose(scaled, 6.0 * k, rtol=1e-3):
       raise ValueError(
-        "how='scale': expected a kernel with k(a x, b z) = a b k(x, z), such as a bias-free ReLU "
-        "network's; this one is not homogeneous, use how='labels'"
+        "how='scale': expected a kernel with k(a x, b z) = a b k(x, z), such as that of a bias-free "
+        "ReLU network; this kernel is not homogeneous, use how='labels'"
       )
     root = jnp.sqrt(w)
     return Support(x * root.reshape(-1, *(1,) * (x.ndim - 1)), y * root[:, None]), ridge

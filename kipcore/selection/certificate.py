@@ -1,7 +1,8 @@
-"""What a weighted subset is measured to do: a bank of fixed queries, and a certificate.
+"""Measured approximation error of a weighted subset.
 
-F, F_S and the theorems that a certificate quotes are those of `guarantees`. The measured
-error is over the queries of the bank alone: it can refute a promise and cannot prove one.
+`guarantees` defines the objectives F and F_S and the theorem that a certificate refers to. The
+error is measured on a fixed set of test queries (`QueryBank`). It is a lower bound on the error
+over all queries, so it can disprove an error bound but cannot prove one.
 """
 
 import dataclasses
@@ -30,25 +31,30 @@ from kipcore.types import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-  """What a weighted subset was measured to do; all fields are Python numbers.
+  """Measured approximation error of a weighted subset, as plain Python values.
 
   Attributes:
-    num_rows, num_samples, num_landmarks: n, m (repeats included) and the rows that span the queries.
+    num_rows: n.
+    num_samples: m, including repeated rows.
+    num_landmarks: number of rows that span the test queries.
     ridge: absolute.
-    exact: whether the landmarks are all rows, so that nothing below is a bracket.
-    measured_epsilon: max |F_S(W) / F(W) - 1| over the bank. A lower bound on the supremum over
-      all W: it can refute a promise and cannot prove one.
-    epsilon_at_optimum: the same at the best W in the span of the landmarks.
-    mean_epsilon: mean over the bank.
-    num_queries: size of the bank.
-    objective_subset: F(W_S), W_S the minimizer of F_S.
-    objective_reference: the least F found (at the optimum over the landmark span).
-    objective_lower: certified lower bound on F* (up to rounding), or None where it was not asked for.
-    objective_ratio: F(W_S) / objective_lower, an upper bound on F(W_S) / F*; or None.
-    effective_dimension_lower, effective_dimension_upper: bracket of tr K (K + ridge)^{-1}.
-    label_mass: ||R||^2 / F at the reference: the labels' part of the total sensitivity.
-    promised_epsilon: `guarantee_at` for the total handed in, by the theorem "krr"; None if there was
-      none, or if the theorem promises nothing.
+    exact: whether all rows are landmarks. Then `objective_lower` and both effective dimensions are
+      exact (up to rounding), otherwise they are bounds.
+    measured_epsilon: max |F_S(W) / F(W) - 1| over the test queries, a lower bound on the supremum
+      over all W.
+    epsilon_at_optimum: |F_S(W) / F(W) - 1| at the best W in the span of the landmarks.
+    mean_epsilon: mean of |F_S(W) / F(W) - 1| over the test queries.
+    num_queries: number of test queries.
+    objective_subset: F(W_S), where W_S minimizes F_S.
+    objective_reference: the smaller of F(W_S) and F at the best W in the span of the landmarks.
+    objective_lower: certified lower bound on F* (up to rounding); None if it was not computed.
+    objective_ratio: F(W_S) / objective_lower, an upper bound on F(W_S) / F*; None if
+      `objective_lower` is None or not positive.
+    effective_dimension_lower, effective_dimension_upper: bounds on tr K (K + ridge I)^{-1}.
+    label_mass: ||R||^2 / F at the best W in the span of the landmarks, where R are its residuals:
+      the contribution of the labels to the total sensitivity.
+    promised_epsilon: the error bound that the theorem "krr" of `guarantee_at` gives for the total
+      sensitivity; None if no total was given or the theorem gives no bound.
   """
 
   num_rows: int
@@ -70,18 +76,20 @@ class Certificate:
   promised_epsilon: float | None
 
   def as_dict(self) -> dict:
-    """The fields by name, ready for JSON."""
+    """The fields as a dictionary that can be written as JSON."""
     return dataclasses.asdict(self)
 
 
 class QueryBank(NamedTuple):
-  """Fixed queries W with their losses, on which subsets are compared; the second is the optimum.
+  """A fixed set of test queries W with their losses, for comparing subsets.
+
+  Query 0 is zero, and query 1 is the optimum over the span of the landmarks.
 
   Attributes:
-    losses: `(n, q)`, ||W^T phi_i - y_i||^2.
+    losses: `(n, q)`, ||W^T phi_i - y_i||^2 of each row and query.
     penalties: `(q,)`, ridge ||W||^2.
-    residual_energy: scalar, ||R||^2 at the optimum over the landmark span.
-    dimension_lower, dimension_upper: scalars that bracket the effective dimension.
+    residual_energy: scalar, ||R||^2 of the residuals at query 1.
+    dimension_lower, dimension_upper: scalars, bounds on the effective dimension.
     status: int32 scalar, `Status`.
   """
 
@@ -104,16 +112,16 @@ def query_bank(
   num_queries: int = 30,
   block_size: int = 1024,
 ) -> QueryBank:
-  """The bank of `measure_coreset`, which documents it, for measuring many subsets on one bank.
+  """The test queries of `measure_coreset`, for measuring many subsets on the same queries.
 
   Args:
     key, kernel, x, y, ridge, num_landmarks, num_queries, block_size: as for `measure_coreset`.
 
   Returns:
-    `QueryBank`, with 2 + 3 `num_queries` queries (fewer where n < `num_queries`).
+    `QueryBank` with 2 + 3 `num_queries` queries (fewer if n < `num_queries`).
 
   Raises:
-    ValueError, TypeError: wrong shapes or values.
+    ValueError, TypeError: for wrong shapes, dtypes or values.
   """
   num_landmarks, num_queries, block_size = checks.positive_ints(
     num_landmarks=num_landmarks, num_queries=num_queries, block_size=block_size
@@ -123,7 +131,19 @@ def query_bank(
 
 
 def query_errors(bank: QueryBank, indices: Array, weights: Array) -> Array:
-  """|F_S(W) / F(W) - 1| for each query of the bank, `(q,)`; for `jit` and `vmap` over subsets."""
+  """|F_S(W) / F(W) - 1| of a subset for each test query.
+
+  Args:
+    bank: from `query_bank`.
+    indices: `(m,)` rows of the subset.
+    weights: `(m,)`, >= 0.
+
+  Returns:
+    `(q,)`. The function supports `jit`, and `vmap` over subsets.
+
+  Raises:
+    ValueError, TypeError: for wrong shapes, dtypes or values.
+  """
   indices, weights = _check_subset(bank.losses.shape[0], indices, weights)
   subset = linalg.matmul(weights.astype(bank.losses.dtype)[None], bank.losses[indices])[0]
   return jnp.abs((subset + bank.penalties) / (jnp.sum(bank.losses, axis=0) + bank.penalties) - 1)
@@ -145,20 +165,21 @@ def measure_coreset(
   delta: float = 0.1,
   block_size: int = 1024,
 ) -> Certificate:
-  """Measures |F_S / F - 1| over a bank of queries, and F(W_S) / F*, of a weighted subset.
+  """Measures |F_S / F - 1| on test queries, and F(W_S) / F*, for a weighted subset.
 
-  Queries are W = sum over landmarks of phi_l alpha_l^T; landmarks are all rows where n <= `num_landmarks`
-  (then nothing is lost: the supremum over W is one over the span of the rows), else uniform random
-  rows. F, F_S and F(W_S) are exact for each such W. The bank: zero, the optimum W*, random
-  W* + G^{-1/2} N with tr U^T G U between F*/100 and 100 F*, and for the rows of top sensitivity
-  the query at which that sensitivity is attained, W* - G^{-1} phi_i r_i^T F* / ||r_i||^2 (r = y minus the
-  prediction), and one far along the same direction. The bank depends on the key and the data, not on the subset.
+  A query is W = sum_l phi_l alpha_l^T over landmark rows l. If n <= `num_landmarks`, all rows are
+  landmarks, and this form is no restriction. Otherwise the landmarks are uniform random rows. F,
+  F_S and F(W_S) are exact for every query. The queries are zero, the optimum over the span of the
+  landmarks, random perturbations of it, and for each row of high sensitivity the query that attains
+  the sensitivity and one far along the same direction (formulas on the theory page). They depend on
+  the key and the data but not on the subset.
 
-  F* is exact for all rows. Otherwise any dual vector a gives F* >= ridge (2 <a, Y> - <a, (K + ridge) a>);
-  `dual_steps` steps of conjugate gradients from the landmark fit, each of which evaluates all n^2 kernel
-  entries in row blocks, but holds a block alone.
+  F* is exact if all rows are landmarks. Otherwise it is bounded from below by the dual objective
+  after `dual_steps` steps of conjugate gradients. Each step evaluates all n^2 kernel entries, one
+  block of rows at a time.
 
-  A host function: it compiles its parts, returns numbers and cannot itself be transformed.
+  The function runs on the host and returns Python numbers. It cannot be used inside `jit`, `vmap`
+  or `grad`.
 
   Args:
     key: a random key or an int seed.
@@ -166,22 +187,22 @@ def measure_coreset(
     x: `(n, ...)` rows, or None with a matrix.
     y: `(n, c)` labels.
     ridge: absolute > 0, the same in F and F_S.
-    indices, weights: `(m,)` the subset; repeats and zero weights are allowed.
-    num_landmarks: memory is a few `(num_landmarks, num_landmarks)` and `(block_size, num_landmarks)`.
-    num_queries: of each of the three kinds.
-    dual_steps: steps for the lower bound; 0 leaves it out (with landmarks short of all rows).
-    total_sensitivity: t of the draw, for `promised_epsilon`.
-    delta: failure probability of that promise.
-    block_size: rows at a time.
+    indices, weights: `(m,)` rows of the subset and their weights; repeated rows and zero weights
+      are allowed.
+    num_landmarks: maximum number of landmarks. Memory: a few `(num_landmarks, num_landmarks)` and
+      `(block_size, num_landmarks)` arrays.
+    num_queries: number of random perturbations, and of rows of high sensitivity (two queries each).
+    dual_steps: steps for the lower bound on F*; 0 skips the bound unless all rows are landmarks.
+    total_sensitivity: sum of the scores that the subset was drawn from, for `promised_epsilon`.
+    delta: failure probability of `promised_epsilon`.
+    block_size: number of rows processed at a time.
 
   Returns:
     `Certificate`.
 
   Raises:
-    ValueError, TypeError: wrong shapes or values.
-    NumericalError: where a factorization failed.
-
-  Source: the queries and the bound follow from F(W* + U) = F* + tr U^T G U, G = Phi^T Phi + ridge I.
+    ValueError, TypeError: for wrong shapes, dtypes or values.
+    NumericalError: if a factorization fails.
 
   Example:
     >>> k, y = jnp.eye(4) + 1, jnp.asarray([[1.0], [1.0], [-1.0], [-1.0]])
@@ -243,7 +264,7 @@ def measure_coreset(
 
 
 class _Objective(NamedTuple):
-  """F at the optimum of the subset, and the status of its solve."""
+  """F at the minimizer of F_S, and the status of the factorization."""
 
   value: Array
   status: Array
@@ -252,7 +273,7 @@ class _Objective(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size"))
 def _basis(kernel_fn, data, landmarks, block_size):
   k = kernel_entries(kernel_fn, data.operand, landmarks, landmarks).astype(data.y.dtype)
-  # At rounding level, only so that near-duplicate landmarks have a factor; F is evaluated without it.
+  # Jitter at rounding level, so that near-duplicate landmarks can be factorized. F excludes it.
   jitter = 10.0 * k.shape[0] * jnp.finfo(k.dtype).eps * jnp.mean(jnp.diagonal(k))
   chol = linalg.factor(k, jitter)
 
@@ -275,7 +296,7 @@ def _basis(kernel_fn, data, landmarks, block_size):
 
 
 def _unwhiten_all(f, b):
-  """`linalg.unwhiten` of a stack `(q, l, c)`, as one solve."""
+  """`linalg.unwhiten` of a stack `(q, l, c)` by a single solve."""
   flat = linalg.unwhiten(f, b.transpose(1, 0, 2).reshape(b.shape[1], -1))
   return flat.reshape(b.shape[1], b.shape[0], b.shape[2]).transpose(1, 0, 2)
 
@@ -299,7 +320,7 @@ def _bank(kernel_fn, key, data, landmarks, basis, num_queries, block_size):
   pulls = linalg.solve(basis.normal, z_top.T).T[:, :, None] * residuals[top][:, None, :]
   floor = jnp.finfo(best.dtype).tiny
   sharp = best / jnp.maximum(energy[top], floor)
-  # tr U^T G U = leverage ||r||^2 for a pull: scaled so that the quadratic term is 100 F* and decides.
+  # tr U^T G U = leverage ||r||^2 for a pull. The scale makes this term 100 F*, so it dominates.
   far = 10 * jnp.sqrt(best / jnp.maximum(leverage[top] * energy[top], floor))
   start = basis.optimum[None]
   key_noise, key_size = jax.random.split(key)
@@ -312,7 +333,7 @@ def _bank(kernel_fn, key, data, landmarks, basis, num_queries, block_size):
   pulled = [start - pulls * scale[:, None, None] for scale in (sharp, far)]
   queries = jnp.concatenate([jnp.zeros_like(start), start, moved, *pulled])
   queries = jnp.where(jnp.isfinite(queries), queries, 0)
-  # The true ||W||^2 = <alpha, K alpha>, so the jitter of the basis does not enter.
+  # ||W||^2 = <alpha, K alpha> with K itself excludes the jitter of the basis.
   k = kernel_entries(kernel_fn, data.operand, landmarks, landmarks).astype(best.dtype)
   flat = _unwhiten_all(basis.chol, queries).transpose(1, 0, 2).reshape(landmarks.shape[0], -1)
   penalties = data.ridge * jnp.sum(
@@ -339,7 +360,8 @@ def _bank(kernel_fn, key, data, landmarks, basis, num_queries, block_size):
 def _subset_objective(kernel_fn, data, indices, weights, block_size):
   roots = jnp.sqrt(weights)[:, None]
   k = kernel_entries(kernel_fn, data.operand, indices, indices).astype(weights.dtype)
-  # Symmetric scaling instead of a ridge / w_j: zero weights and repeated rows need no special case.
+  # Symmetric scaling instead of the ridge vector ridge / w, so that zero weights and repeated rows
+  # need no special case.
   f = linalg.factor(roots * k * roots.T, data.ridge)
   dual = roots * linalg.solve(f, roots * data.y[indices])
 
@@ -354,7 +376,7 @@ def _subset_objective(kernel_fn, data, indices, weights, block_size):
 
 
 def _prepare(key, kernel, x, y, ridge, num_landmarks, block_size):
-  """Checks; gives `(kernel_fn or None, key of the bank, data, landmarks, basis)`."""
+  """Checks the arguments; returns `(kernel_fn or None, bank key, data, landmarks, basis)`."""
   y = jnp.asarray(y)
   checks.rank("y", y, 2)
   checks.floating("y", y)
@@ -364,7 +386,7 @@ def _prepare(key, kernel, x, y, ridge, num_landmarks, block_size):
   if not callable(kernel):
     checks.shape("kernel", kernel, (n, n))
   elif x is None:
-    raise ValueError("x: expected rows beside a kernel function, got None")
+    raise ValueError("x: expected rows with a kernel function, got None")
   else:
     checks.same_rows("x", x, "y", y)
   kernel_fn, operand = (kernel, jnp.asarray(x)) if callable(kernel) else (None, jnp.asarray(kernel))

@@ -12,20 +12,22 @@ from kipcore.kernels.gram import gram, gram_diag
 from kipcore.selection.draws import draw_few_rows
 from kipcore.types import Array, KernelFn, Status
 
-# A residual below this many units of rounding of its start counts as zero: such a row lies in the span of others.
+# A residual below this multiple of eps times its initial value is treated as zero: the row lies in
+# the span of the pivots.
 _ROUNDING_UNITS = 32
 _FACTOR_CHUNK = 128
 
 
 class PivotedCholesky(NamedTuple):
-  """A low-rank factor, K ~ F F^T from below.
+  """A low-rank approximation K ~ F F^T with F F^T <= K.
 
   Attributes:
-    factor: `(n, k)`, F; column j belongs to pivot j, and the first r columns are the factor of rank r.
-    pivots: `(k,)` int32 rows in the order of the draw; -1, with a zero column, past `count`.
-    count: int32 scalar; less than k where the residual vanished (up to rounding) before.
+    factor: `(n, k)`, F. Column j belongs to pivot j; the first r columns are the factor of rank r.
+    pivots: `(k,)` int32 rows in the order of selection. Entries from `count` on are -1, and their
+      columns of `factor` are zero.
+    count: int32 scalar, number of pivots; less than k if the residual became zero (up to rounding).
     residual_diagonal: `(n,)`, diag(K - F F^T) >= 0.
-    residual_trace: scalar, its sum.
+    residual_trace: scalar, sum of `residual_diagonal`.
     status: int32 scalar, `Status`: OK or NOT_FINITE.
   """
 
@@ -46,31 +48,34 @@ def rpcholesky(
   block_size: int = 64,
   row_block_size: int | None = None,
 ) -> PivotedCholesky:
-  """Randomly pivoted Cholesky: each pivot with P(i) proportional to w_i (K - F F^T)_ii.
+  """Randomly pivoted Cholesky: selects each pivot with P(i) proportional to w_i (K - F F^T)_ii.
 
-  With unit weights E tr(K - F F^T) <= (1 + eps) tr(K - [K]_r) after
-  k >= r/eps + min(r log(1/(eps eta)), r/eps + r log_+(2^r/eps)) pivots, where eta is the relative tail
-  trace at rank r (Chen, Epperly, Tropp and Webber, arXiv 2207.06503). `block_size=1` is
-  their simple form. A larger block proposes 2 `block_size` rows at once and takes each with probability
-  (its residual now) / (when proposed), up to `block_size`: the same law of pivots, by
-  products of matrices (Epperly, Tropp and Webber, arXiv 2410.03969). Cost: about
-  `rank` kernel columns and n rank^2 products; no n x n matrix.
+  With unit weights, E tr(K - F F^T) <= (1 + eps) tr(K - [K]_r) after
+  k >= r/eps + min(r log(1/(eps eta)), r/eps + r log_+(2^r/eps)) pivots, where
+  eta = tr(K - [K]_r) / tr K and [K]_r is the best approximation of rank r (Chen et al.).
+  `block_size=1` is their algorithm. A larger block proposes 2 `block_size` rows at once and accepts
+  each, up to `block_size`, with probability (current residual) / (residual when proposed). The
+  pivots have the same distribution, and the work consists of matrix products (Epperly et al.).
+  Cost: about `rank` kernel columns and n rank^2 operations; no n x n matrix is formed.
 
   Args:
     key: a random key or an int seed.
     kernel_fn: see `types.KernelFn`; hashable, since the computation is compiled for it.
     x: `(n, ...)` rows.
     rank: k, at most n.
-    weights: `(n,)`, >= 0, or None for ones. The pivots are those of W^{1/2} K W^{1/2}, while F
-      remains the factor of K; rows of weight 0 are never pivots.
-    block_size: most pivots a round.
-    row_block_size: rows of a kernel column evaluated at a time; None for all.
+    weights: `(n,)`, >= 0, or None for ones. The pivots are those of W^{1/2} K W^{1/2}, but F is a
+      factor of K. Rows of weight 0 are never pivots.
+    block_size: maximum number of pivots per round.
+    row_block_size: number of rows of a kernel column evaluated at a time; None for all.
 
   Returns:
-    `PivotedCholesky`. A residual under 32 units of rounding of K_ii counts as zero.
+    `PivotedCholesky`. A residual below 32 eps K_ii is treated as zero.
 
   Raises:
-    ValueError, TypeError: wrong shape, dtype or range, NaN rows.
+    ValueError, TypeError: for a wrong shape, dtype or range, or NaN rows.
+
+  References:
+    Chen, Epperly, Tropp and Webber, arXiv 2207.06503; Epperly, Tropp and Webber, arXiv 2410.03969.
   """
   x = jnp.asarray(x)
   checks.floating("x", x)
@@ -95,7 +100,7 @@ def _rpcholesky(key, kernel_fn, x, weights, rank, block_size, row_block_size):
   weights = weights.astype(diagonal.dtype)
   proposals = 1 if block_size == 1 else 2 * block_size
   chunk = min(_FACTOR_CHUNK, rank)
-  # F^T, so that new columns are contiguous; room for a whole block and a whole chunk past the rank.
+  # `factor` holds F^T, so that new columns are contiguous, with space for one more block and chunk.
   capacity = rank + max(block_size, chunk)
 
   def law(residual):
@@ -108,7 +113,8 @@ def _rpcholesky(key, kernel_fn, x, weights, rank, block_size, row_block_size):
     inside = factor[:, rows]
     schur = kernel_fn(x[rows], None) - linalg.matmul(inside.T, inside)
     thresholds = uniforms[:, 2] * residual[rows]
-    # A proposal is judged by the same residual that it was proposed by; the kernel block is only as exact as rounding.
+    # Use the residual from which the row was proposed: the kernel block differs from it by
+    # rounding.
     schur = jnp.fill_diagonal(schur, residual[rows], inplace=False)
     accepted, lower = _reject(
       schur, rows, thresholds, floor[rows], jnp.minimum(rank - count, block_size)
@@ -154,7 +160,7 @@ def _rpcholesky(key, kernel_fn, x, weights, rank, block_size, row_block_size):
 
 
 def _reject(schur, rows, thresholds, floor, room):
-  """Cholesky of the accepted part: proposal j enters while threshold_j < its residual now."""
+  """Cholesky factor of the accepted rows: row j is accepted if threshold_j < its residual."""
   size = rows.shape[0]
 
   def consider(j, carry):
@@ -168,11 +174,11 @@ def _reject(schur, rows, thresholds, floor, room):
     )
     column = jnp.where(take, schur[:, j] / jnp.sqrt(jnp.where(take, pivot, 1)), 0)
     schur = schur - column[:, None] * column[None]
-    # The same row again has no residual, whatever rounding says.
+    # A repeated row has zero residual; rounding errors must not accept it again.
     open_rows = open_rows & ~(take & (rows == rows[j]))
     return schur, lower.at[:, j].set(column), accepted.at[j].set(take), open_rows
 
   carry = (schur, jnp.zeros_like(schur), jnp.zeros(size, bool), jnp.ones(size, bool))
   _, lower, accepted, _ = jax.lax.fori_loop(0, size, consider, carry)
-  # Rows above the diagonal hold rounding only: proposals taken before column j have no residual there.
+  # Entries above the diagonal are rounding errors: rows accepted before column j have no residual.
   return accepted, jnp.tril(lower)

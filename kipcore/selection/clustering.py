@@ -1,7 +1,7 @@
-"""k-means: D^2 seeding in input or kernel space, Lloyd's iterations, and real rows for the centers.
+"""k-means: D^2 seeding in input or kernel space, Lloyd's algorithm, and medoids.
 
-Everything here bounds the k-means cost sum_i w_i min_c ||x_i - c||^2 and nothing
-else: that a good clustering makes a good distilled set is an observation.
+The guarantees apply only to the k-means cost sum_i w_i min_c ||x_i - c||^2. That a good clustering
+gives a good distilled set is an empirical observation.
 """
 
 import functools
@@ -17,22 +17,28 @@ from kipcore.kernels.gram import gram, gram_diag
 from kipcore.selection.draws import draw_few_rows
 from kipcore.types import Array, KernelFn
 
-# While there are few seeds a new one changes the law much and most proposals would be rejected.
+# With few seeds, each new seed changes the distribution a lot, and most proposals of a large block
+# would be rejected.
 _EARLY_SEEDS, _EARLY_STEPS, _STEPS = 16, 4, 32
 _BLOCK_ENTRIES = 2**21
 
 
 class Seeds(NamedTuple):
-  """Seeds of a clustering: `centers` `(k, ...)`, which are the rows `indices` `(k,)` int32."""
+  """Seeds of a clustering: `centers` `(k, ...)` are the rows `indices` `(k,)` int32 of the data."""
 
   centers: Array
   indices: Array
 
 
 class KMeansResult(NamedTuple):
-  """Centers `(k, d)`, nearest center of each row `(n,)` int32, sum_i w_i ||x_i - its center||^2, and how it ended.
+  """Result of `kmeans`.
 
-  `converged` is False if `max_iterations` came first, or a value is not finite.
+  Attributes:
+    centers: `(k, d)`.
+    assignment: `(n,)` int32, the nearest center of each row.
+    inertia: scalar, sum_i w_i ||x_i - (nearest center)||^2.
+    iterations: int32 scalar.
+    converged: bool scalar; False if `max_iterations` was reached first or a value is not finite.
   """
 
   centers: Array
@@ -67,33 +73,34 @@ def _check(x, num_clusters, weights, *ranks):
 def kmeans_plusplus(
   key, x: Array, num_clusters: int, weights: Array | None = None, num_trials: int = 1
 ) -> Seeds:
-  """k-means++ seeds: the first by weight, each next with P(i) proportional to w_i * (distance to the nearest seed)^2.
+  """k-means++ seeds: P(i) is proportional to w_i * (distance to the nearest seed)^2.
 
-  With `num_trials=1` the expected cost is at most 8 (ln k + 2) times the optimum
-  (Arthur and Vassilvitskii 2007, Theorem 3.1; 5 (ln k + 2) by Makarychev et al. 2020).
-  With more trials each step draws that many rows and keeps the one that lowers the cost
-  most: usually better, but its known guarantee is weaker, of order l^3 log^3 k (Grunau et
-  al. 2023). scikit-learn's default is 2 + floor(ln k) trials.
+  The first seed is drawn with P(i) proportional to w_i. With `num_trials=1`, the expected cost is
+  at most 8 (ln k + 2) times the optimal cost (Arthur and Vassilvitskii 2007, Theorem 3.1; improved
+  to 5 (ln k + 2) by Makarychev et al. 2020). With l > 1 trials, each step draws l rows and keeps
+  the one that reduces the cost most. This is usually better, but the known guarantee is weaker, of
+  order l^3 log^3 k (Grunau et al. 2023). The default of scikit-learn is 2 + floor(ln k) trials.
 
-  Rows are proposed in blocks and accepted with probability (squared distance now) / (when
-  proposed): exactly the sequential law, but distances become products of matrices (the
-  rejection idea of Cohen-Addad et al., NeurIPS 2020, with exact distances).
+  Rows are proposed in blocks and accepted with probability (current squared distance) / (squared
+  distance when proposed). The seeds have exactly the distribution of the sequential algorithm, and
+  distances are computed by matrix products (rejection sampling as in Cohen-Addad et al., NeurIPS
+  2020, but with exact distances).
 
   Args:
     key: a random key or an int seed.
     x: `(n, d)` rows.
     num_clusters: k, at most n.
-    weights: `(n,)`, >= 0, or None for ones. A row of weight 0 counts as absent (padding).
-    num_trials: rows tried at each step.
+    weights: `(n,)`, >= 0, or None for ones. Rows of weight 0 (padding) are ignored.
+    num_trials: number of rows drawn per step.
 
   Returns:
-    `Seeds(centers, indices)`, in the order of the draw. Where fewer than k distinct rows
-    have a positive weight, the seeds after the last distinct one are drawn by weight among
-    the rows not yet chosen (and again among all when those, too, are used up). Distances
-    within the rounding of ||x||^2 + ||c||^2 - 2 x.c on centered rows count as zero.
+    `Seeds(centers, indices)` in the order of selection. If fewer than k distinct rows have a
+    positive weight, the remaining seeds are drawn in proportion to weight from the rows not yet
+    selected, and from all rows once these are exhausted. Distances below the rounding error of
+    ||x||^2 + ||c||^2 - 2 x.c on centered rows are treated as zero.
 
   Raises:
-    ValueError, TypeError: wrong shape, dtype or range, NaN rows.
+    ValueError, TypeError: for a wrong shape, dtype or range, or NaN rows.
 
   Example:
     >>> seeds = kipcore.kmeans_plusplus(0, jnp.asarray([[0.0], [0.0], [0.0], [1.0]]), 2)
@@ -117,22 +124,23 @@ def kernel_kmeans_plusplus(
 ) -> Seeds:
   """`kmeans_plusplus` in the feature space of a kernel: d^2(i, j) = k_ii + k_jj - 2 k_ij.
 
-  The guarantee holds in any Hilbert space. It evaluates kernel columns of proposed rows
-  only (somewhat more than `num_clusters * num_trials`), and holds at most `32 * num_trials` of
-  them. With the linear kernel and the same key the rows are those of `kmeans_plusplus`.
+  The guarantees of `kmeans_plusplus` hold in any Hilbert space. Only the kernel columns of proposed
+  rows are evaluated (somewhat more than `num_clusters * num_trials`), and at most `32 * num_trials`
+  of them are held at a time. With the linear kernel and the same key, the function selects the same
+  rows as `kmeans_plusplus`.
 
   Args:
     key: a random key or an int seed.
     kernel_fn: see `types.KernelFn`; hashable, since the computation is compiled for it.
     x: `(n, ...)` rows.
     num_clusters, weights, num_trials: as for `kmeans_plusplus`.
-    block_size: rows of a kernel column evaluated at a time; None for all.
+    block_size: number of rows of a kernel column evaluated at a time; None for all.
 
   Returns:
-    `Seeds(centers, indices)`, centers in input space.
+    `Seeds(centers, indices)`, with the centers in input space.
 
   Raises:
-    ValueError, TypeError: wrong shape, dtype or range, NaN rows.
+    ValueError, TypeError: for a wrong shape, dtype or range, or NaN rows.
   """
   x, num_clusters, weights = _check(x, num_clusters, weights)
   num_trials = checks.positive_int("num_trials", num_trials)
@@ -162,16 +170,17 @@ def _kernel_seeds(key, kernel_fn, x, weights, num_seeds, num_trials, block_size)
 
 
 def _distances(squares, center_squares, products, features):
-  """Squared distances `(n, b)` from products; those within the rounding error become zero."""
+  """Squared distances `(n, b)` from products; those below the rounding error are set to zero."""
   norms = squares[:, None] + center_squares[None]
   distances = norms - 2 * products
-  # Random-walk growth of the rounding of a product of `features` terms, several standard deviations.
+  # The rounding error of a sum of `features` products grows like a random walk; this bound is
+  # several standard deviations.
   rounding = jnp.finfo(norms.dtype).eps * (4 + math.sqrt(features) / 4)
   return jnp.where(distances <= rounding * norms, 0, distances)
 
 
 def _seeds(key, columns, weights, num_seeds, num_trials):
-  """D^2 seeding by blocks of proposals; `columns(rows)` gives squared distances `(n, b)`."""
+  """D^2 seeding by blocks of proposals; `columns(rows)` returns squared distances `(n, b)`."""
   n = weights.shape[0]
   all_rows = jnp.arange(n, dtype=jnp.int32)
   first = draw_few_rows(
@@ -181,7 +190,7 @@ def _seeds(key, columns, weights, num_seeds, num_trials):
   def one_round(size, state):
     count, step, nearest, taken, chosen = state
     uniforms = jax.random.uniform(jax.random.fold_in(key, step), (size, 3), weights.dtype)
-    # With no distance left the law is: by weight among rows not taken (see `kmeans_plusplus`).
+    # If all distances are zero, draw in proportion to weight from the rows not yet selected.
     spent = ~jnp.any(weights * nearest > 0)
     free = ~taken & (weights > 0)
     start = jnp.where(spent, (free | ~free.any()).astype(nearest.dtype), nearest)
@@ -191,7 +200,7 @@ def _seeds(key, columns, weights, num_seeds, num_trials):
     )
     thresholds = (
       uniforms[:, 2] * start[rows]
-    )  # accepted while below the distance now; weights cancel
+    )  # accepted if below the current distance; the weights cancel
     count, current, _, chosen = _accept(
       weights, num_trials, start, rows, distances, thresholds, count, chosen
     )
@@ -219,7 +228,7 @@ def _seeds(key, columns, weights, num_seeds, num_trials):
 
 
 def _accept(weights, num_trials, start, rows, distances, thresholds, count, chosen):
-  """Of each `num_trials` accepted proposals takes the one of least cost as a seed, while the proposals last."""
+  """Selects the proposal with the lowest cost out of every `num_trials` accepted ones as a seed."""
   positions = jnp.arange(rows.shape[0], dtype=jnp.int32)
   usable = lambda nearest, pointer: (thresholds < nearest[rows]) & (positions >= pointer)
   another = lambda carry: (
@@ -253,29 +262,32 @@ def kmeans(
   tolerance: float = 1e-4,
   block_size: int | None = None,
 ) -> KMeansResult:
-  """Lloyd's iterations from k-means++ seeds: each center moves to the weighted mean of its rows.
+  """Lloyd's algorithm from k-means++ seeds: each center moves to the weighted mean of its rows.
 
-  The cost never rises (up to rounding), so the bound of the seeding holds for the result;
-  more is not proved. An empty cluster moves to the row with the largest w_i d_i^2 (a further
-  one to the next), or stays where these are zero. It stops when sum_c ||move of c||^2 is at
-  most `tolerance` times the mean variance of a feature (scikit-learn's rule).
+  The cost never increases (up to rounding), so the bound of `kmeans_plusplus` also holds for the
+  result. No stronger bound is proved. The centers of empty clusters move to the rows with the
+  largest w_i d_i^2, or stay if these values are zero. The iteration stops when the sum of
+  squared changes of the centers is at most `tolerance` times the mean variance of the features, as
+  in scikit-learn.
 
   Args:
     key: a random key or an int seed.
     x: `(n, d)` rows.
     num_clusters: k, at most n.
-    weights: `(n,)`, >= 0, or None for ones; rows of weight 0 have no influence.
-    num_trials: of the seeding.
-    num_inits: independent starts, of which the one of least cost is kept.
-    max_iterations, tolerance: see above.
-    block_size: rows whose distances to all centers are held at a time; None: about two million entries.
+    weights: `(n,)`, >= 0, or None for ones. Rows of weight 0 have no influence.
+    num_trials: as for `kmeans_plusplus`.
+    num_inits: number of independent starts; the result with the lowest cost is returned.
+    max_iterations: maximum number of iterations.
+    tolerance: relative tolerance of the stopping rule.
+    block_size: number of rows whose distances to all centers are held at a time; None for about two
+      million distances.
 
   Returns:
-    `KMeansResult(centers, assignment, inertia, iterations, converged)`. Last bits may differ
-    between runs on accelerators whose scatter-add has no fixed order.
+    `KMeansResult`. The last bits can differ between runs on accelerators whose scatter-add has no
+    fixed order.
 
   Raises:
-    ValueError, TypeError: wrong shape, dtype or range, NaN rows.
+    ValueError, TypeError: for a wrong shape, dtype or range, or NaN rows.
 
   Example:
     >>> result = kipcore.kmeans(0, jnp.asarray([[0.0], [1.0], [10.0], [11.0]]), 2)
@@ -342,7 +354,7 @@ def _kmeans(
 
 
 def _assign(x, centers, block_size):
-  """Nearest center of each row, and the squared distance to it."""
+  """The nearest center of each row and the squared distance to it."""
 
   def block(rows):
     distances = jnp.sum(rows * rows, axis=1)[:, None] + jnp.sum(centers * centers, axis=1)[None]
@@ -353,18 +365,19 @@ def _assign(x, centers, block_size):
 
 
 def nearest_rows(x: Array, centers: Array, weights: Array | None = None) -> Array:
-  """Medoids: in order, each center takes the nearest row still free (of equal ones the first).
+  """Medoids: each center in turn takes the nearest free row, and ties go to the first row.
 
   Args:
     x: `(n, d)` rows.
     centers: `(k, d)`, k <= n.
-    weights: `(n,)` or None; rows of weight 0 (padding) are given only when no other is left.
+    weights: `(n,)` or None. Rows of weight 0 (padding) are used only if no others are left.
 
   Returns:
-    `(k,)` int32, distinct.
+    `(k,)` int32 distinct row indices.
 
   Raises:
-    ValueError, TypeError: wrong shape, dtype or range, NaN rows, too few rows of positive weight.
+    ValueError, TypeError: for a wrong shape, dtype or range, NaN rows, or fewer than k rows of
+      positive weight.
   """
   centers = jnp.asarray(centers)
   checks.rank("centers", centers, 2)
@@ -387,7 +400,7 @@ def _nearest_rows(x, centers, eligible):
   squares = jnp.sum(x * x, axis=1)
 
   def block(penalty, group):
-    distances = squares[:, None] - 2 * linalg.matmul(x, group.T)  # up to a constant of each center
+    distances = squares[:, None] - 2 * linalg.matmul(x, group.T)  # up to a constant per center
 
     def take(penalty, j):
       row = jnp.argmin(jnp.where(penalty == jnp.min(penalty), distances[:, j], jnp.inf)).astype(

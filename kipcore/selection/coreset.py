@@ -1,6 +1,6 @@
 """Selection of weighted rows or synthetic points by a named strategy.
 
-The documentation of `select_coreset` says which strategies are backed by theorems.
+`select_coreset` documents which strategies have proved guarantees.
 """
 
 import contextlib
@@ -36,11 +36,12 @@ STRATEGIES = (
   "herding",
   "k_center",
 )
-# Candidates of "auto"; the others either cannot win (noise) or need their weights.
+# Candidates of "auto". Noise is excluded because it cannot win, and strategies by score because
+# they need their weights.
 AUTO_CANDIDATES = ("uniform", "kmeans", "kmedoids", "kmeans_plusplus", "krr_pursuit")
 NEEDS_KERNEL = ("krr_sensitivity", "leverage", "krr_pursuit", "auto")
-# Ridge of objectives over all n rows (pursuit, label solve), as a fraction of the mean diagonal:
-# about the best ridge for regression of natural images on all data.
+# Ridge of objectives over all n rows (pursuit, label solve), as a fraction of the mean diagonal.
+# The value is close to the best ridge for regression on all rows of natural image datasets.
 OBJECTIVE_RIDGE = 0.1
 _OBJECTIVE_ROWS = 10_000
 _EXACT_ROWS = 3_000
@@ -55,12 +56,12 @@ class Coreset:
     x: `(m, ...)` inputs.
     y: `(m, c)` labels as given; the weights are not absorbed.
     indices: `(m,)` int32 rows of the data; -1 for synthetic points (centroids, noise).
-    weights: `(m,)`: the number of rows that a point represents. 1 / (inclusion probability) for
+    weights: `(m,)`, the number of rows that each point represents. 1 / (inclusion probability) for
       uniform, krr_sensitivity and leverage, so that weighted sums are unbiased; cluster sizes for
-      kmeans and kmedoids, which sum to n; otherwise equal shares of the class, without guarantee.
+      kmeans and kmedoids, which sum to n; otherwise equal shares of the class, without a guarantee.
     strategy: the strategy; for "auto", the winning candidate. Static under `jit`.
     ridge: absolute score ridge of krr_sensitivity and leverage, otherwise None.
-    scores: `SensitivityScores` of these two, otherwise None.
+    scores: `SensitivityScores` of krr_sensitivity and leverage, otherwise None.
     objectives: for "auto", the measured objective of each candidate that could be fitted.
   """
 
@@ -88,44 +89,47 @@ def select_coreset(
   """Selects `images_per_class` points of each class.
 
   Strategies:
-    uniform: distinct rows, uniformly.
-    krr_sensitivity: rows by upper bounds on the sensitivities of kernel ridge regression at the score
-      ridge, systematically within each class, with weights 1 / (inclusion probability): weighted sums of
-      any function are unbiased, and the theorem of `sample_size` holds for m large enough (not at a
-      few images per class).
-    leverage: the same by leverage scores, which do not depend on labels.
-    kmeans: centroids of each class (synthetic). The seeding bounds the k-means cost; that centroids are
-      a good start for distillation is empirical.
-    kmedoids: the nearest distinct real rows.
-    kmeans_plusplus: the seeds.
-    herding, k_center: within each class, see `representatives`; deterministic.
-    krr_pursuit: greedy descent of the ridge regression objective over all rows (`krr_pursuit`).
-    noise: standard normal.
-    auto: the candidate of AUTO_CANDIDATES with the smallest `measured_objective`, the error rate of ridge
-      regression on (up to 10,000 of) the given rows; by that measure never worse than uniform with
-      the same key. Candidates that cannot be computed are left out.
+    uniform: distinct rows, drawn uniformly.
+    krr_sensitivity: rows drawn systematically within each class, in proportion to (upper bounds on)
+      the sensitivities of kernel ridge regression at the score ridge. The weights are
+      1 / (inclusion probability), so weighted sums of any function are unbiased. `sample_size`
+      proves error bounds for large m and draws with replacement, but not for a few images per
+      class.
+    leverage: the same with leverage scores, which do not depend on the labels.
+    kmeans: centroids of each class (synthetic). The k-means cost is bounded by the seeding. That
+      centroids are a good initialization for distillation is an empirical observation.
+    kmedoids: the distinct rows nearest to these centroids.
+    kmeans_plusplus: the k-means++ seeds of each class.
+    herding, k_center: deterministic selection within each class, see `representatives`.
+    krr_pursuit: greedy minimization of the ridge regression objective over all rows
+      (`krr_pursuit`).
+    noise: standard normal values.
+    auto: the candidate of AUTO_CANDIDATES with the smallest `measured_objective`, the error rate of
+      ridge regression on the given rows (at most 10,000 of them). By this measure it is never worse
+      than uniform with the same key. Candidates that cannot be computed are skipped.
 
-  A class with fewer distinct rows than `images_per_class` gets repeated points, with a warning; equal
-  points share their weight.
+  If a class has fewer distinct rows than `images_per_class`, points are repeated and a warning is
+  issued. Equal points share their weight.
 
   Args:
     key: random key (or int seed).
     x: `(n, ...)` floating rows, preprocessed.
-    y: `(n, c)` labels; the largest entry of a row is its class.
-    images_per_class: points of each class, >= 1.
+    y: `(n, c)` labels; the index of the largest entry of a row is its class.
+    images_per_class: number of points per class, >= 1.
     strategy: see above.
     kernel_fn: the kernel; required by krr_sensitivity, leverage, krr_pursuit and auto.
-    relative_ridge: ridge, as a fraction of tr(K_ss) / m, at which "auto" compares.
-    score_ridge: absolute ridge of the sensitivities, or "auto": the one at which the effective
-      dimension is about `score_ridge.AUTO_KAPPA` m. The training ridge would make all scores equal.
-    num_candidates: pool of krr_pursuit, at most n.
+    relative_ridge: ridge at which "auto" compares candidates, as a fraction of tr(K_ss) / m.
+    score_ridge: absolute ridge of the scores, or "auto" for the ridge at which the effective
+      dimension is about `score_ridge.AUTO_KAPPA` m. At the training ridge all scores would be
+      nearly equal.
+    num_candidates: pool size of krr_pursuit, at most n.
 
   Returns:
     `Coreset`.
 
   Raises:
-    ValueError, TypeError: for an unknown strategy, a missing kernel, a class smaller than
-      `images_per_class`, shapes that disagree, integers, NaN or infinity.
+    ValueError, TypeError: for an unknown strategy, a missing kernel, a class with fewer rows than
+      `images_per_class`, inconsistent shapes, integer arrays, or NaN or infinite values.
   """
   checks.one_of("strategy", strategy, STRATEGIES)
   checks.same_rows("x", x, "y", y)
@@ -209,7 +213,11 @@ def _rows(x, y, rows, weights, strategy, **extra) -> Coreset:
 
 
 def _by_class(x, labels):
-  """Yields per class: row indices, the rows as vectors padded to the largest class (so that all classes share a compilation), and a mask."""
+  """Yields for each class its row indices, its rows as vectors, and a mask of the rows.
+
+  Rows and mask are padded to the size of the largest class, so that all classes share one
+  compilation.
+  """
   flat = x.reshape(x.shape[0], -1)
   longest = int(np.bincount(labels).max())
   for c in np.unique(labels):
@@ -218,7 +226,7 @@ def _by_class(x, labels):
 
 
 def _cluster(key, x, y, labels, per_class, *strategies) -> list[Coreset]:
-  """k-means centroids per class, the nearest rows, or the seeds; several strategies share one clustering."""
+  """Centroids, medoids or seeds of k-means per class; kmeans and kmedoids share one clustering."""
   parts: dict[str, list] = {strategy: [] for strategy in strategies}
   for rows, padded, present in _by_class(x, labels):
     class_key = keys.at_step(keys.stream(key, "cluster"), int(labels[rows[0]]))
@@ -260,9 +268,10 @@ def _cluster(key, x, y, labels, per_class, *strategies) -> list[Coreset]:
 
 
 def _shared_masses(centers, mass):
-  """Cluster masses with the same sum, where each empty cluster shares the mass of the nearest other one.
+  """Cluster masses in which each empty cluster shares the mass of the nearest nonempty cluster.
 
-  Clusters are empty if there are fewer distinct rows than clusters: their centers repeat others.
+  The sum is unchanged. Clusters are empty if there are fewer distinct rows than clusters; their
+  centers are copies of other centers.
   """
   empty = np.asarray(mass) <= 0
   if not empty.any():
@@ -275,7 +284,7 @@ def _shared_masses(centers, mass):
 
 
 def _warn_of_repeats(x, labels, per_class: int) -> None:
-  """Warns if a class has fewer distinct rows than points requested."""
+  """Issues a warning if a class has fewer distinct rows than requested points."""
   flat = np.asarray(x).reshape(x.shape[0], -1)
   few = {}
   for c in np.unique(labels):
@@ -302,14 +311,16 @@ def _trials(k: int) -> int:
 
 
 def objective_ridge(kernel_fn: KernelFn, x: Array) -> float:
-  """Absolute ridge of objectives over all rows: OBJECTIVE_RIDGE of the mean diagonal of (up to 1,000) rows.
+  """Absolute ridge of objectives over all rows: OBJECTIVE_RIDGE times the mean kernel diagonal.
+
+  The mean is taken over at most 2,000 evenly spaced rows.
 
   Args:
     kernel_fn: the kernel.
     x: `(n, ...)` rows.
 
   Returns:
-    A number.
+    The absolute ridge, a float.
   """
   stride = max(1, x.shape[0] // 1000)
   return float(OBJECTIVE_RIDGE * jnp.mean(gram_diag(kernel_fn, x[::stride])))
@@ -334,17 +345,17 @@ def _pursue(key, x, y, per_class, kernel_fn, num_candidates, share) -> Coreset:
 
 
 def num_score_columns(num_rows: int, num_samples: int) -> int:
-  """The number of kernel columns that `score_rows` evaluates: its landmarks, or all rows of a small dataset."""
+  """Number of kernel columns that `score_rows` evaluates: landmarks, or all rows if n is small."""
   return num_rows if num_rows <= _EXACT_ROWS else min(num_rows, max(2 * num_samples, 1000))
 
 
 def score_rows(
   key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn, score_ridge="auto"
 ) -> tuple[float, sensitivity.SensitivityScores]:
-  """Ridge regression sensitivities of all rows: exact up to 3,000 rows, otherwise upper bounds.
+  """Ridge regression sensitivities of all rows: exact for n <= 3,000, otherwise upper bounds.
 
   Args:
-    key: random key (or int seed), for landmarks.
+    key: random key (or int seed) for the landmarks.
     x, y, kernel_fn, score_ridge: as in `select_coreset`.
     num_samples: m, for the automatic ridge.
 
@@ -352,7 +363,8 @@ def score_rows(
     The absolute score ridge, and `SensitivityScores`.
 
   Raises:
-    ValueError: for a score ridge <= 0. NumericalError: if a factorization failed.
+    ValueError: for a score ridge <= 0.
+    NumericalError: if a factorization fails.
   """
   n, num_samples = x.shape[0], checks.positive_int("num_samples", num_samples)
   num_landmarks = num_score_columns(n, num_samples)
@@ -393,20 +405,20 @@ def _by_scores(key, x, y, labels, m, kernel_fn, score_ridge, strategy) -> Corese
 def measured_objective(
   kernel_fn: KernelFn, coreset: Coreset, x: ArrayLike, y: ArrayLike, relative_ridge: float = 1e-6
 ) -> float:
-  """The error rate on the given rows of ridge regression on a coreset, which "auto" compares.
+  """Error rate on the given rows of ridge regression on a coreset, the criterion of "auto".
 
-  The squared error is less suitable: with few points the scale of predictions is wrong, and a candidate
-  with predictions near zero can have the smallest squared error.
+  The squared error is less suitable: with few points the scale of the predictions is wrong, and a
+  candidate with predictions near zero can have the smallest squared error.
 
   Args:
     kernel_fn: the kernel.
     coreset: a candidate; its weights are not used.
     x: `(n, ...)` rows; more than 10,000 are subsampled evenly.
     y: `(n, c)` labels.
-    relative_ridge: as a fraction of tr(K_ss) / m.
+    relative_ridge: ridge as a fraction of tr(K_ss) / m.
 
   Returns:
-    The error rate; infinite if the kernel matrix cannot be factorized.
+    The error rate; infinity if the kernel matrix cannot be factorized.
   """
   stride = max(1, -(-x.shape[0] // _OBJECTIVE_ROWS))
   result = krr_evaluation.evaluate_krr(
@@ -427,13 +439,14 @@ def auto_candidates(
   kernel_fn: KernelFn,
   num_candidates: int = 2000,
 ) -> dict[str, Coreset]:
-  """The candidates of "auto": coresets of AUTO_CANDIDATES as returned by `select_coreset` with the same key.
+  """The candidates of "auto": coresets of `select_coreset` for AUTO_CANDIDATES and the same key.
 
   Args:
     key, x, y, images_per_class, kernel_fn, num_candidates: as in `select_coreset`.
 
   Returns:
-    Coresets by strategy, without candidates that cannot be computed; k-means and k-medoids share a clustering.
+    Coresets by strategy, without candidates that cannot be computed. kmeans and kmedoids share one
+    clustering.
 
   Raises:
     ValueError: as `select_coreset`.
@@ -466,6 +479,6 @@ def _best(key, x, y, per_class, kernel_fn, relative_ridge, num_candidates) -> Co
       objectives[strategy] = objective
   if best is None:
     raise ValueError(
-      "auto: no candidate has a kernel matrix that can be factorized; raise relative_ridge"
+      "auto: no candidate has a kernel matrix that can be factorized; increase relative_ridge"
     )
   return dataclasses.replace(best, objectives=objectives)

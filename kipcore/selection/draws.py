@@ -1,10 +1,10 @@
-"""How rows are drawn: the checks of a request, laws, and draws with and without replacement.
+"""Random draws of rows: argument checks, probabilities, and draws with and without replacement.
 
-Draws with replacement invert the distribution function in two levels. Draws without
-replacement are systematic and count probability in units of 2^-32 with integers that
-wrap, so neither the size of the sample nor the inclusion probabilities suffer from
-rounding, in float32 as in float64. Both take a few passes over the rows and no sort.
-`sampling` turns them into weighted samples.
+Draws with replacement invert the cumulative distribution in two levels. Draws without replacement
+are systematic. They represent probabilities as integer multiples of 2^-32 with wrap-around
+arithmetic, so rounding affects neither the sample size nor the inclusion probabilities, in float32
+or float64. Both methods take a few passes over the rows and do not sort. `sampling` computes
+weighted samples from these draws.
 """
 
 import math
@@ -17,17 +17,18 @@ import numpy as np
 from kipcore import checks, linalg
 from kipcore.types import Array
 
-# The float32 estimate of a sum of inclusion probabilities must be within 1/2 of the truth up to here.
+# Up to this number of draws, the float32 sum of the inclusion probabilities has an error below 1/2.
 _MAX_DRAWS_FLOAT32 = 2**16
 _LARGEST_UNITS = 2**32 - 1
 _SPREADS = 16
 
 
 def draw_rows(key: Array, scores: Array, num_draws: int) -> Array:
-  """Independent draws with P(i) = scores_i / sum(scores), `(num_draws,)` int32, in O(n + num_draws log n).
+  """Independent draws with P(i) = scores_i / sum(scores), `(num_draws,)` int32.
 
-  First a block of about sqrt(n) rows, then a row in it, each by its own uniform: float32
-  never has to tell apart more than sqrt(n) rows. A row of score 0 is never drawn.
+  Cost: O(n + num_draws log n).
+  Draws a block of about sqrt(n) rows and then a row in it, each with its own uniform variate, so
+  that float32 only has to resolve about sqrt(n) probabilities. Rows of score 0 are never drawn.
   """
   width = 1 << (max(scores.shape[0] - 1, 1).bit_length() + 1) // 2
   rows = jnp.pad(scores / jnp.max(scores), (0, -scores.shape[0] % width)).reshape(-1, width)
@@ -42,9 +43,10 @@ def draw_rows(key: Array, scores: Array, num_draws: int) -> Array:
 
 
 def draw_few_rows(uniforms: Array, weights: Array) -> Array:
-  """`draw_rows` for a few draws from weights that change with every call: one sum of them, and a block a draw.
+  """Variant of `draw_rows` for a few draws from weights that change with every call.
 
-  Takes its uniforms, `(num_draws, 2)`, and memory for num_draws sqrt(n) entries.
+  It sums the weights once and scans one block per draw. `uniforms` `(num_draws, 2)` are uniform
+  variates on [0, 1). Memory: num_draws sqrt(n) entries.
   """
   n = weights.shape[0]
   width = max(1, math.isqrt(n))
@@ -57,25 +59,26 @@ def draw_few_rows(uniforms: Array, weights: Array) -> Array:
 def _invert(masses: Array, uniform: Array) -> Array:
   """The first positive entry of each row whose cumulative mass exceeds uniform * total."""
   cumulative, positive = jnp.cumsum(masses, axis=1), masses > 0
-  # Parallel sums may fail to be monotone in the last bit; the mask keeps empty entries out all the same.
+  # A parallel cumulative sum may not be monotone in the last bit. The mask still excludes entries
+  # of zero mass.
   hit = (cumulative > uniform * cumulative[:, -1:]) & positive
   last = masses.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=1)
   return jnp.where(hit.any(axis=1), jnp.argmax(hit, axis=1), last).astype(jnp.int32)
 
 
 def _increasing(cumulative, positive):
-  """A parallel cumulative sum made monotone, and constant (to the bit) over entries of no mass."""
+  """Makes a parallel cumulative sum monotone, and exactly constant over entries of zero mass."""
   return jax.lax.cummax(jnp.where(positive, cumulative, 0), axis=cumulative.ndim - 1)
 
 
 def _below(key, tops, num_draws):
-  """Uniform on [0, top), `(num_draws,)`, and below the top after rounding as well."""
+  """Uniform variates on [0, top), `(num_draws,)`, strictly below the top even after rounding."""
   draws = jax.random.uniform(key, (num_draws,), tops.dtype) * tops
   return jnp.minimum(draws, jnp.nextafter(tops, jnp.zeros_like(tops)))
 
 
 def _search(table, row, values):
-  """The first column of `table[row]` above the value, by bisection: `table` is `(rows, columns)` and sorted."""
+  """The first column of the sorted row `table[row]` above the value, by bisection."""
   columns = table.shape[1]
   flat = table.reshape(-1)
   found = jnp.zeros_like(row)
@@ -110,7 +113,7 @@ def check_scores(scores, num_samples, uniform_mix, input_weights, name="scores",
 def check_distinct(
   scores, num_samples, uniform_mix, input_weights, name="scores", allow_zeros=False
 ):
-  """Raises unless so many distinct rows can be drawn."""
+  """Raises an error unless `num_samples` distinct rows can be drawn."""
   if num_samples > scores.shape[0]:
     raise ValueError(
       f"num_samples: expected at most the number of rows, {scores.shape[0]}, got {num_samples}"
@@ -131,7 +134,11 @@ def check_distinct(
 
 
 def class_quotas(classes, rooms, totals, num_samples, replace):
-  """Draws a class, `(C,)`: equal where `totals` is None, else by largest remainders, at least 1, at most the room."""
+  """Number of draws per class, `(C,)`.
+
+  Equal if `totals` is None, otherwise proportional to the totals with at least 1 per class. Without
+  replacement, the number is at most that of the available rows (`rooms`).
+  """
   if num_samples < classes.size:
     raise ValueError(
       f"num_samples: expected at least one for each of {classes.size} classes, got {num_samples}"
@@ -149,7 +156,7 @@ def class_quotas(classes, rooms, totals, num_samples, replace):
         f"num_samples: expected at most the rows of positive score, {limit.sum()}, got {num_samples}"
       )
     quotas = np.ones(classes.size, np.int64)
-    # One at a time to the class that is furthest below its share (the highest quotient) is exact and simple.
+    # Each draw goes to the class that is furthest below its share, i.e. has the highest quotient.
     for _ in range(num_samples - classes.size):
       quotas[np.argmax(np.where(quotas < limit, totals / (quotas + 0.5), -1))] += 1
   if not replace and (quotas > rooms).any():
@@ -161,19 +168,19 @@ def class_quotas(classes, rooms, totals, num_samples, replace):
 
 
 def count(mask):
-  """Number of true entries, int32 whatever the 64-bit switch."""
+  """Number of true entries; int32 with or without 64-bit mode."""
   return jnp.sum(mask, dtype=jnp.int32)
 
 
 def total(x):
-  """The sum of a vector by a tree, so that float32 keeps its relative precision over millions of rows."""
+  """Sum of a vector by tree reduction, which is accurate in float32 for millions of rows."""
   while x.shape[0] > 16:
     x = jnp.sum(jnp.pad(x, (0, -x.shape[0] % 16)).reshape(-1, 16), axis=1)
   return jnp.sum(x)
 
 
 def law(scores, input_weights, mix, power=None):
-  """Probabilities `(n,)` in the widest float, and whether they are a law (else they are uniform)."""
+  """Probabilities `(n,)` in the widest dtype, and whether the scores are valid (uniform if not)."""
   scores, input_weights, mix = (
     v.astype(linalg.widest_dtype(v.dtype)) for v in (scores, input_weights, mix)
   )
@@ -189,9 +196,11 @@ def law(scores, input_weights, mix, power=None):
 
 
 def _inclusion_units(p, b):
-  """Pi = min(1, c p) with sum b: `units` uint32 of 2^-32 for the rows below 1, and `always` for the rest.
+  """Inclusion probabilities pi = min(1, c p) with sum b.
 
-  The units sum to a multiple of 2^32 exactly; a positive p has at least one.
+  Returns `units`, uint32 multiples of 2^-32 for rows with pi < 1, and `always`, a mask of the rows
+  with pi = 1. The units sum exactly to a multiple of 2^32. A row with 0 < pi < 1 has at least one
+  unit.
   """
   n, dtype = p.shape[0], p.dtype
   positive = p > 0
@@ -207,7 +216,8 @@ def _inclusion_units(p, b):
   always, _ = jax.lax.while_loop(
     lambda s: s[1], grow, (positive & (count(positive) <= b), jnp.bool_(True))
   )
-  # Rounding only: rows that share exactly what is left, and rows too light to be seen beside b certain ones.
+  # Corrections for rounding: rows that exactly fill the remaining draws are certain, and if b rows
+  # seem certain although more rows have p > 0, the lightest of them is not.
   always |= positive & (count(positive) - count(always) <= b - count(always))
   full = (count(always) == b) & (count(positive) > b)
   lightest = jnp.argmin(jnp.where(always, p, jnp.inf))
@@ -242,7 +252,7 @@ def _inclusion_units(p, b):
 
 
 def _prefix_sum(x):
-  """Inclusive sums of an integer vector; wrapping makes them exact modulo 2^32 in any order."""
+  """Inclusive prefix sums of integers; wrap-around makes them exact modulo 2^32 in any order."""
   width = 1 << (max(x.shape[0] - 1, 1).bit_length() + 1) // 2
   within = jnp.cumsum(
     jnp.pad(x, (0, -x.shape[0] % width)).reshape(-1, width), axis=1, dtype=x.dtype
@@ -252,7 +262,7 @@ def _prefix_sum(x):
 
 
 def _scrambled(words, log_size):
-  """A bijection of 0 .. 2^log_size - 1 keyed by six words: odd multiplications and right shifts undo one by one."""
+  """A bijection of 0 .. 2^log_size - 1 keyed by six words (odd multiplications and xor-shifts)."""
   i = jnp.arange(2**log_size, dtype=jnp.uint32)
   for r in range(3):
     i = (i * (words[2 * r] | 1) + words[2 * r + 1]) & jnp.uint32(2**log_size - 1)
@@ -261,13 +271,13 @@ def _scrambled(words, log_size):
 
 
 class Plan(NamedTuple):
-  """A systematic draw prepared: any number of batches from one law, each in O(b log n).
+  """A prepared systematic draw: many batches from the same probabilities, each in O(b log n).
 
   Attributes:
-    order: `(2^k,)` int32, the rows in the order of drawing, 2^k >= n.
-    whole, part: `(2^k,)` int32 and uint32: the sum of inclusion probabilities up to and with each place,
-      in whole units and in 2^-32.
-    inclusion: `(n,)` of each row, in the dtype of the law.
+    order: `(2^k,)` int32, the rows in the order of the draw, with 2^k >= n.
+    whole, part: `(2^k,)` int32 and uint32, the cumulative inclusion probability up to and including
+      each position: the integer part, and the fraction in units of 2^-32.
+    inclusion: `(n,)`, inclusion probability of each row, in the dtype of the probabilities.
   """
 
   order: Array
@@ -277,7 +287,10 @@ class Plan(NamedTuple):
 
 
 def plan(words, p, b) -> Plan:
-  """The plan of b distinct rows with inclusion min(1, c p); `words` `(6,)` uint32 set the order, `b` may be traced."""
+  """Prepares draws of b distinct rows with inclusion probabilities min(1, c p).
+
+  `words` `(6,)` uint32 determine the order of the rows; `b` may be traced.
+  """
   n = p.shape[0]
   units, always = _inclusion_units(p, b)
   log_size = (n - 1).bit_length()
@@ -293,14 +306,18 @@ def plan(words, p, b) -> Plan:
 
 
 def no_plan(n: int, dtype) -> Plan:
-  """A plan of the right shapes that draws nothing sensible."""
+  """A placeholder plan with valid shapes and meaningless values."""
   size = 2 ** (n - 1).bit_length()
   zeros = jnp.zeros((size,), jnp.int32)
   return Plan(zeros, zeros, zeros.astype(jnp.uint32), jnp.ones((n,), dtype))
 
 
 def pick(prepared: Plan, start, size):
-  """Indices `(size,)` and their inclusion from a start, uniform uint32: the rows at which start + sum passes 1, 2, ..."""
+  """Indices `(size,)` and their inclusion probabilities for a uniform uint32 start.
+
+  Selects the rows at which start + (cumulative inclusion probability) reaches 1, 2, ..., with
+  the start in units of 2^-32.
+  """
   last = prepared.order.shape[0] - 1
   passed = lambda i: prepared.whole[i] + (prepared.part[i] + start < start).astype(jnp.int32)
   wanted, slots = jnp.arange(1, size + 1, dtype=jnp.int32), jnp.zeros((size,), jnp.int32)
@@ -314,6 +331,6 @@ def pick(prepared: Plan, start, size):
 
 
 def systematic(key, p, size, b):
-  """Indices `(size,)`, the first b valid, and their inclusion; `b` may be traced."""
+  """Indices `(size,)`, of which the first b are valid, and their inclusion probabilities."""
   words = jax.random.bits(key, (7,), jnp.uint32)
   return pick(plan(words[:6], p, b), words[6], size)

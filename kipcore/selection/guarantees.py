@@ -1,10 +1,10 @@
-"""What holds by theorem: how many draws a promise takes, and lower bounds on the least objective.
+"""Proved guarantees: sample sizes for an error bound, and lower bounds on the minimum objective.
 
-Throughout F(W) = sum_i ||W^T phi_i - y_i||^2 + ridge ||W||^2 over all n rows, and F_S(W) is
-the same with the weighted rows of the subset and *the same* ridge. The theorems speak of
-draws with replacement with p_i = s_i / t, where s_i is at least the sensitivity of row i and
-t = sum s_i; after mixing a share g of uniform draws, use t / (1 - g). The lower bounds on
-F* = min F are by duality, and `certificate` sets them beside what a subset is measured to do.
+F(W) = sum_i ||W^T phi_i - y_i||^2 + ridge ||W||^2 over all n rows, and F_S(W) is the same with the
+weighted rows of the subset and *the same* ridge. The theorems apply to draws with replacement with
+p_i = s_i / t, where s_i is at least the sensitivity of row i and t = sum s_i. If a share g of
+uniform draws is mixed in, use t / (1 - g). The lower bounds on F* = min F follow from duality;
+`certificate` compares them with the measured objective of a subset.
 """
 
 import functools
@@ -24,40 +24,42 @@ _CG_TINY = 1e-30
 def sample_size(
   total_sensitivity, dimension, epsilon, delta, theorem: str = "krr", *, constant: float = 1.0
 ) -> int:
-  """Draws (with replacement) that a theorem asks for, with failure probability at most delta.
+  """Number of draws with replacement that a theorem requires for failure probability at most delta.
 
   With t = `total_sensitivity`, d = `dimension`, e = `epsilon`:
 
-  - "krr": |F_S(W) / F(W) - 1| <= e for all W and any number of outputs, with d the effective dimension, from
-    m >= (8 t / e^2) (1 + e / 6) ln((16 d + 4) / delta). F_S - F is a quadratic, a cross and a constant term; each is
-    within e / 2 by, in turn, Tropp's intrinsic matrix Bernstein inequality (2015, Theorem 7.7.1), Pinelis' vector
-    Bernstein inequality (1994, Theorem 3.3) and Bernstein's. Needs s_i >= krr sensitivity, and a largest kernel
-    eigenvalue of at least the ridge (the intrinsic dimension is then at most 2 d).
-  - "krr_optimum": F(W_S) <= (1 + e) F* for the minimizer W_S of F_S alone, from
-    m >= max((28 t / 3) ln(32 d / delta), (8 t / e) (1 + sqrt(e) / 6) ln(4 / delta)). The two first tools with e = 1/2
-    and sqrt(e) / 2; leverage scores would do for s_i if no row's residual dominates. Same assumptions.
-  - "single_query": |F_S / F - 1| <= e for one query fixed before the draw (Bernstein), any loss, d unused, from
-    m >= (2 t / e^2) (1 + e / 3) ln(2 / delta).
-  - "pseudo_dimension": all queries of any loss whose ranges have (pseudo-)dimension d, from
-    m >= constant (t / e^2) (d ln t + ln(1 / delta)) (Feldman and Langberg 2011; Braverman, Feldman and Lang 2016). The
-    papers leave the constant open: with the default 1 this is an order of magnitude, no promise. For a kernel d can be
-    n, where it says nothing.
+  - "krr": |F_S(W) / F(W) - 1| <= e for all W and any number of outputs, with d the effective
+    dimension, from m >= (8 t / e^2) (1 + e / 6) ln((16 d + 4) / delta). Requires s_i of at least
+    the kernel ridge regression sensitivity, and a largest kernel eigenvalue of at least the ridge.
+  - "krr_optimum": F(W_S) <= (1 + e) F* for the minimizer W_S of F_S, from
+    m >= max((28 t / 3) ln(32 d / delta), (8 t / e) (1 + sqrt(e) / 6) ln(4 / delta)). Has the same
+    requirements as "krr".
+  - "single_query": |F_S / F - 1| <= e for any loss and one query that is fixed before the draw,
+    from m >= (2 t / e^2) (1 + e / 3) ln(2 / delta). Does not use d.
+  - "pseudo_dimension": |F_S / F - 1| <= e for all queries of any loss whose ranges have
+    (pseudo-)dimension d, from m >= constant (t / e^2) (d ln t + ln(1 / delta)). The references do
+    not state the constant, so with the default of 1 this is an order of magnitude and not a
+    guarantee. For a kernel, d can be as large as n, and then the bound is not useful.
 
-  The first three constants follow from the named inequalities by our own derivation.
+  The constants of the first three are derived from Bernstein inequalities on the theory page.
 
   Args:
-    total_sensitivity: t > 0, the sum of the scores drawn from.
+    total_sensitivity: t > 0, the sum of the scores that the rows are drawn from.
     dimension: d > 0.
-    epsilon: in (0, 1); above 0 for "krr_optimum".
+    epsilon: in (0, 1), or any positive value for "krr_optimum".
     delta: in (0, 1).
     theorem: one of `THEOREMS`.
-    constant: of "pseudo_dimension".
+    constant: constant factor of "pseudo_dimension".
 
   Returns:
-    The least m, an int >= 1.
+    The smallest m, an int >= 1.
 
   Raises:
     ValueError: for values out of range or an unknown theorem.
+
+  References:
+    Tropp 2015, theorem 7.7.1; Pinelis 1994, theorem 3.3 ("krr", "krr_optimum"). Feldman and
+    Langberg 2011; Braverman, Feldman and Lang 2016 ("pseudo_dimension").
 
   Example:
     >>> kipcore.sample_size(total_sensitivity=50, dimension=40, epsilon=0.5, delta=0.1)
@@ -91,15 +93,15 @@ def guarantee_at(
   *,
   constant: float = 1.0,
 ) -> float:
-  """The epsilon that `num_samples` draws promise by a theorem: the inverse of `sample_size`.
+  """The epsilon that a theorem guarantees for `num_samples` draws: the inverse of `sample_size`.
 
   Args:
     num_samples: m.
     total_sensitivity, dimension, delta, theorem, constant: as for `sample_size`.
 
   Returns:
-    epsilon; `math.inf` where the theorem promises nothing at this size (for statements on
-    |F_S / F - 1|, from epsilon = 1 on).
+    epsilon, or `math.inf` if the theorem gives no bound at this size (for theorems on
+    |F_S / F - 1|, if epsilon would be 1 or more).
 
   Raises:
     ValueError: as `sample_size`.
@@ -125,19 +127,19 @@ def guarantee_at(
 
 
 def _bernstein(t, d, delta, theorem):
-  """M = rate / eps^2 (1 + slope eps) log, as (rate, slope, log)."""
+  """The terms (rate, slope, log) of the sample size m = rate / eps^2 (1 + slope eps) log."""
   if theorem == "krr":
     return 8 * t, 1 / 6, math.log((16 * max(d, 0.5) + 4) / delta)
   return 2 * t, 1 / 3, math.log(2 / delta)
 
 
 def _half_spectrum(t, d, delta):
-  """Draws after which G_S >= G / 2, with probability 1 - delta / 2."""
+  """Number of draws for which G_S >= G / 2 with probability at least 1 - delta / 2."""
   return 28 * t / 3 * math.log(32 * max(d, 0.5) / delta)
 
 
 def _root(a, slope):
-  """The epsilon with epsilon^2 = a (1 + slope epsilon)."""
+  """The positive solution epsilon of epsilon^2 = a (1 + slope epsilon)."""
   return 0.5 * (a * slope + math.sqrt((a * slope) ** 2 + 4 * a))
 
 
@@ -150,7 +152,7 @@ def _check_theorem(total_sensitivity, dimension, delta, theorem):
 
 
 class Data(NamedTuple):
-  """Rows or a kernel matrix, labels and the ridge, as one traced argument."""
+  """Rows (or a kernel matrix), labels and the ridge, as one traced argument."""
 
   operand: Array
   y: Array
@@ -158,7 +160,16 @@ class Data(NamedTuple):
 
 
 class Basis(NamedTuple):
-  """Coordinates z = L^{-1} k(landmarks, x): factors of K_LL and of G = Z^T Z + ridge, W* in them, and traces."""
+  """The span of the landmarks, in the coordinates z = L^{-1} k(landmarks, x).
+
+  Attributes:
+    chol: factor L L^T of K_LL.
+    normal: factor of G = Z^T Z + ridge I.
+    optimum: `(l, c)`, W* in these coordinates.
+    dimension: scalar, effective dimension of Z Z^T.
+    residual: scalar, tr(K - Z Z^T).
+    status: int32 scalar, `Status`.
+  """
 
   chol: linalg.Factor
   normal: linalg.Factor
@@ -169,14 +180,14 @@ class Basis(NamedTuple):
 
 
 def kernel_entries(kernel_fn, operand, rows, columns):
-  """Kernel entries between two lists of rows."""
+  """Kernel entries between two lists of row indices."""
   return (
     operand[rows][:, columns] if kernel_fn is None else kernel_fn(operand[rows], operand[columns])
   )
 
 
 def coordinates(kernel_fn, data, landmarks, chol, rows):
-  """Z of some rows, `(b, l)`."""
+  """The coordinates Z of some rows, `(b, l)`."""
   return linalg.whiten(chol, kernel_entries(kernel_fn, data.operand, landmarks, rows)).T.astype(
     data.y.dtype
   )
@@ -184,7 +195,7 @@ def coordinates(kernel_fn, data, landmarks, chol, rows):
 
 @functools.partial(jax.jit, static_argnames="kernel_fn")
 def exact_lower(kernel_fn, data):
-  """F* = ridge <Y, (K + ridge)^{-1} Y>, from the whole matrix: for n rows that fit as landmarks."""
+  """F* = ridge <Y, (K + ridge I)^{-1} Y>, from the full n x n kernel matrix."""
   rows = jnp.arange(data.y.shape[0], dtype=jnp.int32)
   f = linalg.factor(
     kernel_entries(kernel_fn, data.operand, rows, rows).astype(data.y.dtype), data.ridge
@@ -194,7 +205,7 @@ def exact_lower(kernel_fn, data):
 
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "steps", "block_size"))
 def dual_lower(kernel_fn, data, landmarks, basis, steps, block_size):
-  """F* is at least the dual value after preconditioned conjugate gradients on (K + ridge) a = Y, column by column."""
+  """Lower bound on F*: the dual objective after preconditioned conjugate gradients."""
   rows = jnp.arange(data.y.shape[0], dtype=jnp.int32)
 
   def system(v):
@@ -208,7 +219,7 @@ def dual_lower(kernel_fn, data, landmarks, basis, steps, block_size):
     return blocks.map_row_blocks(block, rows, block_size) + data.ridge * v
 
   def precondition(v):
-    # (Z Z^T + ridge)^{-1} v = (v - Z G^{-1} Z^T v) / ridge, two passes over (n, l) entries.
+    # (Z Z^T + ridge I)^{-1} v = (v - Z G^{-1} Z^T v) / ridge, in two passes over (n, l) entries.
     z = lambda r: coordinates(kernel_fn, data, landmarks, basis.chol, r)
     product = lambda r, present: linalg.matmul(z(r).T, jnp.where(present[:, None], v[r], 0))
     inner = linalg.solve(basis.normal, blocks.sum_row_blocks(product, rows, block_size))
@@ -220,7 +231,7 @@ def dual_lower(kernel_fn, data, landmarks, basis, steps, block_size):
     image = system(direction)
     curvature = jnp.sum(direction * image, axis=0)
     length = slope / jnp.maximum(curvature, _CG_TINY)
-    # A step of conjugate gradients raises the dual objective of its column by slope^2 / curvature.
+    # Each step increases the dual objective of an output by slope^2 / curvature.
     residual = residual - length[None] * image
     lifted = precondition(residual)
     new = jnp.sum(residual * lifted, axis=0)

@@ -1,16 +1,16 @@
-"""Ridge leverage scores: exact, from features, from landmarks.
+"""Ridge leverage scores: exact, from features, and from landmarks.
 
-For a kernel matrix K with input weights u (default 1) write K_u = U^{1/2} K U^{1/2}
-and phi_i for the features of row i of K_u. The ridge leverage score of row i is
+For a kernel matrix K with input weights u (default 1), let K_u = U^{1/2} K U^{1/2}, and let phi_i
+be the features of row i of K_u. The ridge leverage score of row i is
 
   tau_i = phi_i^T G^{-1} phi_i = (K_u (K_u + ridge I)^{-1})_ii,   G = sum_j phi_j phi_j^T + ridge I,
 
-in [0, 1], and their sum is the effective dimension d_eff(ridge). `ridge` is always
-absolute, as in K + ridge I (Alaoui and Mahoney, NeurIPS 2015, and the BLESS code of
-Rudi et al. 2018 agree; the paper of Rudi et al. multiplies by n).
+a number in [0, 1]. The sum of the scores is the effective dimension d_eff(ridge). `ridge` is always
+absolute, as in K + ridge I. Alaoui and Mahoney (NeurIPS 2015) and the BLESS code of Rudi et al.
+(2018) use the same convention; the paper of Rudi et al. multiplies the ridge by n.
 
-At a ridge far below tr K / n every score is nearly 1 and sampling by it is uniform
-sampling, so scores want a ridge of their own: `score_ridge.score_ridge_for_dimension`.
+At a ridge far below tr K / n, every score is nearly 1, and sampling by the scores is nearly
+uniform. Scores therefore need their own ridge, see `score_ridge.score_ridge_for_dimension`.
 """
 
 import functools
@@ -24,12 +24,12 @@ from kipcore import checks, linalg
 from kipcore.selection import scoring
 from kipcore.types import Array, KernelFn, Status
 
-# Scores whose largest is below this multiple of their mean sample like the uniform law.
+# Scores are considered nearly equal if the largest is below this multiple of their mean.
 FLAT_RATIO = 1.05
 
 
 class LeverageBounds(NamedTuple):
-  """lower <= tau <= upper, each `(n,)`."""
+  """Bounds lower <= tau <= upper, each `(n,)`."""
 
   lower: Array
   upper: Array
@@ -44,12 +44,12 @@ def ridge_leverage_scores(k: Array, ridge, weights: Array | None = None) -> Arra
     weights: `(n,)` input weights >= 0, or None for 1.
 
   Returns:
-    `(n,)` in [0, 1], in the dtype of `k`; NaN where the factorization fails. In
-    float32 (64-bit switch off) they agree with float64 to 1e-3 for ridge >= 1e-2 tr K / n.
+    `(n,)` in [0, 1], in the dtype of `k`; NaN if the factorization fails. In float32 (without
+    64-bit mode) they agree with float64 to 1e-3 for ridge >= 1e-2 tr K / n.
 
   Raises:
-    ValueError: for shapes that do not fit, a ridge <= 0, or a ridge below
-      1e-4 tr K / n when only float32 is available (NaN on a traced path).
+    ValueError: for inconsistent shapes, a ridge <= 0, or a ridge below 1e-4 tr K / n if only
+      float32 is available. If such a ridge is traced, the scores are NaN instead.
 
   Example:
     >>> k = jnp.diag(jnp.asarray([9.0, 1.0]))
@@ -61,10 +61,10 @@ def ridge_leverage_scores(k: Array, ridge, weights: Array | None = None) -> Arra
 
 
 def effective_dimension(k: Array, ridge, weights: Array | None = None) -> Array:
-  """The effective dimension d_eff = tr K_u (K_u + ridge I)^{-1}, the sum of `ridge_leverage_scores`.
+  """Effective dimension d_eff = tr K_u (K_u + ridge I)^{-1}, the sum of `ridge_leverage_scores`.
 
   Args:
-    k, ridge, weights: as `ridge_leverage_scores`, which also says the errors.
+    k, ridge, weights: as for `ridge_leverage_scores`. See there for the errors raised.
 
   Returns:
     Scalar in [0, rank K].
@@ -80,19 +80,19 @@ def effective_dimension(k: Array, ridge, weights: Array | None = None) -> Array:
 def feature_leverage_scores(
   z: Array, ridge, weights: Array | None = None, block_size: int | None = None
 ) -> Array:
-  """Scores of the kernel Z Z^T, u_i z_i^T (Z^T U Z + ridge I)^{-1} z_i, from a D x D matrix.
+  """Leverage scores of the kernel Z Z^T, u_i z_i^T (Z^T U Z + ridge I)^{-1} z_i, in D dimensions.
 
-  Exact for this feature map. For a factor of a kernel matrix K with Z Z^T <= K they
-  are lower bounds of the scores of K.
+  The scores are exact for Z Z^T. For a kernel matrix K with Z Z^T <= K they are lower bounds on the
+  scores of K.
 
   Args:
     z: `(n, D)` features.
     ridge: absolute, scalar > 0.
     weights: `(n,)` input weights >= 0, or None.
-    block_size: rows at a time.
+    block_size: number of rows processed at a time; None for all.
 
   Returns:
-    `(n,)` in [0, 1]; NaN where the factorization fails.
+    `(n,)` in [0, 1]; NaN if the factorization fails.
 
   Raises:
     ValueError: as `ridge_leverage_scores`.
@@ -115,16 +115,17 @@ def landmark_leverage_scores(
   landmark_weights: Array | None = None,
   block_size: int | None = None,
 ) -> Array:
-  """Leverage scores against the landmarks S alone, in one pass over rows and no n x n matrix.
+  """Leverage scores from landmarks S, in one pass over the rows and without an n x n matrix.
 
   With M = K_SS + ridge diag(1/w) and t_i = (k_ii - k_iS M^{-1} k_Si) / ridge:
 
-    w = None:  tau_i <= t_i / (1 + t_i) outside S, tau_i <= 1 - ridge (M^{-1})_ii in S.
-               Proved, for every S: they are the exact scores within S and i, and
-               leaving rows out shrinks G. For uniform S their expected sum is at
-               most (n + 1) d_eff / (|S| + 1).
-    w given:   t_i in [tau_i / (1 + e), tau_i / (1 - e)] if the weighted landmarks
-               approximate G to (1 -+ e) in the Loewner order; nothing otherwise.
+    w = None:  returns the upper bounds t_i / (1 + t_i) >= tau_i outside S and
+               1 - ridge (M^{-1})_ii >= tau_i in S. They are proved for every S: each is the exact
+               score of row i among the rows of S and i, and leaving out rows makes G smaller. For
+               uniform random S their expected sum is at most (n + 1) d_eff / (|S| + 1).
+    w given:   returns t_i, which is in [tau_i / (1 + e), tau_i / (1 - e)] if the weighted landmarks
+               approximate G within factors 1 - e and 1 + e in the Loewner order. Otherwise there is
+               no guarantee.
 
   Args:
     kernel_fn: see `types.KernelFn`; hashable.
@@ -132,17 +133,18 @@ def landmark_leverage_scores(
     landmarks: `(s,)` distinct indices into `x`.
     ridge: absolute, scalar > 0.
     weights: `(n,)` input weights >= 0, or None.
-    landmark_weights: `(s,)` weights > 0 (one over a selection probability), or None.
-    block_size: rows at a time.
+    landmark_weights: `(s,)` weights > 0, 1 / (selection probability), or None.
+    block_size: number of rows processed at a time; None for all.
 
   Returns:
-    `(n,)`; NaN where the factorization fails.
+    `(n,)`; NaN if the factorization fails.
 
   Raises:
     ValueError: as `ridge_leverage_scores`, and for repeated landmarks.
 
-  Source: the one-pass form of Musco and Musco (NeurIPS 2017), section 3, and of Cohen
-  et al. (ITCS 2015), theorem 4 (uniform sampling); t / (1 + t) is Sherman-Morrison.
+  References:
+    Musco and Musco (NeurIPS 2017), section 3; Cohen et al. (ITCS 2015), theorem 4 (uniform
+    sampling). The form t / (1 + t) is the Sherman-Morrison formula.
   """
   ridge, root = scoring.prepare_rows("x", x, ridge, weights)
   landmarks = scoring.prepare_landmarks(landmarks, x.shape[0])
@@ -162,31 +164,30 @@ def landmark_leverage_scores(
 def low_rank_leverage_bounds(
   factor: Array, k_diag: Array, ridge, residual_norm=None
 ) -> LeverageBounds:
-  """Bounds on the leverage scores of K from a factor with F F^T <= K, e.g. a partial Cholesky factor.
+  """Bounds on the leverage scores of K from F with F F^T <= K, e.g. a partial Cholesky factor.
 
-  With E = K - F F^T, ||E|| <= residual_norm, c = residual_norm / ridge, and tau^(l) the
-  scores of F F^T at ridge l:
+  With E = K - F F^T, ||E|| <= residual_norm, c = residual_norm / ridge, and sigma_i(l) the score of
+  row i for F F^T at ridge l:
 
-    tau^(ridge) <= tau_i <= (c + tau^_i((1 + c) ridge)) / (1 + c)
+    sigma_i(ridge) <= tau_i <= (c + sigma_i((1 + c) ridge)) / (1 + c)
     tau_i <= t / (1 + t),  t = h / (1 - a h) + E_ii / ((1 - q) ridge),
-    h = f_i^T (a F^T F + ridge I)^{-1} f_i,  a = q / (q + c),  any q in (0, 1).
+    h = f_i^T (a F^T F + ridge I)^{-1} f_i,  a = q / (q + c),  for any q in (0, 1).
 
-  Both upper bounds are proved and the smaller is returned. The first is operator
-  monotonicity of x / (x + ridge). The second: phi = (f, b) with <b_i, b_j> = E_ij, and
-  phi phi^T >= a f f^T - (q ridge / residual_norm) b b^T for every row but i; it adds the
-  row's own residual instead of the worst. q minimizes the sum over a grid.
+  Both upper bounds are proved on the theory page, and the smaller one is returned. The first adds
+  the largest possible residual, the second the residual of row i. q is chosen from a grid to make
+  the second bound small.
 
   Args:
     factor: `(n, k)` with F F^T <= K.
     k_diag: `(n,)` diagonal of K.
     ridge: absolute, scalar > 0.
-    residual_norm: upper bound on the spectral norm of E; None for its trace.
+    residual_norm: upper bound on the spectral norm of E; None for the trace of E.
 
   Returns:
     `LeverageBounds`.
 
   Raises:
-    ValueError: for shapes that do not fit or a ridge <= 0.
+    ValueError: for inconsistent shapes or a ridge <= 0.
   """
   checks.rank("factor", factor, 2)
   ridge, _ = scoring.prepare_rows("factor", factor, ridge, None)
@@ -200,11 +201,11 @@ def low_rank_leverage_bounds(
 
 
 def warn_if_flat(max_over_mean) -> None:
-  """Warns on the host where the largest score is under 1.05 times the mean; tracers pass."""
+  """Issues a warning if the largest score is below 1.05 times the mean; ignores tracers."""
   if not checks.is_traced(max_over_mean) and float(max_over_mean) < FLAT_RATIO:
     warnings.warn(
-      f"scores are flat (largest / mean = {float(max_over_mean):.3f}): sampling by them is uniform sampling; "
-      "score with a larger ridge, see score_ridge_for_dimension",
+      f"scores are nearly equal (largest / mean = {float(max_over_mean):.3f}), so sampling by them is "
+      "nearly uniform; use a larger ridge for the scores, see score_ridge_for_dimension",
       stacklevel=4,
     )
 

@@ -1,4 +1,4 @@
-"""Supervised pursuit: real rows chosen one after another for the kernel ridge regression objective itself."""
+"""Supervised greedy selection of rows that minimize the kernel ridge regression objective."""
 
 import functools
 from typing import NamedTuple
@@ -10,24 +10,26 @@ import numpy as np
 from kipcore import blocks, checks, keys, linalg
 from kipcore.types import Array, KernelFn, Status
 
-# What is left of a vector below this many units of rounding counts as nothing: it lies in the span of others.
+# A remainder below this multiple of eps times the vector is treated as zero: the vector lies in the
+# span of the others.
 _ROUNDING_UNITS = 32
 
 
 class Pursuit(NamedTuple):
-  """Rows chosen for kernel ridge regression.
+  """Rows selected for kernel ridge regression.
 
   Attributes:
-    indices: `(m,)` int32 rows of `x`, in the order chosen (positions in the pool where the
-      pool was given as rows of its own); -1 where no candidate was left.
-    candidates: `(L,)` int32, the pool that the choice was made from, in the same terms.
-    coefficients: `(m, c)`, c of the predictor K_tS c; zero where the index is -1.
-    objectives: `(m + 1,)`, F with the first 0, 1, ..., m points, never increasing; entry 0 is ||Y||^2.
-      In these K_LL has the ridge of `linalg.factor_semidefinite` on it, and lies above the true F by so much.
-    pool_objective: scalar, F with all L candidates, so `objectives[-1] / pool_objective` tells
-      what keeping m of L costs.
-    status: int32 scalar, `Status`: NOT_POSITIVE_DEFINITE if fewer than m candidates could
-      be chosen (duplicates, or a quota that the pool cannot fill).
+    indices: `(m,)` int32 rows of `x` in the order of selection (positions in the pool if the pool
+      was given as separate rows). Entries are -1 if no candidate was left.
+    candidates: `(L,)` int32, the pool, with the same meaning of indices.
+    coefficients: `(m, c)`, c of the predictor K_tS c; zero for entries with index -1.
+    objectives: `(m + 1,)`, F with the first 0, 1, ..., m points, non-increasing; entry 0 is
+      ||Y||^2. K_LL includes the jitter of `linalg.factor_semidefinite`, so the values are slightly
+      above F.
+    pool_objective: scalar, F with all L candidates. `objectives[-1] / pool_objective` is the factor
+      by which F increases with m points instead of L.
+    status: int32 scalar, `Status`: NOT_POSITIVE_DEFINITE if fewer than m candidates could be
+      selected (because of duplicates, or a quota that the pool cannot fill).
   """
 
   indices: Array
@@ -51,38 +53,44 @@ def krr_pursuit(
   classes: Array | None = None,
   block_size: int = 1024,
 ) -> Pursuit:
-  """Greedy choice of support rows S for F(S, c) = ||K_nS c - Y||^2 + ridge <c, K_SS c>, over all n rows.
+  """Greedy selection of support rows S for kernel ridge regression over all n rows.
 
-  Orthogonal matching pursuit on the normal equations of a pool of L candidates, with
-  M = K_Ln K_nL + ridge K_LL and B = K_Ln Y: each step takes the candidate of largest
-  ||B_j - M_jS c||^2 / (M_jj - M_jS M_SS^{-1} M_Sj), which is exactly how much F falls, and
-  solves again for all c. The labels that make K_SS + l I reproduce the predictor are
-  (K_SS + l I) c. F falls at every step; that m greedy points come near the best m is proved
-  only up to a factor 1 - exp(-gamma) of the decrease, with gamma the submodularity ratio
-  (Das and Kempe, ICML 2011), which is not computed here.
+  The objective is F(S, c) = ||K_nS c - Y||^2 + ridge <c, K_SS c>. The method is orthogonal matching
+  pursuit on the normal equations of a pool of L candidates. With M = K_Ln K_nL + ridge K_LL and
+  B = K_Ln Y, each step selects the candidate with the largest ||B_j - M_jS c||^2 / (M_jj - M_jS
+  M_SS^{-1} M_Sj), which is exactly the decrease of F, and solves again for all c. With the labels
+  (K_SS + l I) c, ridge regression at ridge l reproduces the predictor. F decreases at every step.
+  The decrease is at least a factor 1 - exp(-gamma) of that of the best m points, where gamma is the
+  submodularity ratio, which is not computed.
 
-  M squares the condition number of the kernel matrix, so it is never formed: the same steps
-  are taken by modified Gram-Schmidt on vectors whose products are M's entries. Candidates
-  whose gain would be all rounding are skipped.
+  M is never formed, because its condition number is the square of that of the kernel matrix. The
+  same steps are computed by modified Gram-Schmidt on vectors whose inner products are the entries
+  of M. Candidates whose gain is at rounding level are skipped.
 
   Args:
     key: a random key or an int seed; used only to draw the pool.
     kernel_fn: see `types.KernelFn`; hashable, since the computation is compiled for it.
     x: `(n, ...)` rows.
-    y: `(n, c)` labels, in the convention of the model (KRR has no intercept: center them as it does).
-    candidates: the pool: its size L (drawn without replacement, class by class in turn if
-      there is a quota), or `(L,)` integer rows of `x`, or `(L, ...)` floating rows of its own.
+    y: `(n, c)` labels, centered as for the model (kernel ridge regression has no intercept).
+    candidates: the pool: an int L to draw L rows of `x` without replacement (alternating between
+      classes if there is a quota), `(L,)` integer rows of `x`, or `(L, ...)` separate floating
+      rows.
     num_points: m, at most L.
     ridge: absolute, > 0.
-    quota: most points of one class, or None; `m / c` gives equal classes.
-    classes: `(L,)` integer classes of the candidates, for the quota; by default the largest label.
-    block_size: rows of `x` whose kernel with the pool is held at a time.
+    quota: maximum number of points per class, or None; `m / c` gives equal classes.
+    classes: `(L,)` integer classes of the candidates for the quota; by default the index of the
+      largest label.
+    block_size: number of rows of `x` whose kernel with the pool is held at a time.
 
   Returns:
-    `Pursuit`. Memory L^2 + block_size L; n L kernel entries, n L^2 products, and L^2 work a step.
+    `Pursuit`. Memory: L^2 + block_size L entries. Cost: n L kernel entries, n L^2 operations, and
+    L^2 operations per step.
 
   Raises:
-    ValueError, TypeError: wrong shape, dtype or range, NaN rows.
+    ValueError, TypeError: for a wrong shape, dtype or range, or NaN rows.
+
+  References:
+    Das and Kempe (ICML 2011), on the submodularity ratio.
   """
   x, y = _rows("x", x), _rows("y", y)
   checks.rank("y", y, 2)
@@ -111,14 +119,14 @@ def _rows(name, x):
 
 
 def _pool(key, x, y, candidates, quota, classes):
-  """The candidates as (their names, their inputs, their classes)."""
+  """The candidates as (indices, inputs, classes)."""
   n = x.shape[0]
   if np.ndim(candidates) == 0:
     candidates = checks.positive_int("candidates", candidates)
     if candidates > n:
       raise ValueError(f"candidates: expected at most the number of rows, {n}, got {candidates}")
     if classes is not None:
-      raise ValueError("classes: expected None where the pool is drawn here, got an array")
+      raise ValueError("classes: expected None if the pool is drawn from x, got an array")
     rows = _draw_pool(key, jnp.argmax(y, axis=1), candidates, quota is not None)
   else:
     rows = jnp.asarray(candidates)
@@ -126,7 +134,7 @@ def _pool(key, x, y, candidates, quota, classes):
     checks.shape("candidates", rows, (None, *x.shape[1:]))
     if quota is not None and classes is None:
       raise ValueError(
-        "classes: expected one class a candidate, since the pool is not made of rows of x; got None"
+        "classes: expected one class per candidate, because the pool is not from x; got None"
       )
     pool, rows = (
       _rows("candidates", rows).astype(x.dtype),
@@ -149,7 +157,7 @@ def _pool(key, x, y, candidates, quota, classes):
 def _draw_pool(key, labels, size, balanced):
   order = jax.random.permutation(key, labels.shape[0])
   if balanced:
-    # Rank within the class along the random order; the first of each class come first.
+    # The rank of a row within its class in random order. Rows of low rank come first.
     shuffled = labels[order]
     by_class = jnp.argsort(shuffled, stable=True)
     start = jnp.searchsorted(shuffled[by_class], shuffled[by_class])
@@ -166,7 +174,8 @@ def _draw_pool(key, labels, size, balanced):
 def _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, block_size):
   vectors, wanted, square, jitter, status = _least_squares(kernel_fn, x, y, pool, ridge, block_size)
   size = pool.shape[0]
-  # A copy of a chosen row keeps no more than rounding, and what the factor of K_LL gave it.
+  # A copy of a selected row retains only rounding errors and the contribution of the jitter of
+  # K_LL.
   floor = (_ROUNDING_UNITS * jnp.finfo(vectors.dtype).eps) ** 2 * jnp.sum(
     vectors**2, axis=1
   ) + 4 * ridge * jitter
@@ -178,7 +187,7 @@ def _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, 
     gains = jnp.sum(linalg.matmul(left, residual) ** 2, axis=1) / jnp.where(eligible, schur, 1)
     best = jnp.argmax(jnp.where(eligible, gains, -1))
     take = eligible[best]
-    # Modified Gram-Schmidt: all that is left of every candidate becomes orthogonal to the chosen one.
+    # Modified Gram-Schmidt: make the remainder of every candidate orthogonal to the selected one.
     direction = jnp.where(take, left[best] / jnp.sqrt(jnp.where(take, schur[best], 1)), 0)
     column = linalg.matmul(left, direction[:, None])[:, 0]
     label = linalg.matmul(direction[None], residual)[0]
@@ -220,10 +229,10 @@ def _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, 
 
 
 def _least_squares(kernel_fn, x, y, pool, ridge, block_size):
-  """F as a least-squares problem in L dimensions: vectors a_j with <a_i, a_j> = M_ij, and t with <a_j, t> = B_j.
+  """F as a least-squares problem: vectors a_j with <a_i, a_j> = M_ij, and t with <a_j, t> = B_j.
 
-  With K_LL = C C^T and C^{-1} K_Ln K_nL C^{-T} + ridge I = R R^T, these are the rows of C R and
-  R^{-1} C^{-1} B. M itself, whose condition is the square of the kernel's, is never formed.
+  With K_LL = C C^T and C^{-1} K_Ln K_nL C^{-T} + ridge I = R R^T, the a_j are the rows of C R, and
+  t = R^{-1} C^{-1} B. M itself is not formed, because its condition number is squared.
   """
   k_pool = kernel_fn(pool, None)
   factor, jitter = linalg.factor_semidefinite(k_pool)
@@ -247,9 +256,9 @@ def _least_squares(kernel_fn, x, y, pool, ridge, block_size):
 
 
 def _coefficients(vectors, wanted, lower, chosen, labels):
-  """C = M_SS^{-1} B_S from the triangle of the orthogonalization, refined once against the vectors."""
+  """M_SS^{-1} B_S from the triangular factor, with one step of iterative refinement."""
   used = chosen >= 0
-  # Row t of `lower` belongs to choice t; a step without a choice becomes a unit row.
+  # Row t of `lower` belongs to step t. A step without a selection becomes a row of the identity.
   among = used[:, None] & used[None]
   f = linalg.Factor(
     jnp.where(among, lower[:, chosen].T, jnp.eye(chosen.shape[0], dtype=lower.dtype)), jnp.int32(0)

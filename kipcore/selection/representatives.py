@@ -1,6 +1,6 @@
-"""Rows that stand for a set, chosen greedily: herding and k-center, the usual baselines of selection.
+"""Greedy selection of representative rows: herding and k-center, two common baselines.
 
-Both are deterministic, choose distinct rows, and know nothing of labels or kernels.
+Both are deterministic, select distinct rows, and use neither labels nor kernels.
 """
 
 import functools
@@ -13,46 +13,51 @@ from kipcore.types import Array, ArrayLike
 
 
 def herding(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Array:
-  """Rows whose running mean follows the mean of all rows.
+  """Selects rows whose running mean approximates the mean mu of all rows.
 
       i_k = argmin_i || mu - (x_i + sum_{j<k} x_{i_j}) / k ||,   distinct i
 
-  In the linear kernel the error of the mean falls as 1/k while rows are not exhausted and the mean is inside
-  their hull (proved for repeated choice); that few rows then teach well is an observation.
+  The error of the mean decreases as 1/k while rows remain and mu is inside their convex hull
+  (proved if rows may be selected repeatedly). That few such rows are good training data is an
+  empirical observation.
 
   Args:
     x: `(n, ...)` floating rows, compared as vectors.
     num_rows: k, at most the number of rows that are present.
-    present: `(n,)` nonzero for rows that count; None for all.
+    present: `(n,)`, nonzero for rows that are used; None for all.
 
   Returns:
-    `(num_rows,)` int32 indices in the order of choice.
+    `(num_rows,)` int32 indices in the order of selection.
 
   Raises:
-    ValueError, TypeError: for rows that are not finite floats, or too few of them.
+    ValueError, TypeError: for rows that are not finite floats, or fewer than `num_rows` rows.
 
-  Source: Welling (ICML 2009); as a greedy choice of exemplars Rebuffi et al. (CVPR 2017), algorithm 4.
+  References:
+    Welling (ICML 2009); Rebuffi et al. (CVPR 2017), algorithm 4 (greedy selection of exemplars).
   """
   return _herding(*_checked(x, num_rows, present))
 
 
 def k_center(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Array:
-  """Rows that leave no row far away: the one nearest to the mean, then ever the farthest from those chosen.
+  """Selects the row nearest to the mean, then repeatedly the row farthest from the selected rows.
 
-  The largest distance to the nearest chosen row is at most twice the smallest possible (proved, for any first row).
+  The largest distance of any row to its nearest selected row is at most twice the minimum over all
+  selections (proved, for any first row).
 
   Args:
     x: `(n, ...)` floating rows, compared as vectors by Euclidean distance.
     num_rows: k, at most the number of rows that are present.
-    present: `(n,)` nonzero for rows that count; None for all.
+    present: `(n,)`, nonzero for rows that are used; None for all.
 
   Returns:
-    `(num_rows,)` int32 indices in the order of choice.
+    `(num_rows,)` int32 indices in the order of selection.
 
   Raises:
-    ValueError, TypeError: for rows that are not finite floats, or too few of them.
+    ValueError, TypeError: for rows that are not finite floats, or fewer than `num_rows` rows.
 
-  Source: Gonzalez (1985), theorem 2.2; as a baseline of selection Sener and Savarese (ICLR 2018), algorithm 1.
+  References:
+    Gonzalez (1985), theorem 2.2; Sener and Savarese (ICLR 2018), algorithm 1 (as a selection
+    method).
   """
   return _k_center(*_checked(x, num_rows, present))
 
@@ -71,7 +76,7 @@ def _checked(x, num_rows, present):
 
 
 def _mean(x, present):
-  # Centered on it, sums of like rows lose nothing to cancellation.
+  # Centering the rows on this mean avoids cancellation in the sums.
   weights = present.astype(x.dtype) / jnp.sum(present).astype(x.dtype)
   return jnp.matmul(weights, x, precision="highest")
 
@@ -98,7 +103,7 @@ def _k_center(num_rows, x, present):
 
   def choose(k, carry):
     chosen, free, nearest = carry
-    # The first distances are from the mean, of which the nearest row is wanted.
+    # The first step selects the row nearest to the mean, i.e. to the origin.
     score = jnp.where(k == 0, -squares, nearest)
     i = jnp.argmax(jnp.where(free, score, -jnp.inf)).astype(jnp.int32)
     distance = jnp.sum((x - x[i]) ** 2, axis=1)

@@ -1,10 +1,9 @@
-"""Draws of rows by score, with the weights that keep weighted sums unbiased.
+"""Sampling of rows by score, with weights that make weighted sums unbiased.
 
-Each function checks its arguments, has `draws` pick the rows, and weighs them: with
-replacement, systematically without, or by Gumbel noise.
+Rows are drawn with replacement, systematically without replacement, or by Gumbel noise.
 
-Where a value is wrong the host raises ValueError. Inside a transformation nothing can
-be raised: there the weights come back NaN, so that the first loss shows it.
+Invalid values raise ValueError. Inside `jit` and other transformations no error can be raised. The
+weights are NaN instead, so that the first loss shows the problem.
 """
 
 import functools
@@ -20,7 +19,7 @@ from kipcore.types import Array, Status
 
 
 class Sample(NamedTuple):
-  """Drawn rows: `indices` `(m,)` int32 and `weights` `(m,)`; the convention is that of the function."""
+  """Drawn rows: `indices` `(m,)` int32 and `weights` `(m,)`, defined by the sampling function."""
 
   indices: Array
   weights: Array
@@ -33,7 +32,8 @@ class SystematicSample(NamedTuple):
     indices: `(m,)` int32, distinct.
     weights: `(m,)`, 1 / inclusion.
     inclusion: `(m,)`, the exact probability that the row is in the sample.
-    status: int32 scalar, `Status`; NOT_FINITE where the scores are no law (then the weights are NaN).
+    status: int32 scalar, `Status`; NOT_FINITE if the scores do not define probabilities (then the
+      weights are NaN).
   """
 
   indices: Array
@@ -43,12 +43,12 @@ class SystematicSample(NamedTuple):
 
 
 class MergedSample(NamedTuple):
-  """Distinct rows, in increasing order, before the vacated slots.
+  """Distinct rows in increasing order, followed by unused entries.
 
   Attributes:
-    indices: `(m,)` int32; vacated slots repeat the largest index.
-    weights: `(m,)` summed weights; 0 in vacated slots.
-    num_distinct: int32 scalar; on the host, `indices[:num_distinct]` is the shrunk set.
+    indices: `(m,)` int32; unused entries repeat the largest index.
+    weights: `(m,)` summed weights; 0 in unused entries.
+    num_distinct: int32 scalar; `indices[:num_distinct]` are the distinct rows.
   """
 
   indices: Array
@@ -57,11 +57,12 @@ class MergedSample(NamedTuple):
 
 
 class SamplingGain(NamedTuple):
-  """How far a law p is from uniform.
+  """Measures of how far probabilities p are from uniform.
 
   Attributes:
-    second_moment: n sum p^2, from 1 (uniform) to n. Where the contributions are proportional
-      to p, the second moment of one uniform draw is this many times that of a draw by p.
+    second_moment: n sum p^2, from 1 (uniform) to n. If the contributions of the rows are
+      proportional to p, the second moment of one uniform draw is larger than that of a draw from p
+      by this factor.
     effective_sample_size: 1 / sum p^2, from 1 to n.
     max_over_mean: n max p.
   """
@@ -80,30 +81,31 @@ def sensitivity_sample(
   uniform_mix=0.0,
   replace: bool = True,
 ) -> Sample:
-  """Draws rows by sensitivity; E[sum_j w_j f(i_j)] = sum_i u_i f(i) for every f.
+  """Draws rows by sensitivity such that E[sum_j w_j f(i_j)] = sum_i u_i f(i) for every f.
 
-  p_i = (1 - g) s_i / sum(s) + g u_i / sum(u), with g = `uniform_mix`. With replacement
-  w = u_i / (m p_i) (Feldman and Langberg 2011); one row drawn twice stands twice in the
-  result (`merge_duplicates`). Without replacement `systematic_sample` draws and
-  w = u_i / P(i is drawn).
+  p_i = (1 - g) s_i / sum(s) + g u_i / sum(u), with g = `uniform_mix`. With replacement,
+  w = u_i / (m p_i) (Feldman and Langberg 2011), and a row that is drawn twice appears twice in the
+  result (see `merge_duplicates`). Without replacement, rows are drawn as by `systematic_sample`,
+  and w = u_i / P(i is drawn).
 
-  Proved: unbiasedness, and with replacement the sizes of `guarantees.sample_size`, where
-  scores are at least the sensitivities u_i f_i / sum u f (the mix divides the total by
-  1 - g and caps weights at sum(u) / (g m)). The sizes are not proved for systematic draws.
+  Proved: unbiasedness and, with replacement, the sample sizes of `guarantees.sample_size` if the
+  scores are at least the sensitivities u_i f_i / sum u f. For g > 0, divide the total sensitivity
+  by 1 - g; the weights are then at most sum(u) / (g m). The sample sizes are not proved for
+  systematic draws.
 
   Args:
     key: a random key or an int seed.
     scores: `(n,)`, >= 0, not all zero; sensitivities of the weighted terms u_i f_i.
     num_samples: m; without replacement at most n.
     input_weights: u `(n,)`, >= 0, or None for ones.
-    uniform_mix: g in [0, 1], traced. Rows with p_i = 0 are never drawn.
-    replace: with replacement or not.
+    uniform_mix: g in [0, 1], may be traced. Rows with p_i = 0 are never drawn.
+    replace: True to draw with replacement, False for systematic draws.
 
   Returns:
     `Sample(indices, weights)`.
 
   Raises:
-    ValueError, TypeError: a wrong shape, dtype or range, non-finite or all-zero scores, or
+    ValueError, TypeError: for a wrong shape, dtype or range, non-finite or all-zero scores, or
       fewer rows with p_i > 0 than draws without replacement.
 
   Example:
@@ -130,17 +132,18 @@ def sensitivity_sample(
 
 
 def systematic_sample(key, scores: Array, num_samples: int, *, uniform_mix=0.0) -> SystematicSample:
-  """B distinct rows in one pass, with P(i is drawn) = pi_i = min(1, c p_i), sum_i pi_i = b.
+  """Draws b distinct rows with P(i is drawn) = pi_i = min(1, c p_i), sum_i pi_i = b, in one pass.
 
-  The rows are put in a pseudo-random order, their pi are laid end to end from a uniform
-  start in [0, 1), and a row is drawn where its interval holds an integer (Madow 1949).
-  Rows with pi_i = 1 are always drawn. E[sum_j w_j f(i_j)] = sum_i f(i) with w = 1 / pi_i.
+  The rows are arranged in a pseudo-random order. Intervals of length pi_i are placed end to end
+  from a uniform start in [0, 1), and a row is drawn if its interval contains an integer (Madow
+  1949). Rows with pi_i = 1 are always drawn. E[sum_j w_j f(i_j)] = sum_i f(i) with
+  w_j = 1 / pi_{i_j}.
 
-  Exact in integers: the number of rows, that they are distinct, and `inclusion`, in
-  multiples of 2^-32 (a positive score has at least one). pi follows the scores to the
-  rounding of their dtype. The order is a keyed bijection (multiplications and shifts), not
-  a uniform permutation; first-order inclusion is exact in any order, joint inclusion is
-  near that of a random order, and no variance is proved.
+  Integer arithmetic makes the sample size exact, the rows distinct, and `inclusion` exact as a
+  multiple of 2^-32 (at least one for a positive score). pi follows the scores up to the rounding of
+  their dtype. The order is a keyed bijection (multiplications and shifts), not a uniform
+  permutation: first-order inclusion probabilities are exact in any order, joint ones are close to
+  those of a random order, and nothing is proved about the variance.
 
   Args:
     key: a random key or an int seed.
@@ -164,11 +167,11 @@ def systematic_sample(key, scores: Array, num_samples: int, *, uniform_mix=0.0) 
 def gumbel_sample(key, scores: Array, num_samples: int) -> Sample:
   """Successive sampling without replacement (Gumbel top-b); E[sum_j w_j f(i_j)] = sum_i f(i).
 
-  The b largest log p_i + Gumbel noise are drawn, kappa is the next largest, and
-  w_i = 1 / (1 - exp(-exp(log p_i - kappa))) (Kool, van Hoof and Welling 2020, eq. 9: the
-  Horvitz-Thompson form given the threshold). 1 / (b p_i) would be biased, because inclusion is
-  not b p_i. The variance is infinite at b = 1. `systematic_sample` is cheaper; this one has a
-  simpler joint law.
+  Draws the rows with the b largest values of log p_i + Gumbel noise. With kappa the next largest
+  value, w_i = 1 / (1 - exp(-exp(log p_i - kappa))) (Kool, van Hoof and Welling 2020, eq. 9: the
+  Horvitz-Thompson weight given the threshold). Weights 1 / (b p_i) would be biased, because the
+  inclusion probability is not b p_i. The variance is infinite at b = 1. `systematic_sample` is
+  cheaper; the joint distribution of `gumbel_sample` is simpler.
 
   Args:
     key: a random key or an int seed.
@@ -189,30 +192,32 @@ def gumbel_sample(key, scores: Array, num_samples: int) -> Sample:
 def importance_sample(
   key, losses: Array, num_samples: int, uniform_mix=0.1, weight_exponent=1.0, *, power=1.0
 ) -> Sample:
-  """A batch of distinct rows by loss: p_i = (1 - g) l_i^power / sum(l^power) + g / n.
+  """Draws a batch of distinct rows by loss: p_i = (1 - g) l_i^power / sum(l^power) + g / n.
 
-  Drawn systematically. w_i = (b / (n pi_i))^e with e = `weight_exponent`, for a *mean* over
-  the batch: at e = 1, E[(1/b) sum_j w_j f(i_j)] = (1/n) sum_i f(i) for every f, however stale
-  the losses; at e = 0 all weights are 1 and the batch follows a different objective, which
-  stresses rows of high loss (no estimate of the mean). Values between trade bias for variance.
-  At e = 1 weights are at most 1 / g.
+  The draw is systematic. The weights w_i = (b / (n pi_i))^e with e = `weight_exponent` are for a
+  *mean* over the batch. At e = 1, E[(1/b) sum_j w_j f(i_j)] = (1/n) sum_i f(i) for every f, even if
+  the losses are outdated, and the weights are at most 1 / g. At e = 0 all weights are 1, and the
+  batch mean is a different objective that emphasizes rows of high loss. Values in between trade
+  bias for variance.
 
-  Proved: unbiasedness at e = 1. Smallest variance with independent draws needs gradient
-  norms in place of the losses (Alain et al. 2015), so pass residual norms where you have them.
+  Proved: unbiasedness at e = 1. With independent draws, the variance is smallest if p is
+  proportional to gradient norms instead of losses (Alain et al. 2015), so pass residual norms if
+  available.
 
   Args:
     key: a random key or an int seed.
-    losses: `(n,)`, >= 0. All zero: uniform.
-    num_samples: b <= n, and at most the number of positive losses where `uniform_mix` is 0.
-    uniform_mix: g in [0, 1], traced.
-    weight_exponent: e in [0, 1], traced.
-    power: of the losses, >= 0, traced; 0 is uniform, below 1 tempers.
+    losses: `(n,)`, >= 0. If all are zero, rows are drawn uniformly.
+    num_samples: b <= n, and at most the number of positive losses if `uniform_mix` is 0.
+    uniform_mix: g in [0, 1], may be traced.
+    weight_exponent: e in [0, 1], may be traced.
+    power: exponent of the losses, >= 0, may be traced; 0 gives uniform draws, and values below 1
+      make the probabilities more equal.
 
   Returns:
     `Sample(indices, weights)`.
 
   Raises:
-    ValueError, TypeError: a wrong shape, dtype or range, negative or non-finite losses.
+    ValueError, TypeError: for a wrong shape, dtype or range, or negative or non-finite losses.
 
   Example:
     >>> sample = kipcore.importance_sample(0, jnp.asarray([0.0, 0.0, 0.0, 8.0]), 2)
@@ -243,27 +248,28 @@ def stratified_sample(
   uniform_mix=0.0,
   replace: bool = True,
 ) -> Sample:
-  """`sensitivity_sample` within each class, with a fixed number of draws a class.
+  """`sensitivity_sample` within each class, with a fixed number of draws per class.
 
-  Class by class with quota m_c, so again E[sum_j w_j f(i_j)] = sum_i f(i). Quotas are equal, or
-  proportional to the class's total score (then the cost over an unstratified draw is nil up to
-  rounding; equal quotas cost the factor max_c t_c m / (t m_c) in total sensitivity).
+  Draws m_c rows of class c, so that E[sum_j w_j f(i_j)] = sum_i f(i). The quotas m_c are equal, or
+  proportional to the total score t_c of the class. Equal quotas increase the total sensitivity by
+  the factor max_c t_c m / (t m_c); for proportional quotas this factor is 1 up to rounding.
 
   Args:
     key: a random key or an int seed.
-    scores: `(n,)`, >= 0, not all zero in any class. May be traced where the quotas are equal.
-    labels: `(n,)` integers, concrete: the classes set the shapes.
-    num_samples: m, a multiple of the number of classes where quotas are equal.
-    allocation: "equal" or "proportional" (at least one a class, at most the class without replacement).
-    uniform_mix: g in [0, 1], uniform within the class.
-    replace: with replacement, or systematic.
+    scores: `(n,)`, >= 0, not all zero in any class. May be traced if the quotas are equal.
+    labels: `(n,)` integers, not traced because the classes determine array shapes.
+    num_samples: m, a multiple of the number of classes if the quotas are equal.
+    allocation: "equal" or "proportional" (at least one draw per class, and without replacement at
+      most the number of rows of the class).
+    uniform_mix: g in [0, 1], share of uniform draws within each class.
+    replace: True to draw with replacement, False for systematic draws.
 
   Returns:
     `Sample(indices, weights)`, `(m,)`, ordered by class.
 
   Raises:
-    ValueError, TypeError: as `sensitivity_sample`, and where a class has fewer rows (or positive
-      scores) than its equal quota without replacement.
+    ValueError, TypeError: as `sensitivity_sample`, and if a class has fewer rows (or positive
+      scores) than its quota in draws without replacement.
   """
   scores, num_samples, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
   checks.one_of("allocation", allocation, ("equal", "proportional"))
@@ -343,7 +349,14 @@ def _merge_duplicates(indices, weights) -> MergedSample:
 
 
 def sampling_gain(scores: Array) -> SamplingGain:
-  """Diagnostics of the law p = scores / sum(scores), `(n,)`; 1 everywhere in `second_moment` means flat scores."""
+  """Measures how far the probabilities p = scores / sum(scores) are from uniform.
+
+  Args:
+    scores: `(n,)`, >= 0.
+
+  Returns:
+    `SamplingGain`; `second_moment` is 1 if all scores are equal.
+  """
   checks.rank("scores", scores, 1)
   n = scores.shape[0]
   p = scores / draws.total(scores)

@@ -1,7 +1,7 @@
-"""The ridge of the scores by effective dimension, and the effective dimension without the n x n matrix.
+"""Selection of the score ridge by effective dimension, with or without an n x n matrix.
 
-d_eff(ridge) = tr K_u (K_u + ridge I)^{-1}, the sum of the ridge leverage scores, falls
-strictly from the rank of K_u to 0; see `leverage`.
+d_eff(ridge) = tr K_u (K_u + ridge I)^{-1} is the sum of the ridge leverage scores (see `leverage`).
+It decreases strictly from the rank of K_u to 0.
 """
 
 import functools
@@ -14,19 +14,21 @@ from kipcore import blocks, checks, keys, linalg
 from kipcore.selection import scoring
 from kipcore.types import Array, KernelFn, Status
 
-# `auto` asks for d_eff = AUTO_KAPPA * (number of samples); 0.5 to 1 is sensible, the choice of 1 is heuristic.
+# `auto` sets d_eff = AUTO_KAPPA * (number of samples). Values of 0.5 to 1 are reasonable; 1 is a
+# heuristic choice.
 AUTO_KAPPA = 1.0
 
 
 class ScoreRidge(NamedTuple):
-  """A ridge for scoring, chosen by effective dimension.
+  """A ridge for scores, selected by effective dimension.
 
   Attributes:
     ridge: absolute, scalar.
-    effective_dimension: d_eff at that ridge; an upper bound where landmarks were used.
-    effective_dimension_lower: lower bound on it; equal to the former for a full spectrum.
-    converged: bool, whether `effective_dimension` met the target to the tolerance.
-    status: int32, `Status`; `MAX_STEPS` where the target could not be met.
+    effective_dimension: d_eff at that ridge; an upper bound if landmarks were used.
+    effective_dimension_lower: lower bound on d_eff; equal to `effective_dimension` without
+      landmarks.
+    converged: bool, whether `effective_dimension` matches the target within the tolerance.
+    status: int32, `Status`; `MAX_STEPS` if the target could not be reached.
   """
 
   ridge: Array
@@ -37,31 +39,31 @@ class ScoreRidge(NamedTuple):
 
 
 class DimensionBounds(NamedTuple):
-  """lower <= d_eff <= upper, in the shape of the ridge."""
+  """Bounds lower <= d_eff <= upper, each with the shape of the ridge."""
 
   lower: Array
   upper: Array
 
 
 def score_ridge_for_dimension(k: Array, target, weights: Array | None = None) -> ScoreRidge:
-  """The ridge at which d_eff(ridge) = target, by bisection on its logarithm.
+  """Finds the ridge with d_eff(ridge) = target by bisection on log(ridge).
 
-  Unique, because d_eff falls strictly from rank K to 0. To score for m samples take
-  target = `AUTO_KAPPA` * m: the guarantees of leverage sampling want m above
-  d_eff log d_eff, and a far larger d_eff gives flat scores (heuristic).
+  The ridge is unique, because d_eff decreases strictly from rank K to 0. To draw m samples, use
+  target = `AUTO_KAPPA` * m: the guarantees of leverage sampling require m above d_eff log d_eff,
+  and with a much larger d_eff the scores are nearly equal (heuristic).
 
   Args:
     k: `(n, n)` kernel matrix, or `(n,)` its eigenvalues.
-    target: d_eff wanted, 0 < target < n.
-    weights: `(n,)` input weights, with a matrix only.
+    target: desired d_eff, 0 < target < n.
+    weights: `(n,)` input weights, only with a matrix.
 
   Returns:
-    `ScoreRidge`; `converged` tells whether d_eff is within a relative 1e-6 of the target (float64;
-    1e-4 in float32). It is not if the target exceeds the rank, or if the ridge would be smaller than
-    what scores accept in float32; then the ridge is the smallest that they accept.
+    `ScoreRidge` with an absolute ridge. `converged` is True if d_eff is within a relative 1e-6 of
+    the target (1e-4 in float32). It is False if the target exceeds the rank, or if the ridge would
+    be below the smallest one that scores accept in float32; then that smallest ridge is returned.
 
   Raises:
-    ValueError: for a target outside (0, n) or shapes that do not fit.
+    ValueError: for a target outside (0, n) or inconsistent shapes.
   """
   checks.rank("k", k, 1, 2)
   checks.floating("k", k)
@@ -73,7 +75,7 @@ def score_ridge_for_dimension(k: Array, target, weights: Array | None = None) ->
     values = _spectrum(values, scoring.prepare_weights(weights, k.shape[0], wide))
   elif weights is not None:
     raise ValueError(
-      "weights: expected None with eigenvalues, got an array; weight the matrix instead"
+      "weights: expected None with eigenvalues, got an array; apply the weights to the matrix instead"
     )
   return _bisect_ridge(values, jnp.zeros((), wide), jnp.asarray(target, wide), k.shape[0])
 
@@ -87,21 +89,20 @@ def landmark_score_ridge(
   weights: Array | None = None,
   block_size: int = 1024,
 ) -> ScoreRidge:
-  """A ridge at which d_eff is at most the target, from landmarks and no n x n matrix.
+  """Finds a ridge at which d_eff is at most the target, from landmarks and without an n x n matrix.
 
-  With sigma the eigenvalues of the Nystrom approximation from uniform landmarks and T the
-  trace it misses, sum sigma / (sigma + ridge) <= d_eff <= that + T / ridge (proved). The
-  upper bound is put on the target; the lower is returned beside it.
+  Uses the bounds of `effective_dimension_bounds`: the upper bound is set equal to the target, and
+  the lower bound is returned too.
 
   Args:
     key: random key of the landmarks.
-    kernel_fn, x, weights: as `leverage.landmark_leverage_scores`.
+    kernel_fn, x, weights: as for `leverage.landmark_leverage_scores`.
     target: bound on d_eff, 0 < target < n.
-    num_landmarks: s; capped at n.
-    block_size: rows at a time.
+    num_landmarks: s; limited to n.
+    block_size: number of rows processed at a time.
 
   Returns:
-    `ScoreRidge`.
+    `ScoreRidge` with an absolute ridge.
 
   Raises:
     ValueError: as `score_ridge_for_dimension`.
@@ -124,25 +125,27 @@ def effective_dimension_bounds(
   weights: Array | None = None,
   block_size: int = 1024,
 ) -> DimensionBounds:
-  """Bounds on the effective dimension at any number of ridges, from one pass over the rows.
+  """Bounds on the effective dimension at one or more ridges, from one pass over the rows.
 
-  sum sigma / (sigma + ridge) <= d_eff <= that + T / ridge, with sigma the eigenvalues of the Nystrom
-  approximation from uniform landmarks and T the trace that it misses (proved for every set of landmarks).
+    lower = sum sigma / (sigma + ridge) <= d_eff <= lower + T / ridge
+
+  Here sigma are the eigenvalues of the Nystrom approximation of K_u from uniform random landmarks,
+  and T is the trace of its residual. The bounds are proved for every set of landmarks.
 
   Args:
     key: random key of the landmarks.
     kernel_fn: see `types.KernelFn`; hashable.
     x: `(n, ...)` rows.
     ridge: absolute, > 0, scalar or `(r,)`.
-    num_landmarks: s; capped at n. Cost n s kernel entries and n s^2 products.
+    num_landmarks: s; limited to n. Cost: n s kernel entries and n s^2 operations.
     weights: `(n,)` input weights >= 0, or None for 1.
-    block_size: rows at a time.
+    block_size: number of rows processed at a time.
 
   Returns:
     `DimensionBounds`.
 
   Raises:
-    ValueError: for shapes that do not fit or a ridge <= 0.
+    ValueError: for inconsistent shapes or a ridge <= 0.
   """
   num_landmarks, block_size = checks.positive_ints(
     num_landmarks=num_landmarks, block_size=block_size
@@ -187,13 +190,15 @@ def _bisect_ridge(values, tail, target, num_rows):
   values = jnp.maximum(values, 0)
   lower_dimension = lambda ridge: jnp.sum(values / (values + ridge))
   dimension = lambda ridge: lower_dimension(ridge) + tail / ridge
-  # d_eff <= tr K / ridge, so the upper end is at or below the target.
+  # d_eff <= tr K / ridge, so d_eff is at most the target at the upper end.
   trace = jnp.sum(values) + tail
   high = jnp.log(trace / target)
-  # Eigenvalues below n eps times the largest are rounding, and so is a ridge there.
+  # Eigenvalues below n eps times the largest are rounding errors, so a smaller ridge is
+  # meaningless.
   low = jnp.log(jnp.max(values) * values.shape[0] * jnp.finfo(values.dtype).eps)
   if values.dtype == jnp.float32:
-    # Twice the smallest ridge that scores accept in float32: landmarks may have a larger mean diagonal.
+    # Twice the smallest ridge that scores accept in float32, because the landmarks may have a
+    # larger mean diagonal.
     low = jnp.maximum(low, jnp.log(2 * scoring.FLOAT32_RIDGE_FLOOR * trace / num_rows))
     high = jnp.maximum(low, high)
 

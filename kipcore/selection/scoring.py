@@ -1,7 +1,7 @@
-"""What leverage scores and sensitivities share: checked inputs, weighted kernel blocks, ridge fits.
+"""Shared code of leverage scores and sensitivities: input checks, kernel blocks, ridge fits.
 
-Private to the rooms `leverage` and `sensitivity`. Everything is in the widest float
-available; a row of weight 0 (padding) plays no part.
+Internal to this package. Computations use the widest available float dtype. Rows of weight 0
+(padding) have no effect.
 """
 
 from typing import NamedTuple
@@ -14,14 +14,15 @@ from kipcore import blocks, checks, linalg
 from kipcore.kernels.gram import gram_diag
 from kipcore.types import Array, KernelFn, Status
 
-# float32 scores err by about 1e-7 * condition number; below this fraction of tr K / n they mean nothing.
+# The error of float32 scores is about 1e-7 times the condition number. For a ridge below this
+# fraction of tr K / n they are meaningless.
 FLOAT32_RIDGE_FLOOR = 1e-4
 
 _PANELS = 4
 
 
 def prepare_weights(weights, n: int, dtype) -> Array:
-  """Square roots of the weights, `(n,)`, ones for None."""
+  """Square roots of the weights, `(n,)`; ones for None."""
   if weights is None:
     return jnp.ones((n,), dtype)
   checks.shape("weights", weights, (n,))
@@ -30,7 +31,7 @@ def prepare_weights(weights, n: int, dtype) -> Array:
 
 
 def prepare_rows(name: str, x, ridge, weights) -> tuple[Array, Array]:
-  """(ridge, root weights) in the widest dtype, checked."""
+  """Checks the arguments; returns (ridge, square roots of the weights) in the widest dtype."""
   checks.floating(name, x)
   if x.ndim < 2 or x.shape[0] < 1:
     raise ValueError(f"{name}: expected at least one row (n, ...), got shape {x.shape}")
@@ -41,7 +42,7 @@ def prepare_rows(name: str, x, ridge, weights) -> tuple[Array, Array]:
 
 
 def prepare_matrix(k, ridge, weights):
-  """(k, ridge, root weights), checked."""
+  """Checks the arguments; returns (k, ridge, square roots of the weights)."""
   checks.square("k", k)
   ridge, root = prepare_rows("k", k, ridge, weights)
   check_precision(ridge, lambda: jnp.mean(root**2 * jnp.diagonal(k).astype(root.dtype)), k.dtype)
@@ -49,32 +50,32 @@ def prepare_matrix(k, ridge, weights):
 
 
 def prepare_landmarks(landmarks, n: int) -> Array:
-  """Distinct indices `(s,)` as int32."""
+  """Checks that the indices are distinct; returns them as int32 `(s,)`."""
   checks.rank("landmarks", landmarks, 1)
   if not checks.is_traced(landmarks):
     values = np.asarray(landmarks)
     checks.in_range("landmarks", values, 0, n - 1)
     if len(np.unique(values)) != len(values) or not len(values):
       raise ValueError(
-        "landmarks: expected at least one index and none twice; use landmark_weights for multiples"
+        "landmarks: expected at least one index and no duplicates; use landmark_weights for repeated rows"
       )
   return jnp.asarray(landmarks).astype(jnp.int32)
 
 
 def check_precision(ridge, mean_diagonal, dtype) -> None:
-  """Raises where float32 cannot carry the ridge; `mean_diagonal` is a thunk, run in float32 only."""
+  """Raises an error if the ridge is too small for float32; float64 skips `mean_diagonal()`."""
   if linalg.widest_dtype(dtype) == jnp.float64 or checks.is_traced(ridge):
     return
   mean = mean_diagonal()
   if not checks.is_traced(mean) and float(ridge) < FLOAT32_RIDGE_FLOOR * float(mean):
     raise ValueError(
       f"ridge: expected at least {FLOAT32_RIDGE_FLOOR:g} tr K / n = {FLOAT32_RIDGE_FLOOR * float(mean):.3g} "
-      f"in float32, got {float(ridge):.3g}; switch 64-bit on, or score with a larger ridge"
+      f"in float32, got {float(ridge):.3g}; enable 64-bit mode or use a larger ridge for the scores"
     )
 
 
 def weighted_block(kernel_fn: KernelFn, xa, root_a, xb=None, root_b=None) -> Array:
-  """U_a^{1/2} K(xa, xb) U_b^{1/2} in the dtype of the roots; a row of weight 0 plays no part."""
+  """U_a^{1/2} K(xa, xb) U_b^{1/2} in the dtype of the roots."""
   k = kernel_fn(xa, xb).astype(root_a.dtype)
   return root_a[:, None] * k * (root_a if xb is None else root_b)[None, :]
 
@@ -85,7 +86,7 @@ def weighted_diagonal(kernel_fn: KernelFn, x, root) -> Array:
 
 
 def score_factor(k: Array, ridge: Array) -> linalg.Factor:
-  """Factor of K + ridge I whose status also tells a ridge that float32 cannot carry."""
+  """Factor of K + ridge I; the status also reports a ridge that is too small for float32."""
   f = linalg.factor(k, ridge)
   if f.lower.dtype == jnp.float64:
     return f
@@ -96,9 +97,10 @@ def score_factor(k: Array, ridge: Array) -> linalg.Factor:
 
 
 def factor_leverage(f: linalg.Factor, ridge: Array) -> Array:
-  """1 - ridge diag((L L^T)^{-1}), NaN on failure.
+  """1 - ridge diag((L L^T)^{-1}); NaN if the factorization failed.
 
-  L^{-1} is taken in column panels: those on the right need the trailing part of L only.
+  L^{-1} is computed in panels of columns, because panels on the right need only the trailing part
+  of L.
   """
   m = f.lower.shape[0]
   size = -(-m // _PANELS)
@@ -113,9 +115,9 @@ def factor_leverage(f: linalg.Factor, ridge: Array) -> Array:
 
 
 def feature_fit(z, root, y, ridge, block_size):
-  """Scores `(n,)`, squared residuals of the weighted ridge fit `(n,)`, its objective, status.
+  """Scores `(n,)`, squared residuals `(n,)`, objective and status of the weighted ridge fit.
 
-  `y` is already weighted, `(n, c)`.
+  `y` `(n, c)` is already weighted.
   """
   rows = lambda block: block[0].astype(root.dtype) * block[1][:, None]
 
@@ -138,10 +140,10 @@ def feature_fit(z, root, y, ridge, block_size):
 
 
 def landmark_fit(kernel_fn, x, root, y, landmarks, landmark_weights, ridge, block_size):
-  """Exact scores and squared residuals of each row i in the problem of the rows S and i alone.
+  """Exact score and squared residual of each row i in the problem with only the rows S and i.
 
-  `y` is already weighted. Returns the scores, the squared residuals, the optima of
-  those problems, each `(n,)`, and a status. With landmark weights the scores are t_i.
+  `y` is already weighted. Returns the scores, the squared residuals and the minimum objectives of
+  these problems, each `(n,)`, and a status. With landmark weights the scores are t_i.
   """
   s = landmark_solution(
     kernel_fn, x[landmarks], root[landmarks], y[landmarks], ridge, landmark_weights
@@ -155,7 +157,7 @@ def landmark_fit(kernel_fn, x, root, y, landmarks, landmark_weights, ridge, bloc
 
 
 class LandmarkSolution(NamedTuple):
-  """The ridge fit on the landmarks alone: their rows, roots, weighted labels, factor and dual."""
+  """The ridge fit on the landmarks: rows, roots of weights, weighted labels, factor and dual."""
 
   x: Array
   root: Array
@@ -175,7 +177,7 @@ def landmark_solution(kernel_fn, xs, rs, ys, ridge, landmark_weights=None) -> La
 
 
 def landmark_block(kernel_fn, s: LandmarkSolution, ridge, xb, rb, yb):
-  """(t_i, squared error of the landmarks' fit) of a block of rows."""
+  """(t_i, squared error of the landmark fit) for a block of rows."""
   k = weighted_block(kernel_fn, xb, rb, s.x, s.root)
   seen = jnp.sum(linalg.whiten(s.factor, k.T) ** 2, axis=0)
   t = jnp.maximum(weighted_diagonal(kernel_fn, xb, rb) - seen, 0) / ridge
@@ -183,7 +185,7 @@ def landmark_block(kernel_fn, s: LandmarkSolution, ridge, xb, rb, yb):
 
 
 def landmark_optima(s: LandmarkSolution, t, error2, landmarks, ridge):
-  """(scores, squared residuals, optima), each `(n,)`, from `landmark_block` of all rows."""
+  """(scores, squared residuals, minimum objectives), each `(n,)`, from `landmark_block`."""
   optimum = ridge * jnp.sum(s.y * s.dual)
   tau = (t / (1 + t)).at[landmarks].set(factor_leverage(s.factor, ridge))
   residual2 = (error2 / (1 + t) ** 2).at[landmarks].set(ridge**2 * jnp.sum(s.dual**2, axis=1))
@@ -191,18 +193,22 @@ def landmark_optima(s: LandmarkSolution, t, error2, landmarks, ridge):
 
 
 def nystrom_factor(kernel_fn, xs, rs) -> linalg.Factor:
-  """Factor of K_SS with a jitter at rounding level; features V = K_nS L^{-T} have V V^T <= K."""
+  """Factor of K_SS plus jitter at rounding level; V = K_nS L^{-T} satisfies V V^T <= K."""
   k_ss = weighted_block(kernel_fn, xs, rs)
   return linalg.factor(k_ss, 4 * jnp.finfo(k_ss.dtype).eps * jnp.trace(k_ss))
 
 
 def kept_share(share, ridge, residual_norm):
-  """The a of `low_rank_leverage_bounds` for its q = `share`."""
+  """The parameter a of `low_rank_leverage_bounds` for q = `share`."""
   return share * ridge / (share * ridge + jnp.maximum(residual_norm, jnp.finfo(share.dtype).tiny))
 
 
 def best_share(values, tail, ridge, residual_norm) -> Array:
-  """The q of `low_rank_leverage_bounds` with the least sum; `values` are eigenvalues of F^T F."""
+  """The q of `low_rank_leverage_bounds`, by grid search.
+
+  It minimizes sum_i h_i + E_ii / ((1 - q) ridge).   `values` are the eigenvalues of F^T F, and
+  `tail` is tr E.
+  """
   share = jnp.linspace(0.0, 0.98, 99, dtype=ridge.dtype)
   kept = kept_share(share, ridge, residual_norm)
   sums = jnp.sum(values[None, :] / (kept[:, None] * values[None, :] + ridge), axis=1) + tail / (
@@ -212,6 +218,6 @@ def best_share(values, tail, ridge, residual_norm) -> Array:
 
 
 def corrected(h, residual, kept, share, ridge) -> Array:
-  """The second upper bound of `low_rank_leverage_bounds` from its h and E_ii."""
+  """The second upper bound of `low_rank_leverage_bounds` from h and E_ii."""
   t = h / jnp.maximum(1 - kept * h, jnp.finfo(h.dtype).tiny) + residual / ((1 - share) * ridge)
   return t / (1 + t)

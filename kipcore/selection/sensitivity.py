@@ -1,20 +1,21 @@
-"""Sensitivities: exact and certified over-estimates for kernel ridge regression, and for k-means.
+"""Sensitivities: exact values and certified upper bounds for kernel ridge regression and k-means.
 
-The sensitivity of row i is the largest share that it can have of the objective,
+The sensitivity of row i is its largest possible share of the objective,
 
   s_i = sup_q u_i f_i(q) / F(q),  F = sum_i u_i f_i (+ regularizer),
 
-(Langberg and Schulman, SODA 2010). Sampling in proportion to s_i, or to any over-estimate of it, with weights one over
-the expected count gives a coreset whose size grows with their total (Feldman, Langberg 2011; Braverman et al. 2016);
-under-estimates void it.
+(Langberg and Schulman, SODA 2010). Rows drawn in proportion to s_i, or to upper bounds on s_i, with
+weights 1 / (expected count), form a coreset whose size grows with the total of the scores (Feldman
+and Langberg 2011; Braverman et al. 2016). This does not hold for scores below the sensitivities.
 
-For kernel ridge regression q is a linear map W on features phi, the row loss is ||W^T phi_i - y_i||^2, the regularizer
-ridge ||W||^2 stays in the coreset's objective as it is, and for any number of outputs the supremum is
+For kernel ridge regression, q is a linear map W on features phi, the loss of a row is ||W^T
+phi_i - y_i||^2, and the objective of the coreset has the same regularizer ridge ||W||^2. For any
+number of outputs, the sensitivities are
 
   s_i = tau_i + ||r_i||^2 / F*,   sum_i s_i <= d_eff + 1,
 
-with tau_i the ridge leverage score, r_i the residual of the optimal fit and F* its
-objective. Input weights u enter by phi_i -> sqrt(u_i) phi_i, y_i -> sqrt(u_i) y_i.
+where tau_i is the ridge leverage score, r_i the residual of the optimal fit, and F* the minimum of
+F. Input weights u replace phi_i by sqrt(u_i) phi_i and y_i by sqrt(u_i) y_i.
 """
 
 import enum
@@ -30,26 +31,27 @@ from kipcore.types import Array, KernelFn
 
 
 class Guarantee(enum.IntEnum):
-  """What holds for the scores: equal to the sensitivities, or never below them (up to rounding)."""
+  """Whether scores are equal to the sensitivities or upper bounds on them (up to rounding)."""
 
   EXACT = 0
   OVER_ESTIMATE = 1
 
 
 class SensitivityScores(NamedTuple):
-  """Kernel ridge regression scores and what they promise.
+  """Scores for kernel ridge regression, with their guarantee and diagnostics.
 
   Attributes:
-    scores: `(n,)` in [0, 1], the sensitivities or over-estimates; NaN unless status is OK.
-    leverage: `(n,)` in [0, 1], ridge leverage scores, or over-estimates.
-    label_scores: `(n,)`, scores - leverage, the share that comes from the labels.
-    objective: F*, or a lower bound on it; scalar.
-    total: sum of the scores; sampling m rows gives relative error of order sqrt(total / m).
-    effective_dimension: sum of `leverage`: d_eff, or an upper bound.
-    effective_dimension_lower: lower bound on d_eff (0 where none was computed).
-    label_mass: sum of `label_scores`; at most 1 where exact.
-    max_over_mean: 1 for scores that are all equal; below 1.05 they sample like the uniform law.
-    second_moment: n sum p_i^2 with p = scores / total; 1 for the uniform law.
+    scores: `(n,)` in [0, 1], sensitivities or upper bounds; NaN unless `status` is OK.
+    leverage: `(n,)` in [0, 1], ridge leverage scores or upper bounds.
+    label_scores: `(n,)`, scores - leverage, the contribution of the labels.
+    objective: scalar, F* or a lower bound on it.
+    total: sum of the scores. A sample of m rows has a relative error of order sqrt(total / m).
+    effective_dimension: sum of `leverage`: d_eff or an upper bound on it.
+    effective_dimension_lower: lower bound on d_eff (0 if it was not computed).
+    label_mass: sum of `label_scores`; at most 1 if the scores are exact.
+    max_over_mean: largest score / mean score, 1 if all are equal. Below 1.05, sampling is nearly
+      uniform.
+    second_moment: n sum p_i^2 with p = scores / total; 1 if all scores are equal.
     guarantee: `Guarantee`.
     status: int32, `Status`.
   """
@@ -75,21 +77,21 @@ def krr_sensitivity_scores(
 
     A = (K_u + ridge I)^{-1} U^{1/2} Y,   s_i = tau_i + ridge ||A_i||^2 / <U^{1/2} Y, A>
 
-  Exact: with W = W* + V, F(W) = F* + tr(V^T G V), and theta F - f_i >= 0 for all V exactly when theta >= tau_i +
-  ||r_i||^2 / F*. Not invariant to centring the labels, so pass those of the distiller. With Y = 0 the label term is 0.
+  The theory page proves that s_i is the sensitivity. If Y = 0, the label term is 0. Centering the
+  labels changes the scores, so pass the labels that are used for training.
 
   Args:
     k: `(n, n)` kernel matrix, symmetric positive semi-definite.
-    y: `(n, c)` labels, floating.
+    y: `(n, c)` floating labels.
     ridge: absolute, scalar > 0; see `score_ridge.score_ridge_for_dimension`.
     weights: `(n,)` input weights >= 0, e.g. n / (c n_class) for class-balanced risk; None for 1.
 
   Returns:
-    `SensitivityScores`, exact. Warns on the host where the scores are flat.
+    `SensitivityScores`, exact. Issues a warning if the scores are nearly equal.
 
   Raises:
-    ValueError: for shapes that do not fit, a ridge <= 0, NaN or infinite input, or a
-      ridge below 1e-4 tr K / n where only float32 is available (a status if traced).
+    ValueError: for inconsistent shapes, a ridge <= 0, NaN or infinite input, or a ridge below
+      1e-4 tr K / n if only float32 is available. If such a ridge is traced, `status` reports it.
   """
   k, ridge, root = scoring.prepare_matrix(k, ridge, weights)
   y = _prepare_labels(y, k, root)
@@ -98,10 +100,10 @@ def krr_sensitivity_scores(
 
 
 def krr_sensitivities(k: Array, y: Array, ridge, weights: Array | None = None) -> Array:
-  """Exact sensitivities tau_i + ||r_i||^2 / F* of kernel ridge regression: the scores alone.
+  """Exact sensitivities tau_i + ||r_i||^2 / F* of kernel ridge regression, without diagnostics.
 
   Args:
-    k, y, ridge, weights: as `krr_sensitivity_scores`, which also says the errors.
+    k, y, ridge, weights: as for `krr_sensitivity_scores`. See there for the errors raised.
 
   Returns:
     `(n,)` in [0, 1].
@@ -121,15 +123,16 @@ def feature_krr_sensitivities(
 ) -> SensitivityScores:
   """Exact sensitivities of ridge regression on features, from a D x D matrix.
 
-  Exact for the kernel Z Z^T. For another that Z approximates they are as good as the approximation, and not certified.
+  The scores are exact for the kernel Z Z^T. For a kernel that Z Z^T approximates, they are
+  approximations without a guarantee.
 
   Args:
     z: `(n, D)` features.
-    y, ridge, weights: as `krr_sensitivity_scores`.
-    block_size: rows at a time; None for all.
+    y, ridge, weights: as for `krr_sensitivity_scores`.
+    block_size: number of rows processed at a time; None for all.
 
   Returns:
-    `SensitivityScores`, exact. Warns on the host where the scores are flat.
+    `SensitivityScores`, exact. Issues a warning if the scores are nearly equal.
 
   Raises:
     ValueError: as `krr_sensitivity_scores`.
@@ -156,23 +159,25 @@ def blocked_krr_sensitivities(
   weights: Array | None = None,
   objective_bound=0.0,
 ) -> SensitivityScores:
-  """Certified over-estimates: the exact sensitivity of each row within its own group.
+  """Certified upper bounds: the exact sensitivity of each row within its own group.
 
-  Valid for every partition, because leaving rows out of F can only raise a ratio; classes make tight groups. One
-  group's kernel matrix is held at a time, all padded to the largest, so cost is (number of groups) (largest group)^3.
+  The bounds hold for every partition, because leaving out rows makes F smaller. With classes as
+  groups they are tight. One kernel matrix of a group is held at a time. All groups are padded to
+  the largest, so the cost is (number of groups) (largest group)^3.
 
   Args:
     kernel_fn: see `types.KernelFn`; hashable.
     x: `(n, ...)` rows.
-    y, ridge, weights: as `krr_sensitivity_scores`.
-    groups: `(n,)` integers on the host, e.g. class labels; sizes may differ.
-    objective_bound: a known lower bound on F*, which tightens the label term (`sensitivity_cores.joint`); 0 for none.
+    y, ridge, weights: as for `krr_sensitivity_scores`.
+    groups: `(n,)` integers, not traced, e.g. class labels; group sizes may differ.
+    objective_bound: a known lower bound on F*, which tightens the label term; 0 for none.
 
   Returns:
-    `SensitivityScores`, over-estimates; `objective` is the best lower bound known. Warns on the host if they are flat.
+    `SensitivityScores`, upper bounds; `objective` is the best known lower bound on F*. Issues a
+    warning if the scores are nearly equal.
 
   Raises:
-    TypeError: for traced groups, whose sizes are not known.
+    TypeError: for traced groups, because their sizes determine array shapes.
     ValueError: as `krr_sensitivity_scores`.
   """
   ridge, root, y = _prepare_kernel_rows(kernel_fn, x, y, ridge, weights)
@@ -212,32 +217,35 @@ def approximate_krr_sensitivities(
   block_size: int = 1024,
   refine: bool = True,
 ) -> SensitivityScores:
-  """Certified over-estimates from landmarks S, streaming over rows; no n x n matrix.
+  """Certified upper bounds from landmarks S, in blocks of rows and without an n x n matrix.
 
-  Each score is the smaller of two bounds, both proved for every S and every order of rows:
+  Each score is the smaller of two bounds. The theory page proves both for every S and every order
+  of rows.
 
-  1. One pass: tau_i, r_i and F*_i exactly within the rows S and i alone, joined with a bound F_low <= F* (see `joint`).
-  2. Nystrom (with `refine`): K = V V^T + E with V from S. The upper bound of `leverage.low_rank_leverage_bounds` on
-     tau_i, where ||E|| is at most the sum over diagonal blocks of their norms; and with W~ the fit in the span of S,
-     r~_i its residuals, ||r_i|| <= ||r~_i|| + sqrt(tau_i (F(W~) - F*)), because r_i - r~_i = (W~ - W*)^T phi_i.
+  1. One pass: the exact sensitivity of row i in the problem with only the rows S and i, tightened
+     by a lower bound on F*.
+  2. Two passes (with `refine`): with the Nystrom approximation from S, the second bound of
+     `leverage.low_rank_leverage_bounds` on tau_i, and a bound on ||r_i|| from the fit in the span
+     of S.
 
-  F_low: the gradient of F at W~ lies outside the span of S and G >= ridge, so F(W~) - F* <= <R~, E R~> / ridge <=
-  (sum_b <R~_b, E_bb R~_b>^{1/2})^2 / ridge, the triangle inequality over blocks b of rows (for each output); also F* >=
-  F*_S. Memory is that of s x s and block x (s + block). Bound 2 is tight while the norms of E's blocks sum to less than
-  the ridge (d_eff in the low hundreds for 60,000 rows of MNIST); beyond it bound 1 rules, and class blocks are tighter.
+  Bound 2 is tight if the spectral norms of the diagonal blocks of the Nystrom residual sum to less
+  than the ridge (d_eff in the low hundreds for 60,000 rows of MNIST). Otherwise bound 1 is the
+  smaller one, and `blocked_krr_sensitivities` with classes as groups is tighter.
 
   Args:
-    key: random key for the landmarks and for the order of the blocks.
+    key: random key for the landmarks and for the order of the rows.
     kernel_fn: see `types.KernelFn`; hashable.
     x: `(n, ...)` rows.
-    y, ridge, weights: as `krr_sensitivity_scores`.
-    num_landmarks: s; capped at n.
-    landmarks: `(s,)` distinct indices to use instead of uniform ones.
-    block_size: rows at a time.
-    refine: False for bound 1 alone with F_low = F*_S, at about a third of the cost.
+    y, ridge, weights: as for `krr_sensitivity_scores`.
+    num_landmarks: s; limited to n.
+    landmarks: `(s,)` distinct indices to use instead of uniform random ones.
+    block_size: number of rows processed at a time. Memory: s x s and block_size x (s + block_size)
+      entries.
+    refine: False for bound 1 only, at about a third of the cost.
 
   Returns:
-    `SensitivityScores`, over-estimates; `effective_dimension` and `_lower` enclose d_eff. Warns on the host if flat.
+    `SensitivityScores`, upper bounds; `effective_dimension` and `effective_dimension_lower` are
+    bounds on d_eff. Issues a warning if the scores are nearly equal.
 
   Raises:
     ValueError: as `krr_sensitivity_scores`, and for repeated landmarks.
@@ -275,27 +283,29 @@ def kmeans_sensitivities(
 
     s_i <= u_i (2 alpha d_i^2 / c + 4 alpha c_b / (U_b c) + 4 / U_b),   b = nearest center of i,
 
-  with d_i the distance to it, c the weighted cost, c_b and U_b the cost and weight of
-  the cluster. Their sum is at most 6 alpha + 4 |B|.
+  where d_i is the distance to b, c the weighted cost, and c_b and U_b the cost and weight of the
+  cluster. The sum of the bounds is at most 6 alpha + 4 |B|.
 
-  Proved (triangle inequality, twice) for every k-tuple of centers whose optimal cost is at least c / alpha. For
-  k-means++ seeds alpha = 16 (log2 k + 2) holds with probability 1/2; alpha = 1, the default, is proved only where B is
-  optimal and is a heuristic after Lloyd's iterations.
+  The bounds are proved (by the triangle inequality) for every k-tuple of centers if the optimal
+  cost is at least c / alpha. For k-means++ seeds, alpha = 16 (log2 k + 2) is valid with probability
+  1/2. The default alpha = 1 is proved only for optimal B and is a heuristic after Lloyd's
+  algorithm.
 
   Args:
     x: `(n, d)` rows.
     centers: `(k, d)`.
     weights: `(n,)` input weights >= 0, or None for 1.
-    alpha: cost of B over the optimal cost, or more; >= 1.
+    alpha: upper bound on (cost of B) / (optimal cost), >= 1.
 
   Returns:
-    `(n,)`, not clipped at 1. Where the cost is 0 the bound is 4 u_i / U_b.
+    `(n,)`, not clipped at 1. If the cost is 0, the bound is 4 u_i / U_b.
 
   Raises:
-    ValueError: for shapes that do not fit, alpha < 1, or NaN or infinite input.
+    ValueError: for inconsistent shapes, alpha < 1, or NaN or infinite input.
 
-  Source: Bachem, Lucic and Krause, "Practical coreset constructions for machine
-  learning" (2017), lemma 2.2 and algorithm 2.
+  References:
+    Bachem, Lucic and Krause, "Practical coreset constructions for machine learning" (2017), lemma
+    2.2 and algorithm 2.
   """
   weights = _prepare_points(x, weights)
   checks.floating("centers", centers)
@@ -309,23 +319,27 @@ def kmeans_sensitivities(
 
 
 def lightweight_sensitivities(x: Array, weights: Array | None = None) -> Array:
-  """The lightweight-coreset law, q_i = u_i / (2 U) + u_i d_i^2 / (2 sum_j u_j d_j^2).
+  """Probabilities of lightweight coresets, q_i = u_i / (2 U) + u_i d_i^2 / (2 sum_j u_j d_j^2).
 
-  d_i is the distance to the weighted mean and U the sum of weights. Proved (their theorem 2) for k-means with an
-  additive error: sampling by q gives |cost_S - cost| <= (eps / 2) (cost(Q) + cost(mean)) for all Q of k centers. A
-  weight is a multiplicity: it multiplies d_i^2 and not the coordinates.
+  d_i is the distance to the weighted mean, and U is the sum of the weights. Proved for k-means with
+  an additive error (theorem 2 of the reference): with draws from q,
+  |cost_S(Q) - cost(Q)| <= (eps / 2) (cost(Q) + cost(mean)) for all sets Q of k centers. A weight is
+  a
+  multiplicity: it multiplies d_i^2, not the coordinates.
 
   Args:
     x: `(n, d)` rows.
     weights: `(n,)` input weights >= 0, or None for 1.
 
   Returns:
-    `(n,)`, summing to 1; u_i / U where all rows coincide.
+    `(n,)`, with sum 1; u_i / U if all rows are equal.
 
   Raises:
-    ValueError: for shapes that do not fit, or NaN or infinite input.
+    ValueError: for inconsistent shapes, or NaN or infinite input.
 
-  Source: Bachem, Lucic and Krause, "Scalable k-means clustering via lightweight coresets" (KDD 2018), algorithm 1.
+  References:
+    Bachem, Lucic and Krause, "Scalable k-means clustering via lightweight coresets" (KDD 2018),
+    algorithm 1.
   """
   return _lightweight_scores(x, _prepare_points(x, weights))
 
@@ -343,7 +357,7 @@ def _prepare_kernel_rows(kernel_fn, x, y, ridge, weights):
   ridge, root = scoring.prepare_rows("x", x, ridge, weights)
   y = _prepare_labels(y, x, root)
   checks.finite("x", x)
-  # The mean over a few rows is enough to place the ridge against the floor of float32.
+  # The mean over a few rows is accurate enough to compare the ridge with the float32 limit.
   few = slice(None, None, max(1, x.shape[0] // 256))
   scoring.check_precision(
     ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, x[few], root[few])), x.dtype
@@ -363,7 +377,7 @@ def _prepare_points(x, weights) -> Array:
 
 
 def finish(parts, guarantee: Guarantee, dtype) -> SensitivityScores:
-  """Diagnostics of (scores, leverage, objective, lower dimension, status); warns where flat."""
+  """`SensitivityScores` from (scores, leverage, objective, lower dimension, status)."""
   result = SensitivityScores(*sensitivity_cores.diagnose(parts, jnp.dtype(dtype)))._replace(
     guarantee=guarantee
   )
@@ -373,7 +387,7 @@ def finish(parts, guarantee: Guarantee, dtype) -> SensitivityScores:
 
 @jax.jit
 def _kmeans_scores(x, centers, weights, alpha):
-  # Distances do not depend on the origin; centring keeps the expansion accurate far from 0.
+  # Distances do not depend on the origin; centering keeps the expansion accurate far from 0.
   origin = jnp.mean(x, axis=0, keepdims=True)
   x, centers = x - origin, centers - origin
   cross = linalg.matmul(x, centers.T)

@@ -1,6 +1,7 @@
-"""The compiled cores of `sensitivity`: inputs are checked and labels weighted already.
+"""Compiled core functions of `sensitivity`, for checked inputs and weighted labels.
 
-Each returns (scores, leverage, F* or a lower bound, lower bound on d_eff, status).
+Each `*_scores` function returns (scores, leverage, F* or a lower bound, lower bound on d_eff,
+status).
 """
 
 import functools
@@ -13,20 +14,19 @@ from kipcore import blocks, linalg
 from kipcore.selection import scoring
 from kipcore.types import Array, Status
 
-# Halvings of the exponent in the bound on a spectral norm by Frobenius norms of powers.
+# Number of squarings in the bound on a spectral norm by the Frobenius norm of a power.
 _SQUARINGS = 3
 
 
 def label_term(residual2, objective):
-  """||r_i||^2 / F*, and 0 where there is nothing to fit."""
+  """||r_i||^2 / F*, or 0 if F* is 0."""
   return jnp.where(objective > 0, residual2 / jnp.where(objective > 0, objective, 1), 0)
 
 
 def joint(tau, residual2, part, bound):
-  """Over-estimate from a subproblem with optimum `part` and a lower bound on the full optimum.
+  """Upper bound on s_i from a subproblem with minimum `part` and a lower bound `bound` on F*.
 
-  For every g >= 0, (1 + g) F >= F_part + g bound, and the supremum of f_i over the right
-  side is tau + ||r||^2 / (part + g bound) by the closed form. The best g is closed form too.
+  The smallest value of (1 + g) (tau + ||r||^2 / (part + g bound)) over g >= 0; see the theory page.
   """
   safe = jnp.where(bound > 0, bound, 1)
   share, q = part / safe, residual2 / safe
@@ -37,7 +37,7 @@ def joint(tau, residual2, part, bound):
 
 
 def _solve_scores(k, y, ridge):
-  """Scores `(tau, ||r||^2, F*, status)` of weighted data by one factorization."""
+  """(tau, ||r||^2, F*, status) of weighted data, from one factorization."""
   f = scoring.score_factor(k, ridge)
   dual = linalg.solve(f, y)
   return (
@@ -77,13 +77,13 @@ def blocked_scores(kernel_fn, x, y, ridge, root, index, present, bound):
   tau, residual2, part, status = jax.lax.map(group, (index, present))
   bound = jnp.maximum(bound, jnp.max(part))
   scores = joint(tau, residual2, part, bound)
-  # Padding repeats a row that is there already, so the largest value over copies is the row's own or 0.
+  # Padding repeats a row of the group with masked value 0, so the maximum is the value of the row.
   place = lambda a: jnp.zeros_like(root).at[index].max(jnp.where(present, a, 0))
   return place(scores), place(tau), bound, jnp.zeros_like(bound), jnp.max(status)
 
 
 def norm_bound(e):
-  """Upper bound on the spectral norm of a symmetric matrix, ||E^8||_F^{1/8}, scaled on the way."""
+  """Upper bound ||E^8||_F^{1/8} on the spectral norm of a symmetric matrix E."""
   scales = []
   for _ in range(_SQUARINGS):
     scales.append(jnp.linalg.norm(e))
@@ -103,7 +103,7 @@ def landmark_scores(kernel_fn, x, y, ridge, root, landmarks, order, block_size, 
   s = nystrom_start(kernel_fn, x[landmarks], root[landmarks])
 
   def read(rows, present):
-    """Rows, roots and weighted labels of a block; padding has weight and labels zero."""
+    """Rows, roots of weights and weighted labels of a block; padding has weight 0 and labels 0."""
     return x[rows], jnp.where(present, root[rows], 0), jnp.where(present[:, None], y[rows], 0)
 
   def gather(totals, rows, present):
@@ -128,7 +128,7 @@ def one_pass_scores(tau, residual2, part):
 
 
 def two_pass_scores(alone, fit, tau, residual2, unseen, ridge, status):
-  """The smaller of bounds 1 and 2; `unseen` is the sum over blocks of <R~_b, E_bb R~_b>^{1/2}, for each output."""
+  """The smaller of bounds 1 and 2; `unseen` is sum_b <R~_b, E_bb R~_b>^{1/2} for each output."""
   reached = jnp.sum(residual2) + ridge * jnp.sum(fit.coefficients**2)
   bound = jnp.maximum(jnp.min(alone[2]), reached - jnp.sum(unseen**2) / ridge)
   gap = jnp.maximum(label_term(reached, bound) - 1, 0)
@@ -139,7 +139,7 @@ def two_pass_scores(alone, fit, tau, residual2, unseen, ridge, status):
 
 
 class NystromStart(NamedTuple):
-  """The landmarks, and the factor that makes features of kernel columns: V = K_nS L^{-T}."""
+  """The landmarks, and the factor for the features V = K_nS L^{-T}."""
 
   x: Array
   root: Array
@@ -147,7 +147,7 @@ class NystromStart(NamedTuple):
 
 
 class NystromFit(NamedTuple):
-  """What bound 2 needs of the whole: `low_rank_leverage_bounds`'s a and q, and the fit W~ in the span of S."""
+  """Totals for bound 2: a and q of `low_rank_leverage_bounds`, and the fit W~ in the span of S."""
 
   kept: Array
   share: Array
@@ -162,7 +162,7 @@ def nystrom_start(kernel_fn, xs, rs) -> NystromStart:
 
 
 def nystrom_totals(s: NystromStart, num_outputs):
-  """Zeros for `nystrom_gather`: V^T V, V^T Y, the trace and a bound on the norm of what V misses."""
+  """Zeros for `nystrom_gather`: V^T V, V^T Y, tr E and a bound on ||E||, with E = K - V V^T."""
   size = s.root.shape[0]
   return tuple(
     jnp.zeros(shape, s.root.dtype) for shape in ((size, size), (size, num_outputs), (), ())
@@ -174,7 +174,7 @@ def _features(kernel_fn, s, xb, rb):
 
 
 def nystrom_gather(kernel_fn, s: NystromStart, totals, xb, rb, yb):
-  """The totals with one more block of rows."""
+  """Adds a block of rows to the totals."""
   v = _features(kernel_fn, s, xb, rb)
   missed = scoring.weighted_block(kernel_fn, xb, rb) - linalg.matmul(v.T, v)
   new = linalg.matmul(v, v.T), linalg.matmul(v, yb), jnp.trace(missed), norm_bound(missed)
@@ -199,7 +199,7 @@ def nystrom_fit(s: NystromStart, totals, ridge) -> NystromFit:
 
 
 def nystrom_rows(kernel_fn, s: NystromStart, fit: NystromFit, ridge, xb, rb, yb):
-  """Of a block: bounds on tau_i, squared residuals of W~, and <R~_b, E_bb R~_b>^{1/2} for each output."""
+  """For a block b: bounds on tau_i, squared residuals of W~, <R~_b, E_bb R~_b>^{1/2} per output."""
   v = _features(kernel_fn, s, xb, rb)
   missed = jnp.maximum(scoring.weighted_diagonal(kernel_fn, xb, rb) - jnp.sum(v**2, axis=0), 0)
   h = jnp.sum(linalg.whiten(linalg.Factor(fit.kept_factor, fit.status), v) ** 2, axis=0)
@@ -212,7 +212,7 @@ def nystrom_rows(kernel_fn, s: NystromStart, fit: NystromFit, ridge, xb, rb, yb)
 
 @functools.partial(jax.jit, static_argnums=1)
 def diagnose(parts, dtype):
-  """The fields of `SensitivityScores` but the guarantee, which the caller knows."""
+  """The fields of `SensitivityScores`; the caller replaces the placeholder for the guarantee."""
   scores, tau, objective, lower, status = parts
   n = scores.shape[0]
   scores = jnp.where(status == Status.OK, jnp.clip(scores, 0, 1), jnp.nan)

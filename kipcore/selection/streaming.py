@@ -1,6 +1,6 @@
-"""Certified scores of data that do not fit in memory: rows are read block by block, twice.
+"""Certified sensitivity bounds for data that do not fit in memory, from blocks of rows.
 
-The host loop is plain Python over compiled steps; nothing but the scores grows with n.
+A Python loop calls compiled functions for each block. Only the scores use memory that grows with n.
 """
 
 import functools
@@ -27,33 +27,32 @@ def stream_krr_sensitivities(
   block_size: int = 1024,
   refine: bool = True,
 ) -> SensitivityScores:
-  """`approximate_krr_sensitivities` of rows on disk: the same bounds, blocks in the order of the file.
+  """`approximate_krr_sensitivities` for rows on disk: the same bounds, with blocks in file order.
 
-  Both bounds are proved for every order of the rows. The norm that enters the second is
-  a sum over blocks, so a file sorted by class gives somewhat larger scores than a shuffled one.
+  Both bounds are proved for every order of the rows. The norm in the second bound is a sum over
+  blocks, so a file sorted by class gives somewhat larger scores than a shuffled file.
 
   Args:
     key: random key (or int seed) of the landmarks.
     kernel_fn: see `types.KernelFn`; hashable.
-    x: `(n, ...)` rows: anything with `shape` whose slices and integer lists NumPy can
-      read, e.g. `np.memmap`, or an array.
-    y: `(n, c)` floating labels, likewise.
+    x: `(n, ...)` rows: an array, or an object with `shape` that supports slices and integer lists
+      as indices, such as `np.memmap`.
+    y: `(n, c)` floating labels, of the same types as `x`.
     ridge: absolute, scalar > 0.
-    num_landmarks: s; capped at n.
-    transform: maps a block of `x` as read to floating rows, e.g. `Preprocess.apply`; None for rows
-      that are floating already.
-    block_size: rows at a time. Memory is that of s x s and block x (s + block); the second bound
-      takes products of block^2 numbers a row.
-    refine: as in `approximate_krr_sensitivities`; False reads the rows once.
+    num_landmarks: s; limited to n.
+    transform: function that converts a block of `x` to floating rows, e.g. `Preprocess.apply`; None
+      if the rows are already floating.
+    block_size: number of rows processed at a time. Memory: s x s and block_size x (s + block_size)
+      entries. The second bound takes about block_size^2 operations per row.
+    refine: as for `approximate_krr_sensitivities`; False reads the rows only once.
 
   Returns:
-    `SensitivityScores`, over-estimates; the `(n,)` scores are what grows with n. Cost is
-    linear in n: n s kernel entries and n s^2 products a pass. Warns where the scores are flat.
+    `SensitivityScores`, upper bounds. Cost per pass: n s kernel entries and n s^2 operations.
+    Issues a warning if the scores are nearly equal.
 
   Raises:
-    ValueError, TypeError: as `approximate_krr_sensitivities`; NaN rows are named by block.
-
-  Source: as `approximate_krr_sensitivities`.
+    ValueError, TypeError: as `approximate_krr_sensitivities`. The message for NaN rows names the
+      block.
   """
   n = x.shape[0]
   num_landmarks, block_size = checks.positive_ints(
@@ -73,7 +72,7 @@ def stream_krr_sensitivities(
   size = min(block_size, n)
 
   def row_blocks():
-    """The rows of each block, and the block padded to `size` with rows of weight and labels 0."""
+    """Yields row indices and the block, padded to `size` with rows of weight 0 and labels 0."""
     for part in blocks.row_slices(n, size):
       rows = np.arange(part.start, part.stop)
       xb, yb = read(part, f"rows {part.start} to {part.stop - 1}")
@@ -102,7 +101,7 @@ def stream_krr_sensitivities(
 
 
 def _read(x, y, transform, rows, where) -> tuple[Array, Array]:
-  """A block of rows and labels as device arrays, checked."""
+  """Reads and checks a block of rows and labels; returns device arrays."""
   xb, yb = x[rows], np.asarray(y[rows])
   xb = np.asarray(xb if transform is None else transform(xb))
   for name, values in (("x", xb), ("y", yb)):

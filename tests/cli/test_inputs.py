@@ -106,7 +106,7 @@ def test_dirty_rows_work_or_are_refused(entry):
     if pattern is None and entry in ("evaluate_network", "distill"):
       continue
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # about flat scores
+      warnings.simplefilter("ignore")  # about nearly equal scores
       if pattern is None:
         assert all(np.isfinite(np.asarray(part)).all() for part in ENTRIES[entry](x, y)), name
         continue

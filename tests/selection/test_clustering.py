@@ -61,12 +61,12 @@ def draw(key, weights, num_draws):
 
 
 class TestDrawRows:
-  def test_law(self, dtype):
+  def test_distribution(self, dtype):
     weights = np.array([0, 3, 0, 1, 2, 0, 5, 0, 0, 0.5, 0])
     draws = np.asarray(draw(jax.random.key(0), jnp.asarray(weights, dtype), 20_000))
     assert chi_square_p(np.bincount(draws, minlength=11), weights) > 1e-3
 
-  def test_many_rows_never_give_an_empty_one(self):
+  def test_rows_of_zero_weight_are_never_drawn(self):
     n = 2_000_000
     weights = np.random.default_rng(0).uniform(size=n).astype(np.float32)
     weights[::2] = 0
@@ -77,7 +77,7 @@ class TestDrawRows:
     bins = np.bincount(draws // (n // 20), minlength=20)
     assert chi_square_p(bins, weights.reshape(20, -1).sum(1, dtype=np.float64)) > 1e-3
 
-  def test_tiny_next_to_huge(self, dtype):
+  def test_tiny_and_huge_weights(self, dtype):
     weights = jnp.zeros(1000, dtype).at[jnp.array([3, 997])].set(jnp.array([1e-20, 1e10], dtype))
     assert set(np.asarray(draw(jax.random.key(0), weights, 500)).tolist()) == {997}
 
@@ -98,7 +98,7 @@ class TestSeedingLaw:
       return self.weights
     return self.weights * squared_distances(self.x, self.x[list(previous)]).min(1)
 
-  def test_order_of_seeds(self, x64):
+  def test_distribution_of_seed_sequences(self, x64):
     k = 4
     drawn = self.sequences(k, 20_000)
     expected = {}
@@ -129,7 +129,7 @@ class TestSeedingLaw:
       p = p[order]
     assert chi_square_p(observed, p) > 1e-3
 
-  def test_greedy_takes_the_best_of_its_trials(self, x64):
+  def test_greedy_selects_the_best_trial(self, x64):
     """With two trials, P(pair of seeds) = P(first) * P(it is the better of two independent draws)."""
     drawn = self.sequences(2, 20_000, num_trials=2)
     first = self.weights / self.weights.sum()
@@ -154,7 +154,7 @@ class TestSeedingLaw:
       chi_square_p(counts[np.ix_(keep, keep)].ravel(), expected[np.ix_(keep, keep)].ravel()) > 1e-3
     )
 
-  def test_many_seeds_against_a_plain_loop(self, x64):
+  def test_many_seeds_match_a_sequential_loop(self, x64):
     """Past the early blocks too: mean cost after 60 seeds equals that of a sequential NumPy loop."""
     x = np.random.default_rng(0).normal(size=(200, 3))
     rng = np.random.default_rng(1)
@@ -186,7 +186,7 @@ class TestSeeding:
     assert not np.array_equal(indices, kmeans_plusplus(jax.random.key(1), x, 25).indices)
 
   @pytest.mark.parametrize("num_trials", [1, 3])
-  def test_duplicates_only_when_distinct_rows_are_used_up(self, dtype, num_trials):
+  def test_duplicates_only_after_all_distinct_rows(self, dtype, num_trials):
     """Coordinates far from zero: float32 products of such rows do not cancel exactly."""
     rng = np.random.default_rng(0)
     distinct = rng.normal(size=(8, 40)) + 100
@@ -205,7 +205,7 @@ class TestSeeding:
     padded = kmeans_plusplus(0, same, 5, weights=jnp.array([0, 1, 1, 0, 0], dtype)).indices
     assert set(np.asarray(padded).tolist()) == {1, 2}
 
-  def test_zero_weight_is_absent(self, dtype):
+  def test_rows_of_zero_weight_are_ignored(self, dtype):
     x = jnp.asarray(blobs(), dtype)
     weights = jnp.asarray(np.arange(300) % 30 == 0, dtype)
     for seed in range(5):
@@ -229,7 +229,7 @@ class TestSeeding:
       assert np.asarray(weights[c])[np.asarray(together[c])].all()
 
   @pytest.mark.parametrize("num_trials", [1, 3])
-  def test_linear_kernel_is_euclidean(self, x64, num_trials):
+  def test_linear_kernel_matches_euclidean_seeding(self, x64, num_trials):
     x = jnp.asarray(load_digits().data[:200]) / 16
     for seed in range(5):
       key = jax.random.key(seed)
@@ -239,7 +239,7 @@ class TestSeeding:
         kernel_kmeans_plusplus(key, linear, x, 15, num_trials=num_trials, block_size=70).indices,
       )
 
-  def test_kernel_law(self, x64):
+  def test_kernel_distribution(self, x64):
     """The second seed of an RBF kernel follows 2 - 2 k(i, first)."""
     x = jnp.asarray(TestSeedingLaw.x)
     run = jax.jit(jax.vmap(lambda key: kernel_kmeans_plusplus(key, rbf, x, 2).indices))
@@ -252,7 +252,7 @@ class TestSeeding:
 
   @pytest.mark.parametrize("num_trials", [1, None])
   @pytest.mark.parametrize("name", ["blobs", "digits"])
-  def test_quality_of_scikit_learn(self, name, num_trials):
+  def test_cost_matches_scikit_learn(self, name, num_trials):
     x, k = (blobs(1000, 8, 20), 20) if name == "blobs" else (load_digits().data[:600], 30)
     ours, theirs = [], []
     for seed in range(30):
@@ -301,7 +301,7 @@ class TestSeeding:
     kmeans(jax.random.key(1), x, 10, tolerance=1e-3, max_iterations=3)
     assert before == (clustering._euclidean_seeds._cache_size(), clustering._kmeans._cache_size())
 
-  def test_errors(self):
+  def test_invalid_input_raises(self):
     x = jnp.ones((6, 2))
     with pytest.raises(ValueError, match="at most the number of rows, 6"):
       kmeans_plusplus(0, x, 7)
@@ -343,7 +343,7 @@ class TestLloyd:
     )
     assert_close(result.centers, means, 10 * RTOL[dtype.name])
 
-  def test_inertia_never_rises(self):
+  def test_inertia_never_increases(self):
     x = jnp.asarray(load_digits().data, jnp.float32)
     runs = [kmeans(jax.random.key(0), x, 10, max_iterations=i, tolerance=0.0) for i in range(1, 9)]
     path = [float(run.inertia) for run in runs]
@@ -370,7 +370,7 @@ class TestLloyd:
     single = [float(kmeans(jax.random.key(s), x, 10).inertia) for s in range(5)]
     assert float(best.inertia) <= np.mean(single)
 
-  def test_integer_weights_are_copies(self, x64):
+  def test_integer_weights_equal_repeated_rows(self, x64):
     """The optimum of well-separated blobs is found by both, and it is the same."""
     x = make_blobs(40, 2, centers=[[0, 0], [50, 0], [0, 50]], random_state=0)[0]
     copies = np.random.default_rng(0).integers(1, 4, 40)
@@ -392,7 +392,7 @@ class TestLloyd:
       and bool(jnp.isfinite(result.centers).all())
     )
 
-  def test_emptied_cluster_is_reseated(self, x64, monkeypatch):
+  def test_empty_cluster_moves_to_a_distant_row(self, x64, monkeypatch):
     """Coinciding seeds leave one of two clusters empty; it moves to a far row, and the optimum is found."""
     x = jnp.asarray(make_blobs(40, 2, centers=[[0, 0], [50, 0]], random_state=0)[0])
     monkeypatch.setattr(
@@ -419,7 +419,7 @@ class TestLloyd:
 
 
 class TestNearestRows:
-  def test_nearest_where_there_is_no_conflict(self, dtype):
+  def test_nearest_rows_without_conflicts(self, dtype):
     x = jnp.asarray(blobs(), dtype)
     centers = kmeans(jax.random.key(0), x, 10).centers
     rows = np.asarray(nearest_rows(x, centers))
@@ -427,7 +427,7 @@ class TestNearestRows:
     distances = squared_distances(x, centers)
     assert_close(distances[rows, np.arange(10)], distances.min(0), RTOL[dtype.name])
 
-  def test_conflicts_follow_the_rule(self, x64):
+  def test_conflicts_are_resolved_in_order(self, x64):
     """More centers than a block holds; a plain loop in order gives the same rows."""
     rng = np.random.default_rng(0)
     x, centers = rng.normal(size=(90, 3)), 0.3 * rng.normal(size=(70, 3))

@@ -29,7 +29,7 @@ def blobs(dtype=np.float32, sizes=(60, 25, 40), side=4, seed=0):
 
 
 @pytest.mark.parametrize("strategy", coreset.STRATEGIES)
-def test_contract_of_every_strategy(strategy, dtype):
+def test_every_strategy_returns_a_valid_coreset(strategy, dtype):
   x, y = blobs(dtype)
   chosen = kipcore.select_coreset(3, x, y, 4, strategy, NTK, num_candidates=40)
   assert chosen.x.shape == (12, 4, 4, 1) and chosen.y.shape == (12, 3)
@@ -83,7 +83,7 @@ def test_sensitivity_weights_are_unbiased(x64):
 
 
 @pytest.mark.parametrize("b_std", [0.0, 0.1])
-def test_three_cures_give_one_predictor(b_std, x64):
+def test_three_ways_to_absorb_weights_give_the_same_predictor(b_std, x64):
   x, y = blobs(np.float64)
   kernel = kipcore.ntk_fn(kipcore.fc(1, b_std=b_std))
   chosen = kipcore.select_coreset(0, x, y, 4, "krr_sensitivity", kernel)
@@ -122,7 +122,7 @@ def test_solved_labels_are_never_worse_than_the_weighted_coreset(x64):
     assert objective(solved) <= objective(weighted) * (1 + 1e-9)
 
 
-def test_auto_is_never_worse_than_uniform_by_its_measure(dtype):
+def test_auto_is_never_worse_than_uniform_by_its_criterion(dtype):
   x, y = blobs(dtype)
   chosen = kipcore.select_coreset(0, x, y, 2, "auto", NTK, num_candidates=40)
   assert set(chosen.objectives) == set(coreset.AUTO_CANDIDATES)
@@ -156,7 +156,7 @@ def test_auto_is_never_worse_than_uniform_by_its_measure(dtype):
     ),
   ],
 )
-def test_wrong_input_is_named(call, message):
+def test_invalid_input_raises(call, message):
   with pytest.raises(ValueError, match=message):
     call(*blobs())
 
@@ -172,7 +172,7 @@ EVERY_STRATEGY = [s for s in coreset.STRATEGIES if s not in ("noise", "krr_pursu
 
 
 @pytest.mark.parametrize("strategy", EVERY_STRATEGY)
-def test_duplicate_rows_keep_the_total_weight_and_are_reported(strategy):
+def test_duplicate_rows_keep_the_total_weight_and_issue_a_warning(strategy):
   x, y = repeated_rows("float32")
   with pytest.warns(UserWarning, match="got 5 for 2 distinct rows of class 0"):
     chosen = kipcore.select_coreset(0, x, y, 5, strategy, kipcore.ntk_fn(kipcore.fc(1)))
@@ -217,7 +217,7 @@ def test_automatic_score_ridges_are_accepted_by_the_scores(target):
   assert np.isfinite(scores.scores).all()
 
 
-def test_auto_leaves_out_candidates_that_fail():
+def test_auto_skips_candidates_that_fail():
   x, y = repeated_rows("float32")
   kernel_fn = kipcore.ntk_fn(kipcore.fc(1))
   with pytest.warns(UserWarning):
@@ -227,7 +227,7 @@ def test_auto_leaves_out_candidates_that_fail():
   assert "krr_pursuit" not in chosen.objectives and chosen.strategy in chosen.objectives
 
 
-def test_coresets_pass_through_jit():
+def test_coresets_can_pass_through_jit():
   x, y = repeated_rows("float32")
   chosen = kipcore.select_coreset(0, x, y, 2, "krr_sensitivity", kipcore.ntk_fn(kipcore.fc(1)))
   doubled = jax.jit(lambda c: dataclasses.replace(c, weights=2 * c.weights))(chosen)

@@ -55,7 +55,7 @@ def rbf(x1, x2=None):
   return jnp.exp(-0.5 * jnp.sum((x1[:, None] - x2[None]) ** 2, axis=-1) / 9)
 
 
-def test_sizes_invert_and_scale():
+def test_guarantee_at_inverts_sample_size():
   for theorem in guarantees.THEOREMS:
     for epsilon in (0.05, 0.3, 0.9):
       m = guarantees.sample_size(40.0, 35.0, epsilon, 0.1, theorem)
@@ -75,7 +75,7 @@ def test_sizes_invert_and_scale():
   assert 3.9 < strong[1] / strong[0] < 4.1 and 1.9 < optimum[1] / optimum[0] < 2.1
 
 
-def test_sizes_by_hand():
+def test_sample_sizes_match_direct_formulas():
   log = math.log(20)
   assert guarantees.sample_size(10, 1, 0.5, 0.1, "single_query") == math.ceil(
     80 * (1 + 1 / 6) * log
@@ -96,14 +96,14 @@ def test_sizes_by_hand():
     (dict(theorem="x"), "theorem"),
   ],
 )
-def test_size_errors(bad, match):
+def test_sample_size_rejects_invalid_input(bad, match):
   with pytest.raises(ValueError, match=match):
     guarantees.sample_size(
       **{**dict(total_sensitivity=5.0, dimension=4.0, epsilon=0.5, delta=0.1), **bad}
     )
 
 
-def test_theorems_hold_where_they_apply(x64):
+def test_measured_errors_are_within_the_guarantees(x64):
   """At the size of a theorem, far fewer than delta of the draws exceed its epsilon, over all queries of the bank."""
   _, k, y = heavy_tailed(200)
   ridge = 3000.0
@@ -155,7 +155,7 @@ def test_sensitivity_beats_uniform_on_heavy_tails(x64):
   assert exact <= 0.6 * uniform and mixed <= 0.6 * uniform
 
 
-def test_error_falls_as_the_square_root_of_the_size(x64):
+def test_error_decreases_as_the_inverse_square_root_of_the_size(x64):
   _, k, y = heavy_tailed(200)
   scores, _, _ = closed_form(k, y, RIDGE)
   bank, sizes = bank_of(k, y), [50, 200, 800]
@@ -163,7 +163,7 @@ def test_error_falls_as_the_square_root_of_the_size(x64):
   assert -0.6 <= np.polyfit(np.log(sizes), np.log(errors), 1)[0] <= -0.4
 
 
-def test_no_harm_on_flat_data(x64):
+def test_sampling_by_nearly_equal_scores_is_as_good_as_uniform(x64):
   """Points of a sphere: scores are flat, and sampling by them is as good as uniform, within noise."""
   rng = np.random.default_rng(3)
   x = rng.normal(size=(300, 4))
@@ -177,7 +177,7 @@ def test_no_harm_on_flat_data(x64):
   assert a.mean() <= b.mean() + 3 * np.hypot(a.std(), b.std()) / np.sqrt(200)
 
 
-def test_noisy_labels_are_not_overdrawn(x64):
+def test_wrong_labels_are_not_oversampled(x64):
   """10 % wrong labels: a drawn sample has at most 1.3 times their share, the top by label term over 90 %."""
   rng = np.random.default_rng(4)
   n, classes = 400, rng.integers(0, 4, 400)
@@ -195,7 +195,7 @@ def test_noisy_labels_are_not_overdrawn(x64):
   assert wrong[np.argsort(-residuals)[:30]].mean() > 0.9
 
 
-def test_certificate_against_direct_formulas(x64):
+def test_certificate_matches_direct_formulas(x64):
   """Exact case: F*, F(W_S), effective dimension and the errors equal NumPy's; JSON round trip; key decides."""
   _, k, y = heavy_tailed(150)
   scores, best, dimension = closed_form(k, y, RIDGE)
@@ -242,7 +242,7 @@ def test_certificate_against_direct_formulas(x64):
   assert again == found
 
 
-def test_bank_attains_the_sensitivities(x64):
+def test_test_queries_attain_the_sensitivities(x64):
   """At the sharpest query of a row its share of F is its sensitivity: the closed form and the bank agree."""
   _, k, y = heavy_tailed(120)
   scores, _, _ = closed_form(k, y, RIDGE)
@@ -254,7 +254,7 @@ def test_bank_attains_the_sensitivities(x64):
   assert_close(np.diag(shares[top, 12:22]), scores[top], 1e-6)
 
 
-def test_whole_set_is_without_error_in_float32():
+def test_all_rows_have_no_error_in_float32():
   dtype = jnp.dtype("float32")
   x = jnp.asarray(np.random.default_rng(6).normal(size=(90, 3)), dtype)
   y = jnp.sin(x[:, :2])
@@ -264,7 +264,7 @@ def test_whole_set_is_without_error_in_float32():
   assert found.measured_epsilon < 2e-4 and abs(found.objective_ratio - 1) < 2e-4
 
 
-def test_landmarks_bracket_the_truth(dtype):
+def test_landmarks_give_bounds_on_the_exact_values(dtype):
   """Few landmarks: the lower bound stays below F* and tightens with steps; rows are streamed in uneven blocks."""
   rng = np.random.default_rng(7)
   x = rng.normal(size=(500, 4)).astype(dtype)
@@ -309,7 +309,7 @@ def test_landmarks_bracket_the_truth(dtype):
   )
 
 
-def test_measure_errors():
+def test_measure_coreset_rejects_invalid_input():
   y, k = jnp.ones((5, 1)), jnp.eye(5)
   good = dict(key=0, kernel=k, x=None, y=y, ridge=1.0, indices=jnp.arange(2), weights=jnp.ones(2))
   for change, match in [

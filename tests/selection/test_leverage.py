@@ -120,7 +120,7 @@ def test_feature_scores(dtype, block_size):
 
 
 @pytest.mark.parametrize("block_size", [None, 13])
-def test_landmark_scores_are_the_scores_within_the_landmarks_and_the_row(dtype, block_size):
+def test_landmark_scores_are_exact_for_the_landmarks_and_one_row(dtype, block_size):
   x, ridge = points(), 0.2
   u = np.random.default_rng(1).uniform(0.1, 3.0, 60)
   k, s = rbf_matrix(x), np.array([4, 0, 17, 33, 59])
@@ -134,7 +134,7 @@ def test_landmark_scores_are_the_scores_within_the_landmarks_and_the_row(dtype, 
   assert_close(tau, expected, 20 * RTOL[dtype.name])
 
 
-def test_landmark_scores_over_estimate_and_their_expected_sum(x64):
+def test_landmark_scores_are_upper_bounds_with_bounded_expected_sum(x64):
   n, s, ridge = 60, 12, 0.5
   x = points(n)
   truth = exact(rbf_matrix(x), ridge)
@@ -151,7 +151,7 @@ def test_landmark_scores_over_estimate_and_their_expected_sum(x64):
   assert_close(everything, truth, 1e-11)
 
 
-def test_weighted_landmarks_stay_within_the_measured_spectral_error(x64):
+def test_weighted_landmark_scores_are_within_the_measured_spectral_error(x64):
   x, ridge, n, s = points(400), 20.0, 400, 200
   k = np.asarray(x @ x.T)
   truth = exact(k, ridge)
@@ -179,7 +179,7 @@ def test_weighted_landmarks_stay_within_the_measured_spectral_error(x64):
   assert ratio.max() > 1 + 1e-3 or ratio.min() < 1 - 1e-3
 
 
-def test_low_rank_bounds_bracket_the_scores_at_every_rank(x64):
+def test_low_rank_bounds_enclose_the_scores_at_every_rank(x64):
   x, ridge = points(), 0.5
   k = rbf_matrix(x)
   truth = exact(k, ridge)
@@ -261,14 +261,14 @@ def test_landmark_score_ridge_encloses_the_dimension(x64):
       assert abs(d_eff / target - 1) < 1e-4
 
 
-def test_float32_keeps_three_digits_where_the_ridge_allows():
+def test_float32_has_three_digits_for_large_ridges():
   k = rbf_matrix(points(150))
   for scale in (1e-2, 1e-1, 1.0, 10.0):
     tau = leverage.ridge_leverage_scores(jnp.asarray(k, jnp.float32), scale)
     assert np.abs(np.asarray(tau) - exact(k, scale)).max() < 1e-3
 
 
-def test_float32_refuses_a_tiny_ridge():
+def test_float32_rejects_a_tiny_ridge():
   k = jnp.asarray(rbf_matrix(points()), jnp.float32)
   x = jnp.asarray(points(), jnp.float32)
   for call in (
@@ -302,15 +302,15 @@ def test_transformations_agree_and_do_not_recompile(dtype):
   assert (leverage._exact._cache_size(), leverage._landmark_leverage._cache_size()) == compiled
 
 
-def test_flat_scores_warn():
-  with pytest.warns(UserWarning, match="flat"):
+def test_nearly_equal_scores_issue_a_warning():
+  with pytest.warns(UserWarning, match="nearly equal"):
     leverage.warn_if_flat(1.0499)
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     leverage.warn_if_flat(1.0501)
 
 
-def test_bad_input():
+def test_invalid_input_raises():
   k = jnp.eye(4)
   x = jnp.ones((4, 2))
   for call, message in (
@@ -319,7 +319,7 @@ def test_bad_input():
     (lambda: leverage.ridge_leverage_scores(k, jnp.ones(4)), "ridge"),
     (lambda: leverage.ridge_leverage_scores(k, 1.0, jnp.ones(3)), "weights: expected shape"),
     (lambda: leverage.ridge_leverage_scores(k, 1.0, -jnp.ones(4)), "weights: expected values >= 0"),
-    (lambda: leverage.landmark_leverage_scores(linear, x, jnp.array([1, 1]), 1.0), "none twice"),
+    (lambda: leverage.landmark_leverage_scores(linear, x, jnp.array([1, 1]), 1.0), "no duplicates"),
     (lambda: leverage.landmark_leverage_scores(linear, x, jnp.array([4]), 1.0), "landmarks"),
     (lambda: score_ridge.score_ridge_for_dimension(k, 4.0), "target"),
     (lambda: score_ridge.score_ridge_for_dimension(jnp.ones(4), 2.0, jnp.ones(4)), "eigenvalues"),

@@ -48,7 +48,7 @@ def rows(n=200, d=4, seed=0):
 
 class TestRPCholesky:
   @pytest.mark.parametrize("block_size", [1, 12])
-  def test_factor_is_the_projection_on_its_pivots(self, dtype, block_size):
+  def test_factor_is_the_projection_onto_the_pivots(self, dtype, block_size):
     x = jnp.asarray(rows(), dtype)
     result = rpcholesky(jax.random.key(0), rbf, x, 40, block_size=block_size, row_block_size=64)
     rtol = 100 * RTOL[dtype.name]
@@ -72,7 +72,7 @@ class TestRPCholesky:
       assert path[r - 1] == pytest.approx(schur_diagonal(k, pivots[:r]).sum(), rel=rtol)
 
   @pytest.mark.parametrize("block_size", [1, 3])
-  def test_law(self, x64, block_size):
+  def test_distribution_of_pivots(self, x64, block_size):
     """Frequencies of ordered pivots against the enumerated sequential law; blocks and weights included."""
     x = rows(5, 2)
     weights = np.array([1.0, 2.0, 0.5, 1.0, 0.0])
@@ -101,7 +101,7 @@ class TestRPCholesky:
     assert sum(expected.values()) == pytest.approx(1) and frequencies.min() > 5
     assert stats.chisquare([counts.get(s, 0) for s in expected], frequencies).pvalue > 1e-3
 
-  def test_blocks_give_the_residual_of_the_simple_form(self, x64):
+  def test_blocks_match_the_residual_of_single_pivots(self, x64):
     """Past the first block and factor chunk, on digits: mean residual trace within 4 standard errors."""
     x = jnp.asarray(load_digits().data[:500] / 16)
     run = lambda block: np.array(
@@ -114,7 +114,7 @@ class TestRPCholesky:
     assert abs(simple.mean() - block.mean()) < 4 * np.sqrt((simple.var() + block.var()) / 40)
 
   @pytest.mark.parametrize("block_size", [1, 8])
-  def test_low_rank_ends_early(self, dtype, block_size):
+  def test_low_rank_stops_early(self, dtype, block_size):
     x = jnp.asarray(np.repeat(rows(6, 5), 5, axis=0), dtype)
     result = rpcholesky(jax.random.key(0), linear, x, 12, block_size=block_size)
     assert int(result.count) == 5 and int(result.status) == Status.OK
@@ -127,7 +127,7 @@ class TestRPCholesky:
       30 * RTOL[dtype.name],
     )
 
-  def test_duplicates_are_never_both_chosen(self, dtype):
+  def test_duplicates_are_not_both_selected(self, dtype):
     x = jnp.asarray(np.repeat(rows(20, 4), 4, axis=0), dtype)
     for seed in range(5):
       pivots = np.asarray(rpcholesky(jax.random.key(seed), rbf, x, 20, block_size=8).pivots)
@@ -153,7 +153,7 @@ class TestRPCholesky:
     assert not np.array_equal(first.pivots, rpcholesky(jax.random.key(1), rbf, x, 10).pivots)
     assert cholesky._rpcholesky._cache_size() == before
 
-  def test_failures(self):
+  def test_invalid_input_raises(self):
     x = jnp.asarray(rows(10), jnp.float32)
     broken = lambda a, b=None: rbf(a, b) * jnp.nan
     assert int(rpcholesky(0, broken, x, 3).status) == Status.NOT_FINITE
@@ -192,7 +192,7 @@ def best_objective(x, y, points, ridge, jitter=0.0):
 class TestKRRPursuit:
   ridge = 0.3
 
-  def test_objective_is_the_true_one(self, dtype):
+  def test_objectives_match_direct_evaluation(self, dtype):
     x, y, _ = problem(dtype)
     result = krr_pursuit(0, rbf, x, y, jnp.arange(60), 15, self.ridge, block_size=40)
     rtol = 50 * RTOL[dtype.name]
@@ -210,7 +210,7 @@ class TestKRRPursuit:
     assert_close(result.pool_objective, best_objective(x, y, x[:60], self.ridge, jitter), rtol)
     assert float(result.pool_objective) < float(result.objectives[-1])
 
-  def test_float32_outlives_the_squared_condition(self):
+  def test_float32_is_accurate_for_a_large_squared_condition_number(self):
     # Nearby rows: M has a condition far beyond float32, in which no Cholesky factor of it exists.
     rng = np.random.default_rng(0)
     x = jnp.asarray(0.5 * rng.normal(size=(400, 8)), jnp.float32)
@@ -222,7 +222,7 @@ class TestKRRPursuit:
     assert int(result.status) == Status.OK
     assert_close(result.objectives[-1], best_objective(x, y, x[result.indices], 1e-2), 1e-4)
 
-  def test_each_step_is_the_best_single_step(self, x64):
+  def test_each_step_is_the_best_single_addition(self, x64):
     x, y, _ = problem(jnp.float64, n=60)
     result = krr_pursuit(0, rbf, x, y, jnp.arange(20, 50), 6, self.ridge)
     chosen = []
@@ -272,7 +272,7 @@ class TestKRRPursuit:
       result.objectives[-1], best_objective(x, y, x[:6], self.ridge), 100 * RTOL[dtype.name]
     )
 
-  def test_pool_of_its_own_rows(self, dtype):
+  def test_pool_of_separate_rows(self, dtype):
     x, y, _ = problem(dtype)
     means = jnp.stack([x[i::8].mean(0) for i in range(8)])
     result = krr_pursuit(0, rbf, x, y, means, 5, self.ridge)
@@ -281,7 +281,7 @@ class TestKRRPursuit:
       objective(x, y, means[result.indices], result.coefficients, self.ridge),
       50 * RTOL[dtype.name],
     )
-    with pytest.raises(ValueError, match="classes: expected one class a candidate"):
+    with pytest.raises(ValueError, match="classes: expected one class per candidate"):
       krr_pursuit(0, rbf, x, y, means, 5, self.ridge, quota=2)
 
   def test_jit_determinism_and_no_recompilation(self, x64):
@@ -297,7 +297,7 @@ class TestKRRPursuit:
     np.testing.assert_array_equal(first.indices, outer.indices)
     assert_close(outer.objectives, first.objectives, 1e-12)
 
-  def test_edges(self, dtype):
+  def test_edge_cases(self, dtype):
     """Constant labels, as many points as candidates, and one row."""
     x, y, _ = problem(dtype, n=12)
     constant = krr_pursuit(0, rbf, x, jnp.zeros_like(y), 12, 3, self.ridge)
@@ -309,7 +309,7 @@ class TestKRRPursuit:
     one = krr_pursuit(0, rbf, x[:1], y[:1], 1, 1, self.ridge)
     assert_close(one.coefficients, np.asarray(y[:1]) / (1 + self.ridge), 10 * RTOL[dtype.name])
 
-  def test_failures(self):
+  def test_invalid_input_raises(self):
     x, y, _ = problem(jnp.float32)
     broken = lambda a, b=None: rbf(a, b) * jnp.nan
     assert int(krr_pursuit(0, broken, x, y, 10, 3, 0.1).status) == Status.NOT_FINITE

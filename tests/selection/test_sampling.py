@@ -49,12 +49,12 @@ def _as_sum(sample, n):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_contract_of_every_sampler(name):
+def test_every_sampler_is_valid_and_unbiased(name):
   check_contract(name, jnp.dtype("float32"))
 
 
 @pytest.mark.parametrize("name", ["replacement", "systematic", "stratified_distinct"])
-def test_contract_in_float64(name, x64):
+def test_every_sampler_in_float64(name, x64):
   check_contract(name, jnp.dtype("float64"))
 
 
@@ -91,7 +91,7 @@ def check_contract(name, dtype):
     assert all((drawn == c).sum(1).tolist() == [M // 3] * 2000 for c in (3, 5, 9))
 
 
-def test_input_weights_estimate_the_weighted_sum_and_skip_absent_rows():
+def test_input_weights_give_the_weighted_sum_and_exclude_zero_weights():
   dtype = jnp.dtype("float32")
   scores = skewed(dtype)
   u = jnp.asarray(np.random.default_rng(2).integers(0, 4, N), dtype)
@@ -108,7 +108,7 @@ def test_input_weights_estimate_the_weighted_sum_and_skip_absent_rows():
       assert float(weights.max()) <= float(u.sum()) / (0.5 * M) * (1 + 1e-5)
 
 
-def test_lightweight_mixture_caps_the_weights(x64):
+def test_uniform_mix_bounds_the_weights(x64):
   """With p >= 1/(2n), as in a lightweight coreset, no weight passes 2n/m."""
   x = np.random.default_rng(4).normal(size=(N, 3))
   distances = jnp.asarray(((x - x.mean(0)) ** 2).sum(1))
@@ -147,7 +147,7 @@ def test_inclusion_units_are_exact(dtype):
     assert np.all(units[always] == 0) and np.array_equal((units > 0) | always, p > 0)
 
 
-def test_inclusion_follows_the_capped_law(x64):
+def test_inclusion_matches_the_capped_probabilities(x64):
   """Pi = min(1, c p) with sum b, against bisection for c."""
   p = np.array(skewed("float64", 50))
   p[:2] *= 100
@@ -178,7 +178,7 @@ def test_systematic_frequencies_distinct_rows_and_certain_rows(dtype):
   assert all(len(set(row)) == M for row in np.asarray(sample.indices).tolist())
 
 
-def test_neighbors_are_not_tied_by_the_order():
+def test_adjacent_rows_are_drawn_almost_independently():
   """Rows next to one another are drawn together about as often as any pair."""
   indices = jax.vmap(lambda key: sampling.systematic_sample(key, jnp.ones(N), M).indices)(
     jax.random.split(jax.random.key(2), 4000)
@@ -198,7 +198,7 @@ def test_scrambled_order_is_a_bijection(log_size):
     assert np.array_equal(np.sort(draws._scrambled(words, log_size)), np.arange(2**log_size))
 
 
-def test_large_laws_in_float32():
+def test_many_rows_in_float32():
   """2e6 rows, half of probability zero: none of them is drawn; 20 bins are within 1 % of their probability."""
   n = 2_000_000
   rng = np.random.default_rng(6)
@@ -227,7 +227,7 @@ def test_large_laws_in_float32():
     )
 
 
-def test_edges_of_the_uniform_variate_stay_inside():
+def test_extreme_uniform_variates_give_valid_indices():
   draw = jax.jit(draws.draw_rows, static_argnums=2)
   for weights in ([0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 5.0]):
     rows = draw(jax.random.key(0), jnp.asarray(weights), 1000)
@@ -236,7 +236,7 @@ def test_edges_of_the_uniform_variate_stay_inside():
   assert np.all(np.asarray(draws._below(jax.random.key(1), tops, 3)) < np.asarray(tops))
 
 
-def test_gumbel_threshold_is_unbiased_and_the_naive_weight_is_not(x64):
+def test_gumbel_weights_are_unbiased_and_naive_weights_are_not(x64):
   p = np.r_[0.5, 0.2, np.full(10, 0.03)]
   f, b, times = np.ones(12), 6, 5000
   f[0] = 4.0
@@ -266,7 +266,7 @@ def test_merge_duplicates_keeps_sums(dtype):
   assert_close(big.weights[:count], expected[expected > 0], 1e-5)
 
 
-def test_importance_conventions():
+def test_importance_weights():
   losses = skewed("float32")
   assert np.all(np.asarray(sampling.importance_sample(0, losses, M, 0.1, 0.0).weights) == 1)
   whole = sampling.importance_sample(0, losses, N, 0.1, 1.0)
@@ -286,7 +286,7 @@ def test_importance_conventions():
   assert_close(scaled.weights, plain.weights, 1e-4)
 
 
-def test_weighted_batch_gradients_and_the_order_of_variances(x64):
+def test_weighted_batch_gradients_and_their_variances(x64):
   """A fitted model: mean of 5,000 batch gradients = full gradient; optimum <= residual norm <= uniform."""
   rng, n, d, c, b = np.random.default_rng(8), 300, 6, 3, 10
   x = rng.normal(size=(n, d)) * rng.lognormal(0, 0.3, (n, 1))
@@ -358,7 +358,7 @@ def test_one_row_and_all_rows():
   )
 
 
-def test_errors():
+def test_invalid_input_raises():
   ones = jnp.ones(5)
   for draw in (sampling.systematic_sample, sampling.gumbel_sample, sampling.importance_sample):
     with pytest.raises(ValueError, match="at most the number of rows, 5, got 6"):
@@ -385,7 +385,7 @@ def test_errors():
     sampling.systematic_sample(0, jnp.ones(70_000), 66_000)
 
 
-def test_traced_failures_show_in_the_weights():
+def test_traced_failures_give_nan_weights():
   """What a host call refuses gives NaN weights (and a status) inside a transformation, with valid indices."""
   bad = [jnp.ones(5).at[1].set(jnp.nan), -jnp.ones(5), jnp.ones(5).at[2:].set(0)]
   systematic = jax.jit(lambda s: sampling.systematic_sample(0, s, 3))

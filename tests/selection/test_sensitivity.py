@@ -59,7 +59,7 @@ def objective(x, y, w, ridge):
 
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("ridge", [1e-2, 1.0, 100.0])
-def test_scores_are_the_supremum(x64, classes, ridge):
+def test_scores_equal_the_supremum(x64, classes, ridge):
   # F and f_i are quadratic forms of (vec W, 1), so sup f_i / F is a generalized eigenvalue.
   n, p = 25, 6
   rng = np.random.default_rng(0)
@@ -152,7 +152,7 @@ def test_invariances(x64):
   assert np.abs(call(k, y + 1 / 3, ridge, u) - s).max() > 1e-3  # centring the labels matters
 
 
-def test_ridge_on_the_label_coordinate_under_estimates(x64):
+def test_labels_as_an_extra_feature_give_lower_scores(x64):
   x, y, _, _ = problem()
   k, y, ridge = rbf_matrix(x), y[:, :1], 2.0
   joint = np.diag(np.linalg.solve(k + y @ y.T + ridge * np.eye(60), k + y @ y.T))
@@ -163,7 +163,7 @@ def test_ridge_on_the_label_coordinate_under_estimates(x64):
 
 
 @pytest.mark.parametrize("ridge", [0.05, 1.0, 50.0])
-def test_class_blocks_over_estimate(dtype, ridge):
+def test_class_blocks_are_upper_bounds(dtype, ridge):
   x, y, label, u = problem()
   truth = exact(rbf_matrix(x), y, ridge, u)
   args = jnp.asarray(x, dtype), jnp.asarray(y, dtype), ridge
@@ -192,7 +192,7 @@ def test_class_blocks_over_estimate(dtype, ridge):
 
 
 @pytest.mark.parametrize("refine", [False, True])
-def test_landmarks_over_estimate_for_every_draw(x64, refine):
+def test_landmark_scores_are_upper_bounds_for_every_draw(x64, refine):
   x, y, _, u = problem()
   k, weights = rbf_matrix(x), jnp.asarray(u)
   call = lambda seed, ridge, s: approximate(jax.random.key(seed), x, y, ridge, s, u, refine=refine)
@@ -233,7 +233,7 @@ def test_refinement_tightens_the_label_term(x64):
   assert totals[1] < 0.8 * totals[0]
 
 
-def test_the_parts_of_the_nystrom_bound(x64):
+def test_parts_of_the_nystrom_bound(x64):
   x, y, _, u = problem()
   k, root, s = rbf_matrix(x), np.sqrt(u), np.arange(12) * 5
   kw, yw = root[:, None] * k * root, root[:, None] * y
@@ -273,7 +273,7 @@ def test_the_parts_of_the_nystrom_bound(x64):
   assert bound > 0.5 * truth.objective
 
 
-def test_the_bound_on_a_norm(dtype):
+def test_spectral_norm_bound(dtype):
   rng = np.random.default_rng(0)
   for scale in (1e-6, 1.0, 1e6):
     for rank in (1, 3, 40):
@@ -285,7 +285,7 @@ def test_the_bound_on_a_norm(dtype):
   assert sensitivity_cores.norm_bound(jnp.zeros((4, 4), dtype)) == 0
 
 
-def test_given_landmarks_and_a_callers_jit(dtype):
+def test_given_landmarks_inside_jit(dtype):
   x, y, _, u = problem()
   call = lambda key, ridge: approximate(
     key, x, jnp.asarray(y, dtype), ridge, 12, jnp.asarray(u, dtype), landmarks=jnp.arange(12) * 5
@@ -300,7 +300,7 @@ def test_given_landmarks_and_a_callers_jit(dtype):
   assert (np.asarray(eager.scores) >= truth - RTOL[dtype.name]).all()
 
 
-def test_vmap_over_classes_is_the_loop(dtype):
+def test_vmap_over_classes_matches_a_loop(dtype):
   x, y, _, _ = problem()
   k, y = (
     jnp.asarray(rbf_matrix(x).reshape(3, 20, 3, 20)[range(3), :, range(3)], dtype),
@@ -313,7 +313,7 @@ def test_vmap_over_classes_is_the_loop(dtype):
     assert_close(mapped[c], exact(k[c], y[c], 0.5), 20 * RTOL[dtype.name])
 
 
-def test_float32_keeps_three_digits_where_the_ridge_allows():
+def test_float32_has_three_digits_for_large_ridges():
   x, y, _, _ = problem(n=150)
   k = rbf_matrix(x)
   for ridge in (1e-2, 1e-1, 1.0, 10.0):
@@ -331,7 +331,7 @@ def test_float32_keeps_three_digits_where_the_ridge_allows():
   assert int(traced.status) == Status.NOT_POSITIVE_DEFINITE and np.isnan(traced.scores).all()
 
 
-@pytest.mark.filterwarnings("ignore:scores are flat")
+@pytest.mark.filterwarnings("ignore:scores are nearly equal")
 def test_degenerate_data(dtype):
   x, y, _, _ = problem(n=30)
   k = jnp.asarray(rbf_matrix(x), dtype)
@@ -348,13 +348,13 @@ def test_degenerate_data(dtype):
   assert_close(one.scores, [1.0], 1e-6)
 
 
-def test_flat_scores_warn(x64):
+def test_nearly_equal_scores_issue_a_warning(x64):
   k = jnp.asarray(rbf_matrix(problem()[0]))
-  with pytest.warns(UserWarning, match="flat"):
+  with pytest.warns(UserWarning, match="nearly equal"):
     sensitivity.krr_sensitivity_scores(k + 0.01 * jnp.eye(60), jnp.ones((60, 1)), 1e-6)
 
 
-def test_bad_input():
+def test_invalid_input_raises():
   k, y, x = jnp.eye(4), jnp.ones((4, 1)), jnp.ones((4, 2))
   key = jax.random.key(0)
   for call, message in (
@@ -384,7 +384,7 @@ def test_bad_input():
     )
 
 
-def test_mnist_certificates_are_tight():
+def test_mnist_upper_bounds_are_tight():
   folder = needs(SHARED_DATA / "mnist")
   x = read_idx(folder / "train-images-idx3-ubyte.gz")[:600].reshape(600, -1) / np.float32(255)
   label = read_idx(folder / "train-labels-idx1-ubyte.gz")[:600].astype(np.int64)
@@ -407,7 +407,7 @@ def test_mnist_certificates_are_tight():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_kmeans_bound_dominates_every_query(x64, weighted):
+def test_kmeans_bound_holds_for_every_query(x64, weighted):
   n, k, rng = 45, 3, np.random.default_rng(0)
   x = rng.normal(size=(n, 2)) + 5 * rng.normal(size=(3, 2))[rng.integers(0, 3, n)]
   u = rng.uniform(0.2, 3.0, n) if weighted else np.ones(n)
@@ -448,14 +448,14 @@ def test_kmeans_bound_dominates_every_query(x64, weighted):
   assert_close(by_weight, np.bincount(copies, by_copies), 1e-11)
 
 
-def test_kmeans_scores_of_coinciding_rows(dtype):
+def test_kmeans_scores_of_equal_rows(dtype):
   scores = sensitivity.kmeans_sensitivities(jnp.ones((6, 2), dtype), jnp.ones((1, 2), dtype))
   assert_close(scores, np.full(6, 4 / 6), 1e-6)
   unused = jnp.asarray([[1.0, 1.0], [50.0, 50.0]], dtype)
   assert np.isfinite(sensitivity.kmeans_sensitivities(jnp.ones((6, 2), dtype), unused)).all()
 
 
-def test_lightweight_law(dtype):
+def test_lightweight_probabilities(dtype):
   x, _, _, u = problem()
   call = lambda x, u=None: np.asarray(
     sensitivity.lightweight_sensitivities(

@@ -25,7 +25,7 @@ def problem(dtype, n=230, d=5, c=3):
 
 @pytest.mark.parametrize("refine", [True, False])
 @pytest.mark.parametrize("block_size", [50, 230, 1000])
-def test_blocks_of_a_file_score_like_the_array(dtype, tmp_path, refine, block_size):
+def test_file_and_array_give_the_same_scores(dtype, tmp_path, refine, block_size):
   x, y = problem(dtype)
   x.tofile(tmp_path / "x.bin")
   mapped = np.memmap(tmp_path / "x.bin", dtype, "r", shape=x.shape)
@@ -62,7 +62,7 @@ def test_never_below_the_exact_scores(x64):
     assert float(ours.total) < 3 * float(exact.total)
 
 
-def test_pixels_pass_through_the_transform(x64):
+def test_transform_is_applied_to_pixels(x64):
   rng = np.random.default_rng(1)
   pixels = rng.integers(0, 256, size=(90, 6), dtype=np.uint8)
   _, y = problem(np.float64, 90)
@@ -75,7 +75,7 @@ def test_pixels_pass_through_the_transform(x64):
   )
 
 
-def test_steps_compile_once(x64):
+def test_steps_are_compiled_once(x64):
   x, y = problem(np.float64)
   stream_krr_sensitivities(0, KERNEL, x, y, 0.5, 40, block_size=50)
   before = streaming._second_pass._cache_size()
@@ -83,7 +83,7 @@ def test_steps_compile_once(x64):
   assert streaming._second_pass._cache_size() == before
 
 
-def test_bad_input():
+def test_invalid_input_raises():
   x, y = problem(np.float32)
   bad = x.copy()
   bad[120, 2] = np.nan
