@@ -41,7 +41,8 @@ def clip_by_moving_norm(
     return MovingNorm(jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
 
   def update(updates, state, params=None):
-    norm = optax.global_norm(updates).astype(state.average.dtype)
+    squares = sum(jnp.sum(u * u) for u in jax.tree.leaves(updates))
+    norm = jnp.sqrt(squares).astype(state.average.dtype)
     corrected = state.average / (1 - decay ** jnp.maximum(state.count, 1).astype(norm.dtype))
     limit = jnp.where(state.count > 0, factor * corrected, norm)
     scale = jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1), 1)

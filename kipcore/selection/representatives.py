@@ -88,7 +88,7 @@ def _herding(num_rows, x, present):
   def choose(k, carry):
     chosen, free, total = carry
     # Not expanded into products, which cancel if rows are far from the mean.
-    distance = jnp.sum((x + total) ** 2, axis=1)
+    distance = jnp.sum((x + total[None]) ** 2, axis=1)
     i = jnp.argmin(jnp.where(free, distance, jnp.inf)).astype(jnp.int32)
     return chosen.at[k].set(i), free.at[i].set(False), total + x[i]
 
@@ -106,7 +106,7 @@ def _k_center(num_rows, x, present):
     # The first step selects the row nearest to the mean, i.e. to the origin.
     score = jnp.where(k == 0, -squares, nearest)
     i = jnp.argmax(jnp.where(free, score, -jnp.inf)).astype(jnp.int32)
-    distance = jnp.sum((x - x[i]) ** 2, axis=1)
+    distance = jnp.sum((x - x[i][None]) ** 2, axis=1)
     return chosen.at[k].set(i), free.at[i].set(False), jnp.minimum(nearest, distance)
 
   start = jnp.zeros((num_rows,), jnp.int32), present, jnp.full(x.shape[:1], jnp.inf, x.dtype)
