@@ -26,11 +26,13 @@ from kipcore.distillation.methods.closed_form import (
   krr_closed_form,
 )
 from kipcore.distillation.methods.closed_form import Validation as RidgeValidation
+from kipcore.distillation.methods.combined import combined
 from kipcore.distillation.methods.distribution_matching import DMOptions, dm
 from kipcore.distillation.methods.experts import train_expert
 from kipcore.distillation.methods.frepo import FRePoOptions, frepo
 from kipcore.distillation.methods.gradient_matching import GradientMatchingOptions, dc, dsa
 from kipcore.distillation.methods.kip import KIPOptions, kip
+from kipcore.distillation.methods.ratbptt import RaTBPTTOptions, rat_bptt
 from kipcore.distillation.methods.rcig import RCIGOptions, rcig
 from kipcore.distillation.methods.rfad import (
   RFADOptions,
@@ -43,7 +45,9 @@ from kipcore.distillation.optimizers import Optimizer
 from kipcore.distillation.snapshot import CheckpointPolicy, Snapshot, scale_learning_rate
 from kipcore.distillation.targets import Targets, arrange_targets
 from kipcore.evaluation.krr import KRREvaluation, evaluate_krr
-from kipcore.evaluation.networks import evaluate_network
+from kipcore.evaluation.networks import Tuned as TunedProtocol
+from kipcore.evaluation.networks import evaluate_network, tune
+from kipcore.evaluation.protocols import PROTOCOLS, Protocol, label_distribution
 from kipcore.evaluation.ranking import (
   EvaluationEntry,
   KernelEvaluator,
@@ -206,15 +210,18 @@ __all__ = [
   "NpzError",
   "NumericalError",
   "Optimizer",
+  "PROTOCOLS",
   "PivotedCholesky",
   "Preprocess",
   "PreprocessStep",
+  "Protocol",
   "PublishedError",
   "PublishedSet",
   "Pursuit",
   "RBFKernel",
   "RCIGOptions",
   "RFADOptions",
+  "RaTBPTTOptions",
   "RankingScores",
   "ResNet",
   "RidgeValidation",
@@ -233,6 +240,7 @@ __all__ = [
   "Trajectories",
   "TrajectoriesError",
   "TrajectoryMatchingOptions",
+  "TunedProtocol",
   "absorb_weights",
   "approximate_krr_sensitivities",
   "architecture",
@@ -240,6 +248,7 @@ __all__ = [
   "auto_candidates",
   "blocked_krr_sensitivities",
   "class_balanced_indices",
+  "combined",
   "conv_net",
   "dc",
   "distill",
@@ -281,6 +290,7 @@ __all__ = [
   "krr_pursuit",
   "krr_sensitivities",
   "krr_sensitivity_scores",
+  "label_distribution",
   "label_solve",
   "label_solve_rows",
   "landmark_leverage_scores",
@@ -304,6 +314,7 @@ __all__ = [
   "random_feature_kernel",
   "random_features",
   "ranking_scores",
+  "rat_bptt",
   "rbf_fn",
   "rcig",
   "read_torch_file",
@@ -323,6 +334,7 @@ __all__ = [
   "stream_krr_sensitivities",
   "systematic_sample",
   "train_expert",
+  "tune",
   "__version__",
 ]
 

@@ -92,7 +92,7 @@ class DataConfig:
   )
   architecture: str = setting(
     "fc1",
-    "Network: fc1, fc2, ..., conv1, conv2, ... (suffix _vec: no pooling, _gap: global average pooling), myrtle5, myrtle7, myrtle10; suffix _gelu, _erf, _leaky_relu or _identity for an activation other than ReLU.",
+    "Network: auto (conv3 for images, fc1 for other rows), fc1, fc2, ..., conv1, conv2, ... (suffix _vec: no pooling, _gap: global average pooling), myrtle5, myrtle7, myrtle10; suffix _gelu, _erf, _leaky_relu or _identity for an activation other than ReLU.",
     KERNEL,
   )
   kernel: str = setting(
@@ -137,9 +137,22 @@ class DataConfig:
 class DistillConfig(DataConfig):
   """Settings of a distillation."""
 
+  teach: str = setting(
+    "",
+    "Which model the set is for: network (--method=ratbptt), kernel (kip) or both; it chooses the method and leads the report. Without --teach and --method: network.",
+    METHOD,
+    choices=("", "network", "kernel", "both"),
+  )
+  minutes: float = setting(
+    0.0,
+    "Time for the whole run: width and steps are fitted to it by measuring this machine. 0: --width and --steps as given.",
+    METHOD,
+    0.0,
+    1e5,
+  )
   method: str = setting(
     "kip",
-    "kip, label_solve (real images with optimal labels), krr_closed_form; through finite networks: rfad, frepo, rcig, dm, dc, dsa, mtt.",
+    "For kernels: kip, label_solve (real images with optimal labels), krr_closed_form, rfad; for networks: ratbptt, frepo, rcig, dm, dc, dsa, mtt; for both: both.",
     METHOD,
   )
   preset: str = setting(

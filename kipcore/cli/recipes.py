@@ -11,6 +11,10 @@ from kipcore.cli.config import DistillConfig
 from kipcore.cli.errors import UsageError, usage
 
 PRESETS = ("cpu", "published")
+# The method that --teach chooses.
+TEACH = {"network": "ratbptt", "kernel": "kip", "both": "both"}
+# Methods whose set is for a kernel, the one of the run or that of their own networks.
+_FOR_KERNELS = ("kip", "label_solve", "krr_closed_form", "rfad")
 
 
 class Problem(NamedTuple):
@@ -120,6 +124,24 @@ def _ratbptt(config, problem, options):
   )
 
 
+def _both(config, problem, options):
+  from kipcore import kernels
+  from kipcore.architectures import architecture
+  from kipcore.distillation.methods import combined, kip
+
+  network = dataclasses.replace(options, loss="squared_error")
+  name = config.score_architecture or problem.kernel_fn.arch.name
+  # The loss of kip is a mean over classes, that of networks a sum.
+  return combined.combined(
+    _ratbptt(config, problem, network),
+    kip.kip(
+      kernels.NetworkKernel(architecture(name), config.kernel),
+      kip.KIPOptions(config.relative_ridge, learn_labels=config.learn_labels),
+    ),
+    weights=(1.0, float(problem.num_classes)),
+  )
+
+
 def _mtt(config, problem, options):
   from kipcore.distillation.methods import trajectory_matching
   from kipcore.io import trajectories
@@ -221,6 +243,7 @@ RECIPES = {
     "ratbptt:RaTBPTTOptions",
     dict(
       _NETWORKS,
+      architecture="auto",
       learn_labels=False,
       width=128,
       optimizer="adam_clipped",
@@ -235,9 +258,29 @@ RECIPES = {
       learn_labels=True,
       learning_rate=0.01,
       schedule="cosine",
-      steps=1000,
+      steps=400,
       protocol="soft",
+      network_steps=0,
     ),
+    dict(unroll=60, window=30, inner_rate=3e-3, augmentation=""),
+    norm="instance",
+  ),
+  "both": Recipe(
+    _both,
+    "ratbptt:RaTBPTTOptions",
+    dict(
+      architecture="auto",
+      score_architecture="fc1",
+      solve_labels=False,
+      width=128,
+      optimizer="adam_clipped",
+      learning_rate=1e-3,
+      steps=10_000,
+      target_batch_size=1000,
+      network_seeds=5,
+      protocol="frepo",
+    ),
+    dict(_CPU, learning_rate=0.01, schedule="cosine", steps=400, protocol="frepo", network_steps=0),
     dict(unroll=60, window=30, inner_rate=3e-3, augmentation=""),
     norm="instance",
   ),
@@ -253,6 +296,11 @@ RECIPES = {
   ),
 }
 METHODS = tuple(RECIPES)
+
+
+def taught_by(method: str) -> str:
+  """The model that the sets of a method are for: network, kernel or both."""
+  return method if method == "both" else "kernel" if method in _FOR_KERNELS else "network"
 
 
 def has_loop(config: DistillConfig) -> bool:
@@ -273,7 +321,14 @@ def resolve(**given) -> DistillConfig:
     UsageError: for an unknown method or preset.
   """
   default = DistillConfig()
-  method, preset = given.get("method", default.method), given.get("preset", default.preset)
+  goal = given.get("teach") or ("" if "method" in given else "network")
+  if goal and "method" in given and goal != taught_by(given["method"]):
+    raise UsageError(
+      f"--teach: expected {taught_by(given['method'])} or none with --method={given['method']}, got {goal}"
+    )
+  method = given.get("method") or TEACH.get(goal, default.method)
+  given = {**given, "method": method, "teach": taught_by(method)}
+  preset = given.get("preset", default.preset)
   with usage():
     for name, value, known in (("method", method, METHODS), ("preset", preset, PRESETS)):
       checks.one_of(f"--{name}", value, known)

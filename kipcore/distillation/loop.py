@@ -76,7 +76,8 @@ class DistillInfo(NamedTuple):
 
   Attributes:
     loss: of the batch.
-    accuracy: of the batch before the update, in [0, 1].
+    accuracy: before the update, in [0, 1]: the estimate for all rows from the batch, whose rows have their importance
+      weights, sum_t w_t correct_t / sum_t w_t.
     gradient_norm: Euclidean norm over all parameters.
     status: int32, `types.Status`.
   """
@@ -180,11 +181,14 @@ def _distill_step(key, distiller, state, targets, axis_name):
     return distiller.method.loss(params, state.aux, batch, weights, keys.stream(step_key, "loss"))
 
   (loss, info), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-  means, status = (loss, info.accuracy, gradient), info.status
+  correct = jnp.argmax(info.predictions, axis=1) == jnp.argmax(batch.y, axis=1)
+  mass = jnp.mean(weights)
+  means, status = (loss, jnp.mean(weights * correct), mass, gradient), info.status
   if axis_name is not None:
     means = jax.lax.pmean(means, axis_name)
     status = jax.lax.pmax(status, axis_name)
-  loss, accuracy, gradient = means
+  loss, correct_mass, mass, gradient = means
+  accuracy = correct_mass / jnp.where(mass > 0, mass, 1)
   norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
   with linalg.permissive_promotion():
     updates, opt_state = _optimizer(distiller, state.params).update(

@@ -18,7 +18,7 @@ class MovingNorm(NamedTuple):
   """The moving average of the norm of the gradient, and the number of steps."""
 
   average: Array
-  count: Array
+  count: Array  # type: ignore[assignment]
 
 
 def clip_by_moving_norm(

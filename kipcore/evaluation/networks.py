@@ -24,7 +24,12 @@ _DENSE_RATE = 1e-4
 
 
 class Tuned(NamedTuple):
-  """The protocol chosen by `tune`, and the mean validation accuracy of each (learning rate, steps) tried."""
+  """The result of `tune`.
+
+  Attributes:
+    protocol: the chosen protocol.
+    accuracies: mean validation accuracy of each (learning rate, steps) tried.
+  """
 
   protocol: Protocol
   accuracies: dict[tuple[float, int], float]

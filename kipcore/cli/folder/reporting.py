@@ -193,6 +193,20 @@ def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> Sequen
         note,
       )
     )
+    rows += [
+      (f"networks trained on {name}", result[f"{key}_network_test_accuracy_mean"], note)
+      for name, key, note in (
+        ("the initialization", "init", result["init"]),
+        ("random real data", "random_baseline", "same size"),
+      )
+      if f"{key}_network_test_accuracy_mean" in result
+    ]
+  if leads := result.get("teach", "kernel") != "kernel" and bool(networks):
+    rows = [row for row in rows if "networks" in row[0]] + [
+      (f"ridge regression, {name}", value, note)
+      for name, value, note in rows
+      if "networks" not in name
+    ]
   gained = 100 * (result["test_accuracy"] - random)
   entries = [
     (
@@ -207,13 +221,15 @@ def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> Sequen
     ),
     (_percent(result["init_test_accuracy"]), "initialization", result["init"]),
   ]
+  if leads:
+    entries = _network_entries(result)
   warnings = [
     f"Warning: the result is {_difference(100 * (result['test_accuracy'] - reference), name)}."
     for reference, name in (
       (result["init_test_accuracy"], "its initialization"),
       (random, "random real data of the same size"),
     )
-    if result["test_accuracy"] < reference
+    if result["test_accuracy"] < reference and not leads
   ]
   return [
     html.cards(entries),
@@ -222,8 +238,25 @@ def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> Sequen
       ["", "test accuracy", ""],
       [[html.noted(name, note), _percent(value), html.bar(value)] for name, value, note in rows],
     ),
+    *([f"Networks: {result['network_scored_by']}."] if networks else []),
     f"Kernel ridge regression on {result['support_size']} {_kind(stored)}, with the {config['kernel'].upper()} of "
     f"{config['score_architecture'] or config['architecture']}, scored on {result['test_rows']:,} test rows.",
+  ]
+
+
+def _network_entries(result: dict) -> list[tuple[str, str, str]]:
+  """The cards of a set for networks: its accuracy and those of other sets under the same protocol."""
+  own = result["network_test_accuracy_mean"]
+  names = {"random_baseline": "random real data", "init": "the initialization"}
+  others = {
+    name: result[f"{key}_network_test_accuracy_mean"]
+    for key, name in names.items()
+    if f"{key}_network_test_accuracy_mean" in result
+  }
+  differences = [_difference(100 * (own - value), name) for name, value in others.items()]
+  return [
+    (_percent(own), "networks trained on the distilled set", ", ".join(differences)),
+    *((_percent(value), f"networks trained on {name}", "") for name, value in others.items()),
   ]
 
 

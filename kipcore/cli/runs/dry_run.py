@@ -25,7 +25,7 @@ def of_distillation(
   """Prints what `pipeline.run_distill` would do with the same arguments; raises the same UsageError."""
   started = time.perf_counter()
   planned = pipeline.plan(config)
-  config = dataclasses.replace(config, target_block_size=planned.block)
+  config = planned.config
   folder = run_folder.planned(output_dir, planned.name, overwrite or resume)
   reading = Part(_READING, time.perf_counter() - started)
   print("\n".join([*loading.notes(planned.data), pipeline.description(config, planned)]))

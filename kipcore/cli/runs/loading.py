@@ -1,5 +1,6 @@
 """Loads and preprocesses a dataset, and checks that the kernels of the run accept it."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,9 @@ from kipcore.architectures import architecture
 from kipcore.cli.config import DataConfig, validate
 from kipcore.cli.cost import planner
 from kipcore.cli.errors import UsageError, usage
+
+# The architecture that depends on the shape of the rows.
+AUTO = "auto"
 
 
 class Data(NamedTuple):
@@ -45,7 +49,8 @@ def load(config: DataConfig) -> Data:
   """
   validate(config)
   with usage():
-    arch = architecture(config.architecture)
+    if config.architecture != AUTO:
+      architecture(config.architecture)
     try:
       raw = datasets.load_dataset(
         config.dataset, config.data_dir, config.validation_fraction, config.seed, config.train_rows
@@ -53,6 +58,7 @@ def load(config: DataConfig) -> Data:
     except datasets.DatasetError as error:
       flag = "" if str(error).startswith("data_dir:") else "--dataset: "
       raise ValueError(f"{flag}{error}") from error
+    config = dataclasses.replace(config, architecture=architecture_of(config, raw.x_train.ndim))
     planner.check_rows(
       raw, 8 if config.x64 else 4, config.num_devices or jax.local_device_count(), config.test_rows
     )
@@ -60,8 +66,17 @@ def load(config: DataConfig) -> Data:
       config,
       raw,
       preprocess.fit_preprocess(raw.x_train, config.preprocess, raw.pixel_max),
-      kernels.NetworkKernel(arch, config.kernel, precision=config.precision),
+      kernels.NetworkKernel(
+        architecture(config.architecture), config.kernel, precision=config.precision
+      ),
     )
+
+
+def architecture_of(config: DataConfig, rank: int = 4) -> str:
+  """The name of the architecture; `AUTO` is conv3 for images, whose arrays have rank 4, and fc1 for other rows."""
+  if config.architecture != AUTO:
+    return config.architecture
+  return "conv3" if rank == 4 else "fc1"
 
 
 def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel_fn) -> Data:

@@ -20,12 +20,17 @@ from kipcore.cli.runs import direct, experts, pipeline
 from kipcore.distillation import loop, optimizers
 from kipcore.distillation.methods import experts as in_experts
 from kipcore.distillation.methods import trajectory_matching
+from kipcore.evaluation import protocols
 
 # Parts that are expected to take longer are estimated, not run.
 _LONGEST_SECONDS = 10.0
 _STEPS_SECONDS, _EXPERT_ROWS, _NETWORK_STEPS, _ROWS = 3.0, 512, 20, 4000
 # Artifact, pictures and report, including the import of matplotlib.
 FILES_SECONDS = 4.0
+
+
+# Sets that networks are trained on: the result, its initialization and random rows.
+_SETS = 3
 
 
 class _StopMeasuring(Exception):
@@ -255,4 +260,6 @@ def _networks(config, data, support) -> tuple[float, float]:
   scoring = (
     2 * len(data.x_test) * step / (3 * batch)
   )  # two forward passes; a step has one forward and one backward
-  return config.network_seeds * (config.network_steps * step + scoring), compiled
+  steps = config.network_steps or protocols.protocol(config.protocol).num_steps(support.x.shape[0])
+  networks = _SETS * config.network_seeds
+  return networks * (steps * step + scoring), compiled

@@ -25,7 +25,7 @@ from kipcore.cli.cost import estimate, planner, progress
 from kipcore.cli.errors import Stopped, UsageError, usage
 from kipcore.cli.folder import event_log, lock, outputs, readme, reporting, run_folder
 from kipcore.cli.folder.resume import RunCheckpoints, StopSignals, stop_signals
-from kipcore.cli.runs import direct, experts, loading
+from kipcore.cli.runs import direct, experts, fitting, loading
 from kipcore.cli.runs.direct import Outcome
 from kipcore.cli.runs.loading import Data, load, prepare  # noqa: F401, for callers
 from kipcore.distillation import importance, loop, method, optimizers
@@ -213,10 +213,37 @@ def shown_rows(config: DistillConfig) -> int:
   return min(_VALIDATION_ROWS, config.test_rows or _VALIDATION_ROWS)
 
 
-def network_scores(config: DistillConfig, data: Data, support: Support) -> dict:
-  """Test accuracy of finite networks trained on a support; {} without seeds."""
+def network_scores(
+  config: DistillConfig, data: Data, support: Support, others: dict[str, Support] | None = None
+) -> dict:
+  """Test accuracy of finite networks trained on a support, for `result.json`; {} without seeds.
+
+  Args:
+    config: settings of the run.
+    data: its data.
+    support: the result.
+    others: sets to compare with under the same protocol, by the first part of their key.
+
+  Returns:
+    Accuracies of the networks, their mean and standard deviation, and the means of the other sets.
+  """
   if not config.network_seeds:
     return {}
+  scores = _network_accuracies(config, data, support)
+  found = {
+    "network_test_accuracy": scores,
+    "network_test_accuracy_mean": float(np.mean(scores)),
+    "network_protocol": config.protocol,
+  }
+  if len(scores) > 1:
+    found["network_test_accuracy_std"] = float(np.std(scores, ddof=1))
+  for name, other in (others or {}).items():
+    mean = float(np.mean(_network_accuracies(config, data, other)))
+    found[f"{name}_network_test_accuracy_mean"] = mean
+  return found
+
+
+def _network_accuracies(config: DistillConfig, data: Data, support: Support) -> list[float]:
   scores = network_evaluation.evaluate_network(
     config.seed,
     data.kernel_fn.arch,
@@ -229,14 +256,11 @@ def network_scores(config: DistillConfig, data: Data, support: Support) -> dict:
     norm=recipes.RECIPES[config.method].norm if config.protocol == "default" else None,
     protocol=config.protocol,
   )
-  return {
-    "network_test_accuracy": [float(s) for s in scores],
-    "network_test_accuracy_mean": float(np.mean(scores)),
-  }
+  return [float(score) for score in scores]
 
 
 class Plan(NamedTuple):
-  """A checked run: data, devices, targets per step, random real images, sizes, name of the folder, targets per block."""
+  """A checked run: data, devices, targets per step, random real images, sizes, name of the folder, targets per block, and the settings with what depends on the data."""
 
   data: Data
   devices: list
@@ -245,6 +269,7 @@ class Plan(NamedTuple):
   sizes: estimate.Sizes
   name: str
   block: int
+  config: DistillConfig
 
 
 def plan(config: DistillConfig, data: Data | None = None) -> Plan:
@@ -263,6 +288,7 @@ def plan(config: DistillConfig, data: Data | None = None) -> Plan:
   devices = devices_of(config)
   check(config)
   data = load(config) if data is None else data
+  config = dataclasses.replace(config, architecture=data.kernel_fn.arch.name)
   batch = batch_size_of(config, data) if recipes.has_loop(config) else data.x_train.shape[0]
   baselines = [
     random_support(keys.stream(config.seed, f"baseline {draw}"), data, config.images_per_class)
@@ -287,7 +313,9 @@ def plan(config: DistillConfig, data: Data | None = None) -> Plan:
   block = config.target_block_size or (
     planner.block_rows(-(-batch // len(devices)), m, data.x_train.itemsize) if dense else 0
   )
-  return Plan(data, devices, batch, baselines, sizes, name, block)
+  # Another size of the blocks is another order of summation, so a resumed run keeps it.
+  config = dataclasses.replace(config, target_block_size=block)
+  return Plan(data, devices, batch, baselines, sizes, name, block, config)
 
 
 def description(config: DistillConfig, planned: Plan) -> str:
@@ -339,15 +367,16 @@ def run_distill(
   event_log.require(tensorboard)
   planned = plan(config)
   if checkpoints.resume:
+    config = dataclasses.replace(config, architecture=planned.config.architecture)
     folder = pathlib.Path(output_dir or "")
     with lock.lock_folder(folder), run_folder.releasing(folder, new=False), stop_signals() as stop:
       if (folder / "README.txt").exists():  # the last of its files
         raise UsageError(f"--resume: the run of {folder} is already finished")
       return _run(config, planned, folder, verbose, tensorboard, checkpoints, stop, started)
-  # Another size of the blocks is another order of summation, so a resumed run keeps it.
-  config = dataclasses.replace(config, target_block_size=planned.block)
+  if config.minutes:
+    planned = fitting.fitted(planned, started, verbose)
   with lock.new_folder(output_dir, planned.name, overwrite) as folder, stop_signals() as stop:
-    return _run(config, planned, folder, verbose, tensorboard, checkpoints, stop, started)
+    return _run(planned.config, planned, folder, verbose, tensorboard, checkpoints, stop, started)
 
 
 def _run(
@@ -450,6 +479,9 @@ def _run(
 
   with progress.working("scoring", shown=verbose, remedy=planner.FEWER_ROWS):
     test_accuracy = score(config, data, outcome.support)
+  with progress.working("training networks on the result", shown=verbose):
+    others = {"init": support, "random_baseline": baselines[0]}
+    networks = network_scores(config, data, outcome.support, others)
   measured = {}
   if config.measure_gain and has_loop:
     measured["uniform_targets_test_accuracy"] = uniform_targets(
@@ -458,6 +490,7 @@ def _run(
   result = {
     "dataset": config.dataset,
     "method": config.method,
+    "teach": config.teach or recipes.taught_by(config.method),
     "init": config.init,
     "sampler": config.sampler,
     "architecture": config.architecture,
@@ -469,7 +502,7 @@ def _run(
     "init_test_accuracy": init_accuracy,
     "test_accuracy": test_accuracy,
     **measured,
-    **network_scores(config, data, outcome.support),
+    **networks,
     **scored_by(config),
     "importance_gain": outcome.importance_gain,
     **outcome.own,
@@ -517,7 +550,6 @@ def scored_by(config: DistillConfig | SelectConfig) -> dict:
     "relative_ridge": config.relative_ridge,
   }
   if isinstance(config, DistillConfig) and config.network_seeds:
-    found["protocol"] = config.protocol
     found["network_scored_by"] = (
       f"{config.architecture} networks of width {config.width}, protocol {config.protocol}"
     )
@@ -536,7 +568,8 @@ def check(config: DistillConfig) -> None:
     sampler_of(config)
     recipes.options_of(config)
     if recipes.has_loop(config) and config.method != "mtt":  # it needs its experts
-      kernel_fn = kernels.NetworkKernel(architecture(config.architecture), config.kernel)
+      arch = architecture(loading.architecture_of(config))
+      kernel_fn = kernels.NetworkKernel(arch, config.kernel)
       recipes.built(config, recipes.Problem(kernel_fn, 2))
     optimizers.NamedOptimizer(config.optimizer, config.learning_rate, config.steps, config.schedule)
 
@@ -552,7 +585,13 @@ def _summary(folder, config: DistillConfig, data: Data, result: dict) -> str:
     result["steps"] or not recipes.has_loop(config),
   )
   kind = noun(data)
-  lines = ["", f"{m} distilled {kind}: {100 * accuracy:.2f} % test accuracy"]
+  lines = [""]
+  leads = result["teach"] != "kernel" and "network_test_accuracy_mean" in result
+  if leads:
+    lines += _network_summary(result, m, kind) + [""]
+  lines[-1] = (
+    f"{'ridge regression on the ' if leads else ''}{m} distilled {kind}: {100 * accuracy:.2f} % test accuracy"
+  )
   if changed:
     lines[-1] += f", {compared(accuracy, initial)} the initial {kind} ({100 * initial:.2f} %)"
   else:
@@ -579,7 +618,7 @@ def _summary(folder, config: DistillConfig, data: Data, result: dict) -> str:
       f"with uniform targets and as many evaluations: {100 * uniform:.2f} % "
       f"(the sampler changed the result by {100 * (accuracy - uniform):+.2f} points)"
     )
-  if "network_test_accuracy_mean" in result:
+  if "network_test_accuracy_mean" in result and not leads:
     lines.append(
       f"networks trained on it: {100 * result['network_test_accuracy_mean']:.2f} % "
       f"({result['network_scored_by']})"
@@ -589,6 +628,28 @@ def _summary(folder, config: DistillConfig, data: Data, result: dict) -> str:
     "step"
   )
   return "\n".join([*lines, f"written to {folder}: {', '.join(run_folder.visible_files(folder))}"])
+
+
+def _network_summary(result: dict, m: int, kind: str) -> list[str]:
+  """The accuracy of networks trained on the result, next to the other sets under the same protocol."""
+  own = result["network_test_accuracy_mean"]
+  spread = result.get("network_test_accuracy_std")
+  deviation = "" if spread is None else f" (standard deviation {100 * spread:.2f} points)"
+  names = {f"{m} random real {kind}": "random_baseline", f"the initial {kind}": "init"}
+  others = {name: result[f"{key}_network_test_accuracy_mean"] for name, key in names.items()}
+  compare = ", ".join(
+    f"{compared(own, other)} {name} ({100 * other:.1f} %)" for name, other in others.items()
+  )
+  lines = [
+    f"networks trained on the {m} distilled {kind}: {100 * own:.2f} % test accuracy{deviation}, {compare}",
+    f"  by {result['network_scored_by']}",
+  ]
+  lines += [
+    f"warning: networks learn less from the result than from {name}"
+    for name, other in others.items()
+    if own < other
+  ]
+  return lines
 
 
 def compared(accuracy: float, other: float) -> str:
