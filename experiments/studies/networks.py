@@ -1,0 +1,126 @@
+"""Sets that teach networks: `python -m experiments.studies.networks --data_dir=DIR --runs_dir=RUNS`.
+
+Distills each dataset with RaT-BPTT through the command's own pipeline and scores it by training five networks on all test
+rows, next to random real images and to the initialization under the same protocol. Runs are resumed from their checkpoints.
+Writes experiments/results/networks.json; jobs that --only excludes keep their results in the file. Ten to forty minutes per
+job on two cores.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from kipcore.cli import flags as common
+from kipcore.cli.config import CheckpointConfig
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("data_dir", None, "Folder of the prepared TFDS datasets.")
+flags.DEFINE_string("runs_dir", "runs/networks", "Folder of the runs.")
+flags.DEFINE_integer("num_seeds", 1, "Seeds of each job.", lower_bound=1)
+flags.DEFINE_string("only", "", "Run the jobs whose names contain this.")
+flags.DEFINE_string("output", "experiments/results/networks.json", "Result file.")
+
+_ONE = dict(method="ratbptt", network_seeds=5, test_rows=0, checkpoint_seconds=60.0)
+_TEN = dict(
+  _ONE,
+  images_per_class=10,
+  network_steps=1000,
+  target_batch_size=512,
+  options="unroll=60,window=25,inner_rate=0.003,inner_batch_size=50",
+)
+# name -> (settings, goal and published accuracy of networks in percent)
+JOBS = {
+  "cifar10_1": (
+    dict(
+      _ONE,
+      dataset="cifar10",
+      preprocess="zca",
+      steps=2000,
+      target_batch_size=512,
+      options="unroll=80,window=40,inner_rate=0.003,augmentation=flip",
+    ),
+    "42 (FRePo 46.8, RaT-BPTT 53.2)",
+  ),
+  "mnist_10": (dict(_TEN, dataset="mnist", steps=700), "97.5 (FRePo 98.6)"),
+  "fashion_mnist_1": (dict(_ONE, dataset="fashion_mnist", steps=2000), "74 (FRePo 75.6)"),
+  "mnist_1": (dict(_ONE, dataset="mnist", steps=2500), "92 (FRePo 93.0)"),
+  "fashion_mnist_10": (dict(_TEN, dataset="fashion_mnist", steps=700), "85 (FRePo 86.2)"),
+  "cifar10_10": (
+    dict(
+      _TEN,
+      dataset="cifar10",
+      preprocess="zca",
+      steps=900,
+      options="unroll=80,window=25,inner_rate=0.003,inner_batch_size=50,augmentation=flip",
+    ),
+    "58 (FRePo 65.5, RaT-BPTT 69.4)",
+  ),
+}
+_KEPT = (
+  "method",
+  "init",
+  "sampler",
+  "steps",
+  "target_evaluations",
+  "network_scored_by",
+  "network_protocol",
+  "network_test_accuracy",
+  "network_test_accuracy_mean",
+  "network_test_accuracy_std",
+  "random_baseline_network_test_accuracy_mean",
+  "init_network_test_accuracy_mean",
+  "test_rows",
+  "wall_seconds",
+)
+
+
+def run_job(settings: dict, seed: int, folder: pathlib.Path) -> dict:
+  """The result of one run, from its folder if it is finished."""
+  from kipcore.cli import recipes
+  from kipcore.cli.folder import resume
+  from kipcore.cli.runs import pipeline
+
+  given = {name: value for name, value in settings.items() if name != "checkpoint_seconds"}
+  checkpoints = CheckpointConfig(checkpoint_seconds=settings["checkpoint_seconds"])
+  if (folder / "README.txt").exists():  # the last file of a run
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+  if (folder / "config.json").exists():
+    config = resume.config_of(str(folder), {})
+    checkpoints = CheckpointConfig(checkpoint_seconds=settings["checkpoint_seconds"], resume=True)
+  else:
+    config = recipes.resolve(**given, seed=seed, data_dir=FLAGS.data_dir)
+  return pipeline.run_distill(config, str(folder), checkpoints=checkpoints)[1]
+
+
+def result_commit(folder: pathlib.Path) -> str | None:
+  """The commit of the code that made a run."""
+  return json.loads((folder / "config.json").read_text(encoding="utf-8"))["environment"]["commit"]
+
+
+def main(argv):
+  del argv
+  from kipcore.cli.folder import run_folder
+
+  output = pathlib.Path(FLAGS.output)
+  found = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"jobs": {}}
+  for name, (settings, reference) in JOBS.items():
+    if FLAGS.only not in name:
+      continue
+    runs = []
+    for seed in range(FLAGS.num_seeds):
+      result = run_job(settings, seed, pathlib.Path(FLAGS.runs_dir) / f"{name}_seed{seed}")
+      commit = result_commit(pathlib.Path(FLAGS.runs_dir) / f"{name}_seed{seed}")
+      runs.append(
+        {"seed": seed, "commit": commit, **{key: result[key] for key in _KEPT if key in result}}
+      )
+    found["jobs"][name] = {"settings": settings, "goal": reference, "runs": runs}
+    found["environment"] = run_folder.environment()
+    run_folder.write_json(output, found)
+    accuracies = [100 * run["network_test_accuracy_mean"] for run in runs]
+    print(name, [f"{a:.2f}" for a in accuracies], "goal", reference)
+
+
+if __name__ == "__main__":
+  common.launch(main)
