@@ -99,8 +99,7 @@ def result_commit(folder: pathlib.Path) -> str | None:
   return json.loads((folder / "config.json").read_text(encoding="utf-8"))["environment"]["commit"]
 
 
-def main(argv):
-  del argv
+def main():
   from kipcore.cli.folder import run_folder
 
   output = pathlib.Path(FLAGS.output)
