@@ -85,8 +85,8 @@ class RaTBPTT(Method):
     return Support(params["x"], self._labels(params["y"]))
 
   def trainable(self, params: Params) -> dict[str, float]:
-    learned = {"x": 1.0, "y": float(self.options.learn_labels), "log_rate": 1.0}
-    return {name: learned[name] for name in params}
+    learned = {"x": 1.0, "y": float(self.options.learn_labels)}
+    return {**learned, "log_rate": 1.0} if self.options.learn_rate else learned
 
   def loss(
     self, params: Params, aux: Any, batch: Batch, weights: Float[Array, " t"], key: Any
