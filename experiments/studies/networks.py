@@ -37,7 +37,7 @@ JOBS = {
       _ONE,
       dataset="cifar10",
       preprocess="zca",
-      steps=2000,
+      steps=1500,
       target_batch_size=512,
       options="unroll=80,window=40,inner_rate=0.003,augmentation=flip",
     ),

@@ -183,7 +183,8 @@ def _distill_step(key, distiller, state, targets, axis_name):
   (loss, info), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   correct = jnp.argmax(info.predictions, axis=1) == jnp.argmax(batch.y, axis=1)
   mass = jnp.mean(weights)
-  means, status = (loss, jnp.mean(weights * correct), mass, gradient), info.status
+  means = loss, jnp.mean(jnp.where(correct, weights, 0)), mass, gradient
+  status = info.status
   if axis_name is not None:
     means = jax.lax.pmean(means, axis_name)
     status = jax.lax.pmax(status, axis_name)

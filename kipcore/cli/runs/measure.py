@@ -29,10 +29,6 @@ _STEPS_SECONDS, _EXPERT_ROWS, _NETWORK_STEPS, _ROWS = 3.0, 512, 20, 4000
 FILES_SECONDS = 4.0
 
 
-# Sets that networks are trained on: the result, its initialization and random rows.
-_SETS = 3
-
-
 class _StopMeasuring(Exception):
   """All measurements are done."""
 
@@ -261,5 +257,5 @@ def _networks(config, data, support) -> tuple[float, float]:
     2 * len(data.x_test) * step / (3 * batch)
   )  # two forward passes; a step has one forward and one backward
   steps = config.network_steps or protocols.protocol(config.protocol).num_steps(support.x.shape[0])
-  networks = _SETS * config.network_seeds
+  networks = config.network_seeds + 2 * min(config.network_seeds, 2)
   return networks * (steps * step + scoring), compiled
