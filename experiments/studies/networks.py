@@ -19,7 +19,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Folder of the prepared TFDS datasets.")
 flags.DEFINE_string("runs_dir", "runs/networks", "Folder of the runs.")
 flags.DEFINE_integer("num_seeds", 1, "Seeds of each job.", lower_bound=1)
-flags.DEFINE_string("only", "", "Run the jobs whose names contain this.")
+flags.DEFINE_list("only", [], "Names of jobs to run; all if empty.")
 flags.DEFINE_string("output", "experiments/results/networks.json", "Result file.")
 
 _ONE = dict(method="ratbptt", network_seeds=5, test_rows=0, checkpoint_seconds=60.0)
@@ -105,7 +105,7 @@ def main():
   output = pathlib.Path(FLAGS.output)
   found = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {"jobs": {}}
   for name, (settings, reference) in JOBS.items():
-    if FLAGS.only not in name:
+    if FLAGS.only and name not in FLAGS.only:
       continue
     runs = []
     for seed in range(FLAGS.num_seeds):
