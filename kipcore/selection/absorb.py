@@ -5,10 +5,16 @@ import numpy as np
 
 from kipcore import checks, krr, linalg
 from kipcore.selection.coreset import Coreset
-from kipcore.types import KernelFn, Support
+from kipcore.types import KernelFn, RealLike, Support
 
 
-def absorb_weights(kernel_fn: KernelFn, coreset: Coreset, ridge, used_ridge, how: str = "labels"):
+def absorb_weights(
+  kernel_fn: KernelFn,
+  coreset: Coreset,
+  ridge: RealLike,
+  used_ridge: RealLike,
+  how: str = "labels",
+) -> tuple[Support, RealLike]:
   """Converts the weighted ridge regression of a coreset to an equivalent unweighted one.
 
   The weighted fit solves (K_SS + ridge diag(1/w)) a = y. Three methods give exactly the same

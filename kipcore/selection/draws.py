@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int, UInt32
 
 from kipcore import checks, linalg
 from kipcore.types import Array
@@ -23,7 +24,7 @@ _LARGEST_UNITS = 2**32 - 1
 _SPREADS = 16
 
 
-def draw_rows(key: Array, scores: Array, num_draws: int) -> Array:
+def draw_rows(key: Array, scores: Float[Array, " n"], num_draws: int) -> Int[Array, " num_draws"]:
   """Independent draws with P(i) = scores_i / sum(scores), `(num_draws,)` int32.
 
   Cost: O(n + num_draws log n).
@@ -42,7 +43,9 @@ def draw_rows(key: Array, scores: Array, num_draws: int) -> Array:
   return block * width + row
 
 
-def draw_few_rows(uniforms: Array, weights: Array) -> Array:
+def draw_few_rows(
+  uniforms: Float[Array, "num_draws 2"], weights: Float[Array, " n"]
+) -> Int[Array, " num_draws"]:
   """Variant of `draw_rows` for a few draws from weights that change with every call.
 
   It sums the weights once and scans one block per draw. `uniforms` `(num_draws, 2)` are uniform
@@ -280,10 +283,10 @@ class Plan(NamedTuple):
     inclusion: `(n,)`, inclusion probability of each row, in the dtype of the probabilities.
   """
 
-  order: Array
-  whole: Array
-  part: Array
-  inclusion: Array
+  order: Int[Array, " size"]
+  whole: Int[Array, " size"]
+  part: UInt32[Array, " size"]
+  inclusion: Float[Array, " n"]
 
 
 def plan(words, p, b) -> Plan:

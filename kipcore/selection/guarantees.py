@@ -13,16 +13,23 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from kipcore import blocks, checks, linalg
-from kipcore.types import Array
+from kipcore.types import Array, IntLike, RealLike
 
 THEOREMS = ("krr", "krr_optimum", "pseudo_dimension", "single_query")
 _CG_TINY = 1e-30
 
 
 def sample_size(
-  total_sensitivity, dimension, epsilon, delta, theorem: str = "krr", *, constant: float = 1.0
+  total_sensitivity: RealLike,
+  dimension: RealLike,
+  epsilon: RealLike,
+  delta: RealLike,
+  theorem: str = "krr",
+  *,
+  constant: RealLike = 1.0,
 ) -> int:
   """Number of draws with replacement that a theorem requires for failure probability at most delta.
 
@@ -73,6 +80,7 @@ def sample_size(
   if not epsilon > 0 or (theorem != "krr_optimum" and epsilon >= 1):
     raise ValueError(f"epsilon: expected a value in (0, 1), got {epsilon}")
   t, d = float(total_sensitivity), float(dimension)
+  epsilon, delta, constant = float(epsilon), float(delta), float(constant)
   if theorem == "pseudo_dimension":
     m = constant * t / epsilon**2 * (d * max(math.log(t), 1.0) - math.log(delta))
   elif theorem == "krr_optimum":
@@ -85,13 +93,13 @@ def sample_size(
 
 
 def guarantee_at(
-  num_samples: int,
-  total_sensitivity,
-  dimension,
-  delta=0.1,
+  num_samples: IntLike,
+  total_sensitivity: RealLike,
+  dimension: RealLike,
+  delta: RealLike = 0.1,
   theorem: str = "krr",
   *,
-  constant: float = 1.0,
+  constant: RealLike = 1.0,
 ) -> float:
   """The epsilon that a theorem guarantees for `num_samples` draws: the inverse of `sample_size`.
 
@@ -115,6 +123,7 @@ def guarantee_at(
   _check_theorem(total_sensitivity, dimension, delta, theorem)
   num_samples = checks.positive_int("num_samples", num_samples)
   m, t, d = num_samples, float(total_sensitivity), float(dimension)
+  delta, constant = float(delta), float(constant)
   if theorem == "krr_optimum":
     root = _root(8 * t * math.log(4 / delta) / m, 1 / 6)
     return root**2 if m >= _half_spectrum(t, d, delta) else math.inf
@@ -154,9 +163,9 @@ def _check_theorem(total_sensitivity, dimension, delta, theorem):
 class Data(NamedTuple):
   """Rows (or a kernel matrix), labels and the ridge, as one traced argument."""
 
-  operand: Array
-  y: Array
-  ridge: Array
+  operand: Float[Array, "n ..."]
+  y: Float[Array, "n c"]
+  ridge: Float[Array, ""]
 
 
 class Basis(NamedTuple):
@@ -173,10 +182,10 @@ class Basis(NamedTuple):
 
   chol: linalg.Factor
   normal: linalg.Factor
-  optimum: Array
-  dimension: Array
-  residual: Array
-  status: Array
+  optimum: Float[Array, "l c"]
+  dimension: Float[Array, ""]
+  residual: Float[Array, ""]
+  status: Int[Array, ""]
 
 
 def kernel_entries(kernel_fn, operand, rows, columns):

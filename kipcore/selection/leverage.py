@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Integer, Shaped
 
 from kipcore import checks, linalg
 from kipcore.selection import scoring
-from kipcore.types import Array, KernelFn, Status
+from kipcore.types import Array, ArrayLike, IntLike, KernelFn, RealLike, Status
 
 # Scores are considered nearly equal if the largest is below this multiple of their mean.
 FLAT_RATIO = 1.05
@@ -31,11 +32,13 @@ FLAT_RATIO = 1.05
 class LeverageBounds(NamedTuple):
   """Bounds lower <= tau <= upper, each `(n,)`."""
 
-  lower: Array
-  upper: Array
+  lower: Float[Array, " n"]
+  upper: Float[Array, " n"]
 
 
-def ridge_leverage_scores(k: Array, ridge, weights: Array | None = None) -> Array:
+def ridge_leverage_scores(
+  k: Float[ArrayLike, "n n"], ridge: RealLike, weights: Shaped[ArrayLike, " n"] | None = None
+) -> Float[Array, " n"]:
   """Exact ridge leverage scores, tau_i = 1 - ridge ((K_u + ridge I)^{-1})_ii.
 
   Args:
@@ -60,7 +63,9 @@ def ridge_leverage_scores(k: Array, ridge, weights: Array | None = None) -> Arra
   return _exact(k, ridge, root).astype(k.dtype)
 
 
-def effective_dimension(k: Array, ridge, weights: Array | None = None) -> Array:
+def effective_dimension(
+  k: Float[ArrayLike, "n n"], ridge: RealLike, weights: Shaped[ArrayLike, " n"] | None = None
+) -> Float[Array, ""]:
   """Effective dimension d_eff = tr K_u (K_u + ridge I)^{-1}, the sum of `ridge_leverage_scores`.
 
   Args:
@@ -78,8 +83,11 @@ def effective_dimension(k: Array, ridge, weights: Array | None = None) -> Array:
 
 
 def feature_leverage_scores(
-  z: Array, ridge, weights: Array | None = None, block_size: int | None = None
-) -> Array:
+  z: Float[ArrayLike, "n d"],
+  ridge: RealLike,
+  weights: Shaped[ArrayLike, " n"] | None = None,
+  block_size: IntLike | None = None,
+) -> Float[Array, " n"]:
   """Leverage scores of the kernel Z Z^T, u_i z_i^T (Z^T U Z + ridge I)^{-1} z_i, in D dimensions.
 
   The scores are exact for Z Z^T. For a kernel matrix K with Z Z^T <= K they are lower bounds on the
@@ -108,13 +116,13 @@ def feature_leverage_scores(
 
 def landmark_leverage_scores(
   kernel_fn: KernelFn,
-  x: Array,
-  landmarks: Array,
-  ridge,
-  weights: Array | None = None,
-  landmark_weights: Array | None = None,
-  block_size: int | None = None,
-) -> Array:
+  x: Float[ArrayLike, "n ..."],
+  landmarks: Integer[ArrayLike, " s"],
+  ridge: RealLike,
+  weights: Shaped[ArrayLike, " n"] | None = None,
+  landmark_weights: Shaped[ArrayLike, " s"] | None = None,
+  block_size: IntLike | None = None,
+) -> Float[Array, " n"]:
   """Leverage scores from landmarks S, in one pass over the rows and without an n x n matrix.
 
   With M = K_SS + ridge diag(1/w) and t_i = (k_ii - k_iS M^{-1} k_Si) / ridge:
@@ -162,7 +170,10 @@ def landmark_leverage_scores(
 
 
 def low_rank_leverage_bounds(
-  factor: Array, k_diag: Array, ridge, residual_norm=None
+  factor: Float[ArrayLike, "n k"],
+  k_diag: Shaped[ArrayLike, " n"],
+  ridge: RealLike,
+  residual_norm: RealLike | None = None,
 ) -> LeverageBounds:
   """Bounds on the leverage scores of K from F with F F^T <= K, e.g. a partial Cholesky factor.
 

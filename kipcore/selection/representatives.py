@@ -7,12 +7,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, Shaped
 
 from kipcore import checks
-from kipcore.types import Array, ArrayLike
+from kipcore.types import Array, ArrayLike, IntLike
 
 
-def herding(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Array:
+def herding(
+  x: Float[ArrayLike, "n ..."], num_rows: IntLike, present: Shaped[ArrayLike, " n"] | None = None
+) -> Int[Array, " num_rows"]:
   """Selects rows whose running mean approximates the mean mu of all rows.
 
       i_k = argmin_i || mu - (x_i + sum_{j<k} x_{i_j}) / k ||,   distinct i
@@ -38,7 +41,9 @@ def herding(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Ar
   return _herding(*_checked(x, num_rows, present))
 
 
-def k_center(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Array:
+def k_center(
+  x: Float[ArrayLike, "n ..."], num_rows: IntLike, present: Shaped[ArrayLike, " n"] | None = None
+) -> Int[Array, " num_rows"]:
   """Selects the row nearest to the mean, then repeatedly the row farthest from the selected rows.
 
   The largest distance of any row to its nearest selected row is at most twice the minimum over all

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
+from jaxtyping import Float, Int
 
 from kipcore import blocks, checks, linalg
 from kipcore.kernels.gram import gram_diag
@@ -21,7 +22,7 @@ FLOAT32_RIDGE_FLOOR = 1e-4
 _PANELS = 4
 
 
-def prepare_weights(weights, n: int, dtype) -> Array:
+def prepare_weights(weights, n: int, dtype) -> Float[Array, " n"]:
   """Square roots of the weights, `(n,)`; ones for None."""
   if weights is None:
     return jnp.ones((n,), dtype)
@@ -30,7 +31,7 @@ def prepare_weights(weights, n: int, dtype) -> Array:
   return jnp.sqrt(jnp.asarray(weights, dtype))
 
 
-def prepare_rows(name: str, x, ridge, weights) -> tuple[Array, Array]:
+def prepare_rows(name: str, x, ridge, weights) -> tuple[Float[Array, ""], Float[Array, " n"]]:
   """Checks the arguments; returns (ridge, square roots of the weights) in the widest dtype."""
   checks.floating(name, x)
   if x.ndim < 2 or x.shape[0] < 1:
@@ -49,7 +50,7 @@ def prepare_matrix(k, ridge, weights):
   return k, ridge, root
 
 
-def prepare_landmarks(landmarks, n: int) -> Array:
+def prepare_landmarks(landmarks, n: int) -> Int[Array, " s"]:
   """Checks that the indices are distinct; returns them as int32 `(s,)`."""
   checks.rank("landmarks", landmarks, 1)
   if not checks.is_traced(landmarks):
@@ -80,12 +81,12 @@ def weighted_block(kernel_fn: KernelFn, xa, root_a, xb=None, root_b=None) -> Arr
   return root_a[:, None] * k * (root_a if xb is None else root_b)[None, :]
 
 
-def weighted_diagonal(kernel_fn: KernelFn, x, root) -> Array:
+def weighted_diagonal(kernel_fn: KernelFn, x, root) -> Float[Array, " n"]:
   """u_i k(x_i, x_i), `(n,)`."""
   return root**2 * gram_diag(kernel_fn, x).astype(root.dtype)
 
 
-def score_factor(k: Array, ridge: Array) -> linalg.Factor:
+def score_factor(k: Float[Array, "n n"], ridge: Float[Array, ""]) -> linalg.Factor:
   """Factor of K + ridge I; the status also reports a ridge that is too small for float32."""
   f = linalg.factor(k, ridge)
   if f.lower.dtype == jnp.float64:
@@ -96,7 +97,7 @@ def score_factor(k: Array, ridge: Array) -> linalg.Factor:
   )
 
 
-def factor_leverage(f: linalg.Factor, ridge: Array) -> Array:
+def factor_leverage(f: linalg.Factor, ridge: Float[Array, ""]) -> Float[Array, " n"]:
   """1 - ridge diag((L L^T)^{-1}); NaN if the factorization failed.
 
   L^{-1} is computed in panels of columns, because panels on the right need only the trailing part
@@ -159,11 +160,11 @@ def landmark_fit(kernel_fn, x, root, y, landmarks, landmark_weights, ridge, bloc
 class LandmarkSolution(NamedTuple):
   """The ridge fit on the landmarks: rows, roots of weights, weighted labels, factor and dual."""
 
-  x: Array
-  root: Array
-  y: Array
+  x: Float[Array, "s ..."]
+  root: Float[Array, " s"]
+  y: Float[Array, "s c"]
   factor: linalg.Factor
-  dual: Array
+  dual: Float[Array, "s c"]
 
 
 def landmark_solution(kernel_fn, xs, rs, ys, ridge, landmark_weights=None) -> LandmarkSolution:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from kipcore import blocks, linalg
 from kipcore.selection import scoring
@@ -141,20 +142,20 @@ def two_pass_scores(alone, fit, tau, residual2, unseen, ridge, status):
 class NystromStart(NamedTuple):
   """The landmarks, and the factor for the features V = K_nS L^{-T}."""
 
-  x: Array
-  root: Array
+  x: Float[Array, "s ..."]
+  root: Float[Array, " s"]
   factor: linalg.Factor
 
 
 class NystromFit(NamedTuple):
   """Totals for bound 2: a and q of `low_rank_leverage_bounds`, and the fit W~ in the span of S."""
 
-  kept: Array
-  share: Array
-  kept_factor: Array
-  coefficients: Array
-  lower_dimension: Array
-  status: Array
+  kept: Float[Array, ""]
+  share: Float[Array, ""]
+  kept_factor: Float[Array, "s s"]
+  coefficients: Float[Array, "s c"]
+  lower_dimension: Float[Array, ""]
+  status: Int[Array, ""]
 
 
 def nystrom_start(kernel_fn, xs, rs) -> NystromStart:

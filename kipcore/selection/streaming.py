@@ -5,26 +5,28 @@ A Python loop calls compiled functions for each block. Only the scores use memor
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from kipcore import blocks, checks, keys
 from kipcore.selection import scoring, sensitivity, sensitivity_cores
 from kipcore.selection.sensitivity import SensitivityScores
-from kipcore.types import Array, KernelFn
+from kipcore.types import Array, IntLike, KernelFn, RealLike
 
 
 def stream_krr_sensitivities(
-  key,
+  key: Any,
   kernel_fn: KernelFn,
-  x,
-  y,
-  ridge,
-  num_landmarks: int,
+  x: Any,
+  y: Any,
+  ridge: RealLike,
+  num_landmarks: IntLike,
   transform: Callable | None = None,
-  block_size: int = 1024,
+  block_size: IntLike = 1024,
   refine: bool = True,
 ) -> SensitivityScores:
   """`approximate_krr_sensitivities` for rows on disk: the same bounds, with blocks in file order.
@@ -100,7 +102,7 @@ def stream_krr_sensitivities(
   return sensitivity.finish(parts, sensitivity.Guarantee.OVER_ESTIMATE, xs.dtype)
 
 
-def _read(x, y, transform, rows, where) -> tuple[Array, Array]:
+def _read(x, y, transform, rows, where) -> tuple[Float[Array, "b ..."], Float[Array, "b c"]]:
   """Reads and checks a block of rows and labels; returns device arrays."""
   xb, yb = x[rows], np.asarray(y[rows])
   xb = np.asarray(xb if transform is None else transform(xb))
