@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from kipcore import checks
 from kipcore.distillation import samplers
 from kipcore.distillation.method import LossInfo, Sampler
 from kipcore.selection import draws
-from kipcore.types import Array, Flag, Integer, Real
+from kipcore.types import Array, ArrayLike, Flag, Integer, Real, RealLike
 
 # Golden-section steps for the log temperature; they shrink the interval [-4, 8] to less than
 # 1/1000.
@@ -51,33 +51,35 @@ class ImportanceState(NamedTuple):
     rebuilds: int32, distributions built so far.
   """
 
-  scores: Array
-  known: Array
-  base: Array
-  class_counts: Array
-  log_temperature: Array
+  scores: Float[Array, " capacity"]
+  known: Bool[Array, " capacity"]
+  base: Float[Array, " capacity"]
+  class_counts: Int[Array, " c"]
+  log_temperature: Float[Array, ""]
   plan: draws.Plan
-  gain: Array
-  batch_size: Array
-  fresh: Array
-  rebuilds: Array
+  gain: Float[Array, ""]
+  batch_size: Int[Array, ""]
+  fresh: Int[Array, ""]
+  rebuilds: Int[Array, ""]
 
 
 def squared_error(
-  predictions: Float[Array, "t c"], labels: Float[Array, "t c"]
+  predictions: Float[ArrayLike, "t c"], labels: Float[ArrayLike, "t c"]
 ) -> Float[Array, " t"]:
   """||P_t - y_t||^2, `(t,)`."""
   return jnp.sum((predictions - labels) ** 2, axis=1)
 
 
 def residual_norm(
-  predictions: Float[Array, "t c"], labels: Float[Array, "t c"]
+  predictions: Float[ArrayLike, "t c"], labels: Float[ArrayLike, "t c"]
 ) -> Float[Array, " t"]:
   """||P_t - y_t||, `(t,)`: for the squared loss, a proxy of the norm of the row's gradient."""
   return jnp.sqrt(squared_error(predictions, labels))
 
 
-def margin(predictions: Float[Array, "t c"], labels: Float[Array, "t c"]) -> Float[Array, " t"]:
+def margin(
+  predictions: Float[ArrayLike, "t c"], labels: Float[ArrayLike, "t c"]
+) -> Float[Array, " t"]:
   """max(0, 1 - (prediction of the true class - best other prediction)), `(t,)`."""
   true = labels == jnp.max(labels, axis=1, keepdims=True)
   best_other = jnp.max(jnp.where(true, -jnp.inf, predictions), axis=1)
@@ -86,9 +88,9 @@ def margin(predictions: Float[Array, "t c"], labels: Float[Array, "t c"]) -> Flo
 
 
 def calibrated_temperature(
-  predictions: Float[Array, "t c"],
-  labels: Float[Array, "t c"],
-  weights: Float[Array, " t"] | None = None,
+  predictions: Float[ArrayLike, "t c"],
+  labels: Float[ArrayLike, "t c"],
+  weights: Float[ArrayLike, " t"] | None = None,
 ) -> Float[Array, ""]:
   """The logarithm of the temperature b that minimizes the mean of CE(softmax(b P), class).
 
@@ -342,8 +344,8 @@ def importance(
 class SamplingDistribution(NamedTuple):
   """`probabilities` `(capacity,)` with sum 1, and the `gain` n sum p^2 of the unmixed scores."""
 
-  probabilities: Array
-  gain: Array
+  probabilities: Float[Array, " capacity"]
+  gain: Float[Array, ""]
 
 
 def _recalibrated(log_b, predictions, labels):
@@ -354,7 +356,7 @@ def _recalibrated(log_b, predictions, labels):
 
 
 def with_distribution(
-  state: ImportanceState, uniform_mix, batch_size: int, power: float = 1.0
+  state: ImportanceState, uniform_mix: RealLike, batch_size: int, power: RealLike = 1.0
 ) -> ImportanceState:
   """The state with its distribution rebuilt from the current scores, as `update` does when due.
 
@@ -381,7 +383,7 @@ def with_distribution(
   )
 
 
-def sampler_metrics(state: ImportanceState, least_gain: float) -> dict[str, Array]:
+def sampler_metrics(state: ImportanceState, least_gain: Real) -> dict[str, Array]:
   """Metrics of an importance sampler: the distribution of its next draw.
 
   Args:
@@ -409,13 +411,13 @@ def sampler_metrics(state: ImportanceState, least_gain: float) -> dict[str, Arra
   }
 
 
-def row_scores(state: ImportanceState) -> Array:
+def row_scores(state: ImportanceState) -> Float[Array, " capacity"]:
   """The latest score of each row, `(capacity,)`; NaN for rows that were not seen."""
   return jnp.where(state.known, state.scores, jnp.nan)
 
 
 def sampling_distribution(
-  state: ImportanceState, uniform_mix, power: float = 1.0
+  state: ImportanceState, uniform_mix: RealLike, power: RealLike = 1.0
 ) -> SamplingDistribution:
   """The sampling distribution of the current scores.
 

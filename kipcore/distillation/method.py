@@ -30,8 +30,8 @@ class Batch:
       static metadata of the pytree. Methods whose loss is not a mean over targets use it through `sum_over_devices`.
   """
 
-  x: Array
-  y: Array
+  x: Float[Array, "t ..."]
+  y: Float[Array, "t c"]
   axis_name: str | None = None
 
 

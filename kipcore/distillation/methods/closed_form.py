@@ -3,18 +3,19 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from jaxtyping import Float, Int
 
 from kipcore import blocks, checks, keys, linalg
 from kipcore.distillation import options as option_checks
 from kipcore.preprocess import class_labels
 from kipcore.selection.coreset import class_balanced_indices
-from kipcore.types import Array, Integer, Real, Status, Support
+from kipcore.types import Array, ArrayLike, Integer, IntLike, Real, RealLike, Status, Support
 
 FEATURE_MAPS = ("linear", "fcnn", "rff")
 RIDGES = tuple(10.0 ** (half / 2) for half in range(-12, 12))
@@ -89,11 +90,13 @@ class FeatureKernel:
 
   feature_map: FeatureMap
 
-  def __call__(self, x1: Array, x2: Array | None = None) -> Array:
+  def __call__(
+    self, x1: Float[ArrayLike, "n1 ..."], x2: Float[ArrayLike, "n2 ..."] | None = None
+  ) -> Float[Array, "n1 n2"]:
     phi = map_features(self.feature_map, x1)
     return linalg.matmul(phi, (phi if x2 is None else map_features(self.feature_map, x2)).T)
 
-  def diag(self, x: Array) -> Array:
+  def diag(self, x: Float[ArrayLike, "n ..."]) -> Float[Array, " n"]:
     """||phi(x_i)||^2, `(n,)`."""
     return jnp.sum(map_features(self.feature_map, x) ** 2, axis=1)
 
@@ -101,9 +104,9 @@ class FeatureKernel:
 class Validation(NamedTuple):
   """Held-out scores: `ridges`, `accuracy` and `loss` (half mean squared error), each `(r,)`."""
 
-  ridges: np.ndarray
-  accuracy: np.ndarray
-  loss: np.ndarray
+  ridges: Float[np.ndarray, " r"]
+  accuracy: Float[np.ndarray, " r"]
+  loss: Float[np.ndarray, " r"]
 
 
 class ClosedForm(NamedTuple):
@@ -125,24 +128,24 @@ class ClosedForm(NamedTuple):
 
   support: Support
   feature_map: FeatureMap
-  weights: Array
+  weights: Float[Array, "p c"]
   ridge: float
   support_ridge: float
   scale: float
   error: float
   validation: Validation
-  held_out: np.ndarray
-  status: Array
+  held_out: Int[np.ndarray, " v"]
+  status: Int[Array, ""]
 
 
 def draw_map(
-  key,
+  key: Any,
   name: str,
-  num_inputs: int,
-  depth: int = 1,
-  num_features: int | None = None,
-  bandwidth: float = 1000.0**0.5,
-  dtype=jnp.float32,
+  num_inputs: IntLike,
+  depth: IntLike = 1,
+  num_features: IntLike | None = None,
+  bandwidth: RealLike = 1000.0**0.5,
+  dtype: Any = jnp.float32,
 ) -> FeatureMap:
   """Draws an invertible feature map R^d -> R^p of flattened rows.
 
@@ -173,8 +176,8 @@ def draw_map(
   checks.one_of("feature_map", name, FEATURE_MAPS)
   depth = checks.positive_int("depth", depth)
   checks.positive("bandwidth", bandwidth)
-  d, p = num_inputs, num_inputs if num_features is None else num_features
-  checks.positive_int("num_features", p)
+  d = checks.positive_int("num_inputs", num_inputs)
+  p = d if num_features is None else checks.positive_int("num_features", num_features)
   if p > d or (p != d and name != "rff"):
     raise ValueError(
       f"num_features: expected {'at most ' if name == 'rff' else ''}{d}, the size of a row, got {p}"
@@ -193,19 +196,21 @@ def draw_map(
   return FeatureMap(name)
 
 
-def map_features(feature_map: FeatureMap, x: Array) -> Array:
+def map_features(feature_map: FeatureMap, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n p"]:
   """phi(x), `(n, p)`, of rows `(n, ...)`, in the dtype of the rows."""
-  x = x.reshape(x.shape[0], -1)
+  phi = jnp.asarray(x).reshape(x.shape[0], -1)
   for w in feature_map.weights:
-    x = linalg.matmul(x, w.astype(x.dtype))
+    phi = linalg.matmul(phi, w.astype(phi.dtype))
     if feature_map.name == "fcnn":
-      x = jnp.where(x > 0, x, _SLOPE * x)
+      phi = jnp.where(phi > 0, phi, _SLOPE * phi)
   if feature_map.shift is not None:
-    x = (2 / x.shape[1]) ** 0.5 * jnp.cos(x + feature_map.shift.astype(x.dtype)[None, :])
-  return x
+    phi = (2 / phi.shape[1]) ** 0.5 * jnp.cos(phi + feature_map.shift.astype(phi.dtype)[None, :])
+  return phi
 
 
-def invert_map(feature_map: FeatureMap, phi, near) -> np.ndarray:
+def invert_map(
+  feature_map: FeatureMap, phi: Float[ArrayLike, "m p"], near: Float[ArrayLike, "m ..."]
+) -> Float[np.ndarray, "m ..."]:
   """Rows `(m, ...)` with the features `phi` `(m, p)`, in float64 on the host.
 
   Many rows have the same Fourier features. For each feature, the function selects the branch of the
@@ -222,9 +227,10 @@ def invert_map(feature_map: FeatureMap, phi, near) -> np.ndarray:
     step = np.where(np.abs(turns[0]) <= np.abs(turns[1]), *turns)
     q, r = scipy.linalg.qr(weights[0], mode="economic")
     return near + (q @ scipy.linalg.solve_triangular(r, step.T, trans="T")).T.reshape(near.shape)
+  rows: np.ndarray = phi
   for w in weights[::-1]:
-    phi = scipy.linalg.solve(w.T, np.where(phi > 0, phi, phi / _SLOPE).T).T
-  return phi.reshape(near.shape)
+    rows = scipy.linalg.solve(w.T, np.where(rows > 0, rows, rows / _SLOPE).T).T
+  return rows.reshape(near.shape)
 
 
 def feature_kernel(feature_map: FeatureMap) -> FeatureKernel:
@@ -241,7 +247,11 @@ def feature_kernel(feature_map: FeatureMap) -> FeatureKernel:
 
 
 def krr_closed_form(
-  key, x, y, start: Support | int, options: ClosedFormOptions = ClosedFormOptions()
+  key: Any,
+  x: Float[ArrayLike, "n ..."],
+  y: Float[ArrayLike, "n c"],
+  start: Support | IntLike,
+  options: ClosedFormOptions = ClosedFormOptions(),
 ) -> ClosedForm:
   """Computes m points whose ridge regression equals that of all rows, using only linear algebra.
 
