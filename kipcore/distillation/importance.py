@@ -23,7 +23,7 @@ from kipcore import checks
 from kipcore.distillation import samplers
 from kipcore.distillation.method import LossInfo, Sampler
 from kipcore.selection import draws
-from kipcore.types import Array, ArrayLike, Flag, Integer, Real, RealLike
+from kipcore.types import Array, ArrayLike, Flag, Integer, Real
 
 # Golden-section steps for the log temperature; they shrink the interval [-4, 8] to less than
 # 1/1000.
@@ -356,7 +356,7 @@ def _recalibrated(log_b, predictions, labels):
 
 
 def with_distribution(
-  state: ImportanceState, uniform_mix: RealLike, batch_size: int, power: RealLike = 1.0
+  state: ImportanceState, uniform_mix: Real, batch_size: int, power: Real = 1.0
 ) -> ImportanceState:
   """The state with its distribution rebuilt from the current scores, as `update` does when due.
 
@@ -417,7 +417,7 @@ def row_scores(state: ImportanceState) -> Float[Array, " capacity"]:
 
 
 def sampling_distribution(
-  state: ImportanceState, uniform_mix: RealLike, power: RealLike = 1.0
+  state: ImportanceState, uniform_mix: Real, power: Real = 1.0
 ) -> SamplingDistribution:
   """The sampling distribution of the current scores.
 

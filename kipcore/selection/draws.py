@@ -8,15 +8,15 @@ weighted samples from these draws.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt32
+from jaxtyping import Bool, Float, Int, UInt32
 
 from kipcore import checks, linalg
-from kipcore.types import Array
+from kipcore.types import Array, ArrayLike
 
 # Up to this number of draws, the float32 sum of the inclusion probabilities has an error below 1/2.
 _MAX_DRAWS_FLOAT32 = 2**16
@@ -170,19 +170,24 @@ def class_quotas(classes, rooms, totals, num_samples, replace):
   return quotas
 
 
-def count(mask):
+def count(mask: Bool[Array, " n"]) -> Int[Array, ""]:
   """Number of true entries; int32 with or without 64-bit mode."""
   return jnp.sum(mask, dtype=jnp.int32)
 
 
-def total(x):
+def total(x: Float[ArrayLike, " n"]) -> Float[Array, ""]:
   """Sum of a vector by tree reduction, which is accurate in float32 for millions of rows."""
   while x.shape[0] > 16:
     x = jnp.sum(jnp.pad(x, (0, -x.shape[0] % 16)).reshape(-1, 16), axis=1)
   return jnp.sum(x)
 
 
-def law(scores, input_weights, mix, power=None):
+def law(
+  scores: Float[Array, " n"],
+  input_weights: Float[Array, " n"],
+  mix: Float[Array, ""],
+  power: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
   """Probabilities `(n,)` in the widest dtype, and whether the scores are valid (uniform if not)."""
   scores, input_weights, mix = (
     v.astype(linalg.widest_dtype(v.dtype)) for v in (scores, input_weights, mix)
@@ -289,7 +294,7 @@ class Plan(NamedTuple):
   inclusion: Float[Array, " n"]
 
 
-def plan(words, p, b) -> Plan:
+def plan(words: UInt32[Array, "6"], p: Float[Array, " n"], b: Int[Array, ""]) -> Plan:
   """Prepares draws of b distinct rows with inclusion probabilities min(1, c p).
 
   `words` `(6,)` uint32 determine the order of the rows; `b` may be traced.
@@ -308,14 +313,16 @@ def plan(words, p, b) -> Plan:
   )
 
 
-def no_plan(n: int, dtype) -> Plan:
+def no_plan(n: int, dtype: Any) -> Plan:
   """A placeholder plan with valid shapes and meaningless values."""
   size = 2 ** (n - 1).bit_length()
   zeros = jnp.zeros((size,), jnp.int32)
   return Plan(zeros, zeros, zeros.astype(jnp.uint32), jnp.ones((n,), dtype))
 
 
-def pick(prepared: Plan, start, size):
+def pick(
+  prepared: Plan, start: UInt32[Array, ""], size: int
+) -> tuple[Int[Array, " size"], Float[Array, " size"]]:
   """Indices `(size,)` and their inclusion probabilities for a uniform uint32 start.
 
   Selects the rows at which start + (cumulative inclusion probability) reaches 1, 2, ..., with
@@ -333,7 +340,9 @@ def pick(prepared: Plan, start, size):
   return indices, prepared.inclusion[indices]
 
 
-def systematic(key, p, size, b):
+def systematic(
+  key: Array, p: Float[Array, " n"], size: int, b: Int[Array, ""]
+) -> tuple[Int[Array, " size"], Float[Array, " size"]]:
   """Indices `(size,)`, of which the first b are valid, and their inclusion probabilities."""
   words = jax.random.bits(key, (7,), jnp.uint32)
   return pick(plan(words[:6], p, b), words[6], size)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from kipcore import blocks, checks, linalg
-from kipcore.types import Array, IntLike, RealLike
+from kipcore.types import Array, IntLike, KernelFn, RealLike
 
 THEOREMS = ("krr", "krr_optimum", "pseudo_dimension", "single_query")
 _CG_TINY = 1e-30
@@ -188,14 +188,25 @@ class Basis(NamedTuple):
   status: Int[Array, ""]
 
 
-def kernel_entries(kernel_fn, operand, rows, columns):
+def kernel_entries(
+  kernel_fn: KernelFn | None,
+  operand: Float[Array, "n ..."],
+  rows: Int[Array, " b"],
+  columns: Int[Array, " l"],
+) -> Float[Array, "b l"]:
   """Kernel entries between two lists of row indices."""
   return (
     operand[rows][:, columns] if kernel_fn is None else kernel_fn(operand[rows], operand[columns])
   )
 
 
-def coordinates(kernel_fn, data, landmarks, chol, rows):
+def coordinates(
+  kernel_fn: KernelFn | None,
+  data: Data,
+  landmarks: Int[Array, " l"],
+  chol: linalg.Factor,
+  rows: Int[Array, " b"],
+) -> Float[Array, "b l"]:
   """The coordinates Z of some rows, `(b, l)`."""
   return linalg.whiten(chol, kernel_entries(kernel_fn, data.operand, landmarks, rows)).T.astype(
     data.y.dtype
@@ -203,7 +214,7 @@ def coordinates(kernel_fn, data, landmarks, chol, rows):
 
 
 @functools.partial(jax.jit, static_argnames="kernel_fn")
-def exact_lower(kernel_fn, data):
+def exact_lower(kernel_fn: KernelFn | None, data: Data) -> Float[Array, ""]:
   """F* = ridge <Y, (K + ridge I)^{-1} Y>, from the full n x n kernel matrix."""
   rows = jnp.arange(data.y.shape[0], dtype=jnp.int32)
   f = linalg.factor(
@@ -213,7 +224,14 @@ def exact_lower(kernel_fn, data):
 
 
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "steps", "block_size"))
-def dual_lower(kernel_fn, data, landmarks, basis, steps, block_size):
+def dual_lower(
+  kernel_fn: KernelFn | None,
+  data: Data,
+  landmarks: Int[Array, " l"],
+  basis: Basis,
+  steps: int,
+  block_size: int,
+) -> Float[Array, ""]:
   """Lower bound on F*: the dual objective after preconditioned conjugate gradients."""
   rows = jnp.arange(data.y.shape[0], dtype=jnp.int32)
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from kipcore import blocks, checks, linalg
 from kipcore.kernels.gram import gram_diag
-from kipcore.types import Array, KernelFn, Status
+from kipcore.types import Array, ArrayLike, KernelFn, Status
 
 # The error of float32 scores is about 1e-7 times the condition number. For a ridge below this
 # fraction of tr K / n they are meaningless.
@@ -75,13 +75,21 @@ def check_precision(ridge, mean_diagonal, dtype) -> None:
     )
 
 
-def weighted_block(kernel_fn: KernelFn, xa, root_a, xb=None, root_b=None) -> Array:
+def weighted_block(
+  kernel_fn: KernelFn,
+  xa: Float[Array, "a ..."],
+  root_a: Float[Array, " a"],
+  xb: Float[Array, "b ..."] | None = None,
+  root_b: Float[Array, " b"] | None = None,
+) -> Float[Array, "a _"]:
   """U_a^{1/2} K(xa, xb) U_b^{1/2} in the dtype of the roots."""
   k = kernel_fn(xa, xb).astype(root_a.dtype)
-  return root_a[:, None] * k * (root_a if xb is None else root_b)[None, :]
+  return root_a[:, None] * k * (root_a if root_b is None else root_b)[None, :]
 
 
-def weighted_diagonal(kernel_fn: KernelFn, x, root) -> Float[Array, " n"]:
+def weighted_diagonal(
+  kernel_fn: KernelFn, x: Float[ArrayLike, "n ..."], root: Float[Array, " n"]
+) -> Float[Array, " n"]:
   """u_i k(x_i, x_i), `(n,)`."""
   return root**2 * gram_diag(kernel_fn, x).astype(root.dtype)
 
@@ -115,7 +123,13 @@ def factor_leverage(f: linalg.Factor, ridge: Float[Array, ""]) -> Float[Array, "
   return jnp.where(f.status == Status.OK, tau, jnp.nan)
 
 
-def feature_fit(z, root, y, ridge, block_size):
+def feature_fit(
+  z: Float[Array, "n d"],
+  root: Float[Array, " n"],
+  y: Float[Array, "n c"],
+  ridge: Float[Array, ""],
+  block_size: int | None,
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, ""], Int[Array, ""]]:
   """Scores `(n,)`, squared residuals `(n,)`, objective and status of the weighted ridge fit.
 
   `y` `(n, c)` is already weighted.
@@ -140,7 +154,16 @@ def feature_fit(z, root, y, ridge, block_size):
   return jnp.clip(tau, 0, 1), residual2, jnp.sum(residual2) + ridge * jnp.sum(w**2), f.status
 
 
-def landmark_fit(kernel_fn, x, root, y, landmarks, landmark_weights, ridge, block_size):
+def landmark_fit(
+  kernel_fn: KernelFn,
+  x: Float[Array, "n ..."],
+  root: Float[Array, " n"],
+  y: Float[Array, "n c"],
+  landmarks: Int[Array, " s"],
+  landmark_weights: Float[Array, " s"] | None,
+  ridge: Float[Array, ""],
+  block_size: int | None,
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"], Int[Array, ""]]:
   """Exact score and squared residual of each row i in the problem with only the rows S and i.
 
   `y` is already weighted. Returns the scores, the squared residuals and the minimum objectives of
@@ -199,12 +222,19 @@ def nystrom_factor(kernel_fn, xs, rs) -> linalg.Factor:
   return linalg.factor(k_ss, 4 * jnp.finfo(k_ss.dtype).eps * jnp.trace(k_ss))
 
 
-def kept_share(share, ridge, residual_norm):
+def kept_share(
+  share: Float[Array, "..."], ridge: Float[Array, ""], residual_norm: Float[Array, ""]
+) -> Float[Array, "..."]:
   """The parameter a of `low_rank_leverage_bounds` for q = `share`."""
   return share * ridge / (share * ridge + jnp.maximum(residual_norm, jnp.finfo(share.dtype).tiny))
 
 
-def best_share(values, tail, ridge, residual_norm) -> Array:
+def best_share(
+  values: Float[Array, " k"],
+  tail: Float[Array, ""],
+  ridge: Float[Array, ""],
+  residual_norm: Float[Array, ""],
+) -> Float[Array, ""]:
   """The q of `low_rank_leverage_bounds`, by grid search.
 
   It minimizes sum_i h_i + E_ii / ((1 - q) ridge).   `values` are the eigenvalues of F^T F, and
@@ -218,7 +248,13 @@ def best_share(values, tail, ridge, residual_norm) -> Array:
   return share[jnp.argmin(sums)]
 
 
-def corrected(h, residual, kept, share, ridge) -> Array:
+def corrected(
+  h: Float[Array, " n"],
+  residual: Float[Array, " n"],
+  kept: Float[Array, ""],
+  share: Float[Array, ""],
+  ridge: Float[Array, ""],
+) -> Float[Array, " n"]:
   """The second upper bound of `low_rank_leverage_bounds` from h and E_ii."""
   t = h / jnp.maximum(1 - kept * h, jnp.finfo(h.dtype).tiny) + residual / ((1 - share) * ridge)
   return t / (1 + t)

@@ -19,7 +19,9 @@ from kipcore.types import Array, Status
 _SQUARINGS = 3
 
 
-def label_term(residual2, objective):
+def label_term(
+  residual2: Float[Array, "..."], objective: Float[Array, "*objective"]
+) -> Float[Array, "..."]:
   """||r_i||^2 / F*, or 0 if F* is 0."""
   return jnp.where(objective > 0, residual2 / jnp.where(objective > 0, objective, 1), 0)
 
@@ -83,7 +85,7 @@ def blocked_scores(kernel_fn, x, y, ridge, root, index, present, bound):
   return place(scores), place(tau), bound, jnp.zeros_like(bound), jnp.max(status)
 
 
-def norm_bound(e):
+def norm_bound(e: Float[Array, "b b"]) -> Float[Array, ""]:
   """Upper bound ||E^8||_F^{1/8} on the spectral norm of a symmetric matrix E."""
   scales = []
   for _ in range(_SQUARINGS):
