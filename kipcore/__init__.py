@@ -28,6 +28,12 @@ from kipcore.distillation.methods.closed_form import (
 from kipcore.distillation.methods.closed_form import Validation as RidgeValidation
 from kipcore.distillation.methods.combined import combined
 from kipcore.distillation.methods.distribution_matching import DMOptions, dm
+from kipcore.distillation.methods.expert_labels import (
+  ExpertChoice,
+  choose_expert,
+  expert_labels,
+  expert_losses,
+)
 from kipcore.distillation.methods.experts import train_expert
 from kipcore.distillation.methods.frepo import FRePoOptions, frepo
 from kipcore.distillation.methods.gradient_matching import GradientMatchingOptions, dc, dsa
@@ -184,6 +190,7 @@ __all__ = [
   "DistilledSet",
   "Distiller",
   "EvaluationEntry",
+  "ExpertChoice",
   "FRePoOptions",
   "FeatureKernel",
   "FeatureMap",
@@ -247,6 +254,7 @@ __all__ = [
   "arrange_targets",
   "auto_candidates",
   "blocked_krr_sensitivities",
+  "choose_expert",
   "class_balanced_indices",
   "combined",
   "conv_net",
@@ -262,6 +270,8 @@ __all__ = [
   "evaluate_krr",
   "evaluate_network",
   "evaluation_table",
+  "expert_labels",
+  "expert_losses",
   "fc",
   "feature_kernel",
   "feature_krr_sensitivities",
