@@ -53,7 +53,7 @@ from kipcore.distillation.targets import Targets, arrange_targets
 from kipcore.evaluation.krr import KRREvaluation, evaluate_krr
 from kipcore.evaluation.networks import Tuned as TunedProtocol
 from kipcore.evaluation.networks import evaluate_network, tune
-from kipcore.evaluation.protocols import PROTOCOLS, Protocol, label_distribution
+from kipcore.evaluation.protocols import Protocol, label_distribution, protocol
 from kipcore.evaluation.ranking import (
   EvaluationEntry,
   KernelEvaluator,
@@ -217,7 +217,6 @@ __all__ = [
   "NpzError",
   "NumericalError",
   "Optimizer",
-  "PROTOCOLS",
   "PivotedCholesky",
   "Preprocess",
   "PreprocessStep",
@@ -320,6 +319,7 @@ __all__ = [
   "nngp_fn",
   "ntk_fn",
   "one_hot_centered",
+  "protocol",
   "random_augmentation",
   "random_feature_kernel",
   "random_features",

@@ -182,7 +182,7 @@ class DistillConfig(DataConfig):
   )
   protocol: str = setting(
     "default",
-    "How these networks are trained: default, kip, frepo, dc, dsa or soft (kipcore.PROTOCOLS); each method's preset has its own.",
+    "How these networks are trained: default, kip, frepo, dc, dsa or soft (see kipcore.protocol); each method's preset has its own.",
     NETWORKS,
   )
   network_steps: int = setting(

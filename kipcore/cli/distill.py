@@ -2,9 +2,11 @@
 
 Examples:
   kipcore-distill
-      ten images of the included digits, in a few seconds
-  kipcore-distill --dataset=mnist --images_per_class=10 --steps=4000
-      97 % and more on MNIST, about a minute on two cores
+      ten images of the included digits that train a network
+  kipcore-distill --dataset=mnist --minutes=5
+      ten images of MNIST for networks, in five minutes
+  kipcore-distill --dataset=mnist --teach=kernel --images_per_class=10 --steps=4000
+      for kernel ridge regression: 97 % and more on MNIST, about a minute on two cores
   kipcore-distill --dataset=mnist --method=dm --dry_run
       what that would do, how long it would take, what it needs; nothing is written
 """
@@ -72,6 +74,8 @@ run = flags.binary(
     "dataset",
     "data_dir",
     "images_per_class",
+    "teach",
+    "minutes",
     "method",
     "init",
     "sampler",

@@ -97,7 +97,7 @@ def names(*kinds) -> set[str]:
 FLAGS = {
   "distill": (
     names(DistillConfig, OutputConfig, ProcessConfig, CheckpointConfig) - {"shared"},
-    ("dataset", "data_dir", "images_per_class", "method"),
+    ("dataset", "data_dir", "images_per_class", "teach", "minutes", "method"),
   ),
   "select": (
     names(SelectConfig, OutputConfig),
@@ -153,7 +153,7 @@ WRONG = [
   (["--init=kmean"], "did you mean kmeans?"),
   (["--sampler=crossentropy"], "did you mean cross_entropy?"),
   (["--architecture=fc"], "architecture: expected fc1"),
-  (["--options=a=b"], "--options: expected none for --method=kip"),
+  (["--method=kip", "--options=a=b"], "--options: expected none for --method=kip"),
   (["--method=dm", "--options=augment=flip"], "--options: expected names among"),
   (["--dataset=absent.npz"], "no such file"),
   (["--dataset=./absent"], "no such folder"),
@@ -222,7 +222,7 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(distilling):
   assert "Nothing was written. Without --dry_run, results go to runs/" in out
   assert (
     out.strip().splitlines()[-1].strip()
-    == "kipcore-distill --num_devices=1 --init=uniform --method=label_solve"
+    == "kipcore-distill --method=label_solve --num_devices=1 --init=uniform"
   )
   assert {path.name for path in folder.rglob("*")} == {"empty", "before", "result.json", "taken"}
 
@@ -321,6 +321,7 @@ def test_the_readme_of_a_run_folder_lists_each_file(tmp_path):
     )
   line = next(line for line in text.splitlines() if "kipcore-distill" in line)
   assert shlex.split(line)[1:] == [
+    "--method=kip",
     "--dataset=a b.npz",
     "--steps=2",
     "--nolearn_labels",

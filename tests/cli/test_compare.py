@@ -35,6 +35,8 @@ PAIRS = {
   "dm": ("krr_sensitivity", "class_balanced"),
   "dc": ("noise", "cross_entropy"),
   "dsa": ("kmeans", "uniform"),
+  "ratbptt": ("kmeans", "cross_entropy"),
+  "both": ("kmedoids", "uniform"),
   "mtt": ("uniform", "margin"),
 }
 
@@ -42,7 +44,10 @@ PAIRS = {
 @pytest.mark.parametrize(
   "method",
   [
-    pytest.param(method, marks=pytest.mark.slow if method not in ("rcig", "dm", "mtt") else ())
+    pytest.param(
+      method,
+      marks=pytest.mark.slow if method not in ("rcig", "dm", "mtt", "ratbptt", "both") else (),
+    )
     for method in PAIRS
   ],
 )

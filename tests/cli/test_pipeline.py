@@ -398,7 +398,11 @@ def test_invalid_flags_end_with_status_2_and_one_line(arguments, tmp_path):
 
 def test_commands_distill_and_evaluate(tmp_path):
   done = run_binary(
-    "experiments.run_distill", f"--output_dir={tmp_path}/run", "--steps=20", "--x64"
+    "experiments.run_distill",
+    f"--output_dir={tmp_path}/run",
+    "--method=kip",
+    "--steps=20",
+    "--x64",
   )
   assert done.returncode == 0, done.stderr
   assert (

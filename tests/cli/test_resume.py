@@ -286,7 +286,7 @@ def wait_for(path: pathlib.Path, process) -> None:
   ],
 )
 def test_a_killed_command_resumes_with_identical_results(tmp_path, number, status):
-  flags = ["--steps=300", "--target_batch_size=60", "--checkpoint_seconds=0.000001"]
+  flags = ["--method=kip", "--steps=300", "--target_batch_size=60", "--checkpoint_seconds=0.000001"]
   process = binary(*flags, f"--output_dir={tmp_path / 'run'}")
   wait_for(tmp_path / "run" / "checkpoints", process)
   process.send_signal(number)
@@ -315,6 +315,7 @@ def test_a_killed_command_resumes_with_identical_results(tmp_path, number, statu
 def test_killed_process_stops_the_others_and_all_resume(tmp_path):
   """Of two processes on loopback one is killed: the other ends with status 4, and both resume."""
   flags = [
+    "--method=kip",
     "--steps=150",
     "--target_batch_size=60",
     "--sampler=uniform",

@@ -155,7 +155,10 @@ def place(tmp_path_factory):
       folder.mkdir(parents=True, exist_ok=True)
       Image.fromarray((15 * images[i, ..., 0]).astype(np.uint8)).save(folder / f"{i}.png")
   assert (
-    run_binary("experiments.run_distill", f"--output_dir={path}/RUN", "--steps=2").returncode == 0
+    run_binary(
+      "experiments.run_distill", f"--output_dir={path}/RUN", "--teach=kernel", "--steps=2"
+    ).returncode
+    == 0
   )
   return path
 
@@ -183,7 +186,8 @@ def test_commands_of_the_readme_run(place, command):
   )
   if module in ("run_distill", "run_select", "run_export") and "--output_dir" not in command:
     command += f" --output_dir={place}/{len(list(place.iterdir()))}"
-  small = SMALL.get(module, "") + (SMALL_NETWORKS if "--method=" in command else "")
+  networks = module == "run_distill" and "--teach=kernel" not in command
+  small = SMALL.get(module, "") + SMALL_NETWORKS * networks
   done = run_binary(*(command + ("" if "--resume" in command else small)).split())
   finished = "--resume" in command and "already finished" in done.stderr
   assert done.returncode == 0 or finished, f"{command}\n{done.stdout}\n{done.stderr}"

@@ -116,11 +116,11 @@ def write(folder: pathlib.Path, title: str, command: str) -> None:
 
 def distillation_command(config: DistillConfig, folder=None) -> str:
   """The command of a config: the flags that differ from the method's settings."""
-  chosen = {name: getattr(config, name) for name in ("method", "preset")}
-  changed = {
-    **_changed(config, recipes.resolve(**chosen)),
-    **{k: v for k, v in chosen.items() if v != getattr(DistillConfig(), k)},
-  }
+  chosen = {"method": config.method}
+  if config.preset != DistillConfig().preset:
+    chosen["preset"] = config.preset
+  changed = {**chosen, **_changed(config, recipes.resolve(**chosen))}
+  changed.pop("teach", None)  # follows from the method
   return _command("kipcore-distill", changed, folder)
 
 

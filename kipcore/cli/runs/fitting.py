@@ -58,10 +58,12 @@ def fitted(planned, started: float, verbose: bool = True):
       f"--minutes: expected more than {(60 * config.minutes - left) / 60:.1f} for the scores alone, got {config.minutes:g}; "
       "reduce --network_seeds or --test_rows"
     )
-  config = dataclasses.replace(config, steps=count)
+  minutes = config.minutes
+  # The command that repeats the run has the fitted settings.
+  config = dataclasses.replace(config, steps=count, minutes=0.0)
   if verbose:
     tqdm.write(
-      f"--minutes={config.minutes:g}: {config.steps:,} steps of {one:.3g} s"
+      f"--minutes={minutes:g}: {config.steps:,} steps of {one:.3g} s"
       + (f", width {config.width}" if through_networks else "")
       + f"; {estimate.duration(other)} for everything else",
       file=sys.stdout,

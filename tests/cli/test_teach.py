@@ -1,0 +1,102 @@
+"""Which model a set is for: method, architecture, time and what a run reports first."""
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+
+from kipcore.cli import recipes
+from kipcore.cli.cost.estimate import Part
+from kipcore.cli.errors import UsageError
+from kipcore.cli.runs import fitting, loading, measure, pipeline
+
+TINY = dict(width=4, steps=2, target_batch_size=40, network_steps=20, test_rows=100, num_devices=1)
+
+
+def test_the_goal_chooses_the_method():
+  assert recipes.resolve().method == "ratbptt" and recipes.resolve().teach == "network"
+  assert recipes.resolve(teach="kernel").method == "kip"
+  assert recipes.resolve(teach="both").method == "both"
+  assert recipes.resolve(method="rfad").teach == "kernel"
+  assert recipes.resolve(method="dm", teach="network").method == "dm"
+  with pytest.raises(UsageError, match="--teach: expected kernel or none with --method=kip"):
+    recipes.resolve(method="kip", teach="network")
+
+
+def test_automatic_architecture_follows_the_rows(tmp_path):
+  rng = np.random.default_rng(0)
+  arrays = {
+    "x_train": rng.normal(size=(40, 5)).astype(np.float32),
+    "y_train": np.arange(40) % 2,
+    "x_test": rng.normal(size=(20, 5)).astype(np.float32),
+    "y_test": np.arange(20) % 2,
+  }
+  np.savez(tmp_path / "table.npz", **arrays)
+  config = recipes.resolve(dataset=str(tmp_path / "table.npz"), **TINY)
+  assert loading.load(config).kernel_fn.arch.name == "fc1"
+  assert loading.load(recipes.resolve(**TINY)).kernel_fn.arch.name == "conv3"
+  folder, result = pipeline.run_distill(config, str(tmp_path / "run"), verbose=False)
+  assert result["architecture"] == "fc1" and result["network_protocol"] == "soft"
+
+
+@pytest.mark.parametrize("method", ["ratbptt", "both", "kip"])
+def test_a_run_leads_with_the_model_that_its_set_is_for(method, tmp_path, capsys):
+  config = recipes.resolve(method=method, network_seeds=2, **TINY)
+  config = dataclasses.replace(config, architecture="fc1")
+  folder, result = pipeline.run_distill(config, str(tmp_path / "run"))
+  found = [result["network_test_accuracy"], result["network_test_accuracy_mean"]]
+  assert found[1] == np.mean(found[0]) and len(found[0]) == 2
+  for key in ("random_baseline", "init"):
+    assert 0 < result[f"{key}_network_test_accuracy_mean"] <= 1
+  out = capsys.readouterr().out
+  networks = out.index("networks trained on")
+  ridge = out.index("10 distilled images: ")
+  page = (folder / "report.html").read_text()
+  if method == "kip":
+    assert ridge < networks
+  else:
+    assert networks < ridge and "ridge regression on the 10 distilled images" in out
+    assert page.index("networks trained on the distilled set") < page.index("ridge regression,")
+
+
+@pytest.fixture()
+def planned():
+  config = recipes.resolve(minutes=2.0, **{**TINY, "width": 32, "steps": 100})
+  return pipeline.plan(config)
+
+
+def measured(monkeypatch, seconds_per_step, other=10.0):
+  """`measure.distillation` gives these times; a step costs in proportion to the width."""
+  seen = []
+
+  def distillation(config, plan):
+    seen.append(config.width)
+    one = seconds_per_step * config.width / 32
+    return [
+      Part(f"{config.steps:,} steps of {one:.3g} s", config.steps * one),
+      Part("x", other),
+    ], []
+
+  monkeypatch.setattr(measure, "distillation", distillation)
+  return seen
+
+
+@pytest.mark.parametrize(
+  "seconds_per_step, width, steps",
+  [(0.1, 32, 980), (1.0, 16, 196), (0.01, 64, 4900), (0.001, 128, 24_500)],
+)
+def test_steps_and_width_fit_the_minutes(monkeypatch, planned, seconds_per_step, width, steps):
+  measured(monkeypatch, seconds_per_step)
+  config = fitting.fitted(planned, time.perf_counter(), verbose=False).config
+  assert config.width == width and config.minutes == 0
+  np.testing.assert_allclose(config.steps, steps, rtol=0.02)
+
+
+def test_too_little_time_and_methods_without_steps_are_refused(monkeypatch, planned):
+  measured(monkeypatch, 0.1, other=500.0)
+  with pytest.raises(UsageError, match="--minutes: expected more than"):
+    fitting.fitted(planned, time.perf_counter(), verbose=False)
+  direct = planned._replace(config=recipes.resolve(method="label_solve", minutes=1.0))
+  with pytest.raises(UsageError, match="--minutes: expected a method with steps"):
+    fitting.fitted(direct, time.perf_counter(), verbose=False)
