@@ -381,8 +381,37 @@ def _compared() -> dict:
   return folders
 
 
+def networks_table(results: dict) -> str:
+  """Sets that teach networks, next to other sets under the same protocol."""
+  lines = [
+    "| dataset, images per class | distilled | random real images | *k*-means centers | goal (published) | minutes | steps |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+  ]
+  for name, job in results["jobs"].items():
+    dataset, _, size = name.rpartition("_")
+    (run,) = job["runs"][:1]
+    own = f"{100 * run['network_test_accuracy_mean']:.1f} ± {100 * run['network_test_accuracy_std']:.1f}"
+    others = [
+      f"{100 * run[f'{key}_network_test_accuracy_mean']:.1f}" for key in ("random_baseline", "init")
+    ]
+    minutes = f"{run['wall_seconds'] / 60:.0f}"
+    title = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}[dataset]
+    cells = [f"{title}, {size}", own, *others, job["goal"], minutes, f"{run['steps']:,}"]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(
+    [
+      *lines,
+      "",
+      "RaT-BPTT at width 32; test accuracy (%) of ConvNet-3 networks of width 32 trained by the protocol `soft`, mean and standard deviation over 5 networks (2 for "
+      "random images and centers), one distillation seed, all test rows; minutes of the whole run on two busy CPU cores, from `experiments/results/networks.json` "
+      "(`python -m experiments.studies.networks`).",
+    ]
+  )
+
+
 # marker in the document -> result file, and the function that renders it
 TABLES = {
+  "networks": ("networks", networks_table),
   "conformance": ("conformance", conformance_table),
   "starting_points": ("starting_points", starting_points_table),
   "default_gain": ("ablation", default_gain_table),

@@ -76,8 +76,8 @@ class DistillInfo(NamedTuple):
 
   Attributes:
     loss: of the batch.
-    accuracy: before the update, in [0, 1]: the estimate for all rows from the batch, whose rows have their importance
-      weights, sum_t w_t correct_t / sum_t w_t.
+    accuracy: before the update, in [0, 1]: the estimate for all rows from the batch, sum_t w_t correct_t / sum_t w_t with
+      unbiased importance weights. If the sampler has no weights, that of the batch.
     gradient_norm: Euclidean norm over all parameters.
     status: int32, `types.Status`.
   """
@@ -179,6 +179,8 @@ def _distill_step(key, distiller, state, targets, axis_name):
   state = _refresh(keys.stream(step_key, "loss"), distiller, state, targets, size, axis_name)
   indices, weights = distiller.sampler.draw(keys.stream(device_key, "draw"), state.sampler, size)
   batch = Batch(targets.x[indices], targets.y[indices], axis_name)
+  exponent = distiller.sampler.weight_exponent
+  unbiased = (weights ** (1 / exponent) if exponent else weights) * targets.share
   weights = weights.astype(targets.y.dtype) * targets.share
 
   def loss_fn(params):
@@ -186,8 +188,8 @@ def _distill_step(key, distiller, state, targets, axis_name):
 
   (loss, info), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
   correct = jnp.argmax(info.predictions, axis=1) == jnp.argmax(batch.y, axis=1)
-  mass = jnp.mean(weights)
-  means = loss, jnp.mean(jnp.where(correct, weights, 0)), mass, gradient
+  mass = jnp.mean(unbiased)
+  means = loss, jnp.mean(jnp.where(correct, unbiased, 0)), mass, gradient
   status = info.status
   if axis_name is not None:
     means = jax.lax.pmean(means, axis_name)

@@ -152,10 +152,12 @@ class Sampler:
   Attributes:
     name: used in logs and artifacts.
     refresh_every: steps after which the loop scores all rows and passes them to `update`; 0 for never.
+    weight_exponent: the weights are unbiased ones to this power; the logged accuracy undoes it. 0 for no weights.
   """
 
   name: str = "sampler"
   refresh_every: int = 0
+  weight_exponent: float = 1.0
 
   def __new__(cls, *args, **kwargs):
     return object.__new__(_FunctionSampler if cls is Sampler else cls)

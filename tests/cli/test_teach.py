@@ -27,8 +27,8 @@ def test_the_goal_chooses_the_method():
 def test_automatic_architecture_follows_the_rows(tmp_path):
   rng = np.random.default_rng(0)
   arrays = {
-    "x_train": rng.normal(size=(40, 5)).astype(np.float32),
-    "y_train": np.arange(40) % 2,
+    "x_train": rng.normal(size=(100, 5)).astype(np.float32),
+    "y_train": np.arange(100) % 2,
     "x_test": rng.normal(size=(20, 5)).astype(np.float32),
     "y_test": np.arange(20) % 2,
   }
@@ -84,7 +84,7 @@ def measured(monkeypatch, seconds_per_step, other=10.0):
 
 @pytest.mark.parametrize(
   "seconds_per_step, width, steps",
-  [(0.1, 32, 980), (1.0, 16, 196), (0.01, 64, 4900), (0.001, 128, 24_500)],
+  [(0.1, 32, 980), (1.0, 16, 196), (0.02, 64, 2450), (0.01, 128, 2450), (0.001, 128, 24_500)],
 )
 def test_steps_and_width_fit_the_minutes(monkeypatch, planned, seconds_per_step, width, steps):
   measured(monkeypatch, seconds_per_step)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close
+from helpers import assert_close, image_problem
 from scipy import optimize, special
 
 import kipcore
@@ -60,6 +60,23 @@ def test_full_weights_are_unbiased_for_all_scores(balanced):
   assert (
     float(weights.max())
     <= 1 / 0.3 * (11 if balanced else 1) / (3 / 91 * 91 if balanced else 1) * 1.001
+  )
+
+
+@pytest.mark.parametrize("exponent", [0.25, 1.0])
+def test_logged_accuracy_estimates_that_of_all_rows(exponent):
+  """Hard rows are drawn far more often; the mean of the logged accuracy is still that of all rows."""
+  support, x, y = image_problem(np.float32, n=300)
+  method = kipcore.kip(kipcore.ntk_fn(kipcore.fc(1)), kipcore.KIPOptions(relative_ridge=1e-3))
+  sampler = importance.importance("squared_error", 0.3, exponent, 1.0, refresh_every=1, power=4.0)
+  distiller = kipcore.Distiller(method, sampler, optax.sgd(1e-12), 60)
+  logs = list(range(2, 90))
+  history = kipcore.distill(0, distiller, support, x, y, 90, log_steps=logs).history
+  logged = [line["accuracy"] for line in history if line["step"] in logs]
+  fit = kipcore.evaluate_krr(method.kernel_fn, support, x, y, relative_ridge=1e-3)
+  assert 0.3 < float(fit.accuracy) < 0.95  # neither all nor no rows are correct
+  assert (
+    abs(np.mean(logged) - float(fit.accuracy)) < 4 * np.std(logged) / np.sqrt(len(logged)) + 0.01
   )
 
 

@@ -180,7 +180,7 @@ def test_commands_of_the_readme_run(place, command):
   """Runs each command with few steps and digits instead of named datasets; none needs a network."""
   module = command.split()[0].removeprefix("experiments.")
   command = re.sub(
-    r"--dataset=(mnist|cifar10)|--data_dir=DIR",
+    r"--dataset=(mnist|cifar10)|--data_dir=DIR|--minutes=\d+",
     "",
     command.replace("path/to", str(place)).replace("runs/", f"{place}/"),
   )

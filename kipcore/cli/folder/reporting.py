@@ -270,7 +270,8 @@ def _curves(history: list[dict], result: dict) -> Sequence[str]:
   parts: list[str] = [html.chart(figure, "Loss and accuracy against the step")]
   if any("importance_gain" in r for r in history):
     parts.append(
-      "Targets drawn by score are harder than the average row: accuracy and loss of their batches do not measure progress."
+      "Targets drawn by score are harder than the average row, so their loss does not measure progress. The accuracy is the importance-weighted "
+      "estimate for all training rows."
     )
   return parts
 
