@@ -2,12 +2,13 @@
 
 Distills each dataset with RaT-BPTT through the command's own pipeline and scores it by training five networks on all test
 rows, next to random real images and to the initialization under the same protocol. Runs are resumed from their checkpoints.
-Writes experiments/results/networks.json; jobs that --only excludes keep their results in the file. Ten to forty minutes per
+Writes experiments/results/networks.json and the pictures in experiments/results/networks/; jobs that --only excludes keep their results in the file. Ten to forty minutes per
 job on two cores.
 """
 
 import json
 import pathlib
+import shutil
 
 from absl import flags
 
@@ -114,6 +115,11 @@ def main():
       runs.append(
         {"seed": seed, "commit": commit, **{key: result[key] for key in _KEPT if key in result}}
       )
+    pictures = output.with_suffix("")
+    pictures.mkdir(exist_ok=True)
+    shutil.copyfile(
+      pathlib.Path(FLAGS.runs_dir) / f"{name}_seed0" / "images.png", pictures / f"{name}.png"
+    )
     found["jobs"][name] = {"settings": settings, "goal": reference, "runs": runs}
     found["environment"] = run_folder.environment()
     run_folder.write_json(output, found)
