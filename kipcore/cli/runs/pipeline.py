@@ -31,7 +31,7 @@ from kipcore.cli.runs.loading import Data, load, prepare  # noqa: F401, for call
 from kipcore.distillation import importance, loop, method, optimizers
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.evaluation import networks as network_evaluation
-from kipcore.evaluation import protocols
+from kipcore.evaluation import protocols, ranking
 from kipcore.selection import absorb, coreset
 from kipcore.types import Support
 
@@ -215,6 +215,17 @@ def shown_rows(config: DistillConfig) -> int:
   return min(_VALIDATION_ROWS, config.test_rows or _VALIDATION_ROWS)
 
 
+def network_evaluator(config: DistillConfig, data: Data) -> ranking.NetworkEvaluator:
+  """How the networks of `network_scores` are trained."""
+  return ranking.NetworkEvaluator(
+    data.kernel_fn.arch,
+    config.width,
+    recipes.RECIPES[config.method].norm if config.protocol == "default" else None,
+    num_steps=config.network_steps or None,
+    protocol=config.protocol,
+  )
+
+
 def network_scores(
   config: DistillConfig, data: Data, support: Support, others: dict[str, Support] | None = None
 ) -> dict:
@@ -247,17 +258,18 @@ def network_scores(
 
 
 def _network_accuracies(config: DistillConfig, data: Data, support: Support) -> list[float]:
+  how = network_evaluator(config, data)
   scores = network_evaluation.evaluate_network(
     config.seed,
-    data.kernel_fn.arch,
+    how.network,
     support,
     data.x_test,
     data.y_test,
     config.network_seeds,
-    config.width,
-    config.network_steps or None,
-    norm=recipes.RECIPES[config.method].norm if config.protocol == "default" else None,
-    protocol=config.protocol,
+    how.width,
+    how.num_steps,
+    norm=how.norm,
+    protocol=how.protocol,
   )
   return [float(score) for score in scores]
 
