@@ -268,9 +268,11 @@ def memory_of_steps(compiled, kernel: bool) -> list[Part]:
   )
   planned = compiled.memory_analysis()
   scratch = planned.temp_size_in_bytes if planned is not None else 0
+  # A row of images has rank 3, with a device axis and one of rows before it.
+  rows = "images" if len(targets.x.shape) == 5 else "points"
   parts = [
     Part("training rows", size(targets)),
-    Part("images, labels and their optimizer", size((state.params, state.opt_state))),
+    Part(f"{rows}, labels and their optimizer", size((state.params, state.opt_state))),
     Part("networks", size(state.aux)),
     Part("scores of rows", size(state.sampler)),
     Part(

@@ -58,7 +58,9 @@ def distillation(config: DistillConfig, planned: pipeline.Plan) -> tuple[list, l
   seconds.append(Part(f"initialization ({config.init})", expected))
   expected, compiled = _scores(config, planned, support, pair_seconds)
   compiling += compiled
-  seconds.append(Part("scores of random images, initialization, progress and result", expected))
+  seconds.append(
+    Part(f"scores of random {pipeline.noun(data)}, initialization, progress and result", expected)
+  )
   stored = [Part("training and test rows", estimate.rows_bytes(data))]
   if not recipes.has_loop(config):
     seconds.append(Part(config.method, _direct(config, planned, support, pair_seconds, rate)))

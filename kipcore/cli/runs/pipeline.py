@@ -344,7 +344,7 @@ def description(config: DistillConfig, planned: Plan) -> str:
   )
   return (
     f"{config.dataset}: {data.x_train.shape[0]:,} training, {data.x_validation.shape[0]:,} validation, "
-    f"{data.x_test.shape[0]:,} test rows of shape {data.x_train.shape[1:]}, {data.raw.num_classes} classes\n"
+    f"{data.x_test.shape[0]:,} test {rows_of(data)}, {data.raw.num_classes} classes\n"
     f"{config.method} {through}: {planned.sizes.support} {noun(data)} "
     f"({config.images_per_class} per class), {config.steps if recipes.has_loop(config) else 0} steps of {planned.batch} targets "
     f"on {len(devices)} {devices[0].platform} device(s)"
@@ -554,6 +554,12 @@ def _run(
 def noun(data: Data) -> str:
   """What the rows of a dataset are called."""
   return "images" if data.x_train.ndim == 4 else "points"
+
+
+def rows_of(data: Data) -> str:
+  """What the rows of a dataset are, with their size."""
+  shape = data.x_train.shape[1:]
+  return f"points of {shape[0]} features" if len(shape) == 1 else f"rows of shape {shape}"
 
 
 def scored_by(config: DistillConfig | SelectConfig) -> dict:
