@@ -1,4 +1,4 @@
-"""Classes of arguments over all functions, from kernels to selection and evaluation.
+"""Classes of arguments over all functions of kernels, ridge regression, networks and evaluation.
 
 Optional arrays of a wrong shape, integer and half-precision arrays, NumPy scalars and booleans.
 """
@@ -21,11 +21,6 @@ IMAGES = RNG.normal(size=(6, 4, 4, 1)).astype("f4")
 KERNEL = kipcore.rbf_fn(1.0)
 SUPPORT = kipcore.Support(jnp.asarray(X[:4]), jnp.asarray(Y[:4]))
 FIT = kipcore.krr_fit(K, Y, 0.1)
-# For selection: twelve rows, which two or three classes divide equally.
-ROWS = RNG.normal(size=(12, 3)).astype("f4")
-CLASSES = np.arange(12) % 3
-LABELS = kipcore.one_hot_centered(np.arange(12) % 2, 2)
-SCORES = np.linspace(0.5, 1, 12, dtype="f4")
 
 
 def linear_kernel_of_stax(x1, x2, get):
@@ -193,117 +188,8 @@ REALS = {
   "fc": lambda v: kipcore.ntk_fn(kipcore.fc(1, b_std=v))(X),
   "softplus": lambda v: kipcore.network(kipcore.fc(1), softplus=v).softplus,
 }
-
-
-def measured(**sizes) -> float:
-  arguments = {"num_landmarks": 4, "num_queries": 2, **sizes}
-  rows, weights = np.arange(6), np.full(6, 2.0, "f4")
-  certificate = kipcore.measure_coreset(0, KERNEL, ROWS, LABELS, 0.5, rows, weights, **arguments)
-  return certificate.objective_lower + certificate.measured_epsilon
-
-
-# The size arguments of selection, at the value 3, by function and argument.
-SIZES = {
-  "measure_coreset num_landmarks": lambda v: measured(num_landmarks=v),
-  "measure_coreset num_queries": lambda v: measured(num_queries=v),
-  "measure_coreset dual_steps": lambda v: measured(dual_steps=v),
-  "measure_coreset block_size": lambda v: measured(block_size=v),
-  "rpcholesky rank": lambda v: kipcore.rpcholesky(0, KERNEL, ROWS, v).pivots,
-  "rpcholesky block_size": lambda v: kipcore.rpcholesky(0, KERNEL, ROWS, 4, None, v).pivots,
-  "rpcholesky row_block_size": lambda v: (
-    kipcore.rpcholesky(0, KERNEL, ROWS, 4, row_block_size=v).factor
-  ),
-  "kmeans_plusplus num_clusters": lambda v: kipcore.kmeans_plusplus(0, ROWS, v).indices,
-  "kmeans_plusplus num_trials": lambda v: kipcore.kmeans_plusplus(0, ROWS, 4, None, v).indices,
-  "kernel_kmeans_plusplus num_clusters": lambda v: (
-    kipcore.kernel_kmeans_plusplus(0, KERNEL, ROWS, v).indices
-  ),
-  "kernel_kmeans_plusplus num_trials": lambda v: (
-    kipcore.kernel_kmeans_plusplus(0, KERNEL, ROWS, 4, None, v).indices
-  ),
-  "kernel_kmeans_plusplus block_size": lambda v: (
-    kipcore.kernel_kmeans_plusplus(0, KERNEL, ROWS, 4, block_size=v).indices
-  ),
-  "kmeans num_clusters": lambda v: kipcore.kmeans(0, ROWS, v).centers,
-  "kmeans num_trials": lambda v: kipcore.kmeans(0, ROWS, 4, num_trials=v).centers,
-  "kmeans num_inits": lambda v: kipcore.kmeans(0, ROWS, 4, num_inits=v).centers,
-  "kmeans max_iterations": lambda v: kipcore.kmeans(0, ROWS, 4, max_iterations=v).centers,
-  "kmeans block_size": lambda v: kipcore.kmeans(0, ROWS, 4, block_size=v).centers,
-  "select_coreset images_per_class": lambda v: (
-    kipcore.select_coreset(0, ROWS, LABELS, v, "uniform").indices
-  ),
-  "select_coreset num_candidates": lambda v: (
-    kipcore.select_coreset(
-      0, ROWS, LABELS, 1, "krr_pursuit", kernel_fn=KERNEL, num_candidates=v
-    ).indices
-  ),
-  "auto_candidates images_per_class": lambda v: (
-    kipcore.auto_candidates(0, ROWS, LABELS, v, KERNEL)["kmedoids"].indices
-  ),
-  "auto_candidates num_candidates": lambda v: (
-    kipcore.auto_candidates(0, ROWS, LABELS, 1, KERNEL, v)["krr_pursuit"].indices
-  ),
-  "class_balanced_indices per_class": lambda v: kipcore.class_balanced_indices(0, CLASSES, v, 3),
-  "class_balanced_indices num_classes": lambda v: kipcore.class_balanced_indices(0, CLASSES, 2, v),
-  "guarantee_at num_samples": lambda v: kipcore.guarantee_at(v, 0.1, 2.0, 0.5),
-  "feature_leverage_scores block_size": lambda v: kipcore.feature_leverage_scores(
-    ROWS, 0.5, block_size=v
-  ),
-  "landmark_leverage_scores block_size": lambda v: kipcore.landmark_leverage_scores(
-    KERNEL, ROWS, np.arange(4), 0.5, block_size=v
-  ),
-  "krr_pursuit candidates": lambda v: (
-    kipcore.krr_pursuit(0, KERNEL, ROWS, LABELS, v, 2, 0.5).indices
-  ),
-  "krr_pursuit num_points": lambda v: (
-    kipcore.krr_pursuit(0, KERNEL, ROWS, LABELS, 8, v, 0.5).indices
-  ),
-  "krr_pursuit quota": lambda v: (
-    kipcore.krr_pursuit(0, KERNEL, ROWS, LABELS, 12, 6, 0.5, quota=v).indices
-  ),
-  "krr_pursuit block_size": lambda v: (
-    kipcore.krr_pursuit(0, KERNEL, ROWS, LABELS, 8, 4, 0.5, block_size=v).objectives
-  ),
-  "herding num_rows": lambda v: kipcore.herding(ROWS, v),
-  "k_center num_rows": lambda v: kipcore.k_center(ROWS, v),
-  "sensitivity_sample num_samples": lambda v: kipcore.sensitivity_sample(0, SCORES, v).indices,
-  "systematic_sample num_samples": lambda v: kipcore.systematic_sample(0, SCORES, v).indices,
-  "gumbel_sample num_samples": lambda v: kipcore.gumbel_sample(0, SCORES, v).indices,
-  "importance_sample num_samples": lambda v: kipcore.importance_sample(0, SCORES, v).indices,
-  "stratified_sample num_samples": lambda v: (
-    kipcore.stratified_sample(0, SCORES, CLASSES, v).indices
-  ),
-  "effective_dimension_bounds num_landmarks": lambda v: (
-    kipcore.effective_dimension_bounds(0, KERNEL, ROWS, 0.5, v).upper
-  ),
-  "effective_dimension_bounds block_size": lambda v: (
-    kipcore.effective_dimension_bounds(0, KERNEL, ROWS, 0.5, 4, block_size=v).upper
-  ),
-  "landmark_score_ridge num_landmarks": lambda v: (
-    kipcore.landmark_score_ridge(0, KERNEL, ROWS, 4.0, v).ridge
-  ),
-  "landmark_score_ridge block_size": lambda v: (
-    kipcore.landmark_score_ridge(0, KERNEL, ROWS, 4.0, 4, block_size=v).ridge
-  ),
-  "approximate_krr_sensitivities num_landmarks": lambda v: (
-    kipcore.approximate_krr_sensitivities(0, KERNEL, ROWS, LABELS, 0.5, v).scores
-  ),
-  "approximate_krr_sensitivities block_size": lambda v: (
-    kipcore.approximate_krr_sensitivities(0, KERNEL, ROWS, LABELS, 0.5, 4, block_size=v).scores
-  ),
-  "feature_krr_sensitivities block_size": lambda v: (
-    kipcore.feature_krr_sensitivities(ROWS, LABELS, 0.5, block_size=v).scores
-  ),
-  "stream_krr_sensitivities num_landmarks": lambda v: (
-    kipcore.stream_krr_sensitivities(0, KERNEL, ROWS, LABELS, 0.5, v).scores
-  ),
-  "stream_krr_sensitivities block_size": lambda v: (
-    kipcore.stream_krr_sensitivities(0, KERNEL, ROWS, LABELS, 0.5, 4, block_size=v).scores
-  ),
-}
 # An integer argument of value 3.
 INTEGERS = {
-  **SIZES,
   "gram block_size": lambda v: kipcore.gram(KERNEL, X, None, v),
   "gram_diag block_size": lambda v: kipcore.gram_diag(KERNEL, X, v),
   "gram_matvec block_size": lambda v: kipcore.gram_matvec(KERNEL, X, X, Y, v),
@@ -367,12 +253,6 @@ def test_integers_of_every_type_are_one_number(name):
 def test_booleans_and_text_are_not_numbers(name, value):
   with pytest.raises((TypeError, ValueError), match="expected"):
     {**REALS, **INTEGERS}[name](value)
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_sizes_are_not_booleans(name):
-  with pytest.raises(TypeError, match=f"^{name.split()[1]}: expected"):
-    SIZES[name](True)
 
 
 @pytest.mark.parametrize("name", INTEGERS)

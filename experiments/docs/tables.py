@@ -219,7 +219,9 @@ def cross_architecture_table(results: dict) -> str:
   ]
   for dataset, content in results["datasets"].items():
     cells = {
-      (entry["set"], entry["evaluator"]): ranking.shown(entry["mean"], entry["half_width"])
+      (entry["set"], entry["evaluator"]): ranking.shown(
+        entry["mean"], entry["half_width"], entry["accuracies"]
+      )
       for entry in content["table"]
     }
     for name in dict.fromkeys(entry["set"] for entry in content["table"]):
@@ -284,7 +286,7 @@ def pytorch_table(results: dict) -> str:
   lines = ["| set | kipcore, % | PyTorch, % | difference, points |", "| --- | --- | --- | --- |"]
   for name, found in results["sets"].items():
     ours, theirs = (
-      ranking.shown(found[half]["mean"], found[half]["half_width"])
+      ranking.shown(found[half]["mean"], found[half]["half_width"], found[half]["accuracies"])
       for half in ("kipcore", "pytorch")
     )
     lines.append(
@@ -339,15 +341,11 @@ def methods_table(folders: dict) -> str:
           f"{comparison.mean_and_deviation(starts[name].values())[0]:.1f}" for name in names[:2]
         )
       ]
+      cells += [" / ".join(comparison.shown(found[names[0]].values()) for found in scored)]
       cells += [
         " / ".join(
-          comparison.shown(*comparison.mean_and_deviation(found[names[0]].values()))
+          comparison.shown(comparison.differences(found[name], found[names[0]]), "+", True)
           for found in scored
-        )
-      ]
-      cells += [
-        " / ".join(
-          comparison.shown(*comparison.gain(found[name], found[names[0]]), "+") for found in scored
         )
         for name in names[1:]
       ]

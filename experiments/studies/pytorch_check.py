@@ -131,7 +131,7 @@ def main() -> None:
   for name in SETS:
     results[name] = found = measure(name)
     ours, theirs = (
-      ranking.shown(found[half]["mean"], found[half]["half_width"])
+      ranking.shown(found[half]["mean"], found[half]["half_width"], found[half]["accuracies"])
       for half in ("kipcore", "pytorch")
     )
     print(

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from kipcore import checks
 from kipcore.distillation import samplers
 from kipcore.distillation.method import LossInfo, Sampler
 from kipcore.selection import draws
-from kipcore.types import Array, ArrayLike, Flag, Integer, Real
+from kipcore.types import Array, Flag, Integer, Real
 
 # Golden-section steps for the log temperature; they shrink the interval [-4, 8] to less than
 # 1/1000.
@@ -51,35 +51,33 @@ class ImportanceState(NamedTuple):
     rebuilds: int32, distributions built so far.
   """
 
-  scores: Float[Array, " capacity"]
-  known: Bool[Array, " capacity"]
-  base: Float[Array, " capacity"]
-  class_counts: Int[Array, " c"]
-  log_temperature: Float[Array, ""]
+  scores: Array
+  known: Array
+  base: Array
+  class_counts: Array
+  log_temperature: Array
   plan: draws.Plan
-  gain: Float[Array, ""]
-  batch_size: Int[Array, ""]
-  fresh: Int[Array, ""]
-  rebuilds: Int[Array, ""]
+  gain: Array
+  batch_size: Array
+  fresh: Array
+  rebuilds: Array
 
 
 def squared_error(
-  predictions: Float[ArrayLike, "t c"], labels: Float[ArrayLike, "t c"]
+  predictions: Float[Array, "t c"], labels: Float[Array, "t c"]
 ) -> Float[Array, " t"]:
   """||P_t - y_t||^2, `(t,)`."""
   return jnp.sum((predictions - labels) ** 2, axis=1)
 
 
 def residual_norm(
-  predictions: Float[ArrayLike, "t c"], labels: Float[ArrayLike, "t c"]
+  predictions: Float[Array, "t c"], labels: Float[Array, "t c"]
 ) -> Float[Array, " t"]:
   """||P_t - y_t||, `(t,)`: for the squared loss, a proxy of the norm of the row's gradient."""
   return jnp.sqrt(squared_error(predictions, labels))
 
 
-def margin(
-  predictions: Float[ArrayLike, "t c"], labels: Float[ArrayLike, "t c"]
-) -> Float[Array, " t"]:
+def margin(predictions: Float[Array, "t c"], labels: Float[Array, "t c"]) -> Float[Array, " t"]:
   """max(0, 1 - (prediction of the true class - best other prediction)), `(t,)`."""
   true = labels == jnp.max(labels, axis=1, keepdims=True)
   best_other = jnp.max(jnp.where(true, -jnp.inf, predictions), axis=1)
@@ -88,9 +86,9 @@ def margin(
 
 
 def calibrated_temperature(
-  predictions: Float[ArrayLike, "t c"],
-  labels: Float[ArrayLike, "t c"],
-  weights: Float[ArrayLike, " t"] | None = None,
+  predictions: Float[Array, "t c"],
+  labels: Float[Array, "t c"],
+  weights: Float[Array, " t"] | None = None,
 ) -> Float[Array, ""]:
   """The logarithm of the temperature b that minimizes the mean of CE(softmax(b P), class).
 
@@ -344,8 +342,8 @@ def importance(
 class SamplingDistribution(NamedTuple):
   """`probabilities` `(capacity,)` with sum 1, and the `gain` n sum p^2 of the unmixed scores."""
 
-  probabilities: Float[Array, " capacity"]
-  gain: Float[Array, ""]
+  probabilities: Array
+  gain: Array
 
 
 def _recalibrated(log_b, predictions, labels):
@@ -356,7 +354,7 @@ def _recalibrated(log_b, predictions, labels):
 
 
 def with_distribution(
-  state: ImportanceState, uniform_mix: Real, batch_size: int, power: Real = 1.0
+  state: ImportanceState, uniform_mix, batch_size: int, power: float = 1.0
 ) -> ImportanceState:
   """The state with its distribution rebuilt from the current scores, as `update` does when due.
 
@@ -383,7 +381,7 @@ def with_distribution(
   )
 
 
-def sampler_metrics(state: ImportanceState, least_gain: Real) -> dict[str, Array]:
+def sampler_metrics(state: ImportanceState, least_gain: float) -> dict[str, Array]:
   """Metrics of an importance sampler: the distribution of its next draw.
 
   Args:
@@ -411,13 +409,13 @@ def sampler_metrics(state: ImportanceState, least_gain: Real) -> dict[str, Array
   }
 
 
-def row_scores(state: ImportanceState) -> Float[Array, " capacity"]:
+def row_scores(state: ImportanceState) -> Array:
   """The latest score of each row, `(capacity,)`; NaN for rows that were not seen."""
   return jnp.where(state.known, state.scores, jnp.nan)
 
 
 def sampling_distribution(
-  state: ImportanceState, uniform_mix: Real, power: Real = 1.0
+  state: ImportanceState, uniform_mix, power: float = 1.0
 ) -> SamplingDistribution:
   """The sampling distribution of the current scores.
 

@@ -107,11 +107,11 @@ class DistillResult(NamedTuple):
   history: list
   compile_seconds: float
   seconds: float
-  scores: Float[np.ndarray, " n"] | None = None
+  scores: np.ndarray | None = None
 
 
 def distill_init(
-  key: Any, distiller: Distiller, support: Support, class_counts: Int[Array, " c"], capacity: int
+  key, distiller: Distiller, support: Support, class_counts: Int[Array, " c"], capacity: int
 ) -> DistillState:
   """The state before the first step.
 
@@ -146,11 +146,7 @@ def distill_init(
 
 
 def distill_step(
-  key: Any,
-  distiller: Distiller,
-  state: DistillState,
-  targets: Targets,
-  axis_name: str | None = None,
+  key, distiller: Distiller, state: DistillState, targets: Targets, axis_name: str | None = None
 ) -> tuple[DistillState, DistillInfo]:
   """One update; pure, so that it can be jitted, scanned or mapped.
 
@@ -273,7 +269,7 @@ def scoring_evaluations(distiller: Distiller, num_rows: int, num_steps: int) -> 
 
 
 def distill(
-  key: Any,
+  key,
   distiller: Distiller,
   support: Support,
   x_target: Float[ArrayLike, "n ..."],

@@ -30,8 +30,8 @@ class Batch:
       static metadata of the pytree. Methods whose loss is not a mean over targets use it through `sum_over_devices`.
   """
 
-  x: Float[Array, "t ..."]
-  y: Float[Array, "t c"]
+  x: Array
+  y: Array
   axis_name: str | None = None
 
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float, Int
 
 from kipcore import checks
 from kipcore.types import Array, Integer, Real
@@ -18,12 +17,12 @@ _CLIP_FACTOR, _CLIP_DECAY = 2.0, 0.9
 class MovingNorm(NamedTuple):
   """The moving average of the norm of the gradient, and the number of steps."""
 
-  average: Float[Array, ""]
-  count: Int[Array, ""]  # type: ignore[assignment]
+  average: Array
+  count: Array  # type: ignore[assignment]
 
 
 def clip_by_moving_norm(
-  factor: Real = _CLIP_FACTOR, decay: Real = _CLIP_DECAY
+  factor: float = _CLIP_FACTOR, decay: float = _CLIP_DECAY
 ) -> optax.GradientTransformation:
   """Scales gradients down to `factor` times the moving average of their norm, in which they then count.
 
@@ -116,7 +115,7 @@ class NamedOptimizer:
 
 
 def optimizer(
-  name: str, learning_rate: Real, num_steps: Integer, schedule: str = "constant"
+  name: str, learning_rate: float, num_steps: int, schedule: str = "constant"
 ) -> optax.GradientTransformation:
   """Deprecated: use an optax optimizer.
 
@@ -136,7 +135,7 @@ def optimizer(
 
 
 def adam(
-  learning_rate: Real, num_steps: Integer, schedule: str = "constant"
+  learning_rate: float, num_steps: int, schedule: str = "constant"
 ) -> optax.GradientTransformation:
   """Deprecated: use `optax.adam`.
 

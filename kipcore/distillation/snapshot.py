@@ -15,7 +15,6 @@ from kipcore import checks
 from kipcore.devices import AXIS, Axis, pmap
 from kipcore.distillation.method import Sampler
 from kipcore.distillation.targets import deal_rows, gather_rows, scatter_rows
-from kipcore.types import RealLike
 
 
 class Snapshot(NamedTuple):
@@ -57,7 +56,7 @@ def default_log_steps(num_steps: int) -> list[int]:
   return early + list(range(stride, num_steps + 1, stride))
 
 
-def scale_learning_rate(snapshot: Snapshot, factor: RealLike) -> Snapshot:
+def scale_learning_rate(snapshot: Snapshot, factor: float) -> Snapshot:
   """Returns the snapshot with all later updates multiplied by a factor, to resume before a numerical failure.
 
   Args:

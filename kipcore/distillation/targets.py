@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from kipcore import checks, keys
-from kipcore.types import ArrayLike, IntLike
+from kipcore.types import ArrayLike
 
 
 class Targets(NamedTuple):
@@ -89,7 +89,7 @@ def scatter_rows(
 def arrange_targets(
   x: Float[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
-  num_devices: IntLike = 1,
+  num_devices: int = 1,
   key: Any = None,
   wanted: slice = slice(None),
 ) -> Targets:

@@ -224,10 +224,13 @@ def markdown(table: Sequence[EvaluationEntry]) -> str:
     table: result of `evaluation_table`.
 
   Returns:
-    Means with half of their 95 % intervals.
+    Means with half of their 95 % intervals, or the values of two seeds; a line below says which.
   """
   evaluators = list(dict.fromkeys(entry.evaluator for entry in table))
-  cells = {(entry.set, entry.evaluator): shown(entry.mean, entry.half_width) for entry in table}
+  cells = {
+    (entry.set, entry.evaluator): shown(entry.mean, entry.half_width, entry.accuracies)
+    for entry in table
+  }
   lines = [
     "| set | " + " | ".join(f"`{name}`" for name in evaluators) + " |",
     "| --- " * (1 + len(evaluators)) + "|",
@@ -236,17 +239,36 @@ def markdown(table: Sequence[EvaluationEntry]) -> str:
     lines.append(
       f"| {name} | " + " | ".join(cells.get((name, how), "") for how in evaluators) + " |"
     )
-  return "\n".join(lines)
+  note = spread_note([entry.accuracies for entry in table])
+  return "\n".join([*lines, *(["", note] if note else [])])
 
 
-def shown(mean: float, spread: float | None) -> str:
-  """A share and its uncertainty, in percent.
+def spread_note(values: Sequence[Sequence[float]]) -> str:
+  """A line that says what the numbers made by `shown` are.
+
+  Args:
+    values: those of each number, one per seed.
+
+  Returns:
+    Text, or "" if no number has more than one value.
+  """
+  counts = {len(each) for each in values}
+  parts = ["a ± b: mean and half of its 95 % confidence interval"] if max(counts) > 2 else []
+  parts += ["a and b: the values of two seeds"] if 2 in counts else []
+  return f"Accuracy, %; {'; '.join(parts)}." if parts else ""
+
+
+def shown(mean: float, spread: float | None, values: Sequence[float] = ()) -> str:
+  """A share and its uncertainty, in percent. From two values an interval is too wide to mean anything.
 
   Args:
     mean: in [0, 1].
     spread: in the same units, or None.
+    values: those that `mean` is the mean of, if known; two of them are shown instead.
 
   Returns:
-    Text such as `61.2 ± 0.4`.
+    Text such as `61.2 ± 0.4`, or `60.9 and 61.5`.
   """
+  if len(values) == 2:
+    return " and ".join(f"{100 * value:.1f}" for value in values)
   return f"{100 * mean:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")

@@ -190,8 +190,13 @@ def image_rows(title: str, rows: Sequence[tuple[str, Sequence[Markup]]]) -> Mark
 
 
 def chart(figure, alt: str) -> Markup:
-  """A matplotlib figure as inlined SVG."""
-  return _part("chart", _data_uri("image/svg+xml", pictures.svg(figure)), alt)
+  """A matplotlib figure as inlined SVG: panels next to each other, or below each other on narrow screens."""
+  panels = pictures.panels(figure)
+  parts = [f", {i + 1} of {len(panels)}" if len(panels) > 1 else "" for i in range(len(panels))]
+  return _part(
+    "chart",
+    [(_data_uri("image/svg+xml", panel), alt + part) for panel, part in zip(panels, parts)],
+  )
 
 
 def side_by_side(*figures: Markup) -> Markup:

@@ -377,7 +377,7 @@ def bars(panels: dict, y_label: str):
   Returns:
     A matplotlib figure.
   """
-  figure = _figure(9.0, 3.2 * max(len(panels), 1))
+  figure = _figure(6.5, 3.0 * max(len(panels), 1))  # narrow enough for a phone
   for i, (title, groups) in enumerate(panels.items()):
     axes = figure.add_subplot(len(panels), 1, i + 1)
     variants = list(dict.fromkeys(v for group in groups.values() for v in group))
@@ -392,21 +392,51 @@ def bars(panels: dict, y_label: str):
       axes.bar(
         places, means, 0.9 * width, yerr=deviations, capsize=2, label=variant if i == 0 else None
       )
-    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_xticks(range(len(groups)), list(groups), rotation=30 if len(groups) > 5 else 0)
     axes.set_title(title)
     axes.set_ylabel(y_label)
   figure.legend(fontsize=9, ncols=2, loc="outside upper center")
   return figure
 
 
-def svg(figure) -> bytes:
-  """A figure as SVG; equal figures give equal bytes."""
+def svg(figure, box=None) -> bytes:
+  """A figure, or the part of it in a box in inches, as SVG; equal figures give equal bytes."""
   import matplotlib
 
   buffer = io.BytesIO()
   with matplotlib.rc_context({"svg.hashsalt": "kipcore"}):
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", bbox_inches=box, metadata={"Date": None})
   return buffer.getvalue()
+
+
+def panels(figure) -> list[bytes]:
+  """The panels of a figure as SVG of equal size; the figure as a whole if they share a legend.
+
+  Args:
+    figure: a matplotlib figure, whose layout is fixed by this.
+
+  Returns:
+    One document per panel.
+  """
+  from matplotlib.transforms import Bbox
+
+  if figure.legends or len(figure.axes) == 1:
+    return [svg(figure)]
+  figure.draw_without_rendering()
+  figure.set_layout_engine("none")
+  boxes = [
+    axes.get_tightbbox().transformed(figure.dpi_scale_trans.inverted()) for axes in figure.axes
+  ]
+  width, height = (max(getattr(box, side) for box in boxes) + 0.1 for side in ("width", "height"))
+  found = []
+  for shown, box in zip(figure.axes, boxes):
+    for axes in figure.axes:
+      axes.set_visible(axes is shown)
+    x, y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
+    found.append(svg(figure, Bbox.from_bounds(x - width / 2, y - height / 2, width, height)))
+  for axes in figure.axes:
+    axes.set_visible(True)
+  return found
 
 
 def _names(classes, class_names):

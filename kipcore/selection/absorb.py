@@ -5,16 +5,10 @@ import numpy as np
 
 from kipcore import checks, krr, linalg
 from kipcore.selection.coreset import Coreset
-from kipcore.types import KernelFn, RealLike, Support
+from kipcore.types import KernelFn, Support
 
 
-def absorb_weights(
-  kernel_fn: KernelFn,
-  coreset: Coreset,
-  ridge: RealLike,
-  used_ridge: RealLike,
-  how: str = "labels",
-) -> tuple[Support, RealLike]:
+def absorb_weights(kernel_fn: KernelFn, coreset: Coreset, ridge, used_ridge, how: str = "labels"):
   """Converts the weighted ridge regression of a coreset to an equivalent unweighted one.
 
   The weighted fit solves (K_SS + ridge diag(1/w)) a = y. Three methods give exactly the same

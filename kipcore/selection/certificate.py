@@ -8,12 +8,11 @@ over all queries, so it can disprove an error bound but cannot prove one.
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Integer
 
 from kipcore import blocks, checks, keys, linalg
 from kipcore.kernels.gram import gram_diag
@@ -26,7 +25,7 @@ from kipcore.selection.guarantees import (
   guarantee_at,
   kernel_entries,
 )
-from kipcore.types import Array, ArrayLike, IntLike, KernelFn, RealLike
+from kipcore.types import Array
 
 
 @jax.tree_util.register_dataclass
@@ -94,24 +93,24 @@ class QueryBank(NamedTuple):
     status: int32 scalar, `Status`.
   """
 
-  losses: Float[Array, "n q"]
-  penalties: Float[Array, " q"]
-  residual_energy: Float[Array, ""]
-  dimension_lower: Float[Array, ""]
-  dimension_upper: Float[Array, ""]
-  status: Int[Array, ""]
+  losses: Array
+  penalties: Array
+  residual_energy: Array
+  dimension_lower: Array
+  dimension_upper: Array
+  status: Array
 
 
 def query_bank(
-  key: Any,
-  kernel: KernelFn | Float[ArrayLike, "n n"],
-  x: Float[ArrayLike, "n ..."] | None,
-  y: Float[ArrayLike, "n c"],
-  ridge: RealLike,
+  key,
+  kernel,
+  x: Array | None,
+  y: Array,
+  ridge,
   *,
-  num_landmarks: IntLike = 1024,
-  num_queries: IntLike = 30,
-  block_size: IntLike = 1024,
+  num_landmarks: int = 1024,
+  num_queries: int = 30,
+  block_size: int = 1024,
 ) -> QueryBank:
   """The test queries of `measure_coreset`, for measuring many subsets on the same queries.
 
@@ -131,9 +130,7 @@ def query_bank(
   return _bank(*problem, num_queries, block_size)
 
 
-def query_errors(
-  bank: QueryBank, indices: Integer[ArrayLike, " m"], weights: Float[ArrayLike, " m"]
-) -> Float[Array, " q"]:
+def query_errors(bank: QueryBank, indices: Array, weights: Array) -> Array:
   """|F_S(W) / F(W) - 1| of a subset for each test query.
 
   Args:
@@ -153,20 +150,20 @@ def query_errors(
 
 
 def measure_coreset(
-  key: Any,
-  kernel: KernelFn | Float[ArrayLike, "n n"],
-  x: Float[ArrayLike, "n ..."] | None,
-  y: Float[ArrayLike, "n c"],
-  ridge: RealLike,
-  indices: Integer[ArrayLike, " m"],
-  weights: Float[ArrayLike, " m"],
+  key,
+  kernel,
+  x: Array | None,
+  y: Array,
+  ridge,
+  indices: Array,
+  weights: Array,
   *,
-  num_landmarks: IntLike = 1024,
-  num_queries: IntLike = 30,
-  dual_steps: IntLike = 1,
-  total_sensitivity: RealLike | None = None,
-  delta: RealLike = 0.1,
-  block_size: IntLike = 1024,
+  num_landmarks: int = 1024,
+  num_queries: int = 30,
+  dual_steps: int = 1,
+  total_sensitivity=None,
+  delta: float = 0.1,
+  block_size: int = 1024,
 ) -> Certificate:
   """Measures |F_S / F - 1| on test queries, and F(W_S) / F*, for a weighted subset.
 
@@ -269,8 +266,8 @@ def measure_coreset(
 class _Objective(NamedTuple):
   """F at the minimizer of F_S, and the status of the factorization."""
 
-  value: Float[Array, ""]
-  status: Int[Array, ""]
+  value: Array
+  status: Array
 
 
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size"))
@@ -402,7 +399,7 @@ def _prepare(key, kernel, x, y, ridge, num_landmarks, block_size):
   return kernel_fn, key_bank, data, landmarks, _basis(kernel_fn, data, landmarks, block_size)
 
 
-def _check_subset(n, indices, weights) -> tuple[Int[Array, " m"], Float[Array, " m"]]:
+def _check_subset(n, indices, weights):
   indices, weights = jnp.asarray(indices), jnp.asarray(weights)
   checks.rank("indices", indices, 1)
   checks.shape("weights", weights, indices.shape)

@@ -1,17 +1,16 @@
 """Randomly pivoted Cholesky: a low-rank factor of a kernel matrix from a few of its columns."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Float, Int, Shaped
 
 from kipcore import checks, keys, linalg
 from kipcore.kernels.gram import gram, gram_diag
 from kipcore.selection.draws import draw_few_rows
-from kipcore.types import Array, ArrayLike, IntLike, KernelFn, Status
+from kipcore.types import Array, KernelFn, Status
 
 # A residual below this multiple of eps times its initial value is treated as zero: the row lies in
 # the span of the pivots.
@@ -32,22 +31,22 @@ class PivotedCholesky(NamedTuple):
     status: int32 scalar, `Status`: OK or NOT_FINITE.
   """
 
-  factor: Float[Array, "n k"]
-  pivots: Int[Array, " k"]
-  count: Int[Array, ""]  # type: ignore[assignment]
-  residual_diagonal: Float[Array, " n"]
-  residual_trace: Float[Array, ""]
-  status: Int[Array, ""]
+  factor: Array
+  pivots: Array
+  count: Array  # type: ignore[assignment]
+  residual_diagonal: Array
+  residual_trace: Array
+  status: Array
 
 
 def rpcholesky(
-  key: Any,
+  key,
   kernel_fn: KernelFn,
-  x: Float[ArrayLike, "n ..."],
-  rank: IntLike,
-  weights: Shaped[ArrayLike, " n"] | None = None,
-  block_size: IntLike = 64,
-  row_block_size: IntLike | None = None,
+  x: Array,
+  rank: int,
+  weights: Array | None = None,
+  block_size: int = 64,
+  row_block_size: int | None = None,
 ) -> PivotedCholesky:
   """Randomly pivoted Cholesky: selects each pivot with P(i) proportional to w_i (K - F F^T)_ii.
 

@@ -6,17 +6,16 @@ gives a good distilled set is an empirical observation.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
 
 from kipcore import blocks, checks, keys, linalg
 from kipcore.kernels.gram import gram, gram_diag
 from kipcore.selection.draws import draw_few_rows
-from kipcore.types import Array, ArrayLike, IntLike, KernelFn, RealLike
+from kipcore.types import Array, KernelFn
 
 # With few seeds, each new seed changes the distribution a lot, and most proposals of a large block
 # would be rejected.
@@ -27,8 +26,8 @@ _BLOCK_ENTRIES = 2**21
 class Seeds(NamedTuple):
   """Seeds of a clustering: `centers` `(k, ...)` are the rows `indices` `(k,)` int32 of the data."""
 
-  centers: Float[Array, "k ..."]
-  indices: Int[Array, " k"]
+  centers: Array
+  indices: Array
 
 
 class KMeansResult(NamedTuple):
@@ -42,11 +41,11 @@ class KMeansResult(NamedTuple):
     converged: bool scalar; False if `max_iterations` was reached first or a value is not finite.
   """
 
-  centers: Float[Array, "k d"]
-  assignment: Int[Array, " n"]
-  inertia: Float[Array, ""]
-  iterations: Int[Array, ""]
-  converged: Bool[Array, ""]
+  centers: Array
+  assignment: Array
+  inertia: Array
+  iterations: Array
+  converged: Array
 
 
 def _check(x, num_clusters, weights, *ranks):
@@ -72,11 +71,7 @@ def _check(x, num_clusters, weights, *ranks):
 
 
 def kmeans_plusplus(
-  key: Any,
-  x: Float[ArrayLike, "n d"],
-  num_clusters: IntLike,
-  weights: Shaped[ArrayLike, " n"] | None = None,
-  num_trials: IntLike = 1,
+  key, x: Array, num_clusters: int, weights: Array | None = None, num_trials: int = 1
 ) -> Seeds:
   """k-means++ seeds: P(i) is proportional to w_i * (distance to the nearest seed)^2.
 
@@ -119,13 +114,13 @@ def kmeans_plusplus(
 
 
 def kernel_kmeans_plusplus(
-  key: Any,
+  key,
   kernel_fn: KernelFn,
-  x: Float[ArrayLike, "n ..."],
-  num_clusters: IntLike,
-  weights: Shaped[ArrayLike, " n"] | None = None,
-  num_trials: IntLike = 1,
-  block_size: IntLike | None = None,
+  x: Array,
+  num_clusters: int,
+  weights: Array | None = None,
+  num_trials: int = 1,
+  block_size: int | None = None,
 ) -> Seeds:
   """`kmeans_plusplus` in the feature space of a kernel: d^2(i, j) = k_ii + k_jj - 2 k_ij.
 
@@ -256,16 +251,16 @@ def _accept(weights, num_trials, start, rows, distances, thresholds, count, chos
 
 
 def kmeans(
-  key: Any,
-  x: Float[ArrayLike, "n d"],
-  num_clusters: IntLike,
-  weights: Shaped[ArrayLike, " n"] | None = None,
+  key,
+  x: Array,
+  num_clusters: int,
+  weights: Array | None = None,
   *,
-  num_trials: IntLike = 1,
-  num_inits: IntLike = 1,
-  max_iterations: IntLike = 100,
-  tolerance: RealLike = 1e-4,
-  block_size: IntLike | None = None,
+  num_trials: int = 1,
+  num_inits: int = 1,
+  max_iterations: int = 100,
+  tolerance: float = 1e-4,
+  block_size: int | None = None,
 ) -> KMeansResult:
   """Lloyd's algorithm from k-means++ seeds: each center moves to the weighted mean of its rows.
 
@@ -369,11 +364,7 @@ def _assign(x, centers, block_size):
   return blocks.map_row_blocks(block, x, block_size)
 
 
-def nearest_rows(
-  x: Float[ArrayLike, "n d"],
-  centers: Float[ArrayLike, "k d"],
-  weights: Shaped[ArrayLike, " n"] | None = None,
-) -> Int[Array, " k"]:
+def nearest_rows(x: Array, centers: Array, weights: Array | None = None) -> Array:
   """Medoids: each center in turn takes the nearest free row, and ties go to the first row.
 
   Args:

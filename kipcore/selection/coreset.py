@@ -6,12 +6,11 @@
 import contextlib
 import dataclasses
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int
 
 from kipcore import checks, keys, linalg
 from kipcore.evaluation import krr as krr_evaluation
@@ -22,7 +21,7 @@ from kipcore.selection.score_ridge import (
   landmark_score_ridge,
   score_ridge_for_dimension,
 )
-from kipcore.types import Array, ArrayLike, IntLike, KernelFn, NumericalError, RealLike, Support
+from kipcore.types import Array, ArrayLike, KernelFn, NumericalError, Support
 
 STRATEGIES = (
   "uniform",
@@ -77,15 +76,15 @@ class Coreset:
 
 
 def select_coreset(
-  key: Any,
+  key,
   x: Float[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
-  images_per_class: IntLike,
+  images_per_class: int,
   strategy: str = "auto",
   kernel_fn: KernelFn | None = None,
-  relative_ridge: RealLike = 1e-6,
-  score_ridge: RealLike | str = "auto",
-  num_candidates: IntLike = 2000,
+  relative_ridge: float = 1e-6,
+  score_ridge: float | str = "auto",
+  num_candidates: int = 2000,
 ) -> Coreset:
   """Selects `images_per_class` points of each class.
 
@@ -176,9 +175,7 @@ def select_coreset(
   return _cluster(stream, x, y, labels, images_per_class, strategy)[0]
 
 
-def class_balanced_indices(
-  key: Any, labels: Integer[ArrayLike, " n"], per_class: IntLike, num_classes: IntLike
-) -> Int[np.ndarray, " m"]:
+def class_balanced_indices(key, labels, per_class: int, num_classes: int) -> np.ndarray:
   """Distinct rows of each class, drawn uniformly and grouped by class.
 
   Args:
@@ -313,7 +310,7 @@ def _trials(k: int) -> int:
   return 2 + int(np.log(k))
 
 
-def objective_ridge(kernel_fn: KernelFn, x: Float[ArrayLike, "n ..."]) -> float:
+def objective_ridge(kernel_fn: KernelFn, x: Array) -> float:
   """Absolute ridge of objectives over all rows: OBJECTIVE_RIDGE times the mean kernel diagonal.
 
   The mean is taken over at most 2,000 evenly spaced rows.
@@ -353,12 +350,7 @@ def num_score_columns(num_rows: int, num_samples: int) -> int:
 
 
 def score_rows(
-  key: Any,
-  x: Float[ArrayLike, "n ..."],
-  y: Float[ArrayLike, "n c"],
-  num_samples: IntLike,
-  kernel_fn: KernelFn,
-  score_ridge: RealLike | str = "auto",
+  key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn, score_ridge="auto"
 ) -> tuple[float, sensitivity.SensitivityScores]:
   """Ridge regression sensitivities of all rows: exact for n <= 3,000, otherwise upper bounds.
 
@@ -376,7 +368,7 @@ def score_rows(
   """
   n, num_samples = x.shape[0], checks.positive_int("num_samples", num_samples)
   num_landmarks = num_score_columns(n, num_samples)
-  k = kernel_fn(jnp.asarray(x), None) if n <= _EXACT_ROWS else None
+  k = kernel_fn(x, None) if n <= _EXACT_ROWS else None
   if score_ridge == "auto":
     target = min(max(AUTO_KAPPA * num_samples, 2.0), 0.5 * n)
     chosen = (
@@ -411,11 +403,7 @@ def _by_scores(key, x, y, labels, m, kernel_fn, score_ridge, strategy) -> Corese
 
 
 def measured_objective(
-  kernel_fn: KernelFn,
-  coreset: Coreset,
-  x: Float[ArrayLike, "n ..."],
-  y: Float[ArrayLike, "n c"],
-  relative_ridge: RealLike = 1e-6,
+  kernel_fn: KernelFn, coreset: Coreset, x: ArrayLike, y: ArrayLike, relative_ridge: float = 1e-6
 ) -> float:
   """Error rate on the given rows of ridge regression on a coreset, the criterion of "auto".
 
@@ -444,12 +432,12 @@ def measured_objective(
 
 
 def auto_candidates(
-  key: Any,
-  x: Float[ArrayLike, "n ..."],
-  y: Float[ArrayLike, "n c"],
-  images_per_class: IntLike,
+  key,
+  x: ArrayLike,
+  y: ArrayLike,
+  images_per_class: int,
   kernel_fn: KernelFn,
-  num_candidates: IntLike = 2000,
+  num_candidates: int = 2000,
 ) -> dict[str, Coreset]:
   """The candidates of "auto": coresets of `select_coreset` for AUTO_CANDIDATES and the same key.
 
@@ -464,9 +452,6 @@ def auto_candidates(
     ValueError: as `select_coreset`.
   """
   x, y = jnp.asarray(x), jnp.asarray(y)
-  images_per_class, num_candidates = checks.positive_ints(
-    images_per_class=images_per_class, num_candidates=num_candidates
-  )
   select = lambda strategy: select_coreset(
     key, x, y, images_per_class, strategy, kernel_fn, num_candidates=num_candidates
   )

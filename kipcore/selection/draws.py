@@ -8,15 +8,14 @@ weighted samples from these draws.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt32
 
 from kipcore import checks, linalg
-from kipcore.types import Array, ArrayLike
+from kipcore.types import Array
 
 # Up to this number of draws, the float32 sum of the inclusion probabilities has an error below 1/2.
 _MAX_DRAWS_FLOAT32 = 2**16
@@ -24,7 +23,7 @@ _LARGEST_UNITS = 2**32 - 1
 _SPREADS = 16
 
 
-def draw_rows(key: Array, scores: Float[Array, " n"], num_draws: int) -> Int[Array, " num_draws"]:
+def draw_rows(key: Array, scores: Array, num_draws: int) -> Array:
   """Independent draws with P(i) = scores_i / sum(scores), `(num_draws,)` int32.
 
   Cost: O(n + num_draws log n).
@@ -43,9 +42,7 @@ def draw_rows(key: Array, scores: Float[Array, " n"], num_draws: int) -> Int[Arr
   return block * width + row
 
 
-def draw_few_rows(
-  uniforms: Float[Array, "num_draws 2"], weights: Float[Array, " n"]
-) -> Int[Array, " num_draws"]:
+def draw_few_rows(uniforms: Array, weights: Array) -> Array:
   """Variant of `draw_rows` for a few draws from weights that change with every call.
 
   It sums the weights once and scans one block per draw. `uniforms` `(num_draws, 2)` are uniform
@@ -170,24 +167,19 @@ def class_quotas(classes, rooms, totals, num_samples, replace):
   return quotas
 
 
-def count(mask: Bool[Array, " n"]) -> Int[Array, ""]:
+def count(mask):
   """Number of true entries; int32 with or without 64-bit mode."""
   return jnp.sum(mask, dtype=jnp.int32)
 
 
-def total(x: Float[ArrayLike, " n"]) -> Float[Array, ""]:
+def total(x):
   """Sum of a vector by tree reduction, which is accurate in float32 for millions of rows."""
   while x.shape[0] > 16:
     x = jnp.sum(jnp.pad(x, (0, -x.shape[0] % 16)).reshape(-1, 16), axis=1)
   return jnp.sum(x)
 
 
-def law(
-  scores: Float[Array, " n"],
-  input_weights: Float[Array, " n"],
-  mix: Float[Array, ""],
-  power: Float[Array, ""] | None = None,
-) -> tuple[Float[Array, " n"], Bool[Array, ""]]:
+def law(scores, input_weights, mix, power=None):
   """Probabilities `(n,)` in the widest dtype, and whether the scores are valid (uniform if not)."""
   scores, input_weights, mix = (
     v.astype(linalg.widest_dtype(v.dtype)) for v in (scores, input_weights, mix)
@@ -288,13 +280,13 @@ class Plan(NamedTuple):
     inclusion: `(n,)`, inclusion probability of each row, in the dtype of the probabilities.
   """
 
-  order: Int[Array, " size"]
-  whole: Int[Array, " size"]
-  part: UInt32[Array, " size"]
-  inclusion: Float[Array, " n"]
+  order: Array
+  whole: Array
+  part: Array
+  inclusion: Array
 
 
-def plan(words: UInt32[Array, "6"], p: Float[Array, " n"], b: Int[Array, ""]) -> Plan:
+def plan(words, p, b) -> Plan:
   """Prepares draws of b distinct rows with inclusion probabilities min(1, c p).
 
   `words` `(6,)` uint32 determine the order of the rows; `b` may be traced.
@@ -313,16 +305,14 @@ def plan(words: UInt32[Array, "6"], p: Float[Array, " n"], b: Int[Array, ""]) ->
   )
 
 
-def no_plan(n: int, dtype: Any) -> Plan:
+def no_plan(n: int, dtype) -> Plan:
   """A placeholder plan with valid shapes and meaningless values."""
   size = 2 ** (n - 1).bit_length()
   zeros = jnp.zeros((size,), jnp.int32)
   return Plan(zeros, zeros, zeros.astype(jnp.uint32), jnp.ones((n,), dtype))
 
 
-def pick(
-  prepared: Plan, start: UInt32[Array, ""], size: int
-) -> tuple[Int[Array, " size"], Float[Array, " size"]]:
+def pick(prepared: Plan, start, size):
   """Indices `(size,)` and their inclusion probabilities for a uniform uint32 start.
 
   Selects the rows at which start + (cumulative inclusion probability) reaches 1, 2, ..., with
@@ -340,9 +330,7 @@ def pick(
   return indices, prepared.inclusion[indices]
 
 
-def systematic(
-  key: Array, p: Float[Array, " n"], size: int, b: Int[Array, ""]
-) -> tuple[Int[Array, " size"], Float[Array, " size"]]:
+def systematic(key, p, size, b):
   """Indices `(size,)`, of which the first b are valid, and their inclusion probabilities."""
   words = jax.random.bits(key, (7,), jnp.uint32)
   return pick(plan(words[:6], p, b), words[6], size)

@@ -13,23 +13,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
 
 from kipcore import blocks, checks, linalg
-from kipcore.types import Array, IntLike, KernelFn, RealLike
+from kipcore.types import Array
 
 THEOREMS = ("krr", "krr_optimum", "pseudo_dimension", "single_query")
 _CG_TINY = 1e-30
 
 
 def sample_size(
-  total_sensitivity: RealLike,
-  dimension: RealLike,
-  epsilon: RealLike,
-  delta: RealLike,
-  theorem: str = "krr",
-  *,
-  constant: RealLike = 1.0,
+  total_sensitivity, dimension, epsilon, delta, theorem: str = "krr", *, constant: float = 1.0
 ) -> int:
   """Number of draws with replacement that a theorem requires for failure probability at most delta.
 
@@ -80,7 +73,6 @@ def sample_size(
   if not epsilon > 0 or (theorem != "krr_optimum" and epsilon >= 1):
     raise ValueError(f"epsilon: expected a value in (0, 1), got {epsilon}")
   t, d = float(total_sensitivity), float(dimension)
-  epsilon, delta, constant = float(epsilon), float(delta), float(constant)
   if theorem == "pseudo_dimension":
     m = constant * t / epsilon**2 * (d * max(math.log(t), 1.0) - math.log(delta))
   elif theorem == "krr_optimum":
@@ -93,13 +85,13 @@ def sample_size(
 
 
 def guarantee_at(
-  num_samples: IntLike,
-  total_sensitivity: RealLike,
-  dimension: RealLike,
-  delta: RealLike = 0.1,
+  num_samples: int,
+  total_sensitivity,
+  dimension,
+  delta=0.1,
   theorem: str = "krr",
   *,
-  constant: RealLike = 1.0,
+  constant: float = 1.0,
 ) -> float:
   """The epsilon that a theorem guarantees for `num_samples` draws: the inverse of `sample_size`.
 
@@ -123,7 +115,6 @@ def guarantee_at(
   _check_theorem(total_sensitivity, dimension, delta, theorem)
   num_samples = checks.positive_int("num_samples", num_samples)
   m, t, d = num_samples, float(total_sensitivity), float(dimension)
-  delta, constant = float(delta), float(constant)
   if theorem == "krr_optimum":
     root = _root(8 * t * math.log(4 / delta) / m, 1 / 6)
     return root**2 if m >= _half_spectrum(t, d, delta) else math.inf
@@ -163,9 +154,9 @@ def _check_theorem(total_sensitivity, dimension, delta, theorem):
 class Data(NamedTuple):
   """Rows (or a kernel matrix), labels and the ridge, as one traced argument."""
 
-  operand: Float[Array, "n ..."]
-  y: Float[Array, "n c"]
-  ridge: Float[Array, ""]
+  operand: Array
+  y: Array
+  ridge: Array
 
 
 class Basis(NamedTuple):
@@ -182,31 +173,20 @@ class Basis(NamedTuple):
 
   chol: linalg.Factor
   normal: linalg.Factor
-  optimum: Float[Array, "l c"]
-  dimension: Float[Array, ""]
-  residual: Float[Array, ""]
-  status: Int[Array, ""]
+  optimum: Array
+  dimension: Array
+  residual: Array
+  status: Array
 
 
-def kernel_entries(
-  kernel_fn: KernelFn | None,
-  operand: Float[Array, "n ..."],
-  rows: Int[Array, " b"],
-  columns: Int[Array, " l"],
-) -> Float[Array, "b l"]:
+def kernel_entries(kernel_fn, operand, rows, columns):
   """Kernel entries between two lists of row indices."""
   return (
     operand[rows][:, columns] if kernel_fn is None else kernel_fn(operand[rows], operand[columns])
   )
 
 
-def coordinates(
-  kernel_fn: KernelFn | None,
-  data: Data,
-  landmarks: Int[Array, " l"],
-  chol: linalg.Factor,
-  rows: Int[Array, " b"],
-) -> Float[Array, "b l"]:
+def coordinates(kernel_fn, data, landmarks, chol, rows):
   """The coordinates Z of some rows, `(b, l)`."""
   return linalg.whiten(chol, kernel_entries(kernel_fn, data.operand, landmarks, rows)).T.astype(
     data.y.dtype
@@ -214,7 +194,7 @@ def coordinates(
 
 
 @functools.partial(jax.jit, static_argnames="kernel_fn")
-def exact_lower(kernel_fn: KernelFn | None, data: Data) -> Float[Array, ""]:
+def exact_lower(kernel_fn, data):
   """F* = ridge <Y, (K + ridge I)^{-1} Y>, from the full n x n kernel matrix."""
   rows = jnp.arange(data.y.shape[0], dtype=jnp.int32)
   f = linalg.factor(
@@ -224,14 +204,7 @@ def exact_lower(kernel_fn: KernelFn | None, data: Data) -> Float[Array, ""]:
 
 
 @functools.partial(jax.jit, static_argnames=("kernel_fn", "steps", "block_size"))
-def dual_lower(
-  kernel_fn: KernelFn | None,
-  data: Data,
-  landmarks: Int[Array, " l"],
-  basis: Basis,
-  steps: int,
-  block_size: int,
-) -> Float[Array, ""]:
+def dual_lower(kernel_fn, data, landmarks, basis, steps, block_size):
   """Lower bound on F*: the dual objective after preconditioned conjugate gradients."""
   rows = jnp.arange(data.y.shape[0], dtype=jnp.int32)
 

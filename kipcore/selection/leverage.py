@@ -19,11 +19,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Integer, Shaped
 
 from kipcore import checks, linalg
 from kipcore.selection import scoring
-from kipcore.types import Array, ArrayLike, IntLike, KernelFn, RealLike, Status
+from kipcore.types import Array, KernelFn, Status
 
 # Scores are considered nearly equal if the largest is below this multiple of their mean.
 FLAT_RATIO = 1.05
@@ -32,13 +31,11 @@ FLAT_RATIO = 1.05
 class LeverageBounds(NamedTuple):
   """Bounds lower <= tau <= upper, each `(n,)`."""
 
-  lower: Float[Array, " n"]
-  upper: Float[Array, " n"]
+  lower: Array
+  upper: Array
 
 
-def ridge_leverage_scores(
-  k: Float[ArrayLike, "n n"], ridge: RealLike, weights: Shaped[ArrayLike, " n"] | None = None
-) -> Float[Array, " n"]:
+def ridge_leverage_scores(k: Array, ridge, weights: Array | None = None) -> Array:
   """Exact ridge leverage scores, tau_i = 1 - ridge ((K_u + ridge I)^{-1})_ii.
 
   Args:
@@ -63,9 +60,7 @@ def ridge_leverage_scores(
   return _exact(k, ridge, root).astype(k.dtype)
 
 
-def effective_dimension(
-  k: Float[ArrayLike, "n n"], ridge: RealLike, weights: Shaped[ArrayLike, " n"] | None = None
-) -> Float[Array, ""]:
+def effective_dimension(k: Array, ridge, weights: Array | None = None) -> Array:
   """Effective dimension d_eff = tr K_u (K_u + ridge I)^{-1}, the sum of `ridge_leverage_scores`.
 
   Args:
@@ -83,11 +78,8 @@ def effective_dimension(
 
 
 def feature_leverage_scores(
-  z: Float[ArrayLike, "n d"],
-  ridge: RealLike,
-  weights: Shaped[ArrayLike, " n"] | None = None,
-  block_size: IntLike | None = None,
-) -> Float[Array, " n"]:
+  z: Array, ridge, weights: Array | None = None, block_size: int | None = None
+) -> Array:
   """Leverage scores of the kernel Z Z^T, u_i z_i^T (Z^T U Z + ridge I)^{-1} z_i, in D dimensions.
 
   The scores are exact for Z Z^T. For a kernel matrix K with Z Z^T <= K they are lower bounds on the
@@ -116,13 +108,13 @@ def feature_leverage_scores(
 
 def landmark_leverage_scores(
   kernel_fn: KernelFn,
-  x: Float[ArrayLike, "n ..."],
-  landmarks: Integer[ArrayLike, " s"],
-  ridge: RealLike,
-  weights: Shaped[ArrayLike, " n"] | None = None,
-  landmark_weights: Shaped[ArrayLike, " s"] | None = None,
-  block_size: IntLike | None = None,
-) -> Float[Array, " n"]:
+  x: Array,
+  landmarks: Array,
+  ridge,
+  weights: Array | None = None,
+  landmark_weights: Array | None = None,
+  block_size: int | None = None,
+) -> Array:
   """Leverage scores from landmarks S, in one pass over the rows and without an n x n matrix.
 
   With M = K_SS + ridge diag(1/w) and t_i = (k_ii - k_iS M^{-1} k_Si) / ridge:
@@ -170,10 +162,7 @@ def landmark_leverage_scores(
 
 
 def low_rank_leverage_bounds(
-  factor: Float[ArrayLike, "n k"],
-  k_diag: Shaped[ArrayLike, " n"],
-  ridge: RealLike,
-  residual_norm: RealLike | None = None,
+  factor: Array, k_diag: Array, ridge, residual_norm=None
 ) -> LeverageBounds:
   """Bounds on the leverage scores of K from F with F F^T <= K, e.g. a partial Cholesky factor.
 

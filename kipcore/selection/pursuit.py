@@ -1,15 +1,14 @@
 """Supervised greedy selection of rows that minimize the kernel ridge regression objective."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Shaped
 
 from kipcore import blocks, checks, keys, linalg
-from kipcore.types import Array, ArrayLike, IntLike, KernelFn, RealLike, Status
+from kipcore.types import Array, KernelFn, Status
 
 # A remainder below this multiple of eps times the vector is treated as zero: the vector lies in the
 # span of the others.
@@ -33,26 +32,26 @@ class Pursuit(NamedTuple):
       selected (because of duplicates, or a quota that the pool cannot fill).
   """
 
-  indices: Int[Array, " m"]
-  candidates: Int[Array, " L"]
-  coefficients: Float[Array, "m c"]
-  objectives: Float[Array, " m+1"]
-  pool_objective: Float[Array, ""]
-  status: Int[Array, ""]
+  indices: Array
+  candidates: Array
+  coefficients: Array
+  objectives: Array
+  pool_objective: Array
+  status: Array
 
 
 def krr_pursuit(
-  key: Any,
+  key,
   kernel_fn: KernelFn,
-  x: Float[ArrayLike, "n ..."],
-  y: Float[ArrayLike, "n c"],
-  candidates: IntLike | Shaped[ArrayLike, "L ..."],
-  num_points: IntLike,
-  ridge: RealLike,
+  x: Array,
+  y: Array,
+  candidates,
+  num_points: int,
+  ridge,
   *,
-  quota: IntLike | None = None,
-  classes: Shaped[ArrayLike, " L"] | None = None,
-  block_size: IntLike = 1024,
+  quota: int | None = None,
+  classes: Array | None = None,
+  block_size: int = 1024,
 ) -> Pursuit:
   """Greedy selection of support rows S for kernel ridge regression over all n rows.
 

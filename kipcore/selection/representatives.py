@@ -7,15 +7,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int, Shaped
 
 from kipcore import checks
-from kipcore.types import Array, ArrayLike, IntLike
+from kipcore.types import Array, ArrayLike
 
 
-def herding(
-  x: Float[ArrayLike, "n ..."], num_rows: IntLike, present: Shaped[ArrayLike, " n"] | None = None
-) -> Int[Array, " num_rows"]:
+def herding(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Array:
   """Selects rows whose running mean approximates the mean mu of all rows.
 
       i_k = argmin_i || mu - (x_i + sum_{j<k} x_{i_j}) / k ||,   distinct i
@@ -41,9 +38,7 @@ def herding(
   return _herding(*_checked(x, num_rows, present))
 
 
-def k_center(
-  x: Float[ArrayLike, "n ..."], num_rows: IntLike, present: Shaped[ArrayLike, " n"] | None = None
-) -> Int[Array, " num_rows"]:
+def k_center(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Array:
   """Selects the row nearest to the mean, then repeatedly the row farthest from the selected rows.
 
   The largest distance of any row to its nearest selected row is at most twice the minimum over all

@@ -7,23 +7,22 @@ weights are NaN instead, so that the first loss shows the problem.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Integer, Shaped
 
 from kipcore import checks, keys
 from kipcore.selection import draws
-from kipcore.types import Array, ArrayLike, IntLike, RealLike, Status
+from kipcore.types import Array, Status
 
 
 class Sample(NamedTuple):
   """Drawn rows: `indices` `(m,)` int32 and `weights` `(m,)`, defined by the sampling function."""
 
-  indices: Int[Array, " m"]
-  weights: Float[Array, " m"]
+  indices: Array
+  weights: Array
 
 
 class SystematicSample(NamedTuple):
@@ -37,10 +36,10 @@ class SystematicSample(NamedTuple):
       weights are NaN).
   """
 
-  indices: Int[Array, " m"]
-  weights: Float[Array, " m"]
-  inclusion: Float[Array, " m"]
-  status: Int[Array, ""]
+  indices: Array
+  weights: Array
+  inclusion: Array
+  status: Array
 
 
 class MergedSample(NamedTuple):
@@ -52,9 +51,9 @@ class MergedSample(NamedTuple):
     num_distinct: int32 scalar; `indices[:num_distinct]` are the distinct rows.
   """
 
-  indices: Integer[Array, " m"]
-  weights: Float[Array, " m"]
-  num_distinct: Int[Array, ""]
+  indices: Array
+  weights: Array
+  num_distinct: Array
 
 
 class SamplingGain(NamedTuple):
@@ -68,18 +67,18 @@ class SamplingGain(NamedTuple):
     max_over_mean: n max p.
   """
 
-  second_moment: Float[Array, ""]
-  effective_sample_size: Float[Array, ""]
-  max_over_mean: Float[Array, ""]
+  second_moment: Array
+  effective_sample_size: Array
+  max_over_mean: Array
 
 
 def sensitivity_sample(
-  key: Any,
-  scores: Float[ArrayLike, " n"],
-  num_samples: IntLike,
+  key,
+  scores: Array,
+  num_samples: int,
   *,
-  input_weights: Shaped[ArrayLike, " n"] | None = None,
-  uniform_mix: RealLike = 0.0,
+  input_weights: Array | None = None,
+  uniform_mix=0.0,
   replace: bool = True,
 ) -> Sample:
   """Draws rows by sensitivity such that E[sum_j w_j f(i_j)] = sum_i u_i f(i) for every f.
@@ -132,9 +131,7 @@ def sensitivity_sample(
   )
 
 
-def systematic_sample(
-  key: Any, scores: Float[ArrayLike, " n"], num_samples: IntLike, *, uniform_mix: RealLike = 0.0
-) -> SystematicSample:
+def systematic_sample(key, scores: Array, num_samples: int, *, uniform_mix=0.0) -> SystematicSample:
   """Draws b distinct rows with P(i is drawn) = pi_i = min(1, c p_i), sum_i pi_i = b, in one pass.
 
   The rows are arranged in a pseudo-random order. Intervals of length pi_i are placed end to end
@@ -167,7 +164,7 @@ def systematic_sample(
   )
 
 
-def gumbel_sample(key: Any, scores: Float[ArrayLike, " n"], num_samples: IntLike) -> Sample:
+def gumbel_sample(key, scores: Array, num_samples: int) -> Sample:
   """Successive sampling without replacement (Gumbel top-b); E[sum_j w_j f(i_j)] = sum_i f(i).
 
   Draws the rows with the b largest values of log p_i + Gumbel noise. With kappa the next largest
@@ -193,13 +190,7 @@ def gumbel_sample(key: Any, scores: Float[ArrayLike, " n"], num_samples: IntLike
 
 
 def importance_sample(
-  key: Any,
-  losses: Float[ArrayLike, " n"],
-  num_samples: IntLike,
-  uniform_mix: RealLike = 0.1,
-  weight_exponent: RealLike = 1.0,
-  *,
-  power: RealLike = 1.0,
+  key, losses: Array, num_samples: int, uniform_mix=0.1, weight_exponent=1.0, *, power=1.0
 ) -> Sample:
   """Draws a batch of distinct rows by loss: p_i = (1 - g) l_i^power / sum(l^power) + g / n.
 
@@ -248,13 +239,13 @@ def importance_sample(
 
 
 def stratified_sample(
-  key: Any,
-  scores: Float[ArrayLike, " n"],
-  labels: Integer[ArrayLike, " n"],
-  num_samples: IntLike,
+  key,
+  scores: Array,
+  labels,
+  num_samples: int,
   *,
   allocation: str = "equal",
-  uniform_mix: RealLike = 0.0,
+  uniform_mix=0.0,
   replace: bool = True,
 ) -> Sample:
   """`sensitivity_sample` within each class, with a fixed number of draws per class.
@@ -323,9 +314,7 @@ def stratified_sample(
   return Sample(sample.indices.reshape(-1)[slots], sample.weights.reshape(-1)[slots])
 
 
-def merge_duplicates(
-  indices: Integer[ArrayLike, " m"], weights: Float[ArrayLike, " m"]
-) -> MergedSample:
+def merge_duplicates(indices: Array, weights: Array) -> MergedSample:
   """Adds the weights of equal indices, with static shapes; weighted sums are unchanged.
 
   Args:
@@ -359,7 +348,7 @@ def _merge_duplicates(indices, weights) -> MergedSample:
   return MergedSample(merged, jnp.zeros_like(weights).at[slot].add(weights[order]), slot[-1] + 1)
 
 
-def sampling_gain(scores: Float[ArrayLike, " n"]) -> SamplingGain:
+def sampling_gain(scores: Array) -> SamplingGain:
   """Measures how far the probabilities p = scores / sum(scores) are from uniform.
 
   Args:

@@ -5,15 +5,14 @@ It decreases strictly from the rank of K_u to 0.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, Shaped
 
 from kipcore import blocks, checks, keys, linalg
 from kipcore.selection import scoring
-from kipcore.types import Array, ArrayLike, IntLike, KernelFn, RealLike, Status
+from kipcore.types import Array, KernelFn, Status
 
 # `auto` sets d_eff = AUTO_KAPPA * (number of samples). Values of 0.5 to 1 are reasonable; 1 is a
 # heuristic choice.
@@ -32,23 +31,21 @@ class ScoreRidge(NamedTuple):
     status: int32, `Status`; `MAX_STEPS` if the target could not be reached.
   """
 
-  ridge: Float[Array, ""]
-  effective_dimension: Float[Array, ""]
-  effective_dimension_lower: Float[Array, ""]
-  converged: Bool[Array, ""]
-  status: Int[Array, ""]
+  ridge: Array
+  effective_dimension: Array
+  effective_dimension_lower: Array
+  converged: Array
+  status: Array
 
 
 class DimensionBounds(NamedTuple):
   """Bounds lower <= d_eff <= upper, each with the shape of the ridge."""
 
-  lower: Float[Array, "..."]
-  upper: Float[Array, "..."]
+  lower: Array
+  upper: Array
 
 
-def score_ridge_for_dimension(
-  k: Float[ArrayLike, " n *n"], target: RealLike, weights: Shaped[ArrayLike, " n"] | None = None
-) -> ScoreRidge:
+def score_ridge_for_dimension(k: Array, target, weights: Array | None = None) -> ScoreRidge:
   """Finds the ridge with d_eff(ridge) = target by bisection on log(ridge).
 
   The ridge is unique, because d_eff decreases strictly from rank K to 0. To draw m samples, use
@@ -84,13 +81,13 @@ def score_ridge_for_dimension(
 
 
 def landmark_score_ridge(
-  key: Any,
+  key,
   kernel_fn: KernelFn,
-  x: Float[ArrayLike, "n ..."],
-  target: RealLike,
-  num_landmarks: IntLike,
-  weights: Shaped[ArrayLike, " n"] | None = None,
-  block_size: IntLike = 1024,
+  x: Array,
+  target,
+  num_landmarks: int,
+  weights: Array | None = None,
+  block_size: int = 1024,
 ) -> ScoreRidge:
   """Finds a ridge at which d_eff is at most the target, from landmarks and without an n x n matrix.
 
@@ -120,13 +117,13 @@ def landmark_score_ridge(
 
 
 def effective_dimension_bounds(
-  key: Any,
+  key,
   kernel_fn: KernelFn,
-  x: Float[ArrayLike, "n ..."],
-  ridge: RealLike,
-  num_landmarks: IntLike,
-  weights: Shaped[ArrayLike, " n"] | None = None,
-  block_size: IntLike = 1024,
+  x: Array,
+  ridge,
+  num_landmarks: int,
+  weights: Array | None = None,
+  block_size: int = 1024,
 ) -> DimensionBounds:
   """Bounds on the effective dimension at one or more ridges, from one pass over the rows.
 

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Float, Int
 
 from kipcore import blocks, checks, linalg
 from kipcore.kernels.gram import gram_diag
-from kipcore.types import Array, ArrayLike, KernelFn, Status
+from kipcore.types import Array, KernelFn, Status
 
 # The error of float32 scores is about 1e-7 times the condition number. For a ridge below this
 # fraction of tr K / n they are meaningless.
@@ -22,7 +21,7 @@ FLOAT32_RIDGE_FLOOR = 1e-4
 _PANELS = 4
 
 
-def prepare_weights(weights, n: int, dtype) -> Float[Array, " n"]:
+def prepare_weights(weights, n: int, dtype) -> Array:
   """Square roots of the weights, `(n,)`; ones for None."""
   if weights is None:
     return jnp.ones((n,), dtype)
@@ -31,7 +30,7 @@ def prepare_weights(weights, n: int, dtype) -> Float[Array, " n"]:
   return jnp.sqrt(jnp.asarray(weights, dtype))
 
 
-def prepare_rows(name: str, x, ridge, weights) -> tuple[Float[Array, ""], Float[Array, " n"]]:
+def prepare_rows(name: str, x, ridge, weights) -> tuple[Array, Array]:
   """Checks the arguments; returns (ridge, square roots of the weights) in the widest dtype."""
   checks.floating(name, x)
   if x.ndim < 2 or x.shape[0] < 1:
@@ -50,7 +49,7 @@ def prepare_matrix(k, ridge, weights):
   return k, ridge, root
 
 
-def prepare_landmarks(landmarks, n: int) -> Int[Array, " s"]:
+def prepare_landmarks(landmarks, n: int) -> Array:
   """Checks that the indices are distinct; returns them as int32 `(s,)`."""
   checks.rank("landmarks", landmarks, 1)
   if not checks.is_traced(landmarks):
@@ -75,26 +74,18 @@ def check_precision(ridge, mean_diagonal, dtype) -> None:
     )
 
 
-def weighted_block(
-  kernel_fn: KernelFn,
-  xa: Float[Array, "a ..."],
-  root_a: Float[Array, " a"],
-  xb: Float[Array, "b ..."] | None = None,
-  root_b: Float[Array, " b"] | None = None,
-) -> Float[Array, "a _"]:
+def weighted_block(kernel_fn: KernelFn, xa, root_a, xb=None, root_b=None) -> Array:
   """U_a^{1/2} K(xa, xb) U_b^{1/2} in the dtype of the roots."""
   k = kernel_fn(xa, xb).astype(root_a.dtype)
-  return root_a[:, None] * k * (root_a if root_b is None else root_b)[None, :]
+  return root_a[:, None] * k * (root_a if xb is None else root_b)[None, :]
 
 
-def weighted_diagonal(
-  kernel_fn: KernelFn, x: Float[ArrayLike, "n ..."], root: Float[Array, " n"]
-) -> Float[Array, " n"]:
+def weighted_diagonal(kernel_fn: KernelFn, x, root) -> Array:
   """u_i k(x_i, x_i), `(n,)`."""
   return root**2 * gram_diag(kernel_fn, x).astype(root.dtype)
 
 
-def score_factor(k: Float[Array, "n n"], ridge: Float[Array, ""]) -> linalg.Factor:
+def score_factor(k: Array, ridge: Array) -> linalg.Factor:
   """Factor of K + ridge I; the status also reports a ridge that is too small for float32."""
   f = linalg.factor(k, ridge)
   if f.lower.dtype == jnp.float64:
@@ -105,7 +96,7 @@ def score_factor(k: Float[Array, "n n"], ridge: Float[Array, ""]) -> linalg.Fact
   )
 
 
-def factor_leverage(f: linalg.Factor, ridge: Float[Array, ""]) -> Float[Array, " n"]:
+def factor_leverage(f: linalg.Factor, ridge: Array) -> Array:
   """1 - ridge diag((L L^T)^{-1}); NaN if the factorization failed.
 
   L^{-1} is computed in panels of columns, because panels on the right need only the trailing part
@@ -123,13 +114,7 @@ def factor_leverage(f: linalg.Factor, ridge: Float[Array, ""]) -> Float[Array, "
   return jnp.where(f.status == Status.OK, tau, jnp.nan)
 
 
-def feature_fit(
-  z: Float[Array, "n d"],
-  root: Float[Array, " n"],
-  y: Float[Array, "n c"],
-  ridge: Float[Array, ""],
-  block_size: int | None,
-) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, ""], Int[Array, ""]]:
+def feature_fit(z, root, y, ridge, block_size):
   """Scores `(n,)`, squared residuals `(n,)`, objective and status of the weighted ridge fit.
 
   `y` `(n, c)` is already weighted.
@@ -154,16 +139,7 @@ def feature_fit(
   return jnp.clip(tau, 0, 1), residual2, jnp.sum(residual2) + ridge * jnp.sum(w**2), f.status
 
 
-def landmark_fit(
-  kernel_fn: KernelFn,
-  x: Float[Array, "n ..."],
-  root: Float[Array, " n"],
-  y: Float[Array, "n c"],
-  landmarks: Int[Array, " s"],
-  landmark_weights: Float[Array, " s"] | None,
-  ridge: Float[Array, ""],
-  block_size: int | None,
-) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"], Int[Array, ""]]:
+def landmark_fit(kernel_fn, x, root, y, landmarks, landmark_weights, ridge, block_size):
   """Exact score and squared residual of each row i in the problem with only the rows S and i.
 
   `y` is already weighted. Returns the scores, the squared residuals and the minimum objectives of
@@ -183,11 +159,11 @@ def landmark_fit(
 class LandmarkSolution(NamedTuple):
   """The ridge fit on the landmarks: rows, roots of weights, weighted labels, factor and dual."""
 
-  x: Float[Array, "s ..."]
-  root: Float[Array, " s"]
-  y: Float[Array, "s c"]
+  x: Array
+  root: Array
+  y: Array
   factor: linalg.Factor
-  dual: Float[Array, "s c"]
+  dual: Array
 
 
 def landmark_solution(kernel_fn, xs, rs, ys, ridge, landmark_weights=None) -> LandmarkSolution:
@@ -222,19 +198,12 @@ def nystrom_factor(kernel_fn, xs, rs) -> linalg.Factor:
   return linalg.factor(k_ss, 4 * jnp.finfo(k_ss.dtype).eps * jnp.trace(k_ss))
 
 
-def kept_share(
-  share: Float[Array, "..."], ridge: Float[Array, ""], residual_norm: Float[Array, ""]
-) -> Float[Array, "..."]:
+def kept_share(share, ridge, residual_norm):
   """The parameter a of `low_rank_leverage_bounds` for q = `share`."""
   return share * ridge / (share * ridge + jnp.maximum(residual_norm, jnp.finfo(share.dtype).tiny))
 
 
-def best_share(
-  values: Float[Array, " k"],
-  tail: Float[Array, ""],
-  ridge: Float[Array, ""],
-  residual_norm: Float[Array, ""],
-) -> Float[Array, ""]:
+def best_share(values, tail, ridge, residual_norm) -> Array:
   """The q of `low_rank_leverage_bounds`, by grid search.
 
   It minimizes sum_i h_i + E_ii / ((1 - q) ridge).   `values` are the eigenvalues of F^T F, and
@@ -248,13 +217,7 @@ def best_share(
   return share[jnp.argmin(sums)]
 
 
-def corrected(
-  h: Float[Array, " n"],
-  residual: Float[Array, " n"],
-  kept: Float[Array, ""],
-  share: Float[Array, ""],
-  ridge: Float[Array, ""],
-) -> Float[Array, " n"]:
+def corrected(h, residual, kept, share, ridge) -> Array:
   """The second upper bound of `low_rank_leverage_bounds` from h and E_ii."""
   t = h / jnp.maximum(1 - kept * h, jnp.finfo(h.dtype).tiny) + residual / ((1 - share) * ridge)
   return t / (1 + t)

@@ -19,16 +19,15 @@ F. Input weights u replace phi_i by sqrt(u_i) phi_i and y_i by sqrt(u_i) y_i.
 """
 
 import enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Integer, Shaped
 
 from kipcore import checks, keys, linalg
 from kipcore.selection import leverage, scoring, sensitivity_cores
-from kipcore.types import Array, ArrayLike, IntLike, KernelFn, RealLike
+from kipcore.types import Array, KernelFn
 
 
 class Guarantee(enum.IntEnum):
@@ -57,25 +56,22 @@ class SensitivityScores(NamedTuple):
     status: int32, `Status`.
   """
 
-  scores: Float[Array, " n"]
-  leverage: Float[Array, " n"]
-  label_scores: Float[Array, " n"]
-  objective: Float[Array, ""]
-  total: Float[Array, ""]
-  effective_dimension: Float[Array, ""]
-  effective_dimension_lower: Float[Array, ""]
-  label_mass: Float[Array, ""]
-  max_over_mean: Float[Array, ""]
-  second_moment: Float[Array, ""]
+  scores: Array
+  leverage: Array
+  label_scores: Array
+  objective: Array
+  total: Array
+  effective_dimension: Array
+  effective_dimension_lower: Array
+  label_mass: Array
+  max_over_mean: Array
+  second_moment: Array
   guarantee: int
-  status: Int[Array, ""]
+  status: Array
 
 
 def krr_sensitivity_scores(
-  k: Float[ArrayLike, "n n"],
-  y: Float[ArrayLike, "n c"],
-  ridge: RealLike,
-  weights: Shaped[ArrayLike, " n"] | None = None,
+  k: Array, y: Array, ridge, weights: Array | None = None
 ) -> SensitivityScores:
   """Exact kernel ridge regression sensitivities with diagnostics.
 
@@ -103,12 +99,7 @@ def krr_sensitivity_scores(
   return finish(sensitivity_cores.exact_scores(k, y, ridge, root), Guarantee.EXACT, k.dtype)
 
 
-def krr_sensitivities(
-  k: Float[ArrayLike, "n n"],
-  y: Float[ArrayLike, "n c"],
-  ridge: RealLike,
-  weights: Shaped[ArrayLike, " n"] | None = None,
-) -> Float[Array, " n"]:
+def krr_sensitivities(k: Array, y: Array, ridge, weights: Array | None = None) -> Array:
   """Exact sensitivities tau_i + ||r_i||^2 / F* of kernel ridge regression, without diagnostics.
 
   Args:
@@ -128,11 +119,7 @@ def krr_sensitivities(
 
 
 def feature_krr_sensitivities(
-  z: Float[ArrayLike, "n d"],
-  y: Float[ArrayLike, "n c"],
-  ridge: RealLike,
-  weights: Shaped[ArrayLike, " n"] | None = None,
-  block_size: IntLike | None = None,
+  z: Array, y: Array, ridge, weights: Array | None = None, block_size: int | None = None
 ) -> SensitivityScores:
   """Exact sensitivities of ridge regression on features, from a D x D matrix.
 
@@ -165,12 +152,12 @@ def feature_krr_sensitivities(
 
 def blocked_krr_sensitivities(
   kernel_fn: KernelFn,
-  x: Float[ArrayLike, "n ..."],
-  y: Float[ArrayLike, "n c"],
-  ridge: RealLike,
-  groups: Integer[ArrayLike, " n"],
-  weights: Shaped[ArrayLike, " n"] | None = None,
-  objective_bound: RealLike = 0.0,
+  x: Array,
+  y: Array,
+  ridge,
+  groups,
+  weights: Array | None = None,
+  objective_bound=0.0,
 ) -> SensitivityScores:
   """Certified upper bounds: the exact sensitivity of each row within its own group.
 
@@ -219,15 +206,15 @@ def blocked_krr_sensitivities(
 
 
 def approximate_krr_sensitivities(
-  key: Any,
+  key,
   kernel_fn: KernelFn,
-  x: Float[ArrayLike, "n ..."],
-  y: Float[ArrayLike, "n c"],
-  ridge: RealLike,
-  num_landmarks: IntLike,
-  weights: Shaped[ArrayLike, " n"] | None = None,
-  landmarks: Integer[ArrayLike, " s"] | None = None,
-  block_size: IntLike = 1024,
+  x: Array,
+  y: Array,
+  ridge,
+  num_landmarks: int,
+  weights: Array | None = None,
+  landmarks: Array | None = None,
+  block_size: int = 1024,
   refine: bool = True,
 ) -> SensitivityScores:
   """Certified upper bounds from landmarks S, in blocks of rows and without an n x n matrix.
@@ -290,11 +277,8 @@ def approximate_krr_sensitivities(
 
 
 def kmeans_sensitivities(
-  x: Float[ArrayLike, "n d"],
-  centers: Float[ArrayLike, "k d"],
-  weights: Shaped[ArrayLike, " n"] | None = None,
-  alpha: RealLike = 1.0,
-) -> Float[Array, " n"]:
+  x: Array, centers: Array, weights: Array | None = None, alpha=1.0
+) -> Array:
   """Upper bounds on the k-means sensitivities from any centers B.
 
     s_i <= u_i (2 alpha d_i^2 / c + 4 alpha c_b / (U_b c) + 4 / U_b),   b = nearest center of i,
@@ -334,9 +318,7 @@ def kmeans_sensitivities(
   return _kmeans_scores(x, centers, weights, jnp.asarray(alpha, x.dtype))
 
 
-def lightweight_sensitivities(
-  x: Float[ArrayLike, "n d"], weights: Shaped[ArrayLike, " n"] | None = None
-) -> Float[Array, " n"]:
+def lightweight_sensitivities(x: Array, weights: Array | None = None) -> Array:
   """Probabilities of lightweight coresets, q_i = u_i / (2 U) + u_i d_i^2 / (2 sum_j u_j d_j^2).
 
   d_i is the distance to the weighted mean, and U is the sum of the weights. Proved for k-means with
@@ -362,7 +344,7 @@ def lightweight_sensitivities(
   return _lightweight_scores(x, _prepare_points(x, weights))
 
 
-def _prepare_labels(y, x, root) -> Float[Array, "n c"]:
+def _prepare_labels(y, x, root) -> Array:
   """Weighted labels `(n, c)` in the working dtype."""
   checks.rank("y", y, 2)
   checks.floating("y", y)
@@ -383,7 +365,7 @@ def _prepare_kernel_rows(kernel_fn, x, y, ridge, weights):
   return ridge, root, y
 
 
-def _prepare_points(x, weights) -> Float[Array, " n"]:
+def _prepare_points(x, weights) -> Array:
   checks.rank("x", x, 2)
   checks.floating("x", x)
   checks.finite("x", x)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
 
 from kipcore import blocks, linalg
 from kipcore.selection import scoring
@@ -19,9 +18,7 @@ from kipcore.types import Array, Status
 _SQUARINGS = 3
 
 
-def label_term(
-  residual2: Float[Array, "..."], objective: Float[Array, "*objective"]
-) -> Float[Array, "..."]:
+def label_term(residual2, objective):
   """||r_i||^2 / F*, or 0 if F* is 0."""
   return jnp.where(objective > 0, residual2 / jnp.where(objective > 0, objective, 1), 0)
 
@@ -85,7 +82,7 @@ def blocked_scores(kernel_fn, x, y, ridge, root, index, present, bound):
   return place(scores), place(tau), bound, jnp.zeros_like(bound), jnp.max(status)
 
 
-def norm_bound(e: Float[Array, "b b"]) -> Float[Array, ""]:
+def norm_bound(e):
   """Upper bound ||E^8||_F^{1/8} on the spectral norm of a symmetric matrix E."""
   scales = []
   for _ in range(_SQUARINGS):
@@ -144,20 +141,20 @@ def two_pass_scores(alone, fit, tau, residual2, unseen, ridge, status):
 class NystromStart(NamedTuple):
   """The landmarks, and the factor for the features V = K_nS L^{-T}."""
 
-  x: Float[Array, "s ..."]
-  root: Float[Array, " s"]
+  x: Array
+  root: Array
   factor: linalg.Factor
 
 
 class NystromFit(NamedTuple):
   """Totals for bound 2: a and q of `low_rank_leverage_bounds`, and the fit W~ in the span of S."""
 
-  kept: Float[Array, ""]
-  share: Float[Array, ""]
-  kept_factor: Float[Array, "s s"]
-  coefficients: Float[Array, "s c"]
-  lower_dimension: Float[Array, ""]
-  status: Int[Array, ""]
+  kept: Array
+  share: Array
+  kept_factor: Array
+  coefficients: Array
+  lower_dimension: Array
+  status: Array
 
 
 def nystrom_start(kernel_fn, xs, rs) -> NystromStart:

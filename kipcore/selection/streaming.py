@@ -5,28 +5,26 @@ A Python loop calls compiled functions for each block. Only the scores use memor
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from kipcore import blocks, checks, keys
 from kipcore.selection import scoring, sensitivity, sensitivity_cores
 from kipcore.selection.sensitivity import SensitivityScores
-from kipcore.types import Array, IntLike, KernelFn, RealLike
+from kipcore.types import Array, KernelFn
 
 
 def stream_krr_sensitivities(
-  key: Any,
+  key,
   kernel_fn: KernelFn,
-  x: Any,
-  y: Any,
-  ridge: RealLike,
-  num_landmarks: IntLike,
+  x,
+  y,
+  ridge,
+  num_landmarks: int,
   transform: Callable | None = None,
-  block_size: IntLike = 1024,
+  block_size: int = 1024,
   refine: bool = True,
 ) -> SensitivityScores:
   """`approximate_krr_sensitivities` for rows on disk: the same bounds, with blocks in file order.
@@ -102,7 +100,7 @@ def stream_krr_sensitivities(
   return sensitivity.finish(parts, sensitivity.Guarantee.OVER_ESTIMATE, xs.dtype)
 
 
-def _read(x, y, transform, rows, where) -> tuple[Float[Array, "b ..."], Float[Array, "b c"]]:
+def _read(x, y, transform, rows, where) -> tuple[Array, Array]:
   """Reads and checks a block of rows and labels; returns device arrays."""
   xb, yb = x[rows], np.asarray(y[rows])
   xb = np.asarray(xb if transform is None else transform(xb))

@@ -328,7 +328,7 @@ def test_the_readme_of_a_run_folder_lists_each_file(tmp_path):
     f"--output_dir={folder}-again",
   ]
   scope = {}
-  exec("import numpy\n" + re.search(r"images = numpy.load\(.*", text)[0], scope)
+  exec("import numpy\n" + re.search(r"examples = numpy.load\(.*", text)[0], scope)
   assert scope["images"].shape == (3,)
 
 

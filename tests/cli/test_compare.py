@@ -150,7 +150,8 @@ def test_a_grid_writes_a_table_and_continues_with_missing_cells(tmp_path, monkey
   assert len(rows) == 2 * 2 + 2 * 2 * 2  # label solving has no sampler
   assert {row["target_evaluations"] for row in rows if row["method"] == "dm"} == {"80"}
   text = (whole / "comparison.md").read_text()
-  assert text in capsys.readouterr().out + "\n" and text.count("\n") == 2 + 2 + 4 and "±" in text
+  assert text in capsys.readouterr().out + "\n" and text.count("\n") == 2 + 2 + 4 + 2
+  assert "±" not in text and "a and b: the values of two seeds" in text
   assert (
     json.loads((whole / "config.json").read_text())["environment"]["versions"]["jax"]
     == jax.__version__
@@ -208,8 +209,11 @@ def test_gains_are_paired_and_failures_are_counted():
   plain, arm = found.values()
   mean, error = comparison.gain(arm, plain)
   assert abs(mean - 2) < 1e-9 and error < 1e-9
-  last = comparison.markdown(rows).splitlines()[-1]
-  assert "+2.0 ± 0.0" in last and "(1 failed)" in last
+  first, last, _, note = comparison.markdown(rows).splitlines()[2:]
+  assert "60.0 ± 10.0" in first and "52.0 and 62.0 | +2.0 and +2.0" in last
+  assert "(1 failed)" in last
+  assert note.startswith("a ± b: mean and standard deviation") and "two seeds" in note
+  assert comparison.shown([50.0, 60.0, 70.0], standard_error=True) == "60.0 ± 5.8"
 
 
 def test_a_numerical_failure_becomes_a_row_of_the_table():

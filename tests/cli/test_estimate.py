@@ -2,11 +2,18 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import kipcore
+from kipcore.cli import recipes
 from kipcore.cli.config import DistillConfig, SelectConfig
 from kipcore.cli.cost import estimate
-from kipcore.cli.runs import pipeline, selection
+from kipcore.cli.runs import measure, pipeline, selection
+from kipcore.evaluation import ranking
+from kipcore.evaluation.protocols import PROTOCOLS
+from kipcore.networks import ResNet
 
 SMALL = dict(architecture="conv1", images_per_class=1, test_rows=20, seed=0)
 
@@ -82,3 +89,46 @@ def test_work_is_additive():
     work.seconds(1.0, 1.0) + 12.0
   )
   assert estimate.of_scores(100_000, 10).pairs < 0.1 * 100_000**2
+
+
+def test_networks_are_estimated_without_training_one(monkeypatch):
+  config = recipes.resolve(
+    method="dm", architecture="conv1", width=4, network_seeds=3, network_steps=40
+  )
+  data = pipeline.load(config)
+  support = pipeline.random_support(0, data, 1)
+  rows = []
+  monkeypatch.setattr(
+    estimate, "of_network", lambda how, _, count: rows.append((how, count)) or (2.0, 5.0)
+  )
+  monkeypatch.setattr(pipeline.network_evaluation, "evaluate_network", None)
+  # Three networks on the result, and two on each of the sets that it is compared with.
+  assert measure._networks(config, data, support) == ((3 + 2 * 2) * 2.0, 5.0)
+  ((how, count),) = rows
+  assert (how.width, how.norm, how.num_steps, count) == (4, "instance", 40, len(data.x_test))
+
+
+@pytest.mark.parametrize("network", [kipcore.conv_net(1), ResNet(4, 10)])
+def test_seconds_of_a_network_grow_with_its_steps_and_the_scored_rows(network, monkeypatch):
+  monkeypatch.setattr(estimate, "_timed", lambda call: call() and 0.01)
+  support = kipcore.Support(jnp.ones((20, 8, 8, 1)), jnp.ones((20, 10)))
+  seconds = lambda steps, rows, **how: estimate.of_network(
+    ranking.NetworkEvaluator(network, 4, num_steps=steps, **how), support, rows
+  )[0]
+  assert seconds(300, 0) == pytest.approx(3.0)
+  assert seconds(None, 0, protocol="dc") == pytest.approx(0.01 * PROTOCOLS["dc"].num_steps(20))
+  assert seconds(300, 3000) == pytest.approx(3.0 + 2 * 3000 * 0.01 / (3 * 20))
+
+
+def test_a_long_call_is_timed_without_repeating_it(monkeypatch):
+  calls, clock = [], iter([0.0, 5.0, 0.0, 0.5, 0.0, 0.2])
+  monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+  assert measure._apart(lambda: calls.append(0) or "long") == (5.0, 0.0, "long")
+  assert measure._apart(lambda: calls.append(0) or "short") == (0.2, 0.3, "short")
+  assert len(calls) == 1 + 2
+
+
+def test_compilation_is_not_counted_as_time_of_a_long_call(monkeypatch):
+  monkeypatch.setattr(measure, "_SHORT_SECONDS", -1.0)
+  run, compiled, _ = measure._apart(lambda: jax.jit(lambda x: jnp.sin(x) + 1.25)(jnp.ones(7)))
+  assert compiled > 0 and run >= 0

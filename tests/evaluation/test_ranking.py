@@ -12,6 +12,7 @@ from scipy import stats
 import kipcore
 from kipcore import augment, keys
 from kipcore.cli.config import DistillConfig, EvaluateConfig
+from kipcore.cli.cost import estimate
 from kipcore.cli.runs import evaluation, pipeline
 from kipcore.evaluation import ranking
 from kipcore.selection import representatives
@@ -145,9 +146,26 @@ def test_table_contains_the_evaluator_results():
   assert (
     text.splitlines()[0] == "| set | `krr` | `network` |"
     and f"| {100 * table[0].mean:.1f} |" in text
+    and " and ".join(f"{100 * value:.1f}" for value in expected) in text
   )
   with pytest.raises(ValueError, match="expected 1 or 3 supports of 'drawn', got 2"):
     kipcore.evaluation_table(0, sets, {"krr": kipcore.KernelEvaluator(kernel)}, x, y, 3)
+
+
+def test_an_interval_needs_three_seeds_and_is_explained():
+  entry = lambda name, *values: ranking.EvaluationEntry(
+    "a set", name, values, float(np.mean(values)), ranking.half_width(values)
+  )
+  one, two, three = entry("one", 0.5), entry("two", 0.611, 0.687), entry("three", 0.5, 0.6, 0.7)
+  assert ranking.shown(two.mean, two.half_width, two.accuracies) == "61.1 and 68.7"
+  assert ranking.shown(three.mean, three.half_width, three.accuracies) == "60.0 ± 24.8"
+  assert ranking.shown(one.mean, one.half_width, one.accuracies) == "50.0"
+  interval = "a ± b: mean and half of its 95 % confidence interval"
+  last = lambda *table: ranking.markdown(table).splitlines()[-1]
+  assert last(three) == f"Accuracy, %; {interval}."
+  assert last(two, three) == f"Accuracy, %; {interval}; a and b: the values of two seeds."
+  assert last(one, two) == "Accuracy, %; a and b: the values of two seeds."
+  assert last(one) == "| a set | 50.0 |"
 
 
 def test_networks_train_with_augmentation_and_on_batches():
@@ -217,6 +235,20 @@ def test_run_and_library_give_the_same_table(stored):
     means["uniform_solved", "krr"] > means["uniform", "krr"]
     and means["full", "krr"] > means["kmeans", "krr"]
   )
+
+
+@pytest.mark.parametrize("seconds, printed", [(8.0, True), (2.0, False)])
+def test_long_evaluations_are_announced_before_the_first_score(
+  seconds, printed, stored, monkeypatch
+):
+  monkeypatch.setattr(estimate, "of_network", lambda *_: (seconds, 1.0))
+  config = EvaluateConfig(("krr", "network:mlp"), ("kmeans",), 2, width=4, network_steps=2)
+  lines = []
+  evaluation.run_evaluate(stored, config, lines.append)
+  first = next(i for i, line in enumerate(lines) if line.startswith("1 of 4"))
+  expected = [line for line in lines if line.startswith("estimate")]
+  assert (expected == ["estimate: about 33.0 s for 4 scores"]) == printed
+  assert not expected or lines.index(expected[0]) < first
 
 
 def test_evaluators_by_name(stored):

@@ -24,7 +24,7 @@ from kipcore.cli import report as report_command
 from kipcore.cli.config import CompareConfig, DistillConfig
 from kipcore.cli.errors import UsageError
 from kipcore.cli.folder import event_log, outputs, reporting, run_folder
-from kipcore.cli.runs import comparison, pipeline
+from kipcore.cli.runs import comparison, dry_run, pipeline
 from kipcore.distillation import importance, loop, samplers, targets
 from kipcore.distillation.methods import kip
 from kipcore.report import html as html_report
@@ -163,8 +163,8 @@ def test_the_report_has_every_section_and_the_figures_of_the_run(run):
     jax.__version__,
   ):
     assert figure in text, figure
-  assert count_charts(page) == 2, "learning curve and sampling"
-  assert page.tags.count("img") == 2 + 2 * 10 + outputs.HARDEST
+  assert count_charts(page) == 2 + 3, "panels of the learning curve and of sampling"
+  assert page.tags.count("img") == 2 + 3 + 2 * 10 + outputs.HARDEST
 
 
 def test_missing_parts_of_a_run_are_omitted(copied):
@@ -210,6 +210,25 @@ def test_text_from_data_is_escaped(hostile):
   assert "<i>" not in html_report.properties({"<i>": {"<i>": ["<i>"]}}) + html_report.code(
     "<i>"
   ) + html_report.cards([("<i>",) * 3])
+
+
+def test_a_run_on_vectors_speaks_of_points(tmp_path, capsys):
+  """A dataset of vectors has neither images nor pixels, in the terminal and in every text of the folder."""
+  rng = np.random.default_rng(0)
+  labels = np.arange(90) % 3
+  x = (rng.normal(size=(90, 128)) + 3 * np.eye(3, 128)[labels]).astype(np.float32)
+  np.savez(tmp_path / "v.npz", x_train=x, y_train=labels, x_test=x[:30] + 0.1, y_test=labels[:30])
+  config = DistillConfig(dataset=str(tmp_path / "v.npz"), steps=3, num_devices=1)
+  dry_run.of_distillation(config)
+  folder, _ = pipeline.run_distill(config, str(tmp_path / "run"))
+  printed = capsys.readouterr().out
+  text = " ".join(Page(re.sub("(?s)(<style>).*(</style>)", r"\1\2", report(folder))).text)
+  assert printed.count("test points of 128 features, 3 classes") == 2
+  assert "3 distilled points of v" in text and "features, (3, 3)" in text
+  # Names of settings, files and arrays are not words about the data.
+  names = r"images_per_class|images\.png|\.images|\[\W*images\W*\]"
+  for words in (printed, text, (folder / "README.txt").read_text()):
+    assert not re.search(r"(?i)\b(image|pixel)s?\b", re.sub(names, "", words))
 
 
 def test_the_code_of_the_report_runs(run, monkeypatch):
@@ -386,8 +405,10 @@ def test_a_comparison_is_a_table_with_intervals_and_settings(tmp_path):
   text = report(folder)
   page = Page(text)
   assert (
-    page.text.count("50.5 ± 0.7") == 1
-    and "+2.0 ± 0.0" in page.text
+    page.text.count("50.0 and 51.0") == 1
+    and "+2.0 and +2.0" in page.text
+    and any("a and b: the values of two seeds" in part for part in page.text)
+    and not any("±" in part for part in page.text)
     and "dm, kmeans, cross_entropy, 1" in page.text
   )
   assert count_charts(page) == 1 and HOSTILE in page.text and "<script" not in text
@@ -419,8 +440,17 @@ def test_charts_show_the_data_and_are_byte_reproducible():
   np.testing.assert_allclose(accuracy.lines[0].get_xydata(), [(1, 10), (2, 20), (5, 50)])
   np.testing.assert_allclose(accuracy.lines[1].get_ydata(), 30)
   assert pictures.svg(draw()) == pictures.svg(draw())
+  panels = pictures.panels(draw())
+  assert panels == pictures.panels(draw()) and len(panels) == 2
+  sizes = [re.search(rb'<svg [^>]*?width="([\d.]+)pt"', panel)[1] for panel in panels]
+  assert sizes[0] == sizes[1] and 250 < float(sizes[0]) < 350
+  assert all(panel.count(b'id="axes_') == 1 for panel in panels)
+  markup = html_report.chart(draw(), "a chart")
+  assert 'alt="a chart, 1 of 2"' in markup and 'alt="a chart, 2 of 2"' in markup
+  assert "scroll" not in markup
   groups = {"dm": {"a": (50.0, 1.0), "b": (60.0, 2.0)}}
   (axes,) = pictures.bars({"score": groups}, "accuracy").axes
+  assert len(pictures.panels(pictures.bars({"a": groups, "b": groups}, "accuracy"))) == 1
   assert [bar.get_height() for bar in axes.patches] == [50.0, 60.0]
 
 

@@ -12,8 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
+from kipcore import linalg, networks
 from kipcore.distillation import loop
+from kipcore.evaluation import protocols
 from kipcore.selection import coreset
 
 # Below these no estimate is printed.
@@ -22,6 +25,8 @@ WORTH_SECONDS, WORTH_BYTES = 30.0, 1e9
 _KMEANS_PASSES = 60
 # Cost of a spectrum, in units of n^3 operations of a matrix product.
 _SPECTRUM = 20
+# Compilation of a network's training and scoring, in units of that of an optimizer step.
+_PROGRAM = 4.0
 # Seconds of an operation, and of a pair of images per feature (dense kernels), on a slow core.
 _SLOW, _SLOW_PAIR = 1e-10, 5e-11
 
@@ -87,6 +92,46 @@ def operations_per_second(dtype) -> float:
     jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST)).lower(a).compile()
   )
   return 2 * 1024**3 / _timed(lambda: product(a))
+
+
+def of_network(evaluator, support, test_rows: int) -> tuple[float, float]:
+  """Seconds of a network, trained and scored, and of compilation, from a few optimizer steps on its batch.
+
+  Args:
+    evaluator: a `ranking.NetworkEvaluator`.
+    support: what the network is trained on.
+    test_rows: number of rows to score.
+
+  Returns:
+    Two numbers of seconds.
+  """
+  (m, *shape), classes = support.x.shape, support.y.shape[1]
+  how = protocols.protocol(evaluator.protocol, shape[-1] if len(shape) == 3 else None)
+  steps = evaluator.num_steps or how.num_steps(m)
+  rows = min(how.batch_size, m)
+  x, y = support.x[:rows], support.y[:rows]
+  module = evaluator.network
+  if not isinstance(module, nn.Module):
+    norm = how.norm if evaluator.norm is None else evaluator.norm
+    module = networks.network(module, evaluator.width, classes, norm=norm)
+  # Values do not change the time, and drawing them would take longer to compile than a step.
+  start = jax.tree.map(
+    lambda a: jnp.full(a.shape, 0.01, a.dtype),
+    jax.eval_shape(module.init, jax.random.key(0), x[:1]),
+  )
+  optimizer = how.transformation(steps)
+
+  def step(variables, state):
+    loss = lambda v: jnp.mean(jnp.square(module.apply(v, x) - y))
+    return optimizer.update(jax.grad(loss)(variables), state, variables)
+
+  with linalg.permissive_promotion():
+    state, started = optimizer.init(start), time.perf_counter()
+    compiled = jax.jit(step).lower(start, state).compile()
+    compiling = _PROGRAM * (time.perf_counter() - started)
+  one = min(_timed(lambda: compiled(start, state)) for _ in range(3))
+  # Two forward passes per test row; a step has one forward and one backward pass.
+  return steps * one + 2 * test_rows * one / (3 * rows), compiling
 
 
 def _timed(call) -> float:
@@ -223,9 +268,11 @@ def memory_of_steps(compiled, kernel: bool) -> list[Part]:
   )
   planned = compiled.memory_analysis()
   scratch = planned.temp_size_in_bytes if planned is not None else 0
+  # A row of images has rank 3, with a device axis and one of rows before it.
+  rows = "images" if len(targets.x.shape) == 5 else "points"
   parts = [
     Part("training rows", size(targets)),
-    Part("images, labels and their optimizer", size((state.params, state.opt_state))),
+    Part(f"{rows}, labels and their optimizer", size((state.params, state.opt_state))),
     Part("networks", size(state.aux)),
     Part("scores of rows", size(state.sampler)),
     Part(

@@ -95,13 +95,13 @@ def write(folder: pathlib.Path, title: str, command: str) -> None:
       "Load the artifact",
       "  import kipcore",
       f"  stored = kipcore.load_artifact({str(artifact)!r})",
-      "  stored.images, stored.labels       # in pixel space; one-hot minus 1/classes, or learned",
+      "  stored.images, stored.labels       # in the units of the dataset; one-hot minus 1/classes, or learned",
       '  stored.metadata["dataset"]         # its name, classes and hashes',
-      "  stored.evaluate(x_test, y_test)    # images as the dataset stores them, integer classes",
+      "  stored.evaluate(x_test, y_test)    # rows as the dataset stores them, integer classes",
       "  stored.preprocess.apply(x_test)    # preprocessed, as the model receives them",
       "Load it without kipcore",
       "  import numpy",
-      f'  images = numpy.load({str(artifact)!r}, allow_pickle=False)["images"]',
+      f'  examples = numpy.load({str(artifact)!r}, allow_pickle=False)["images"]',
     ]
   lines += ["", "Reproduce it", f"  {command}"]
   if jax.process_count() > 1:

@@ -84,9 +84,7 @@ def write_comparison(
     Section(
       "Accuracy",
       [
-        "Mean over seeds with one standard deviation, by initialization / targets."
-        + " Deviations of two seeds are too uncertain to compare methods by."
-        * (grid["num_seeds"] == 2),
+        "Mean over seeds, by initialization / targets. Error bars: one standard deviation; of two seeds, both values.",
         html.chart(pictures.bars(panels, "test accuracy, %"), "Test accuracy of each method"),
       ]
       if panels
@@ -95,8 +93,7 @@ def write_comparison(
     Section(
       "Table",
       [
-        "a +- b: mean a and standard deviation b over seeds. Gain: mean difference to the first initialization and sampler of the same method, over the same "
-        "seeds, with its standard error. Seconds: time of the steps, median over seeds.",
+        *(line for line in table.splitlines() if line and not line.startswith("|")),
         html.table(header, rows, text_columns=3),
       ],
     ),
@@ -178,7 +175,12 @@ def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> Sequen
     )
   if "feature_map_test_accuracy" in result:
     rows.insert(
-      1, ("distilled images, in the features of the map", result["feature_map_test_accuracy"], "")
+      1,
+      (
+        f"distilled {_kind(stored)}, in the features of the map",
+        result["feature_map_test_accuracy"],
+        "",
+      ),
     )
   if networks := result.get("network_test_accuracy"):
     note = (
@@ -490,13 +492,13 @@ def _cost(result: dict) -> dict[str, str]:
 def _use(stored: artifact.Artifact) -> Sequence[str]:
   low, high = _pixel_range(stored)
   metadata, offset = stored.metadata, stored.metadata["label_convention"]["offset"]
-  shape = ", ".join(map(str, stored.images.shape[1:]))
+  shape, kind = ", ".join(map(str, stored.images.shape[1:])), _kind(stored)
   units = "pixels" if _are_images(stored.images) else "features"
   with_numpy = f"""import json
 import numpy as np
 
 with np.load("distilled.npz", allow_pickle=False) as file:
-  images, labels = file["images"], file["labels"]  # {stored.images.shape} {units}, {stored.labels.shape}
+  {kind}, labels = file["images"], file["labels"]  # {stored.images.shape} {units}, {stored.labels.shape}
   about = json.loads(str(file["metadata"]))
 classes = labels.argmax(axis=1)
 one_hot = labels + about["label_convention"]["offset"]"""
@@ -505,14 +507,14 @@ one_hot = labels + about["label_convention"]["offset"]"""
 distilled = kipcore.load_artifact("distilled.npz")
 inputs = distilled.preprocess.apply(x)  # x (n, {shape}): {units} as the dataset stores them
 accuracy = distilled.evaluate(x, y).accuracy  # y (n,): integer classes"""
-  steps, kind = (
+  steps, fitted = (
     ", then ".join(step["name"] for step in metadata["preprocess"]["steps"]),
     metadata["preprocess"]["kind"],
   )
   facts = {
-    "images": f"{stored.images.shape} {stored.images.dtype}, {units[:-1]} values from {low:g} to {high:g}; learned values may lie outside",
+    kind: f"{stored.images.shape} {stored.images.dtype}, {units[:-1]} values from {low:g} to {high:g}; learned values may lie outside",
     "labels": f"{stored.labels.shape}, {export.label_kind(stored.labels)}; the offset is 1/c = {offset:g}",
-    "preprocessing": f"{kind}{f': {steps}' if steps != kind else ''}; fitted on training rows; its arrays are in the file",
+    "preprocessing": f"{fitted}{f': {steps}' if steps != fitted else ''}; fitted on training rows; its arrays are in the file",
     "ridge": f"{stored.relative_ridge:g} of tr(K_ss) / m",
     "kernel": f"{stored.kernel.upper()} of {stored.arch.name}",
   }

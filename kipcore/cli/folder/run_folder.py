@@ -23,9 +23,9 @@ RUN_FILES = {
   "config.json": "all settings of the run, versions and hardware",
   "result.json": "results: accuracies, seconds, target evaluations",
   "metrics.jsonl": "one line of JSON per logged step",
-  "distilled.npz": "the artifact: images in pixel space, labels, preprocessing, kernel, ridge, and the metadata of the run",
-  "start.npz": "the initial images, in pixel space, and their labels",
-  "importance.npz": "the sampler's latest score of each training row (NaN: never drawn), and the images with the highest scores",
+  "distilled.npz": "the artifact: examples in the units of the dataset, labels, preprocessing, kernel, ridge, and the metadata of the run",
+  "start.npz": "the initial examples, in the units of the dataset, and their labels",
+  "importance.npz": "the sampler's latest score of each training row (NaN: never drawn), and the rows with the highest scores",
   "images.png": "the images, next to the initial ones",
   "learning_curve.png": "accuracy over the steps",
   "report.html": "all results on one page, for a browser",
@@ -35,7 +35,7 @@ RUN_FILES = {
   "experts.npy": "trajectories of the networks that mtt imitates",
   "experts.json": "how they were trained",
   "cells.csv": "one line per cell of the grid",
-  "comparison.md": "the table: mean and standard deviation over seeds, and the gain of each initialization and sampler",
+  "comparison.md": "the table: means over seeds, their deviations, and the gain of each initialization and sampler",
   "comparison.png": "the same as bars",
 }
 CHECKPOINTS = "checkpoints"

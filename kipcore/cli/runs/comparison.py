@@ -348,19 +348,40 @@ def mean_and_deviation(values) -> tuple[float, float | None]:
   return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
+def differences(arm: dict, plain: dict) -> list[float]:
+  """The differences of the seeds that both have."""
+  return [arm[seed] - plain[seed] for seed in sorted(arm.keys() & plain.keys())]
+
+
 def gain(arm: dict, plain: dict) -> tuple[float, float | None]:
   """Mean of the differences over the seeds that both have, and its standard error."""
-  mean, deviation = mean_and_deviation(arm[s] - plain[s] for s in arm.keys() & plain.keys())
-  return mean, None if deviation is None else deviation / math.sqrt(len(arm.keys() & plain.keys()))
+  found = differences(arm, plain)
+  mean, deviation = mean_and_deviation(found)
+  return mean, None if deviation is None else deviation / math.sqrt(len(found))
 
 
-def shown(mean: float, spread: float | None, sign: str = "") -> str:
-  """A mean with its standard deviation or error, if there is one."""
-  return f"{mean:{sign}.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+def shown(values, sign: str = "", standard_error: bool = False) -> str:
+  """The mean of some values with its standard deviation or error; two values themselves.
+
+  Args:
+    values: one per seed.
+    sign: "+" to show the sign of positive numbers.
+    standard_error: whether to show the standard error of the mean.
+
+  Returns:
+    Text such as `61.2 ± 0.4`, or `60.9 and 61.5`.
+  """
+  values = list(values)
+  if len(values) == 2:  # a deviation of two would be too uncertain
+    return " and ".join(f"{value:{sign}.1f}" for value in values)
+  mean, spread = mean_and_deviation(values)
+  if spread is None:
+    return f"{mean:{sign}.1f}"
+  return f"{mean:{sign}.1f} ± {spread / math.sqrt(len(values)) if standard_error else spread:.1f}"
 
 
 def markdown(rows: list[dict]) -> str:
-  """The table: accuracies by method, initialization and sampler, and gains over the first of these."""
+  """The table: accuracies by method, initialization and sampler, and gains over the first of these; then what its numbers are."""
   lines = [
     "| method | initialization | sampler | "
     + " | ".join(f"{name}, % | gained" for name in SCORES.values())
@@ -373,9 +394,9 @@ def markdown(rows: list[dict]) -> str:
     cells = []
     for found in scored.values():
       plain = next((arm for arm in found if arm[0] == name[0]), None)
-      cells.append(shown(*mean_and_deviation(found[name].values())) if name in found else "")
+      cells.append(shown(found[name].values()) if name in found else "")
       shared = name in found and name != plain and found[name].keys() & found[plain].keys()
-      cells.append(shown(*gain(found[name], found[plain]), "+") if shared else "")
+      cells.append(shown(differences(found[name], found[plain]), "+", True) if shared else "")
     failed = sum(bool(row["error"]) for row in own)
     evaluations = next(
       (f"{int(row['target_evaluations']):,}" for row in own if not row["error"]), ""
@@ -384,13 +405,30 @@ def markdown(rows: list[dict]) -> str:
       f" ({failed} failed)" if failed else ""
     )
     lines.append("| " + " | ".join((*name, *cells, evaluations, seconds)) + " |")
-  return "\n".join(lines)
+  return "\n".join([*lines, "", _note(scored)])
+
+
+def _note(scored: dict) -> str:
+  """A line that says what the numbers of the table are."""
+  counts = {len(arm) for found in scored.values() for arm in found.values()}
+  interval = (
+    "a ± b: mean and standard deviation over seeds, for gains the standard error of the mean; "
+  )
+  pair = "a and b: the values of two seeds, because a deviation of two is too uncertain; "
+  return (
+    interval * bool(max(counts, default=0) > 2)
+    + pair * (2 in counts)
+    + "gained: difference to the first initialization and sampler of the same method, over the same seeds; "
+    "seconds: time of the steps, median over seeds."
+  )
 
 
 def _bars(rows: list[dict], key: str) -> dict:
-  """{method: {initialization/sampler: (mean, deviation)}}, for the figure."""
+  """{method: {initialization/sampler: (mean, deviation)}}, for the figure; of two seeds, half of their difference."""
   bars: dict = {}
   for (method, init, sampler), values in arms(rows, key).items():
     mean, deviation = mean_and_deviation(values.values())
+    if len(values) == 2:
+      deviation = abs(np.subtract(*values.values())) / 2
     bars.setdefault(method, {})[f"{init} / {sampler}"] = (mean, deviation or 0.0)
   return bars

@@ -50,7 +50,7 @@ def of_selection(
     planned.baseline.x.shape[0],
   )
   print(
-    f"{config.dataset}: {data.x_train.shape[0]:,} training, {data.x_test.shape[0]:,} test rows of shape {data.x_train.shape[1:]}, "
+    f"{config.dataset}: {data.x_train.shape[0]:,} training, {data.x_test.shape[0]:,} test {pipeline.rows_of(data)}, "
     f"{data.raw.num_classes} classes\n{m} points ({config.images_per_class} per class) by {config.strategy}, scores with the "
     f"{config.kernel} of {config.architecture}"
   )

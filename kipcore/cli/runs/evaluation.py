@@ -116,6 +116,8 @@ def _table(evaluation: Evaluation, how: dict, config: EvaluateConfig, write) -> 
     if isinstance(how[key], ranking.NetworkEvaluator)
     else len(evaluation.sets[name])
   )
+  if (expected := expected_seconds(evaluation, how, todo, config)) > estimate.WORTH_SECONDS:
+    write(f"estimate: about {estimate.duration(expected)} for {len(todo)} scores")
   seconds = {}  # of a unit of work, by evaluator
   for i, (name, key) in enumerate(todo):
     started = time.perf_counter()
@@ -133,10 +135,47 @@ def _table(evaluation: Evaluation, how: dict, config: EvaluateConfig, write) -> 
     seconds[key] = (time.perf_counter() - started) / work(name, key)
     left = [seconds[k] * work(n, k) for n, k in todo[i + 1 :] if k in seconds]
     known = len(left) == len(todo) - i - 1
-    accuracy = ranking.shown(entry.mean, entry.half_width)
+    accuracy = ranking.shown(entry.mean, entry.half_width, entry.accuracies)
     text = f", {'about' if known else 'more than'} {estimate.duration(sum(left))} left"
     write(f"{i + 1} of {len(todo)}  {name}, {key}: {accuracy} %" + (text if left else ""))
   return table
+
+
+def expected_seconds(
+  evaluation: Evaluation, how: dict, todo: list, config: EvaluateConfig
+) -> float:
+  """Seconds of all scores, from a few optimizer steps of each network and a few pairs of each kernel.
+
+  Args:
+    evaluation: data and sets.
+    how: evaluators by name.
+    todo: pairs of a set and an evaluator, by name.
+    config: settings of the evaluation.
+
+  Returns:
+    A number of seconds.
+  """
+  data, total = evaluation.data, 0.0
+  for key, each in how.items():
+    sets = [evaluation.sets[name] for name, other in todo if other == key]
+    if isinstance(each, ranking.NetworkEvaluator):
+      # Sets of one size share a compilation, and take the same time.
+      sizes = {len(supports[0].x): supports[0] for supports in sets}
+      found = {
+        size: estimate.of_network(each, support, len(data.x_test))
+        for size, support in sizes.items()
+      }
+      total += sum(compiled for _, compiled in found.values())
+      total += sum(config.num_seeds * found[len(supports[0].x)][0] for supports in sets)
+    else:
+      sizes = [len(support.x) for supports in sets for support in supports]
+      work = estimate.Work(
+        sum(estimate.pairs(size, len(data.x_test), symmetric=True) for size in sizes),
+        sum(float(size) ** 3 for size in sizes),
+      )
+      (part,) = estimate.seconds_of({key: work}, each.kernel_fn, data.x_train)
+      total += part.amount
+  return total
 
 
 def prepare(stored: artifact.Artifact, config: EvaluateConfig, write=None) -> Evaluation:

@@ -4,11 +4,11 @@ Parts that take long or do not fit into memory are estimated instead.
 """
 
 import contextlib
-import dataclasses
 import math
 import pathlib
 import time
 
+import jax
 import numpy as np
 
 from kipcore import keys
@@ -20,11 +20,12 @@ from kipcore.cli.runs import direct, experts, pipeline
 from kipcore.distillation import loop, optimizers
 from kipcore.distillation.methods import experts as in_experts
 from kipcore.distillation.methods import trajectory_matching
-from kipcore.evaluation import protocols
 
 # Parts that are expected to take longer are estimated, not run.
 _LONGEST_SECONDS = 10.0
-_STEPS_SECONDS, _EXPERT_ROWS, _NETWORK_STEPS, _ROWS = 3.0, 512, 20, 4000
+_STEPS_SECONDS, _EXPERT_ROWS, _ROWS = 1.5, 512, 4000
+# Calls that take less are repeated: the first one contains overhead that later ones do not have.
+_SHORT_SECONDS = 1.0
 # Artifact, pictures and report, including the import of matplotlib.
 FILES_SECONDS = 4.0
 
@@ -57,7 +58,9 @@ def distillation(config: DistillConfig, planned: pipeline.Plan) -> tuple[list, l
   seconds.append(Part(f"initialization ({config.init})", expected))
   expected, compiled = _scores(config, planned, support, pair_seconds)
   compiling += compiled
-  seconds.append(Part("scores of random images, initialization, progress and result", expected))
+  seconds.append(
+    Part(f"scores of random {pipeline.noun(data)}, initialization, progress and result", expected)
+  )
   stored = [Part("training and test rows", estimate.rows_bytes(data))]
   if not recipes.has_loop(config):
     seconds.append(Part(config.method, _direct(config, planned, support, pair_seconds, rate)))
@@ -83,8 +86,20 @@ def _timed(call):
 
 
 def _apart(call) -> tuple:
-  """Seconds without compilation, seconds of compilation, and the outcome of the second of two calls."""
-  first, _ = _timed(call)
+  """Seconds without compilation, seconds of compilation, and the outcome; a short call is made twice."""
+  compiling = [0.0]
+
+  def heard(name, seconds, **_):
+    if name.startswith("/jax/core/compile/") and "trace" not in name:  # traces are nested
+      compiling[0] += seconds
+
+  jax.monitoring.register_event_duration_secs_listener(heard)
+  try:
+    first, out = _timed(call)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(heard)
+  if first - compiling[0] > _SHORT_SECONDS:
+    return first - compiling[0], compiling[0], out
   again, out = _timed(call)
   return again, max(first - again, 0.0), out
 
@@ -249,13 +264,8 @@ def _experts(config, data, support) -> tuple[list, list]:
 
 
 def _networks(config, data, support) -> tuple[float, float]:
-  short = dataclasses.replace(config, network_seeds=1, network_steps=_NETWORK_STEPS)
-  few = data._replace(x_test=data.x_test[:100], y_test=data.y_test[:100])
-  again, compiled, _ = _apart(lambda: pipeline.network_scores(short, few, support))
-  step, batch = again / _NETWORK_STEPS, min(256, support.x.shape[0])
-  scoring = (
-    2 * len(data.x_test) * step / (3 * batch)
-  )  # two forward passes; a step has one forward and one backward
-  steps = config.network_steps or protocols.protocol(config.protocol).num_steps(support.x.shape[0])
+  one, compiled = estimate.of_network(
+    pipeline.network_evaluator(config, data), support, len(data.x_test)
+  )
   networks = config.network_seeds + 2 * min(config.network_seeds, 2)
-  return networks * (steps * step + scoring), compiled
+  return networks * one, compiled

@@ -31,7 +31,7 @@ from kipcore.cli.runs.loading import Data, load, prepare  # noqa: F401, for call
 from kipcore.distillation import importance, loop, method, optimizers
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.evaluation import networks as network_evaluation
-from kipcore.evaluation import protocols
+from kipcore.evaluation import protocols, ranking
 from kipcore.selection import absorb, coreset
 from kipcore.types import Support
 
@@ -215,6 +215,17 @@ def shown_rows(config: DistillConfig) -> int:
   return min(_VALIDATION_ROWS, config.test_rows or _VALIDATION_ROWS)
 
 
+def network_evaluator(config: DistillConfig, data: Data) -> ranking.NetworkEvaluator:
+  """How the networks of `network_scores` are trained."""
+  return ranking.NetworkEvaluator(
+    data.kernel_fn.arch,
+    config.width,
+    recipes.RECIPES[config.method].norm if config.protocol == "default" else None,
+    num_steps=config.network_steps or None,
+    protocol=config.protocol,
+  )
+
+
 def network_scores(
   config: DistillConfig, data: Data, support: Support, others: dict[str, Support] | None = None
 ) -> dict:
@@ -247,17 +258,18 @@ def network_scores(
 
 
 def _network_accuracies(config: DistillConfig, data: Data, support: Support) -> list[float]:
+  how = network_evaluator(config, data)
   scores = network_evaluation.evaluate_network(
     config.seed,
-    data.kernel_fn.arch,
+    how.network,
     support,
     data.x_test,
     data.y_test,
     config.network_seeds,
-    config.width,
-    config.network_steps or None,
-    norm=recipes.RECIPES[config.method].norm if config.protocol == "default" else None,
-    protocol=config.protocol,
+    how.width,
+    how.num_steps,
+    norm=how.norm,
+    protocol=how.protocol,
   )
   return [float(score) for score in scores]
 
@@ -332,7 +344,7 @@ def description(config: DistillConfig, planned: Plan) -> str:
   )
   return (
     f"{config.dataset}: {data.x_train.shape[0]:,} training, {data.x_validation.shape[0]:,} validation, "
-    f"{data.x_test.shape[0]:,} test rows of shape {data.x_train.shape[1:]}, {data.raw.num_classes} classes\n"
+    f"{data.x_test.shape[0]:,} test {rows_of(data)}, {data.raw.num_classes} classes\n"
     f"{config.method} {through}: {planned.sizes.support} {noun(data)} "
     f"({config.images_per_class} per class), {config.steps if recipes.has_loop(config) else 0} steps of {planned.batch} targets "
     f"on {len(devices)} {devices[0].platform} device(s)"
@@ -542,6 +554,12 @@ def _run(
 def noun(data: Data) -> str:
   """What the rows of a dataset are called."""
   return "images" if data.x_train.ndim == 4 else "points"
+
+
+def rows_of(data: Data) -> str:
+  """What the rows of a dataset are, with their size."""
+  shape = data.x_train.shape[1:]
+  return f"points of {shape[0]} features" if len(shape) == 1 else f"rows of shape {shape}"
 
 
 def scored_by(config: DistillConfig | SelectConfig) -> dict:

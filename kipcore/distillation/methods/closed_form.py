@@ -3,19 +3,18 @@
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Float, Int
 
 from kipcore import blocks, checks, keys, linalg
 from kipcore.distillation import options as option_checks
 from kipcore.preprocess import class_labels
 from kipcore.selection.coreset import class_balanced_indices
-from kipcore.types import Array, ArrayLike, Integer, IntLike, Real, RealLike, Status, Support
+from kipcore.types import Array, Integer, Real, Status, Support
 
 FEATURE_MAPS = ("linear", "fcnn", "rff")
 RIDGES = tuple(10.0 ** (half / 2) for half in range(-12, 12))
@@ -90,13 +89,11 @@ class FeatureKernel:
 
   feature_map: FeatureMap
 
-  def __call__(
-    self, x1: Float[ArrayLike, "n1 ..."], x2: Float[ArrayLike, "n2 ..."] | None = None
-  ) -> Float[Array, "n1 n2"]:
+  def __call__(self, x1: Array, x2: Array | None = None) -> Array:
     phi = map_features(self.feature_map, x1)
     return linalg.matmul(phi, (phi if x2 is None else map_features(self.feature_map, x2)).T)
 
-  def diag(self, x: Float[ArrayLike, "n ..."]) -> Float[Array, " n"]:
+  def diag(self, x: Array) -> Array:
     """||phi(x_i)||^2, `(n,)`."""
     return jnp.sum(map_features(self.feature_map, x) ** 2, axis=1)
 
@@ -104,9 +101,9 @@ class FeatureKernel:
 class Validation(NamedTuple):
   """Held-out scores: `ridges`, `accuracy` and `loss` (half mean squared error), each `(r,)`."""
 
-  ridges: Float[np.ndarray, " r"]
-  accuracy: Float[np.ndarray, " r"]
-  loss: Float[np.ndarray, " r"]
+  ridges: np.ndarray
+  accuracy: np.ndarray
+  loss: np.ndarray
 
 
 class ClosedForm(NamedTuple):
@@ -128,24 +125,24 @@ class ClosedForm(NamedTuple):
 
   support: Support
   feature_map: FeatureMap
-  weights: Float[Array, "p c"]
+  weights: Array
   ridge: float
   support_ridge: float
   scale: float
   error: float
   validation: Validation
-  held_out: Int[np.ndarray, " v"]
-  status: Int[Array, ""]
+  held_out: np.ndarray
+  status: Array
 
 
 def draw_map(
-  key: Any,
+  key,
   name: str,
-  num_inputs: IntLike,
-  depth: IntLike = 1,
-  num_features: IntLike | None = None,
-  bandwidth: RealLike = 1000.0**0.5,
-  dtype: Any = jnp.float32,
+  num_inputs: int,
+  depth: int = 1,
+  num_features: int | None = None,
+  bandwidth: float = 1000.0**0.5,
+  dtype=jnp.float32,
 ) -> FeatureMap:
   """Draws an invertible feature map R^d -> R^p of flattened rows.
 
@@ -176,8 +173,8 @@ def draw_map(
   checks.one_of("feature_map", name, FEATURE_MAPS)
   depth = checks.positive_int("depth", depth)
   checks.positive("bandwidth", bandwidth)
-  d = checks.positive_int("num_inputs", num_inputs)
-  p = d if num_features is None else checks.positive_int("num_features", num_features)
+  d, p = num_inputs, num_inputs if num_features is None else num_features
+  checks.positive_int("num_features", p)
   if p > d or (p != d and name != "rff"):
     raise ValueError(
       f"num_features: expected {'at most ' if name == 'rff' else ''}{d}, the size of a row, got {p}"
@@ -196,21 +193,19 @@ def draw_map(
   return FeatureMap(name)
 
 
-def map_features(feature_map: FeatureMap, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n p"]:
+def map_features(feature_map: FeatureMap, x: Array) -> Array:
   """phi(x), `(n, p)`, of rows `(n, ...)`, in the dtype of the rows."""
-  phi = jnp.asarray(x).reshape(x.shape[0], -1)
+  x = x.reshape(x.shape[0], -1)
   for w in feature_map.weights:
-    phi = linalg.matmul(phi, w.astype(phi.dtype))
+    x = linalg.matmul(x, w.astype(x.dtype))
     if feature_map.name == "fcnn":
-      phi = jnp.where(phi > 0, phi, _SLOPE * phi)
+      x = jnp.where(x > 0, x, _SLOPE * x)
   if feature_map.shift is not None:
-    phi = (2 / phi.shape[1]) ** 0.5 * jnp.cos(phi + feature_map.shift.astype(phi.dtype)[None, :])
-  return phi
+    x = (2 / x.shape[1]) ** 0.5 * jnp.cos(x + feature_map.shift.astype(x.dtype)[None, :])
+  return x
 
 
-def invert_map(
-  feature_map: FeatureMap, phi: Float[ArrayLike, "m p"], near: Float[ArrayLike, "m ..."]
-) -> Float[np.ndarray, "m ..."]:
+def invert_map(feature_map: FeatureMap, phi, near) -> np.ndarray:
   """Rows `(m, ...)` with the features `phi` `(m, p)`, in float64 on the host.
 
   Many rows have the same Fourier features. For each feature, the function selects the branch of the
@@ -227,10 +222,9 @@ def invert_map(
     step = np.where(np.abs(turns[0]) <= np.abs(turns[1]), *turns)
     q, r = scipy.linalg.qr(weights[0], mode="economic")
     return near + (q @ scipy.linalg.solve_triangular(r, step.T, trans="T")).T.reshape(near.shape)
-  rows: np.ndarray = phi
   for w in weights[::-1]:
-    rows = scipy.linalg.solve(w.T, np.where(rows > 0, rows, rows / _SLOPE).T).T
-  return rows.reshape(near.shape)
+    phi = scipy.linalg.solve(w.T, np.where(phi > 0, phi, phi / _SLOPE).T).T
+  return phi.reshape(near.shape)
 
 
 def feature_kernel(feature_map: FeatureMap) -> FeatureKernel:
@@ -247,11 +241,7 @@ def feature_kernel(feature_map: FeatureMap) -> FeatureKernel:
 
 
 def krr_closed_form(
-  key: Any,
-  x: Float[ArrayLike, "n ..."],
-  y: Float[ArrayLike, "n c"],
-  start: Support | IntLike,
-  options: ClosedFormOptions = ClosedFormOptions(),
+  key, x, y, start: Support | int, options: ClosedFormOptions = ClosedFormOptions()
 ) -> ClosedForm:
   """Computes m points whose ridge regression equals that of all rows, using only linear algebra.
 

@@ -17,7 +17,7 @@ from kipcore.distillation.features import cross_entropy, outputs
 from kipcore.distillation.method import Sampler
 from kipcore.distillation.targets import Targets, arrange_targets
 from kipcore.networks import Network
-from kipcore.types import Array, ArrayLike, IntLike, LossInfo, RealLike, Status
+from kipcore.types import Array, ArrayLike, LossInfo, Status
 
 
 def flat_parameters(
@@ -45,11 +45,11 @@ def train_expert(
   module: Network,
   x: Float[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
-  num_epochs: IntLike,
-  learning_rate: RealLike = 0.01,
-  batch_size: IntLike = 256,
+  num_epochs: int,
+  learning_rate: float = 0.01,
+  batch_size: int = 256,
   sampler: Sampler = samplers.Uniform(),
-  momentum: RealLike = 0.0,
+  momentum: float = 0.0,
   augmentation: str = "",
 ) -> Float[Array, "points p"]:
   """Trains one network by SGD on the cross-entropy of hard labels and keeps its parameters after every epoch.

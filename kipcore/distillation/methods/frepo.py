@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from kipcore import keys, krr, linalg
 from kipcore.distillation import options as option_checks
@@ -61,8 +61,8 @@ class Pool(NamedTuple):
 
   variables: Any
   opt_state: Any
-  age: Int[Array, " pool_size"]
-  chosen: Int[Array, ""]
+  age: Array
+  chosen: Array
 
 
 def label_margin(y: Float[Array, "m c"], bound: float) -> Float[Array, ""]:
