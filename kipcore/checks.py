@@ -126,12 +126,14 @@ def integer(name: str, value, least: int | None = None) -> int:
     ValueError: for an integer below `least`.
   """
   wanted = {None: "an integer", 1: "a positive integer"}.get(least, f"an integer >= {least}")
-  content = None if is_traced(value) or np.ndim(value) else np.asarray(value)
-  if content is None or content.dtype.kind not in "iu":
+  valid = isinstance(value, int) and not isinstance(value, bool)  # of any size
+  if not valid and not is_traced(value) and np.ndim(value) == 0:
+    valid = np.asarray(value).dtype.kind in "iu"
+  if not valid:
     raise TypeError(f"{name}: expected {wanted}, got {value!r}")
-  if least is not None and int(content) < least:
-    raise ValueError(f"{name}: expected {wanted}, got {int(content)}")
-  return int(content)
+  if least is not None and int(value) < least:
+    raise ValueError(f"{name}: expected {wanted}, got {int(value)}")
+  return int(value)
 
 
 def positive_int(name: str, value) -> int:

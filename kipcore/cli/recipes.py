@@ -14,7 +14,7 @@ PRESETS = ("cpu", "published")
 # The method that --teach chooses.
 TEACH = {"network": "ratbptt", "kernel": "kip", "both": "both"}
 # Methods whose set is for a kernel, the one of the run or that of their own networks.
-_FOR_KERNELS = ("kip", "label_solve", "krr_closed_form", "rfad")
+FOR_KERNELS = ("kip", "label_solve", "krr_closed_form", "rfad")
 
 
 class Problem(NamedTuple):
@@ -259,6 +259,7 @@ RECIPES = {
       learning_rate=0.01,
       schedule="cosine",
       steps=400,
+      target_batch_size=0,
       protocol="soft",
       network_steps=0,
     ),
@@ -280,7 +281,15 @@ RECIPES = {
       network_seeds=5,
       protocol="frepo",
     ),
-    dict(_CPU, learning_rate=0.01, schedule="cosine", steps=400, protocol="frepo", network_steps=0),
+    dict(
+      _CPU,
+      learning_rate=0.01,
+      schedule="cosine",
+      steps=400,
+      target_batch_size=0,
+      protocol="frepo",
+      network_steps=0,
+    ),
     dict(unroll=60, window=30, inner_rate=3e-3, augmentation=""),
     norm="instance",
   ),
@@ -300,7 +309,7 @@ METHODS = tuple(RECIPES)
 
 def taught_by(method: str) -> str:
   """The model that the sets of a method are for: network, kernel or both."""
-  return method if method == "both" else "kernel" if method in _FOR_KERNELS else "network"
+  return method if method == "both" else "kernel" if method in FOR_KERNELS else "network"
 
 
 def has_loop(config: DistillConfig) -> bool:

@@ -176,8 +176,9 @@ def _distill_step(key, distiller, state, targets, axis_name):
   indices, weights = distiller.sampler.draw(keys.stream(device_key, "draw"), state.sampler, size)
   batch = Batch(targets.x[indices], targets.y[indices], axis_name)
   exponent = distiller.sampler.weight_exponent
+  weights = weights.astype(targets.y.dtype)
   unbiased = (weights ** (1 / exponent) if exponent else weights) * targets.share
-  weights = weights.astype(targets.y.dtype) * targets.share
+  weights = weights * targets.share
 
   def loss_fn(params):
     return distiller.method.loss(params, state.aux, batch, weights, keys.stream(step_key, "loss"))

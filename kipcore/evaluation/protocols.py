@@ -123,7 +123,11 @@ class Protocol:
 def label_distribution(y: Float[ArrayLike, "n c"]) -> Float[Array, "n c"]:
   """Labels as distributions over classes: max(y + 1/c, 0), normalized; exact for centered distributions p - 1/c.
 
-  Rows without a positive entry become uniform.
+  Args:
+    y: `(n, c)` labels.
+
+  Returns:
+    `(n, c)`, each row sums to 1. Rows without a positive entry become uniform.
   """
   y = jnp.asarray(y)
   positive = jnp.maximum(y + 1 / y.shape[1], 0)

@@ -89,7 +89,7 @@ def test_closed_form_is_scored_in_its_features(tmp_path):
 
 
 def test_settings_default_to_those_of_the_method():
-  assert recipes.resolve() == DistillConfig()
+  assert recipes.resolve(method="kip") == DistillConfig(teach="kernel")
   published, small = (
     recipes.resolve(method="dm", preset=preset) for preset in ("published", "cpu")
   )

@@ -59,7 +59,7 @@ def test_blocks_do_not_change_the_loss(dtype):
       found[0],
       other,
     )
-  with pytest.raises(ValueError, match="block_size: expected an integer >= 1, got 0"):
+  with pytest.raises(ValueError, match="block_size: expected a positive integer, got 0"):
     kipcore.kip(kernel_fn, kipcore.KIPOptions(block_size=0))
 
 

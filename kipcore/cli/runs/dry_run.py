@@ -134,7 +134,7 @@ def _settings(config: DistillConfig) -> str:
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)
     if getattr(config, field.name) != field.default
-    and field.name not in ("dataset", "data_dir", "method", "experts", "seed")
+    and field.name not in ("dataset", "data_dir", "method", "teach", "experts", "seed")
   }
   return "settings other than kip's defaults: " + (
     ", ".join(f"{name}={value}" for name, value in changed.items()) or "none"

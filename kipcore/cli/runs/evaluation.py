@@ -168,10 +168,10 @@ def expected_seconds(
       total += sum(compiled for _, compiled in found.values())
       total += sum(config.num_seeds * found[len(supports[0].x)][0] for supports in sets)
     else:
-      sizes = [len(support.x) for supports in sets for support in supports]
+      rows = [len(support.x) for supports in sets for support in supports]
       work = estimate.Work(
-        sum(estimate.pairs(size, len(data.x_test), symmetric=True) for size in sizes),
-        sum(float(size) ** 3 for size in sizes),
+        sum(estimate.pairs(size, len(data.x_test), symmetric=True) for size in rows),
+        sum(float(size) ** 3 for size in rows),
       )
       (part,) = estimate.seconds_of({key: work}, each.kernel_fn, data.x_train)
       total += part.amount

@@ -58,7 +58,9 @@ def load(config: DataConfig) -> Data:
     except datasets.DatasetError as error:
       flag = "" if str(error).startswith("data_dir:") else "--dataset: "
       raise ValueError(f"{flag}{error}") from error
-    config = dataclasses.replace(config, architecture=architecture_of(config, raw.x_train.ndim))
+    config = dataclasses.replace(
+      config, architecture=architecture_of(config, raw.x_train.shape[1:])
+    )
     planner.check_rows(
       raw, 8 if config.x64 else 4, config.num_devices or jax.local_device_count(), config.test_rows
     )
@@ -72,11 +74,12 @@ def load(config: DataConfig) -> Data:
     )
 
 
-def architecture_of(config: DataConfig, rank: int = 4) -> str:
-  """The name of the architecture; `AUTO` is conv3 for images, whose arrays have rank 4, and fc1 for other rows."""
+def architecture_of(config: DataConfig, shape: tuple[int, ...] = (32, 32, 3)) -> str:
+  """The name of the architecture for rows of a shape; `AUTO` is conv3 for images, or as many poolings as fit, and fc1 for other rows."""
   if config.architecture != AUTO:
     return config.architecture
-  return "conv3" if rank == 4 else "fc1"
+  depth = min(3, min(shape[:2]).bit_length() - 1) if len(shape) == 3 else 0
+  return f"conv{depth}" if depth else "fc1"
 
 
 def prepare(config, raw: datasets.Dataset, fitted: preprocess.Preprocess, kernel_fn) -> Data:

@@ -89,9 +89,9 @@ def _apart(call) -> tuple:
   """Seconds without compilation, seconds of compilation, and the outcome; a short call is made twice."""
   compiling = [0.0]
 
-  def heard(name, seconds, **_):
-    if name.startswith("/jax/core/compile/") and "trace" not in name:  # traces are nested
-      compiling[0] += seconds
+  def heard(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    if event.startswith("/jax/core/compile/") and "trace" not in event:  # traces are nested
+      compiling[0] += duration_secs
 
   jax.monitoring.register_event_duration_secs_listener(heard)
   try:

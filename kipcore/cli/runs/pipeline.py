@@ -173,13 +173,14 @@ def sampler_of(config: DistillConfig) -> method.Sampler:
 
 
 def batch_size_of(config: DistillConfig, data: Data) -> int:
-  """Targets per step: as given, or 1,000, or all rows if there are fewer."""
+  """Targets per step: as given, or 1,000 (250 for the default methods of networks), or all rows if there are fewer."""
   rows = data.x_train.shape[0]
   if config.target_batch_size > rows:
     raise UsageError(
       f"--target_batch_size: expected at most the {rows} training rows, got {config.target_batch_size}"
     )
-  return config.target_batch_size or min(1000, rows)
+  default = 1000 if config.method in recipes.FOR_KERNELS else 250
+  return config.target_batch_size or min(default, rows)
 
 
 def devices_of(config: DataConfig) -> list:
@@ -607,7 +608,7 @@ def _summary(folder, config: DistillConfig, data: Data, result: dict) -> str:
   )
   kind = noun(data)
   lines = [""]
-  leads = result["teach"] != "kernel" and "network_test_accuracy_mean" in result
+  leads = result.get("teach", "kernel") != "kernel" and "network_test_accuracy_mean" in result
   if leads:
     lines += _network_summary(result, m, kind) + [""]
   lines[-1] = (

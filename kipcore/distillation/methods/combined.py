@@ -68,7 +68,7 @@ def combined(*methods: Method, weights: tuple[float, ...] | None = None) -> Meth
 
       loss = sum_k weight_k loss_k
 
-  The methods share the parameters `x` and `y`, so their labels must have the same convention: `kip`, `rfad` and `frepo`
+  The methods share the parameters `x` and `y`, so their labels must have the same convention: `kip` and `frepo`
   have centered labels, and so has `rat_bptt` with the squared error. The set, and the predictions that samplers score, are
   those of the first method.
 

@@ -362,7 +362,7 @@ def test_wrong_arguments_are_named(x64):
     "block_size: expected a positive integer": lambda: options("linear", block_size=0),
     "depth: expected a positive integer": lambda: options("fcnn", depth=0),
     "num_features: expected at most 16": lambda: options("rff", num_features=17),
-    "num_features: expected the 16": lambda: options("linear", num_features=8),
+    "num_features: expected 16": lambda: options("linear", num_features=8),
     "bandwidth: expected a finite number > 0": lambda: options("rff", bandwidth=-1.0),
   }
   for match, choice in wrong.items():
