@@ -1,5 +1,6 @@
 """Writes the tables of README and experiments/results/README.md from the result files: `python -m experiments.docs.tables`."""
 
+import argparse
 import csv
 import json
 import pathlib
@@ -444,6 +445,7 @@ def rendered(document: str) -> str:
 
 def main() -> None:
   """Rewrites the documents."""
+  argparse.ArgumentParser(description=__doc__).parse_args()
   for name in DOCUMENTS:
     path = ROOT / name
     path.write_text(rendered(path.read_text()))

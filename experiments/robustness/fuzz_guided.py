@@ -7,6 +7,8 @@ reader as a complete file, or with valid checksums as the members of an archive 
 an artifact. Writes counts to experiments/results/fuzz.json under coverage_guided.
 """
 
+import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -130,6 +132,18 @@ def attempts(folder: pathlib.Path) -> list:
 
 def main() -> None:
   """Fuzzes for the given number of seconds and writes the counts."""
+  # Not the flags of the other programs, which import kipcore before atheris can instrument it.
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--seconds", type=float, default=300.0, help="for how long")
+  parser.add_argument(
+    "--output", type=pathlib.Path, default="experiments/results/fuzz.json", help="result file"
+  )
+  arguments = parser.parse_args()
+  if importlib.util.find_spec("atheris") is None:
+    parser.exit(2, "expected atheris to be installed, got none; pip install atheris\n")
+  seconds, output = arguments.seconds, arguments.output
   import atheris
 
   readers = ["kipcore", "zipfile", "numpy.lib", "numpy.lib._format_impl", "pickletools"]
@@ -138,15 +152,6 @@ def main() -> None:
   from experiments.robustness import fuzz, fuzz_targets
   from kipcore.cli.folder import run_folder
 
-  seconds = float(
-    next((text.split("=")[1] for text in sys.argv if text.startswith("--seconds=")), 300)
-  )
-  output = pathlib.Path(
-    next(
-      (text.split("=")[1] for text in sys.argv if text.startswith("--output=")),
-      "experiments/results/fuzz.json",
-    )
-  )
   folder = pathlib.Path(tempfile.mkdtemp(prefix="guided"))
   corpus = folder / "corpus"
   corpus.mkdir()

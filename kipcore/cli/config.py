@@ -58,6 +58,9 @@ _PREPROCESSING = (
   "zca_dcbench",
   "zca_absolute",
 )
+# Defaults and texts of settings of several commands.
+_DATA_DIR = None, "Folder of prepared TFDS datasets; TFDS's own default if not given.", DATA
+_ARTIFACT = None, "File distilled.npz of a run; by default that of the newest run under runs/."
 
 
 def setting(default, help: str, group: str, lower_bound=None, upper_bound=None, choices=None):
@@ -87,9 +90,7 @@ class DataConfig:
     "digits (included), a TFDS name (mnist, cifar10, ...), a path to an .npz file with x_train, y_train, x_test and y_test, or a folder with one folder of images per class (or train/ and test/ with such folders).",
     DATA,
   )
-  data_dir: str | None = setting(
-    None, "Folder of prepared TFDS datasets; TFDS's own default if not given.", DATA
-  )
+  data_dir: str | None = setting(*_DATA_DIR)
   architecture: str = setting(
     "fc1",
     "Network: auto (conv3 for images of at least 8 x 8 pixels, fc1 for other rows), fc1, fc2, ..., conv1, conv2, ... (suffix _vec: no pooling, _gap: global average pooling), myrtle5, myrtle7, myrtle10; suffix _gelu, _erf, _leaky_relu or _identity for an activation other than ReLU.",
@@ -340,9 +341,7 @@ class EvaluateConfig:
   dataset: str | None = setting(
     None, "Name or path of the dataset, if it differs from the recorded one.", DATA
   )
-  data_dir: str | None = setting(
-    None, "Folder of prepared TFDS datasets; TFDS's own default if not given.", DATA
-  )
+  data_dir: str | None = setting(*_DATA_DIR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,9 +445,7 @@ class CellConfig:
 class ScoreConfig:
   """Files of an evaluation."""
 
-  artifact: str | None = setting(
-    None, "File distilled.npz of a run; by default that of the newest run under runs/.", SETS
-  )
+  artifact: str | None = setting(*_ARTIFACT, SETS)
   output: str | None = setting(None, "JSON file for the result.", OUTPUT)
 
 
@@ -456,9 +453,7 @@ class ScoreConfig:
 class ExportConfig:
   """Settings of an export."""
 
-  artifact: str | None = setting(
-    None, "File distilled.npz of a run; by default that of the newest run under runs/.", EXPORT
-  )
+  artifact: str | None = setting(*_ARTIFACT, EXPORT)
   format: tuple[str, ...] = setting(
     ("safetensors", "png"), "One or more of numpy, png, safetensors, torch, tfds.", EXPORT
   )
