@@ -605,6 +605,17 @@ def test_malformed_examples_do_no_harm(tmp_path):
   assert sum(each["read"] for each in found.values()) >= 10
 
 
+def test_whole_runs_of_the_fuzzer_are_short(tmp_path, monkeypatch):
+  """The method that compiles fastest, no validation, and never a time that the run must fill."""
+  ran = []
+  done = lambda config, *_, **__: ran.append(config) or (None, {"test_accuracy": 0.5})
+  monkeypatch.setattr(pipeline, "run_distill", done)
+  target = fuzz_targets.targets(tmp_path)["runs_distill"]
+  assert fuzz.attack(target, 30) == {"examples": 30, "read": 30, "refused": 0, "defects": {}}
+  assert {(config.method, config.minutes, config.steps) for config in ran} == {("kip", 0.0, 2)}
+  assert [config.validation_fraction for config in ran].count(0.0) > 15
+
+
 def test_the_fuzzer_finds_planted_bugs(tmp_path):
   def harm(folder, payload):
     if payload == 0:

@@ -160,10 +160,10 @@ def expected_seconds(
     sets = [evaluation.sets[name] for name, other in todo if other == key]
     if isinstance(each, ranking.NetworkEvaluator):
       # Sets of one size share a compilation, and take the same time.
-      sizes = {len(supports[0].x): supports[0] for supports in sets}
+      by_size = {len(supports[0].x): supports[0] for supports in sets}
       found = {
         size: estimate.of_network(each, support, len(data.x_test))
-        for size, support in sizes.items()
+        for size, support in by_size.items()
       }
       total += sum(compiled for _, compiled in found.values())
       total += sum(config.num_seeds * found[len(supports[0].x)][0] for supports in sets)
