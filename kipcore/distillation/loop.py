@@ -28,6 +28,7 @@ from kipcore.distillation.targets import Targets, arrange_targets
 from kipcore.types import Array, ArrayLike, Integer, NumericalError, Status, Support
 
 _MAX_STEPS = 1000  # per call to the devices
+_LEAST_EXPONENT = 1e-3  # the unbiased weights cannot be recovered from a smaller power of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _distill_step(key, distiller, state, targets, axis_name):
   batch = Batch(targets.x[indices], targets.y[indices], axis_name)
   exponent = distiller.sampler.weight_exponent
   weights = weights.astype(targets.y.dtype)
-  unbiased = (weights ** (1 / exponent) if exponent else weights) * targets.share
+  unbiased = (weights ** (1 / exponent) if exponent > _LEAST_EXPONENT else weights) * targets.share
   weights = weights * targets.share
 
   def loss_fn(params):

@@ -80,6 +80,15 @@ def test_logged_accuracy_estimates_that_of_all_rows(exponent):
   )
 
 
+@pytest.mark.filterwarnings("error")
+def test_weights_of_a_vanishing_exponent_do_not_overflow():
+  support, x, y = image_problem(np.float32, n=60)
+  method = kipcore.kip(kipcore.ntk_fn(kipcore.fc(1)), kipcore.KIPOptions(relative_ridge=1e-3))
+  sampler = importance.importance("squared_error", 0.3, 1e-46, 1.0)
+  distiller = kipcore.Distiller(method, sampler, optax.sgd(1e-3), 20)
+  assert 0 <= kipcore.distill(0, distiller, support, x, y, 2).history[-1]["accuracy"] <= 1
+
+
 def test_distribution_matches_its_documentation(x64):
   sampler = importance.importance(uniform_mix=0.25)
   state = scored(sampler, 0.25, 12)
