@@ -329,7 +329,7 @@ def test_the_readme_of_a_run_folder_lists_each_file(tmp_path):
   ]
   scope = {}
   exec("import numpy\n" + re.search(r"examples = numpy.load\(.*", text)[0], scope)
-  assert scope["images"].shape == (3,)
+  assert scope["examples"].shape == (3,)
 
 
 def test_commands_of_a_grid_keep_lists_and_settings():
