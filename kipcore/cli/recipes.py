@@ -244,6 +244,7 @@ RECIPES = {
     dict(
       _NETWORKS,
       architecture="auto",
+      sampler="uniform",
       learn_labels=False,
       width=128,
       optimizer="adam_clipped",
@@ -271,6 +272,7 @@ RECIPES = {
     "ratbptt:RaTBPTTOptions",
     dict(
       architecture="auto",
+      sampler="uniform",
       score_architecture="fc1",
       solve_labels=False,
       width=128,

@@ -35,13 +35,20 @@ class Checkpoints:
     folder: absolute path.
   """
 
-  def __init__(self, folder, settings: dict[str, Any], keep: int = 2):
+  def __init__(
+    self,
+    folder,
+    settings: dict[str, Any],
+    keep: int = 2,
+    defaults: dict[str, Any] | None = None,
+  ):
     """Opens the folder, creating it if needed.
 
     Args:
       folder: path.
       settings: JSON-compatible; a run can resume from a checkpoint only with equal settings.
       keep: number of checkpoints to keep, >= 1.
+      defaults: values of settings that a checkpoint of an earlier version does not have.
 
     Raises:
       ValueError: for keep < 1.
@@ -50,6 +57,7 @@ class Checkpoints:
     if not isinstance(keep, int) or keep < 1:
       raise ValueError(f"keep: expected an integer >= 1, got {keep!r}")
     self.folder, self._settings = pathlib.Path(folder).absolute(), settings
+    self._defaults = defaults or {}
     ocp = _orbax()
     # Processes do not wait for each other: the first writes what all of them have.
     alone = ocp.options.MultiprocessingOptions(
@@ -133,7 +141,8 @@ class Checkpoints:
         faults[candidate] = error
     else:
       raise next(iter(faults.values()))
-    differing = differences(about["settings"], self._settings)
+    known = {k: v for k, v in self._defaults.items() if k in self._settings}
+    differing = differences({**known, **about["settings"]}, self._settings)
     if differing:
       raise CheckpointError(
         f"{self.folder}: expected the settings that its run began with; " + "; ".join(differing)

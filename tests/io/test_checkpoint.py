@@ -252,6 +252,14 @@ def test_unusable_checkpoints_raise_one_line_errors(kept, tmp_path):
     kipcore.CheckpointError, match="learning_rate: 0.1 then, 0.2 now; steps: 'nothing' then, 3 now"
   ):
     kipcore.Checkpoints(tmp_path / "kept", {"learning_rate": 0.2, "seed": 0, "steps": 3}).restore()
+  # A setting that an earlier version did not have counts as its default.
+  newer = {"learning_rate": 0.1, "seed": 0, "teach": ""}
+  read = kipcore.Checkpoints(tmp_path / "kept", newer, defaults={"teach": "", "other": 1}).restore()
+  assert read.step == snapshots[-1].step
+  with pytest.raises(kipcore.CheckpointError, match="teach: '' then, 'network' now"):
+    kipcore.Checkpoints(
+      tmp_path / "kept", {**newer, "teach": "network"}, defaults={"teach": ""}
+    ).restore()
   with pytest.raises(kipcore.CheckpointError, match="of step 7, found those of"):
     checkpoints.restore(7)
   (tmp_path / "file").write_text("")

@@ -165,7 +165,9 @@ class RunCheckpoints:
 
   @property
   def _checkpoints(self) -> checkpoint.Checkpoints:
-    self._open = self._open or checkpoint.Checkpoints(self._folder, self._settings)
+    if self._open is None:
+      defaults = json.loads(json.dumps(dataclasses.asdict(DistillConfig())))
+      self._open = checkpoint.Checkpoints(self._folder, self._settings, defaults=defaults)
     return self._open
 
   def last(self) -> Snapshot | None:
