@@ -177,6 +177,19 @@ _FREPO_STEPS = (
   (1000, 10_000),
   (5000, 40_000),
 )
+# DC, DM, MTT: cross-entropy on classes, instance norm.
+_DC = Protocol(
+  "dc",
+  loss="cross_entropy",
+  optimizer="sgd",
+  learning_rate=0.01,
+  schedule="step",
+  epochs=300,
+  weight_decay=5e-4,
+  norm="instance",
+)
+# The same with differentiable siamese augmentation, as DSA, DM and MTT report.
+_DSA = dataclasses.replace(_DC, name="dsa", epochs=1000, augmentation=augment.DSA)
 PROTOCOLS = {
   protocol.name: protocol
   for protocol in (
@@ -195,41 +208,10 @@ PROTOCOLS = {
       augmentation="color_crop_cutout_flip_rotate",
       ema=0.995,
     ),
-    # DC, DM, MTT: cross-entropy on classes, instance norm.
-    Protocol(
-      "dc",
-      loss="cross_entropy",
-      optimizer="sgd",
-      learning_rate=0.01,
-      schedule="step",
-      epochs=300,
-      weight_decay=5e-4,
-      norm="instance",
-    ),
-    # The same with differentiable siamese augmentation, as DSA, DM and MTT report.
-    Protocol(
-      "dsa",
-      loss="cross_entropy",
-      optimizer="sgd",
-      learning_rate=0.01,
-      schedule="step",
-      epochs=1000,
-      weight_decay=5e-4,
-      norm="instance",
-      augmentation=augment.DSA,
-    ),
+    _DC,
+    _DSA,
     # Expert labels (Qin et al. 2024): cross-entropy to distributions.
-    Protocol(
-      "soft",
-      loss="soft_cross_entropy",
-      optimizer="sgd",
-      learning_rate=0.01,
-      schedule="step",
-      epochs=3000,
-      weight_decay=5e-4,
-      norm="instance",
-      augmentation=augment.DSA,
-    ),
+    dataclasses.replace(_DSA, name="soft", loss="soft_cross_entropy", epochs=3000),
   )
 }
 
