@@ -46,7 +46,7 @@ PAIRS = {
   [
     pytest.param(
       method,
-      marks=pytest.mark.slow if method not in ("rcig", "dm", "mtt", "ratbptt", "both") else (),
+      marks=pytest.mark.slow if method not in ("dm", "mtt", "ratbptt") else (),
     )
     for method in PAIRS
   ],
