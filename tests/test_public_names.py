@@ -7,7 +7,10 @@ import subprocess
 import sys
 import typing
 
+import numpy as np
+import optax
 import pytest
+from helpers import image_problem
 
 import kipcore
 
@@ -104,3 +107,18 @@ def test_reversing_the_imports_changes_nothing():
   )
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
   assert done.stdout.strip() == str(len(kipcore.__all__)), done.stderr
+
+
+def test_the_old_name_of_the_checkpoint_policy_warns_and_works():
+  support, x, y = image_problem(np.float32, n=20)
+  distiller = kipcore.Distiller(
+    kipcore.kip(kipcore.linear_fn(), kipcore.KIPOptions(relative_ridge=1e-2)),
+    kipcore.sampler("uniform"),
+    optax.sgd(0.1),
+    10,
+  )
+  stop = kipcore.CheckpointPolicy(save=lambda snapshot: None, stop=lambda: True)
+  with pytest.warns(DeprecationWarning, match="keeping is deprecated: use checkpoint_policy"):
+    old = kipcore.distill(0, distiller, support, x, y, 50, keeping=stop)
+  new = kipcore.distill(0, distiller, support, x, y, 50, checkpoint_policy=stop)
+  assert int(old.state.step) == int(new.state.step) < 50
