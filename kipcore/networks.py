@@ -19,6 +19,7 @@ from kipcore.architectures import (
   Flatten,
   Gelu,
   GlobalAvgPool,
+  Identity,
   LeakyRelu,
   Relu,
 )
@@ -94,6 +95,10 @@ class Network(nn.Module):
           h = self._linear(i, layer, self.num_outputs if i == last else width, h)
         case Conv():
           h = self._normalized(i, self._linear(i, layer, width, h), train)
+        case Identity():
+          pass
+        case _:
+          raise TypeError(f"arch: expected layers that networks have, got {layer!r}")
     return h
 
   def _normalized(self, i: int, x: Array, train: bool) -> Array:

@@ -18,9 +18,7 @@ METHOD = "Method (defaults are those of kip; --dry_run shows those of other meth
 INITIALIZATION = "Initialization"
 SELECTION = "Selection"
 SAMPLING = "Target sampling"
-NETWORKS = (
-  "Finite networks (used by rfad, frepo, rcig, dm, dc, dsa and mtt, and to score the result)"
-)
+NETWORKS = "Finite networks (used by ratbptt, both, rfad, frepo, rcig, dm, dc, dsa and mtt, and to score the result)"
 SETS = "Sets to score"
 EVALUATION = "Evaluation"
 EXPORT = "Export"
@@ -63,7 +61,15 @@ _DATA_DIR = None, "Folder of prepared TFDS datasets; TFDS's own default if not g
 _ARTIFACT = None, "File distilled.npz of a run; by default that of the newest run under runs/."
 
 
-def setting(default, help: str, group: str, lower_bound=None, upper_bound=None, choices=None):
+def setting(
+  default,
+  help: str,
+  group: str,
+  lower_bound=None,
+  upper_bound=None,
+  choices=None,
+  shows_default: bool = True,
+):
   """A field of a config that is also a flag.
 
   Args:
@@ -73,11 +79,13 @@ def setting(default, help: str, group: str, lower_bound=None, upper_bound=None, 
     lower_bound: smallest valid number.
     upper_bound: largest valid number.
     choices: valid strings, if not any.
+    shows_default: whether help shows the default; False if the command chooses it by other flags.
 
   Returns:
     A dataclass field.
   """
   metadata = dict(help=help, group=group, lower=lower_bound, upper=upper_bound, choices=choices)
+  metadata["shows_default"] = shows_default
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -153,8 +161,9 @@ class DistillConfig(DataConfig):
   )
   method: str = setting(
     "kip",
-    "For kernels: kip, label_solve (real images with optimal labels), krr_closed_form, rfad; for networks: ratbptt, frepo, rcig, dm, dc, dsa, mtt; for both: both.",
+    "For kernels: kip, label_solve (real images with optimal labels), krr_closed_form, rfad; for networks: ratbptt (without --teach and --method), frepo, rcig, dm, dc, dsa, mtt; for both: both.",
     METHOD,
+    shows_default=False,
   )
   preset: str = setting(
     "cpu",
@@ -183,7 +192,7 @@ class DistillConfig(DataConfig):
   )
   protocol: str = setting(
     "default",
-    "How these networks are trained: default, kip, frepo, dc, dsa or soft (see kipcore.protocol); each method's preset has its own.",
+    "How these networks are trained: default, kip, frepo, dc, dsa or soft (see kipcore.protocol); soft for ratbptt and frepo for both, if not given.",
     NETWORKS,
   )
   network_steps: int = setting(
@@ -234,7 +243,10 @@ class DistillConfig(DataConfig):
   )
   steps: int = setting(1000, "Optimizer steps.", METHOD, 0)
   target_batch_size: int = setting(
-    0, "Targets per step, over all devices; 0 for 1,000, or all if there are fewer.", SAMPLING, 0
+    0,
+    "Targets per step, over all devices; 0 for 1,000 (250 for methods through networks), or all if there are fewer.",
+    SAMPLING,
+    0,
   )
   target_block_size: int = setting(
     0,

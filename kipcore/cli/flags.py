@@ -56,7 +56,7 @@ def define(values: flags.FlagValues, *kinds: type) -> None:
   """Defines a flag for each setting of the configs."""
   for name, field in config.settings(*kinds).items():
     text, kind = field.metadata["help"], config.type_of(field)
-    default: Any = field.default
+    default: Any = field.default if field.metadata["shows_default"] else None
     options: Any = (default, text, values)
     if kind is bool:
       flags.DEFINE_bool(name, *options)

@@ -171,5 +171,7 @@ def to_stax(arch: Architecture, width: int = 1, num_outputs: int = 1) -> tuple:
         return stax.GlobalAvgPool()
       case Flatten():
         return stax.Flatten()
+      case _:
+        raise TypeError(f"arch: expected layers that neural_tangents.stax has, got {layer!r}")
 
   return stax.serial(*(layer_of(i, layer) for i, layer in enumerate(arch.layers)))
