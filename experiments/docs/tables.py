@@ -402,7 +402,7 @@ def networks_table(results: dict) -> str:
       *lines,
       "",
       "RaT-BPTT at width 32; test accuracy (%) of ConvNet-3 networks of width 32 trained by the protocol `soft`, mean and standard deviation over 5 networks (2 for "
-      "random images and centers), one distillation seed, all test rows; minutes of the whole run on two busy CPU cores, from `experiments/results/networks.json` "
+      "random images and centers), one distillation seed, all test rows; targets drawn uniformly for MNIST and by cross-entropy for Fashion-MNIST; minutes of the whole run on two busy CPU cores, from `experiments/results/networks.json` "
       "(`python -m experiments.studies.networks`).",
     ]
   )

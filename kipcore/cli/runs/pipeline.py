@@ -619,12 +619,12 @@ def _summary(folder, config: DistillConfig, data: Data, result: dict) -> str:
   else:
     lines[-1] = f"{m} initial {kind}, not distilled (0 steps): {100 * accuracy:.2f} % test accuracy"
   lines[-1] += f", {compared(accuracy, random)} {m} random real {kind} ({100 * random:.1f} %)"
-  if changed and accuracy < initial:
+  if changed and accuracy < initial and not leads:
     lines.append(
       f"warning: the result is worse than the initial {kind}; try a smaller --learning_rate, other "
       "--steps or a larger --relative_ridge"
     )
-  elif accuracy < random:
+  elif accuracy < random and not leads:
     lines.append(f"warning: the result is worse than random real {kind}")
   gain = result["importance_gain"]
   if gain is not None and result["steps"]:
