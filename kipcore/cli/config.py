@@ -101,7 +101,7 @@ class DataConfig:
   data_dir: str | None = setting(*_DATA_DIR)
   architecture: str = setting(
     "fc1",
-    "Network: auto (conv3 for images of at least 8 x 8 pixels, fc1 for other rows), fc1, fc2, ..., conv1, conv2, ... (suffix _vec: no pooling, _gap: global average pooling), myrtle5, myrtle7, myrtle10; suffix _gelu, _erf, _leaky_relu or _identity for an activation other than ReLU.",
+    "Network: auto (conv3 for images of at least 16 x 16 pixels, conv2 or conv1 for smaller ones, fc1 for other rows), fc1, fc2, ..., conv1, conv2, ... (suffix _vec: no pooling, _gap: global average pooling), myrtle5, myrtle7, myrtle10; suffix _gelu, _erf, _leaky_relu or _identity for an activation other than ReLU.",
     KERNEL,
   )
   kernel: str = setting(

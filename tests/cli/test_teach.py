@@ -35,7 +35,11 @@ def test_automatic_architecture_follows_the_rows(tmp_path):
   np.savez(tmp_path / "table.npz", **arrays)
   config = recipes.resolve(dataset=str(tmp_path / "table.npz"), **TINY)
   assert loading.load(config).kernel_fn.arch.name == "fc1"
-  assert loading.load(recipes.resolve(**TINY)).kernel_fn.arch.name == "conv3"
+  assert loading.load(recipes.resolve(**TINY)).kernel_fn.arch.name == "conv2"  # 8 x 8 pixels
+  shapes = {(28, 28, 1): "conv3", (16, 40, 3): "conv3", (15, 15, 1): "conv2", (4, 4, 1): "conv1"}
+  shapes |= {(2, 3, 1): "conv1", (1, 9, 1): "fc1", (9,): "fc1"}
+  for shape, name in shapes.items():
+    assert loading.architecture_of(config, shape) == name
   folder, result = pipeline.run_distill(config, str(tmp_path / "run"), verbose=False)
   assert result["architecture"] == "fc1" and result["network_protocol"] == "soft"
 

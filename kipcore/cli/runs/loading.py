@@ -75,10 +75,15 @@ def load(config: DataConfig) -> Data:
 
 
 def architecture_of(config: DataConfig, shape: tuple[int, ...] = (32, 32, 3)) -> str:
-  """The name of the architecture for rows of a shape; `AUTO` is conv3 for images, or as many poolings as fit, and fc1 for other rows."""
+  """The name of the architecture for rows of a shape; `AUTO` is conv3 for images of 16 pixels and more, and fc1 for rows that are not images.
+
+  Smaller images have fewer layers, so that the last convolution still sees 4 x 4 pixels: the instance norm after it
+  removes most of what is in a smaller map.
+  """
   if config.architecture != AUTO:
     return config.architecture
-  depth = min(3, min(shape[:2]).bit_length() - 1) if len(shape) == 3 else 0
+  side = min(shape[:2]) if len(shape) == 3 else 1
+  depth = min(3, max(side.bit_length() - 2, int(side > 1)))
   return f"conv{depth}" if depth else "fc1"
 
 
