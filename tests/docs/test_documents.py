@@ -165,8 +165,9 @@ def place(tmp_path_factory):
 
 SMALL_NETWORKS = " --architecture=conv1 --width=4 --network_seeds=0 --test_rows=50"
 SMALL = {
-  "run_distill": " --steps=2",
-  "run_compare": " --num_seeds=1 --inits=uniform --samplers=uniform --evaluations=250 "
+  # One device, as on the machines of users: eight simulated ones need a thread each for every collective.
+  "run_distill": " --steps=2 --num_devices=1",
+  "run_compare": " --num_devices=1 --num_seeds=1 --inits=uniform --samplers=uniform --evaluations=250 "
   "--network_seeds=0 --architecture=conv1 --set=width=4",
   "run_evaluate": " --baselines=uniform --num_seeds=2 --network_steps=2 --width=4 --test_rows=50",
 }
