@@ -12,8 +12,6 @@ os.environ.setdefault("XLA_FLAGS", xla_flags.known())
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
-# Collectives of simulated devices block threads; programs that are in flight together have deadlocked and crashed XLA.
-os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 # Workers and commands started by tests share a compilation cache during one run of the suite.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kipcore-compiled-")
@@ -26,6 +24,8 @@ import jax.numpy as jnp
 import pytest
 
 jax.config.update("jax_platforms", "cpu")
+# Collectives of simulated devices block threads; programs that are in flight together have deadlocked and crashed XLA.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
