@@ -116,6 +116,7 @@ from kipcore.selection.coreset import (
   auto_candidates,
   class_balanced_indices,
   measured_objective,
+  scaled_to_rows,
   select_coreset,
 )
 from kipcore.selection.draws import Plan as SamplingPlan
@@ -337,6 +338,7 @@ __all__ = [
   "save_artifact",
   "save_trajectories",
   "scale_learning_rate",
+  "scaled_to_rows",
   "score_ridge_for_dimension",
   "select_coreset",
   "sensitivity_sample",

@@ -177,6 +177,9 @@ class DistillConfig(DataConfig):
     METHOD,
   )
   width: int = setting(128, "Channels or units per layer of finite networks.", NETWORKS, 1)
+  network_width: int = setting(
+    0, "Width of the networks that score the result; 0 for --width.", NETWORKS, 0
+  )
   optimizer: str = setting(
     "adam",
     "Optimizer of the images; sgd has momentum 0.5, adam_clipped limits the gradient to twice the average of its norm.",
@@ -192,7 +195,7 @@ class DistillConfig(DataConfig):
   )
   protocol: str = setting(
     "default",
-    "How these networks are trained: default, kip, frepo, dc, dsa or soft (see kipcore.protocol); soft for ratbptt and frepo for both, if not given.",
+    "How these networks are trained: default, kip, frepo, rcig, dc, dsa or soft (see kipcore.protocol); by default as in the paper of the method, and soft for ratbptt.",
     NETWORKS,
   )
   network_steps: int = setting(

@@ -159,9 +159,10 @@ _CPU = dict(
   score_architecture="fc1",
   test_rows=2000,
   network_seeds=2,
-  network_steps=300,
 )
-_FIXED = dict(_NETWORKS, learn_labels=False, width=128, optimizer="sgd", network_seeds=5)
+_FIXED = dict(
+  _NETWORKS, learn_labels=False, width=128, optimizer="sgd", network_seeds=5, protocol="dsa"
+)
 RECIPES = {
   "kip": Recipe(_kip, kernel=True),
   "label_solve": Recipe(None, kernel=True),
@@ -179,6 +180,7 @@ RECIPES = {
       steps=10_000,
       target_batch_size=5120,
       network_seeds=5,
+      protocol="kip",
     ),
     dict(_CPU, learning_rate=0.02),
     dict(num_networks=2),
@@ -195,6 +197,7 @@ RECIPES = {
       steps=500_000,
       target_batch_size=1024,
       network_seeds=5,
+      protocol="frepo",
     ),
     dict(_CPU, learning_rate=0.01),
     dict(relative_ridge=1e-4),
@@ -210,6 +213,7 @@ RECIPES = {
       steps=10_000,
       target_batch_size=1024,
       network_seeds=5,
+      protocol="rcig",
     ),
     dict(_CPU, learning_rate=0.02, steps=60),
     dict(pool_size=10),
@@ -225,7 +229,7 @@ RECIPES = {
   "dc": Recipe(
     _matching,
     "gradient_matching:GradientMatchingOptions",
-    dict(_FIXED, learning_rate=0.1, steps=1000, target_batch_size=2560),
+    dict(_FIXED, learning_rate=0.1, steps=1000, target_batch_size=2560, protocol="dc"),
     dict(_CPU, learning_rate=1.0, steps=100),
     hard_labels=True,
     norm="instance",
@@ -261,8 +265,6 @@ RECIPES = {
       schedule="cosine",
       steps=400,
       target_batch_size=0,
-      protocol="soft",
-      network_steps=0,
     ),
     dict(unroll=60, window=30, inner_rate=3e-3, augmentation=""),
     norm="instance",
@@ -289,8 +291,6 @@ RECIPES = {
       schedule="cosine",
       steps=400,
       target_batch_size=0,
-      protocol="frepo",
-      network_steps=0,
     ),
     dict(unroll=60, window=30, inner_rate=3e-3, augmentation=""),
     norm="instance",
@@ -376,7 +376,7 @@ def unused(config: DistillConfig, given: dict) -> list[str]:
     (() if config.method == "kip" and config.learn_labels else ("solve_labels",), method),
     (("learn_labels",) if recipe.hard_labels else (), f"{method}, whose labels are the classes"),
     (() if config.method in ("kip", "rfad") or not loop else ("loss",), method),
-    (() if config.network_seeds else ("network_steps",), "--network_seeds=0"),
+    (() if config.network_seeds else ("network_steps", "network_width"), "--network_seeds=0"),
     (
       () if through_networks or config.network_seeds else ("width",),
       f"{method} and --network_seeds=0",

@@ -65,7 +65,7 @@ def evaluate_network(
     x: `(n, ...)` test rows.
     y: `(n, c)` test labels; the largest entry of a row is its class.
     num_seeds: number of networks, each with its own initialization and batches.
-    width: units or channels.
+    width: units or channels, before the first pooling if the protocol has a `width_growth`.
     num_steps: optimizer steps; None for those of the protocol (1,000 by default).
     learning_rate: peak rate; None for that of the protocol, which by default is 1e-3, or 1e-4 for an architecture of
       dense layers only.
@@ -107,7 +107,9 @@ def evaluate_network(
   module = (
     arch
     if isinstance(arch, nn.Module)
-    else networks.network(arch, width, support.y.shape[1], norm=how.norm)
+    else networks.network(
+      arch, width, support.y.shape[1], norm=how.norm, width_growth=how.width_growth
+    )
   )
   stream = keys.stream(key, "evaluate_network")
   x, y = jnp.asarray(x), jnp.asarray(y)

@@ -31,7 +31,7 @@ class Protocol:
     optimizer: "adam", "adamw" or "sgd" (with momentum).
     learning_rate: peak rate.
     schedule: "constant"; "cosine" decay to `final_fraction` of the rate; "step", a tenth of it from halfway on.
-    warmup_steps: of a linear warm-up from 0, at most a tenth of all steps.
+    warmup_steps: of a linear warm-up from 0, at most half of all steps.
     final_fraction: of the rate, at the end of "cosine".
     steps: pairs (size, steps): the steps for supports of at most that size; the last pair also for larger ones.
     epochs: passes over the support instead of `steps`; 0 for `steps`.
@@ -43,6 +43,7 @@ class Protocol:
     temperature: the outputs are divided by it in "soft_cross_entropy".
     ema: decay per step of the moving average of the parameters, which is scored; 0 for the last parameters.
     norm: "none", "instance" or "batch", after each convolution.
+    width_growth: factor of the width at each pooling.
     subtract_initial: whether predictions are outputs minus those at initialization.
   """
 
@@ -63,6 +64,7 @@ class Protocol:
   temperature: Real = 1.0
   ema: Real = 0.0
   norm: str = "none"
+  width_growth: Integer = 1
   subtract_initial: Flag = False
 
   def __post_init__(self):
@@ -76,7 +78,8 @@ class Protocol:
       assign(name, checks.number(name, getattr(self, name), 0, above=True))
     for name, high in (("final_fraction", 1), ("momentum", 1), ("ema", 1), ("weight_decay", 1e3)):
       assign(name, checks.number(name, getattr(self, name), 0, high))
-    assign("batch_size", checks.positive_int("batch_size", self.batch_size))
+    for name in ("batch_size", "width_growth"):
+      assign(name, checks.positive_int(name, getattr(self, name)))
     for name in ("epochs", "warmup_steps"):
       assign(name, checks.integer(name, getattr(self, name), 0))
     assign("steps", tuple(tuple(checks.positive_ints(size=m, steps=n)) for m, n in self.steps))
@@ -94,7 +97,7 @@ class Protocol:
   def transformation(self, num_steps: int, learning_rate=None) -> optax.GradientTransformation:
     """The optimizer with its schedule for that many steps; `learning_rate` replaces the peak rate, and may be traced."""
     peak = self.learning_rate if learning_rate is None else learning_rate
-    warmup = min(self.warmup_steps, num_steps // 10)
+    warmup = min(self.warmup_steps, num_steps // 2)
     length = max(num_steps - warmup, 1)
     if self.schedule == "cosine":
       rate = optax.cosine_decay_schedule(peak, length, self.final_fraction)
@@ -207,6 +210,18 @@ PROTOCOLS = {
       batch_size=500,
       augmentation="color_crop_cutout_flip_rotate",
       ema=0.995,
+      width_growth=2,
+    ),
+    # RCIG (eval.py): squared error on learned labels.
+    Protocol(
+      "rcig",
+      learning_rate=1e-4,
+      warmup_steps=500,
+      final_fraction=0.01,
+      steps=((10, 1000), (5000, 2000)),
+      batch_size=500,
+      augmentation="flip",
+      width_growth=2,
     ),
     _DC,
     _DSA,

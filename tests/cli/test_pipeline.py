@@ -12,6 +12,7 @@ from binaries import run_binary
 from helpers import enable_x64
 
 import kipcore
+from kipcore.cli import recipes
 from kipcore.cli.config import DataConfig, DistillConfig, EvaluateConfig, SelectConfig
 from kipcore.cli.errors import UsageError
 from kipcore.cli.folder import lock, run_folder
@@ -181,6 +182,25 @@ def test_all_choices_run(changes, tmp_path):
   assert 0 <= result["test_accuracy"] <= 1 and np.isfinite(result["init_test_accuracy"])
   if changes.get("steps") == 0:
     assert result["test_accuracy"] == result["init_test_accuracy"]
+
+
+@pytest.mark.parametrize("init", ["kmeans", "noise", "kmedoids"])
+def test_synthetic_points_of_methods_through_networks_have_the_norm_of_the_rows(init):
+  config = recipes.resolve(method="frepo", init=init, num_devices=1)
+  data = pipeline.load(config)
+  chosen, support, _ = pipeline.start(config, data)
+  norms = np.linalg.norm(np.asarray(support.x).reshape(10, -1), axis=1)
+  rows = np.sqrt(np.mean(np.sum(data.x_train.reshape(len(data.x_train), -1) ** 2, axis=1)))
+  assert np.allclose(norms, rows, rtol=1e-5) == (init != "kmedoids")
+  # The kernel method starts from the points as they are.
+  kernel = dataclasses.replace(config, method="kip", solve_labels=False)
+  plain = np.asarray(pipeline.start(kernel, data).support.x)
+  np.testing.assert_allclose(
+    support.x / norms.reshape(-1, 1, 1, 1),
+    plain / np.linalg.norm(plain.reshape(10, -1), axis=1).reshape(-1, 1, 1, 1),
+    rtol=1e-5,
+    atol=1e-7,
+  )
 
 
 def test_labels_are_solved_within_a_tenth_of_the_evaluations():

@@ -43,6 +43,8 @@ def test_losses_equal_numpy(x64):
     ("frepo", 150, 20_000),
     ("frepo", 500, 5000),
     ("frepo", 9000, 40_000),
+    ("rcig", 10, 1000),
+    ("rcig", 100, 2000),
     ("dc", 10, 300),
     ("dc", 257, 600),
     ("dsa", 500, 2000),
@@ -72,8 +74,9 @@ def test_schedules_as_published(x64):
   np.testing.assert_allclose(frepo[:500], 3e-4 * np.arange(500) / 500, rtol=2e-5, atol=1e-12)
   cosine = 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * np.arange(5500) / 5500))
   np.testing.assert_allclose(frepo[500:], 3e-4 * cosine, rtol=1e-6)
-  # A warm-up takes at most a tenth of a short training.
-  assert np.argmax(rates(PROTOCOLS["frepo"], 1000)) == 100
+  assert np.argmax(rates(PROTOCOLS["rcig"], 1000)) == 500
+  # A warm-up takes at most half of a short training.
+  assert np.argmax(rates(PROTOCOLS["frepo"], 100)) == 50
 
 
 def test_training_equals_sgd_written_out(x64):
@@ -127,6 +130,23 @@ def test_batch_norm_statistics_follow_the_batches():
     0, kipcore.conv_net(1), support, x, y, 1, 4, 30, protocol="frepo", norm="batch"
   )
   assert 0 < score[0] <= 1
+
+
+def test_networks_grow_as_the_protocol_says(monkeypatch):
+  widths = []
+  network = kipcore.network
+  monkeypatch.setattr(
+    networks.networks,
+    "network",
+    lambda *args, **kwargs: widths.append(kwargs["width_growth"]) or network(*args, **kwargs),
+  )
+  x = np.random.default_rng(0).normal(size=(6, 4, 4, 3)).astype(np.float32)
+  support = kipcore.Support(x, np.eye(6, 3, dtype=np.float32))
+  for protocol in ("frepo", "dsa"):
+    kipcore.evaluate_network(
+      0, kipcore.conv_net(2), support, x, support.y, 1, 2, 2, protocol=protocol
+    )
+  assert widths == [2, 1]
 
 
 def test_cutmix_mixes_images_and_labels_by_area(x64):

@@ -253,3 +253,19 @@ def test_selection_does_not_depend_on_a_common_shift(offset, features):
     np.testing.assert_array_equal(here.indices, there.indices, err_msg=strategy)
     np.testing.assert_allclose(here.weights, there.weights, err_msg=strategy)
     np.testing.assert_allclose(here.x + offset, there.x, rtol=1e-5, err_msg=strategy)
+
+
+def test_scaled_points_have_the_norm_of_the_rows(dtype):
+  x, y = blobs(dtype)
+  centers = np.array(kipcore.select_coreset(0, x, y, 2, "kmeans").x)
+  centers[1] = 0
+  scaled = np.asarray(kipcore.scaled_to_rows(centers, x), np.float64)
+  norms = np.linalg.norm(scaled.reshape(6, -1), axis=1)
+  common = np.sqrt(np.mean(np.sum(x.reshape(len(x), -1).astype(np.float64) ** 2, axis=1)))
+  assert_close(norms, np.where(np.arange(6) == 1, 0, common), 4 * np.finfo(dtype).eps)
+  lengths = np.linalg.norm(centers.reshape(6, -1), axis=1).reshape(6, 1, 1, 1)
+  assert_close(scaled * lengths, common * centers.astype(np.float64), 4 * np.finfo(dtype).eps)
+  with pytest.raises(ValueError, match="points: expected shape"):
+    kipcore.scaled_to_rows(centers[:, :2], x)
+  with pytest.raises(TypeError, match="rows: expected a floating dtype"):
+    kipcore.scaled_to_rows(centers, x.astype(np.int32))

@@ -113,7 +113,9 @@ def of_network(evaluator, support, test_rows: int) -> tuple[float, float]:
   module = evaluator.network
   if not isinstance(module, nn.Module):
     norm = how.norm if evaluator.norm is None else evaluator.norm
-    module = networks.network(module, evaluator.width, classes, norm=norm)
+    module = networks.network(
+      module, evaluator.width, classes, norm=norm, width_growth=how.width_growth
+    )
   # Values do not change the time, and drawing them would take longer to compile than a step.
   start = jax.tree.map(
     lambda a: jnp.full(a.shape, 0.01, a.dtype),

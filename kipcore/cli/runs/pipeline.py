@@ -61,7 +61,10 @@ class Start(NamedTuple):
 
 
 def start(config: DistillConfig, data: Data) -> Start:
-  """The initial support: with its weights absorbed, or with optimal labels if labels are learned."""
+  """The initial support: with its weights absorbed, or with optimal labels if labels are learned.
+
+  For methods through finite networks, synthetic points get the norm of the rows.
+  """
   # Methods through finite networks have no kernel; that of the score is cheap at their CPU settings.
   kernel_fn = data.kernel_fn if recipes.RECIPES[config.method].kernel else data.score_kernel
   with usage():
@@ -74,6 +77,8 @@ def start(config: DistillConfig, data: Data) -> Start:
       kernel_fn,
       config.relative_ridge,
     )
+  if not recipes.RECIPES[config.method].kernel and (chosen.indices < 0).all():
+    chosen = dataclasses.replace(chosen, x=coreset.scaled_to_rows(chosen.x, data.x_train))
   support = Support(chosen.x, chosen.y)
   if stride := label_stride(config, data, support.x.shape[0]):
     x, y = data.x_train[::stride], data.y_train[::stride]
@@ -220,7 +225,7 @@ def network_evaluator(config: DistillConfig, data: Data) -> ranking.NetworkEvalu
   """How the networks of `network_scores` are trained."""
   return ranking.NetworkEvaluator(
     data.kernel_fn.arch,
-    config.width,
+    config.network_width or config.width,
     recipes.RECIPES[config.method].norm if config.protocol == "default" else None,
     num_steps=config.network_steps or None,
     protocol=config.protocol,
@@ -573,7 +578,7 @@ def scored_by(config: DistillConfig | SelectConfig) -> dict:
   }
   if isinstance(config, DistillConfig) and config.network_seeds:
     found["network_scored_by"] = (
-      f"{config.architecture} networks of width {config.width}, protocol {config.protocol}"
+      f"{config.architecture} networks of width {config.network_width or config.width}, protocol {config.protocol}"
     )
     if config.network_steps:
       found["network_scored_by"] += f" with {config.network_steps:,} steps"
