@@ -134,6 +134,21 @@ class Architecture:
     """True if inputs are NHWC images; otherwise rows are flattened first."""
     return not isinstance(self.layers[0], Flatten)
 
+  def with_stds(self, w_std: RealLike, b_std: RealLike = 0.0) -> "Architecture":
+    """The same layers with these standard deviations of weights (times 1/sqrt(fan_in)) and biases.
+
+    Example:
+      >>> kipcore.fc(1).with_stds(1.0) == kipcore.fc(1, w_std=1.0, b_std=0.0)
+      True
+    """
+    w_std, b_std = _stds(w_std, b_std)
+    change = lambda layer: (
+      dataclasses.replace(layer, w_std=w_std, b_std=b_std)
+      if isinstance(layer, Dense | Conv)
+      else layer
+    )
+    return Architecture(self.name, tuple(map(change, self.layers)))
+
   def to_json(self) -> str:
     """The description as JSON text, for artifacts; `Architecture.from_json` inverts it."""
     layers = [{"layer": type(layer).__name__, **dataclasses.asdict(layer)} for layer in self.layers]

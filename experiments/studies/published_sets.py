@@ -35,12 +35,9 @@ flags.DEFINE_string(
 flags.DEFINE_string("output", "experiments/results/published_sets.json", "Result file.")
 
 FILES = {"rfad": "rfad_cifar10_1ipc.npz", "rcig": "rcig_cifar10_1ipc.msgpack"}
-# Networks and their training on the whole set at each step. A cosine schedule of 1,000 steps from
-# 1e-4 has the same sum of learning rates as RCIG's warm-up and cosine schedule.
-_PUBLISHED = dict(
-  w_std=1.0, b_std=0.0, width=128, width_growth=2, num_steps=1000, learning_rate=1e-4
-)
-_HALVED = {**_PUBLISHED, "width": 64, "num_steps": 500, "learning_rate": 3e-4}
+# Networks and their training on the whole set at each step.
+_PUBLISHED = dict(w_std=1.0, b_std=0.0, width=128, width_growth=2, protocol="rcig")
+_HALVED = dict(w_std=1.0, b_std=0.0, width=64, width_growth=2, num_steps=500, learning_rate=3e-4)
 _OURS = {**_HALVED, "w_std": math.sqrt(2), "b_std": 0.1, "width_growth": 1}
 _RCIG = "53.9 (published: five networks, all test rows)"
 # name -> (set, settings of the evaluator, reference test accuracy in percent)
@@ -57,7 +54,7 @@ PARTS = {
   ),
   "rcig_network_as_wide_as_published": (
     "rcig",
-    dict(mirrored=True, num_seeds=1, **_PUBLISHED),
+    dict(mirrored=True, num_seeds=5, **_PUBLISHED),
     _RCIG,
   ),
   "rcig_network_half_as_wide": ("rcig", dict(mirrored=True, **_HALVED), _RCIG),
@@ -74,11 +71,10 @@ NOTES = {
   "weights "
   "of variance 1 / fan_in and zero biases, by Adam at 1e-4 after a warm-up of 500 steps, on the "
   "ten images "
-  "and their mirror images, and scores the outputs on all test rows. Here: no warm-up, outputs "
-  "minus those "
-  "at initialization, whitening by the given training rows, only the given test rows, and the "
-  "width, steps "
-  "and rate of `judge`",
+  "and their mirror images, and scores the outputs on all test rows. Here: whitening by the given "
+  "training "
+  "rows, only the given test rows, and the width, steps and rate of `judge`; without a `protocol`, no "
+  "warm-up and outputs minus those at initialization",
 }
 
 
@@ -108,8 +104,11 @@ def measure(published, judge: dict, data, x_test) -> dict:
     x_test,
     y_test,
     num_seeds=judge.get("num_seeds", FLAGS.num_seeds),
-    num_steps=judge["num_steps"],
-    learning_rate=judge["learning_rate"],
+    num_steps=judge.get("num_steps"),
+    learning_rate=judge.get("learning_rate"),
+    # The mirror images are rows of the set.
+    augmentation="",
+    protocol=judge.get("protocol", "default"),
   )
   return {
     "accuracy_percent": float(scores.mean()),

@@ -37,6 +37,7 @@ class Recipe(NamedTuple):
     kernel: whether the method, and so its initialization, uses the kernel of the run's architecture.
     hard_labels: whether the labels are classes, which are not changed.
     norm: normalization of the networks that the method trains and that score its images.
+    w_std: standard deviation of their initial weights, times 1/sqrt(fan_in), with biases 0; None for that of the architecture.
   """
 
   build: Callable[..., Any] | None
@@ -47,17 +48,19 @@ class Recipe(NamedTuple):
   kernel: bool = False
   hard_labels: bool = False
   norm: str = "none"
+  w_std: float | None = None
 
 
 def module_of(config: DistillConfig, problem: Problem, **changes):
   """The network that a method trains: the run's architecture with the method's normalization."""
   from kipcore.networks import network
 
+  recipe, arch = RECIPES[config.method], problem.kernel_fn.arch
   return network(
-    problem.kernel_fn.arch,
+    arch if recipe.w_std is None else arch.with_stds(recipe.w_std),
     config.width,
     problem.num_classes,
-    **{"norm": RECIPES[config.method].norm, **changes},
+    **{"norm": recipe.norm, **changes},
   )
 
 
@@ -201,6 +204,7 @@ RECIPES = {
     ),
     dict(_CPU, learning_rate=0.01),
     dict(relative_ridge=1e-4),
+    w_std=1.0,
   ),
   "rcig": Recipe(
     _rcig,
@@ -217,6 +221,7 @@ RECIPES = {
     ),
     dict(_CPU, learning_rate=0.02, steps=60),
     dict(pool_size=10),
+    w_std=1.0,
   ),
   "dm": Recipe(
     _dm,

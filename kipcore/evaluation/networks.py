@@ -104,13 +104,7 @@ def evaluate_network(
     how, **{name: value for name, value in changes.items() if value is not None}
   )
   how = dataclasses.replace(how, batch_size=min(how.batch_size, support.x.shape[0]))
-  module = (
-    arch
-    if isinstance(arch, nn.Module)
-    else networks.network(
-      arch, width, support.y.shape[1], norm=how.norm, width_growth=how.width_growth
-    )
-  )
+  module = arch if isinstance(arch, nn.Module) else network_of(arch, how, width, support.y.shape[1])
   stream = keys.stream(key, "evaluate_network")
   x, y = jnp.asarray(x), jnp.asarray(y)
   rate = how.learning_rate if learning_rate is None else learning_rate
@@ -174,6 +168,19 @@ def tune(
   rate, steps = max(accuracies, key=lambda each: accuracies[each])
   chosen = dataclasses.replace(how, learning_rate=rate, steps=((1, steps),), epochs=0)
   return Tuned(chosen, accuracies)
+
+
+def network_of(
+  arch: Architecture, how: Protocol, width: IntLike, num_outputs: IntLike
+) -> networks.Network:
+  """The network of an architecture that a protocol trains."""
+  return networks.network(
+    arch if how.w_std is None else arch.with_stds(how.w_std),
+    width,
+    num_outputs,
+    norm=how.norm,
+    width_growth=how.width_growth,
+  )
 
 
 def _is_dense(arch) -> bool:

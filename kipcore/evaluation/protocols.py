@@ -44,6 +44,8 @@ class Protocol:
     ema: decay per step of the moving average of the parameters, which is scored; 0 for the last parameters.
     norm: "none", "instance" or "batch", after each convolution.
     width_growth: factor of the width at each pooling.
+    w_std: standard deviation of initial weights, times 1/sqrt(fan_in), in every layer, with biases that start at 0; None
+      for the standard deviations of the architecture.
     subtract_initial: whether predictions are outputs minus those at initialization.
   """
 
@@ -65,6 +67,7 @@ class Protocol:
   ema: Real = 0.0
   norm: str = "none"
   width_growth: Integer = 1
+  w_std: Real | None = None
   subtract_initial: Flag = False
 
   def __post_init__(self):
@@ -74,8 +77,9 @@ class Protocol:
     checks.one_of("schedule", self.schedule, SCHEDULES)
     checks.one_of("norm", self.norm, NORMS)
     augment.random_augmentation(self.augmentation)
-    for name in ("learning_rate", "temperature"):
-      assign(name, checks.number(name, getattr(self, name), 0, above=True))
+    for name in ("learning_rate", "temperature", "w_std"):
+      if name != "w_std" or self.w_std is not None:
+        assign(name, checks.number(name, getattr(self, name), 0, above=True))
     for name, high in (("final_fraction", 1), ("momentum", 1), ("ema", 1), ("weight_decay", 1e3)):
       assign(name, checks.number(name, getattr(self, name), 0, high))
     for name in ("batch_size", "width_growth"):
@@ -181,8 +185,10 @@ _FREPO_STEPS = (
   (5000, 40_000),
 )
 # DC, DM, MTT: cross-entropy on classes, instance norm.
+# The weights of PyTorch's layers are uniform with variance 1 / (3 fan_in).
 _DC = Protocol(
   "dc",
+  w_std=3**-0.5,
   loss="cross_entropy",
   optimizer="sgd",
   learning_rate=0.01,
@@ -211,6 +217,7 @@ PROTOCOLS = {
       augmentation="color_crop_cutout_flip_rotate",
       ema=0.995,
       width_growth=2,
+      w_std=1.0,
     ),
     # RCIG (eval.py): squared error on learned labels.
     Protocol(
@@ -222,6 +229,7 @@ PROTOCOLS = {
       batch_size=500,
       augmentation="flip",
       width_growth=2,
+      w_std=1.0,
     ),
     _DC,
     _DSA,

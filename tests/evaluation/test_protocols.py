@@ -132,21 +132,26 @@ def test_batch_norm_statistics_follow_the_batches():
   assert 0 < score[0] <= 1
 
 
-def test_networks_grow_as_the_protocol_says(monkeypatch):
-  widths = []
+def test_networks_are_those_of_the_protocol(monkeypatch):
+  made = []
   network = kipcore.network
   monkeypatch.setattr(
     networks.networks,
     "network",
-    lambda *args, **kwargs: widths.append(kwargs["width_growth"]) or network(*args, **kwargs),
+    lambda *args, **kwargs: made.append(network(*args, **kwargs)) or made[-1],
   )
   x = np.random.default_rng(0).normal(size=(6, 4, 4, 3)).astype(np.float32)
   support = kipcore.Support(x, np.eye(6, 3, dtype=np.float32))
-  for protocol in ("frepo", "dsa"):
+  for protocol in ("frepo", "dsa", "default"):
     kipcore.evaluate_network(
       0, kipcore.conv_net(2), support, x, support.y, 1, 2, 2, protocol=protocol
     )
-  assert widths == [2, 1]
+  assert [module.width_growth for module in made] == [2, 1, 1]
+  assert [module.arch for module in made] == [
+    kipcore.conv_net(2, 1.0, 0.0),
+    kipcore.conv_net(2, 3**-0.5, 0.0),
+    kipcore.conv_net(2),
+  ]
 
 
 def test_cutmix_mixes_images_and_labels_by_area(x64):

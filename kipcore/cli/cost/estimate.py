@@ -4,6 +4,7 @@ Kernels of convolutional networks are counted in pairs of images, of which a few
 algebra is counted in operations. Both are accurate within a factor of about two.
 """
 
+import dataclasses
 import math
 import pathlib
 import time
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from kipcore import linalg, networks
+from kipcore import linalg
 from kipcore.distillation import loop
 from kipcore.evaluation import protocols
+from kipcore.evaluation.networks import network_of
 from kipcore.selection import coreset
 
 # Below these no estimate is printed.
@@ -113,9 +115,7 @@ def of_network(evaluator, support, test_rows: int) -> tuple[float, float]:
   module = evaluator.network
   if not isinstance(module, nn.Module):
     norm = how.norm if evaluator.norm is None else evaluator.norm
-    module = networks.network(
-      module, evaluator.width, classes, norm=norm, width_growth=how.width_growth
-    )
+    module = network_of(module, dataclasses.replace(how, norm=norm), evaluator.width, classes)
   # Values do not change the time, and drawing them would take longer to compile than a step.
   start = jax.tree.map(
     lambda a: jnp.full(a.shape, 0.01, a.dtype),
