@@ -383,8 +383,8 @@ def _compared() -> dict:
 def networks_table(results: dict) -> str:
   """Sets that teach networks, next to other sets under the same protocol."""
   lines = [
-    "| dataset, images per class | distilled | random real images | *k*-means centers | goal (published) | minutes | steps |",
-    "| --- | --- | --- | --- | --- | --- | --- |",
+    "| dataset, images per class | method | distilled | random real images | *k*-means centers | networks | goal (published) | minutes | steps |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
   ]
   for name, job in results["jobs"].items():
     dataset, _, size = name.rpartition("_")
@@ -395,15 +395,17 @@ def networks_table(results: dict) -> str:
     ]
     minutes = f"{run['wall_seconds'] / 60:.0f}"
     title = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}[dataset]
-    cells = [f"{title}, {size}", own, *others, job["goal"], minutes, f"{run['steps']:,}"]
+    scored_by = run["network_scored_by"].replace("networks of ", "").replace("protocol ", "")
+    cells = [f"{title}, {size}", f"`{run['method']}`", own, *others, scored_by]
+    cells += [job["goal"], minutes, f"{run['steps']:,}"]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(
     [
       *lines,
       "",
-      "RaT-BPTT at width 32; test accuracy (%) of ConvNet-3 networks of width 32 trained by the protocol `soft`, mean and standard deviation over 5 networks (2 for "
-      "random images and centers), one distillation seed, all test rows; targets drawn uniformly for MNIST and by cross-entropy for Fashion-MNIST; minutes of the whole run on two busy CPU cores, from `experiments/results/networks.json` "
-      "(`python -m experiments.studies.networks`).",
+      "Test accuracy (%) of five networks trained on the set (two on random images and centers), mean and standard deviation, one distillation seed, all test rows; "
+      "*networks*: architecture, width (before the first pooling, for `frepo`) and protocol; minutes of the whole run, scores included, on two CPU cores with other work. "
+      "From `experiments/results/networks.json` (`python -m experiments.studies.networks`), with all settings.",
     ]
   )
 

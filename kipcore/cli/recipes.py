@@ -202,7 +202,7 @@ RECIPES = {
       network_seeds=5,
       protocol="frepo",
     ),
-    dict(_CPU, learning_rate=0.01),
+    dict(_CPU, learning_rate=0.01, schedule="cosine", steps=1000),
     dict(relative_ridge=1e-4),
     w_std=1.0,
   ),

@@ -70,6 +70,8 @@ def dm(module: Network, options: DMOptions = DMOptions()) -> Method:
   phi are the inputs of the network's readout; targets and support have the same random augmentation. Weights act
   within a class; with weights 1 / (N p_t) the weighted mean is the usual consistent (not unbiased) ratio estimate of
   the class mean. Classes without targets in a batch are left out. On several devices the sums run over all of them.
+  The loss is not a sum over targets, so samplers by loss score a target by ridge regression from the support in the features
+  phi (`features.ridge_loss_info`); the targets drawn then form the class means.
   Published settings: 20,000 steps, SGD with rate 1 and momentum 0.5, 256 targets per class, ConvNet of depth 3 with 128
   channels and instance norm. Differences from the published code: one augmentation per step (published: one per class),
   and Gaussian (He) instead of uniform initial weights.
