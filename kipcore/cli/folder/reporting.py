@@ -200,6 +200,8 @@ def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> Sequen
       for name, key, note in (
         ("the initialization", "init", result["init"]),
         ("random real data", "random_baseline", "same size"),
+        ("the initialization with expert labels", "expert_init", result["init"]),
+        ("random real data with expert labels", "expert_random_baseline", "same size"),
       )
       if f"{key}_network_test_accuracy_mean" in result
     ]
@@ -249,7 +251,12 @@ def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> Sequen
 def _network_entries(result: dict) -> list[tuple[str, str, str]]:
   """The cards of a set for networks: its accuracy and those of other sets under the same protocol."""
   own = result["network_test_accuracy_mean"]
-  names = {"random_baseline": "random real data", "init": "the initialization"}
+  names = {
+    "random_baseline": "random real data",
+    "init": "the initialization",
+    "expert_random_baseline": "random real data with expert labels",
+    "expert_init": "the initialization with expert labels",
+  }
   others = {
     name: result[f"{key}_network_test_accuracy_mean"]
     for key, name in names.items()
