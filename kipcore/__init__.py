@@ -121,6 +121,7 @@ from kipcore.selection.coreset import (
   scaled_to_rows,
   select_coreset,
 )
+from kipcore.selection.crops import random_crops, rded
 from kipcore.selection.draws import Plan as SamplingPlan
 from kipcore.selection.guarantees import guarantee_at, sample_size
 from kipcore.selection.leverage import (
@@ -326,12 +327,14 @@ __all__ = [
   "one_hot_centered",
   "protocol",
   "random_augmentation",
+  "random_crops",
   "random_feature_kernel",
   "random_features",
   "ranking_scores",
   "rat_bptt",
   "rbf_fn",
   "rcig",
+  "rded",
   "read_torch_file",
   "relative_ridge",
   "rfad",

@@ -149,7 +149,7 @@ class ExpertConfig(DataConfig):
   labels: str = setting(
     "",
     "Labels of the images: class, learned, or expert: the predictions of a network trained on the training rows, stopped at the epoch that teaches best, where labels start if they are learned. Without --labels as the method and --learn_labels say.",
-    METHOD,
+    DATA,
     choices=("", "class", "learned", "expert"),
   )
   width: int = setting(128, "Channels or units per layer of finite networks.", NETWORKS, 1)
@@ -165,6 +165,12 @@ class ExpertConfig(DataConfig):
   patience: int = setting(
     5,
     "End the training of an expert after this many epochs without a better accuracy on the validation rows; 0 for never.",
+    NETWORKS,
+    0,
+  )
+  network_steps: int = setting(
+    0,
+    "Optimizer steps of each network that scores the result, or the labels of an expert; 0 for those of the protocol.",
     NETWORKS,
     0,
   )
@@ -224,9 +230,6 @@ class DistillConfig(ExpertConfig):
     "default",
     "How these networks are trained: default, kip, frepo, rcig, dc, dsa or soft (see kipcore.protocol); by default as in the paper of the method, and soft for ratbptt.",
     NETWORKS,
-  )
-  network_steps: int = setting(
-    0, "Optimizer steps of each of these networks; 0 for those of the protocol.", NETWORKS, 0
   )
   num_experts: int = setting(100, "Number of experts to train.", NETWORKS, 1)
   init: str = setting(
@@ -320,7 +323,7 @@ class SelectConfig(ExpertConfig):
   # The best of the strategies with real rows at 10 and 100 points in experiments/results/starting_points.json.
   strategy: str = setting(
     "kmedoids",
-    "Real rows: kmedoids, krr_sensitivity, leverage, uniform, kmeans_plusplus, herding, k_center, krr_pursuit; synthetic points, without a certificate: kmeans, noise; or auto (the best of several, measured).",
+    "Real rows: kmedoids, krr_sensitivity, leverage, uniform, kmeans_plusplus, herding, k_center, krr_pursuit; synthetic points, without a certificate: kmeans, noise, rded (random crops with the lowest loss of an expert); or auto (the best of several, measured).",
     SELECTION,
   )
   score_ridge: str = setting(

@@ -8,9 +8,9 @@ import pytest
 
 import kipcore
 from kipcore.cli import recipes
-from kipcore.cli.config import CheckpointConfig
+from kipcore.cli.config import CheckpointConfig, SelectConfig
 from kipcore.cli.errors import Stopped, UsageError
-from kipcore.cli.runs import experts, pipeline
+from kipcore.cli.runs import experts, pipeline, selection
 from kipcore.io import trajectories
 
 TINY = dict(
@@ -154,4 +154,42 @@ def test_the_experts_of_mtt_label_its_images(tmp_path):
   with pytest.raises(UsageError, match="--patience: expected 0 with 2 experts"):
     pipeline.run_distill(
       dataclasses.replace(config, patience=2), str(tmp_path / "other"), verbose=False
+    )
+
+
+@pytest.mark.parametrize("strategy", ["kmedoids", "rded"])
+def test_a_selection_has_expert_labels(strategy, file, tmp_path, capsys):
+  names = ("width", "network_steps", "expert_epochs", "architecture", "labels", "num_devices")
+  config = SelectConfig(
+    strategy=strategy,
+    images_per_class=2,
+    experts=str(file),
+    **{name: TINY[name] for name in names},
+  )
+  folder, result = selection.run_select(config, str(tmp_path / "run"))
+  stored = kipcore.load_artifact(folder / "distilled.npz")
+  walk = trajectories.load_trajectories(file).array[0]
+  module = kipcore.network(kipcore.fc(1), 4, 10, norm="instance")
+  expected = kipcore.expert_labels(module, walk[result["expert_epoch"]], stored.support)
+  np.testing.assert_allclose(stored.labels, expected, atol=1e-6)
+  for name in ("class_labels", "expert_random_baseline"):
+    assert 0 < result[f"{name}_test_accuracy"] <= 1
+  assert result["labels"] == "expert" and result["chosen_strategy"] == strategy
+  out, page = capsys.readouterr().out, (folder / "report.html").read_text()
+  assert f"with labels of an expert after epoch {result['expert_epoch']} of 3" in out
+  assert "random real data with expert labels" in page
+  if strategy == "rded":  # the loss of the selected crops is below that of the rows
+    data = pipeline.load(config)
+    classes = np.repeat(np.eye(10, dtype=np.float32), 2, axis=0)
+    chosen = kipcore.expert_losses(module, walk[-1], stored.support, classes)
+    rows = kipcore.expert_losses(module, walk[-1], data.x_train, data.y_train)
+    assert np.mean(chosen) < np.quantile(rows, 0.1)
+
+
+def test_invalid_labels_of_a_selection_are_named(tmp_path):
+  with pytest.raises(UsageError, match="--labels: expected one of class, expert"):
+    selection.run_select(SelectConfig(labels="learned"), str(tmp_path / "run"))
+  with pytest.raises(UsageError, match="--validation_fraction: expected more than 0"):
+    selection.run_select(
+      SelectConfig(strategy="rded", validation_fraction=0.0), str(tmp_path / "run")
     )

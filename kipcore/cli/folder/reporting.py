@@ -587,6 +587,16 @@ def _selection(folder, config: dict, result: dict, stored: artifact.Artifact) ->
         f"random real data: {weighted_random}",
       ),
     )
+  if "expert_epoch" in result:
+    with_classes = _percent(result["class_labels_test_accuracy"])
+    entries[0] = (entries[0][0], "the points with expert labels", entries[0][2])
+    entries.append(
+      (
+        _percent(result["expert_random_baseline_test_accuracy"]),
+        "random real data with expert labels",
+        f"the points with class labels: {with_classes}",
+      )
+    )
   scored = {
     "effective dimension": f"{result['d_eff']:.1f}, at least {result['d_eff_lower']:.1f}",
     "total sensitivity": f"{result['total_sensitivity']:.1f}",

@@ -128,8 +128,13 @@ def discard(path: pathlib.Path) -> None:
     events.unlink()
   with contextlib.suppress(OSError):  # there is none, or other files are in it
     (path / "tensorboard").rmdir()
-  for unfinished in (CHECKPOINTS, _PARTIAL):
-    shutil.rmtree(path / unfinished, ignore_errors=True)
+  shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+  discard_experts(path)
+
+
+def discard_experts(path: pathlib.Path) -> None:
+  """Deletes the unfinished experts of a run."""
+  shutil.rmtree(path / _PARTIAL, ignore_errors=True)
 
 
 @contextlib.contextmanager
