@@ -245,9 +245,7 @@ def _expert(config: SelectConfig, data: pipeline.Data, folder: pathlib.Path) -> 
     raise
 
 
-def by_losses(
-  config: SelectConfig, data: pipeline.Data, expert: experts.Expert
-) -> coreset.Coreset:
+def by_losses(config: SelectConfig, data: pipeline.Data, expert: experts.Expert) -> coreset.Coreset:
   """Crops of the pixels with the lowest loss of the expert after its last epoch, preprocessed."""
   dtype = data.x_train.dtype
   prepared = lambda pixels: jnp.asarray(data.preprocess.apply(np.asarray(pixels), dtype))
