@@ -34,7 +34,7 @@ from kipcore.distillation.methods.expert_labels import (
   expert_labels,
   expert_losses,
 )
-from kipcore.distillation.methods.experts import train_expert
+from kipcore.distillation.methods.experts import ExpertState, train_expert
 from kipcore.distillation.methods.frepo import FRePoOptions, frepo
 from kipcore.distillation.methods.gradient_matching import GradientMatchingOptions, dc, dsa
 from kipcore.distillation.methods.kip import KIPOptions, kip
@@ -71,7 +71,9 @@ from kipcore.io.torch_files import read_torch_file
 from kipcore.io.trajectories import (
   Trajectories,
   TrajectoriesError,
+  load_expert_state,
   load_trajectories,
+  save_expert_state,
   save_trajectories,
 )
 from kipcore.kernels import (
@@ -119,6 +121,7 @@ from kipcore.selection.coreset import (
   scaled_to_rows,
   select_coreset,
 )
+from kipcore.selection.crops import random_crops, rded
 from kipcore.selection.draws import Plan as SamplingPlan
 from kipcore.selection.guarantees import guarantee_at, sample_size
 from kipcore.selection.leverage import (
@@ -192,6 +195,7 @@ __all__ = [
   "Distiller",
   "EvaluationEntry",
   "ExpertChoice",
+  "ExpertState",
   "FRePoOptions",
   "FeatureKernel",
   "FeatureMap",
@@ -309,6 +313,7 @@ __all__ = [
   "linear_fn",
   "load_artifact",
   "load_published",
+  "load_expert_state",
   "load_trajectories",
   "measure_coreset",
   "measured_objective",
@@ -322,12 +327,14 @@ __all__ = [
   "one_hot_centered",
   "protocol",
   "random_augmentation",
+  "random_crops",
   "random_feature_kernel",
   "random_features",
   "ranking_scores",
   "rat_bptt",
   "rbf_fn",
   "rcig",
+  "rded",
   "read_torch_file",
   "relative_ridge",
   "rfad",
@@ -336,6 +343,7 @@ __all__ = [
   "sample_size",
   "sampler",
   "save_artifact",
+  "save_expert_state",
   "save_trajectories",
   "scale_learning_rate",
   "scaled_to_rows",

@@ -410,9 +410,48 @@ def networks_table(results: dict) -> str:
   )
 
 
+def expert_labels_table(results: dict) -> str:
+  """Markdown of `expert_labels.json`: one row per dataset and size, one column per selection, with both kinds of labels."""
+  accuracies: dict = {}
+  for name, cell in results["cells"].items():
+    dataset, size, selection, _ = name.split("-")
+    for labels, accuracy in cell["test_accuracy"].items():
+      runs = accuracies.setdefault((dataset, size), {}).setdefault((selection, labels), [])
+      runs.append(100 * accuracy)
+  selections = list(dict.fromkeys(name.split("-")[2] for name in results["cells"]))
+  shown = lambda runs: (
+    f"{statistics.mean(runs):.1f} ± {statistics.stdev(runs):.1f}"
+    if len(runs) > 1
+    else f"{runs[0]:.1f}"
+  )
+  lines = [
+    "| images per class | epoch | " + " | ".join(f"`{name}`" for name in selections) + " |",
+    "| --- |" + " --- |" * (len(selections) + 1),
+  ]
+  for (dataset, size), found in accuracies.items():
+    chosen = results["epochs"][f"{dataset}-{size}"]
+    cells = [f"{TITLES[dataset]}, {size}", f"{chosen['epoch']} of {chosen['epochs']}"]
+    for name in selections:
+      kinds = [found[name, labels] for labels in ("class", "expert") if (name, labels) in found]
+      cells.append(" / ".join(map(shown, kinds)))
+    lines.append("| " + " | ".join(cells) + " |")
+  seeds = {len(runs) for found in accuracies.values() for runs in found.values()}
+  config = results["config"]
+  return "\n".join(
+    [
+      *lines,
+      "",
+      "Test accuracy (%) of ConvNet-3 networks trained on the selected images with class labels / with the labels of an expert, mean and standard deviation over "
+      f"{' or '.join(map(str, sorted(seeds)))} seeds of network and selection; width {config['width']}, protocol `{config['protocol']}`; the epoch of the expert was chosen "
+      "on validation rows for random images. From `experiments/results/expert_labels.json` (`python -m experiments.studies.expert_labels`).",
+    ]
+  )
+
+
 # marker in the document -> result file, and the function that renders it
 TABLES = {
   "networks": ("networks", networks_table),
+  "expert_labels": ("expert_labels", expert_labels_table),
   "conformance": ("conformance", conformance_table),
   "starting_points": ("starting_points", starting_points_table),
   "default_gain": ("ablation", default_gain_table),

@@ -143,7 +143,41 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillConfig(DataConfig):
+class ExpertConfig(DataConfig):
+  """Labels, and the experts: networks trained on the training rows, from which mtt and expert labels are made."""
+
+  labels: str = setting(
+    "",
+    "Labels of the images: class, learned, or expert: the predictions of a network trained on the training rows, stopped at the epoch that teaches best, where labels start if they are learned. Without --labels as the method and --learn_labels say.",
+    DATA,
+    choices=("", "class", "learned", "expert"),
+  )
+  width: int = setting(128, "Channels or units per layer of finite networks.", NETWORKS, 1)
+  experts: str = setting(
+    "",
+    "File (.npy) of the experts of mtt, expert labels and expert scores, trained and created if it does not exist; by default in the run folder.",
+    NETWORKS,
+  )
+  expert_epochs: int = setting(50, "Training epochs of each expert.", NETWORKS, 1)
+  expert_rows: int = setting(
+    0, "Number of training rows that experts are trained on, evenly spaced; 0 for all.", NETWORKS, 0
+  )
+  patience: int = setting(
+    5,
+    "End the training of an expert after this many epochs without a better accuracy on the validation rows; 0 for never.",
+    NETWORKS,
+    0,
+  )
+  network_steps: int = setting(
+    0,
+    "Optimizer steps of each network that scores the result, or the labels of an expert; 0 for those of the protocol.",
+    NETWORKS,
+    0,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig(ExpertConfig):
   """Settings of a distillation."""
 
   teach: str = setting(
@@ -176,7 +210,6 @@ class DistillConfig(DataConfig):
     "Options of the method, as name=value,name=value; an unknown name prints the valid ones.",
     METHOD,
   )
-  width: int = setting(128, "Channels or units per layer of finite networks.", NETWORKS, 1)
   network_width: int = setting(
     0, "Width of the networks that score the result; 0 for --width.", NETWORKS, 0
   )
@@ -198,19 +231,7 @@ class DistillConfig(DataConfig):
     "How these networks are trained: default, kip, frepo, rcig, dc, dsa or soft (see kipcore.protocol); by default as in the paper of the method, and soft for ratbptt.",
     NETWORKS,
   )
-  network_steps: int = setting(
-    0, "Optimizer steps of each of these networks; 0 for those of the protocol.", NETWORKS, 0
-  )
-  experts: str = setting(
-    "",
-    "File (.npy) of the expert trajectories of mtt, created if it does not exist; by default in the run folder.",
-    NETWORKS,
-  )
   num_experts: int = setting(100, "Number of experts to train.", NETWORKS, 1)
-  expert_epochs: int = setting(50, "Training epochs of each expert.", NETWORKS, 1)
-  expert_rows: int = setting(
-    0, "Number of training rows that experts are trained on, evenly spaced; 0 for all.", NETWORKS, 0
-  )
   init: str = setting(
     "kmeans",
     "Real rows: uniform, krr_sensitivity, leverage, kmedoids, kmeans_plusplus, herding, k_center, krr_pursuit; synthetic points: kmeans (centroids of each class), noise; or auto (the best of several, measured).",
@@ -296,13 +317,13 @@ class DistillConfig(DataConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectConfig(DataConfig):
+class SelectConfig(ExpertConfig):
   """Settings of a selection."""
 
   # The best of the strategies with real rows at 10 and 100 points in experiments/results/starting_points.json.
   strategy: str = setting(
     "kmedoids",
-    "Real rows: kmedoids, krr_sensitivity, leverage, uniform, kmeans_plusplus, herding, k_center, krr_pursuit; synthetic points, without a certificate: kmeans, noise; or auto (the best of several, measured).",
+    "Real rows: kmedoids, krr_sensitivity, leverage, uniform, kmeans_plusplus, herding, k_center, krr_pursuit; synthetic points, without a certificate: kmeans, noise, rded (random crops with the lowest loss of an expert); or auto (the best of several, measured).",
     SELECTION,
   )
   score_ridge: str = setting(

@@ -303,7 +303,7 @@ RECIPES = {
   "mtt": Recipe(
     _mtt,
     "trajectory_matching:TrajectoryMatchingOptions",
-    dict(_FIXED, learning_rate=1000.0, steps=5000, target_batch_size=256),
+    dict(_FIXED, learning_rate=1000.0, steps=5000, target_batch_size=256, patience=0),
     dict(_CPU, steps=60, num_experts=4, expert_epochs=6, expert_rows=5000),
     # At a rate of 0.01 a student trained on ten images overshoots, and the first update undoes the initialization.
     dict(syn_steps=10, expert_epochs=1, max_start_epoch=4, initial_rate=0.003),
@@ -349,14 +349,41 @@ def resolve(**given) -> DistillConfig:
     for name, value, known in (("method", method, METHODS), ("preset", preset, PRESETS)):
       checks.one_of(f"--{name}", value, known)
   recipe = RECIPES[method]
-  settings = {**recipe.published, **(recipe.cpu if preset == "cpu" else {}), **given}
-  return dataclasses.replace(default, **settings)
+  settings = {**recipe.published, **(recipe.cpu if preset == "cpu" else {})}
+  labels = given.get("labels", "")
+  if labels in ("class", "learned"):
+    settings["learn_labels"] = labels == "learned"
+  if labels == "expert" and recipe.hard_labels:
+    settings["protocol"] = "soft"  # those of hard labels learn from the largest entry alone
+  config = dataclasses.replace(default, **{**settings, **given})
+  check_labels(config)
+  return config
+
+
+def check_labels(config: DistillConfig) -> None:
+  """Raises UsageError for `--labels` that a method cannot have, or that contradict `--learn_labels`."""
+  recipe, flag, found = RECIPES[config.method], f"--method={config.method}", config.labels
+  if not found:
+    return
+  expected = ""
+  if not has_loop(config):
+    expected = f"none with {flag}, which computes the labels"
+  elif recipe.hard_labels and found == "learned":
+    expected = f"class or expert with {flag}, which does not learn labels"
+  elif config.method == "rcig" and found == "class":
+    expected = f"learned or expert with {flag}, which always learns labels"
+  elif found == "class" and config.learn_labels and not recipe.hard_labels:
+    expected = "learned or expert with --learn_labels"
+  elif found == "learned" and not config.learn_labels:
+    expected = "class or expert with --nolearn_labels"
+  if expected:
+    raise UsageError(f"--labels: expected {expected}, got {found}")
 
 
 _LOOP: tuple[str, ...] = ("steps", "optimizer", "learning_rate", "schedule", "target_batch_size")
 _LOOP += ("loss", "learn_labels", "sampler", "log_test_accuracy")
 _BY_LOSS = ("uniform_mix", "weight_exponent", "least_gain", "refresh_every", "measure_gain")
-_EXPERTS = ("experts", "num_experts", "expert_epochs", "expert_rows")
+_EXPERTS = ("experts", "expert_epochs", "expert_rows", "patience")
 
 
 def unused(config: DistillConfig, given: dict) -> list[str]:
@@ -376,14 +403,16 @@ def unused(config: DistillConfig, given: dict) -> list[str]:
   rules: tuple[tuple[tuple[str, ...], str], ...] = (
     (() if loop else _LOOP, method),
     (() if by_loss else _BY_LOSS, f"--sampler={config.sampler}" if loop else method),
-    (() if config.method == "mtt" else _EXPERTS, method),
+    (() if config.method == "mtt" or config.labels == "expert" else _EXPERTS, method),
+    (() if config.method == "mtt" else ("num_experts",), method),
     (() if config.method == "kip" else ("target_block_size",), method),
     (() if config.method == "kip" and config.learn_labels else ("solve_labels",), method),
+    (("solve_labels",) if config.labels == "expert" else (), "--labels=expert"),
     (("learn_labels",) if recipe.hard_labels else (), f"{method}, whose labels are the classes"),
     (() if config.method in ("kip", "rfad") or not loop else ("loss",), method),
     (() if config.network_seeds else ("network_steps", "network_width"), "--network_seeds=0"),
     (
-      () if through_networks or config.network_seeds else ("width",),
+      () if through_networks or config.network_seeds or config.labels == "expert" else ("width",),
       f"{method} and --network_seeds=0",
     ),
     (() if recipe.published else ("preset",), method),

@@ -13,11 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kipcore.distillation.methods.experts import ExpertState
 from kipcore.io import atomic, npz
 from kipcore.types import KipcoreError
 
 FORMAT = "kipcore-trajectories"
 FORMAT_VERSION = 1
+STATE_FORMAT = "kipcore-expert-state"
+STATE_VERSION = 1
 
 
 class TrajectoriesError(KipcoreError, ValueError):
@@ -145,6 +148,59 @@ def load_trajectories(path, verify: bool = True) -> Trajectories:
     if not np.isfinite(expert).all():
       raise TrajectoriesError(f"{path}: expected finite values, got others in expert {i}")
   return Trajectories(array, metadata)
+
+
+def save_expert_state(path, state: ExpertState, metadata: dict) -> None:
+  """Writes the unfinished training of an expert, atomically.
+
+  Args:
+    path: file name that ends in `.npz`.
+    state: what `train_expert` gives to its argument `progress`.
+    metadata: JSON-compatible dict: architecture, data, seeds, how the expert is trained.
+
+  Raises:
+    OSError: if the file cannot be written.
+  """
+  arrays: dict = {
+    "step": state.step,
+    "parameters": state.parameters,
+    "velocity": state.velocity,
+    "trajectory": state.trajectory,
+    "accuracies": np.asarray(state.accuracies, np.float64),
+    **{f"sampler_{i}": array for i, array in enumerate(state.sampler)},
+  }
+  npz.save_checked(path, arrays, STATE_FORMAT, STATE_VERSION, {"about": metadata})
+
+
+def load_expert_state(path) -> tuple[ExpertState, dict]:
+  """Reads a file of `save_expert_state`.
+
+  Args:
+    path: file name.
+
+  Returns:
+    The state, for the argument `start` of `train_expert`, and the metadata.
+
+  Raises:
+    TrajectoriesError: for a damaged file, or one of another kind or a newer format.
+  """
+  names = ("step", "parameters", "velocity", "trajectory", "accuracies")
+  try:
+    arrays, metadata = npz.load_checked(path, STATE_FORMAT, STATE_VERSION, names)
+    count = sum(name.startswith("sampler_") for name in arrays)
+    state = ExpertState(
+      int(arrays["step"]),
+      arrays["parameters"],
+      arrays["velocity"],
+      tuple(arrays[f"sampler_{i}"] for i in range(count)),
+      arrays["trajectory"],
+      tuple(arrays["accuracies"].tolist()),
+    )
+    return state, dict(metadata["about"])
+  except (npz.NpzError, KeyError, TypeError, ValueError) as error:
+    raise TrajectoriesError(
+      f"{path}: expected the unfinished training of an expert, got something else ({repr(error)[:200]})"
+    ) from error
 
 
 def _pair(path) -> tuple[pathlib.Path, pathlib.Path]:

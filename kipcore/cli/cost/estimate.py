@@ -206,7 +206,7 @@ def of_selection(
     f"points ({strategy})": of_initialization(strategy, rows, support, features, classes),
     **scored,
     "solved labels": Work(rows * support, 2.0 * rows * support**2),
-    **({} if strategy in ("kmeans", "noise") else {"certificate": certificate}),
+    **({} if strategy in ("kmeans", "noise", "rded") else {"certificate": certificate}),
     "scores of the test rows": Work(5 * test * support),
   }
 

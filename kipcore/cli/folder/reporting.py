@@ -200,6 +200,8 @@ def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> Sequen
       for name, key, note in (
         ("the initialization", "init", result["init"]),
         ("random real data", "random_baseline", "same size"),
+        ("the initialization with expert labels", "expert_init", result["init"]),
+        ("random real data with expert labels", "expert_random_baseline", "same size"),
       )
       if f"{key}_network_test_accuracy_mean" in result
     ]
@@ -249,7 +251,12 @@ def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> Sequen
 def _network_entries(result: dict) -> list[tuple[str, str, str]]:
   """The cards of a set for networks: its accuracy and those of other sets under the same protocol."""
   own = result["network_test_accuracy_mean"]
-  names = {"random_baseline": "random real data", "init": "the initialization"}
+  names = {
+    "random_baseline": "random real data",
+    "init": "the initialization",
+    "expert_random_baseline": "random real data with expert labels",
+    "expert_init": "the initialization with expert labels",
+  }
   others = {
     name: result[f"{key}_network_test_accuracy_mean"]
     for key, name in names.items()
@@ -579,6 +586,16 @@ def _selection(folder, config: dict, result: dict, stored: artifact.Artifact) ->
         "the points, weighted regression",
         f"random real data: {weighted_random}",
       ),
+    )
+  if "expert_epoch" in result:
+    with_classes = _percent(result["class_labels_test_accuracy"])
+    entries[0] = (entries[0][0], "the points with expert labels", entries[0][2])
+    entries.append(
+      (
+        _percent(result["expert_random_baseline_test_accuracy"]),
+        "random real data with expert labels",
+        f"the points with class labels: {with_classes}",
+      )
     )
   scored = {
     "effective dimension": f"{result['d_eff']:.1f}, at least {result['d_eff_lower']:.1f}",

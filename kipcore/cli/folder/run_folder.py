@@ -32,8 +32,9 @@ RUN_FILES = {
   "selection.npz": "indices of the selected rows (-1 for synthetic points), their weights, and the scores of all training rows",
   "certificate.json": "what a weighted regression on the selected points loses, measured and guaranteed",
   "certificate.png": "the scores, and the selected points among them",
-  "experts.npy": "trajectories of the networks that mtt imitates",
+  "experts.npy": "parameters of the networks that mtt or expert labels learn from, after every epoch",
   "experts.json": "how they were trained",
+  "expert_choice.json": "the epoch of the expert that labels the images, and the validation accuracy of students by epoch",
   "cells.csv": "one line per cell of the grid",
   "comparison.md": "the table: means over seeds, their deviations, and the gain of each initialization and sampler",
   "comparison.png": "the same as bars",
@@ -42,7 +43,15 @@ CHECKPOINTS = "checkpoints"
 # Marks a run that failed, whose files and checkpoints a new run may replace.
 FAILED = ".failed"
 # Files that a run without a result may leave; a new run replaces them.
-_UNFINISHED = {"config.json", "metrics.jsonl", "experts.npy", "experts.json"}
+_UNFINISHED = {
+  "config.json",
+  "metrics.jsonl",
+  "experts.npy",
+  "experts.json",
+  "expert_choice.json",
+}
+# Experts whose training is not finished.
+_PARTIAL = "experts.npy.partial"
 
 
 def planned(output_dir: str | None, name: str, overwrite: bool) -> pathlib.Path:
@@ -120,6 +129,12 @@ def discard(path: pathlib.Path) -> None:
   with contextlib.suppress(OSError):  # there is none, or other files are in it
     (path / "tensorboard").rmdir()
   shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+  discard_experts(path)
+
+
+def discard_experts(path: pathlib.Path) -> None:
+  """Deletes the unfinished experts of a run."""
+  shutil.rmtree(path / _PARTIAL, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -146,8 +161,9 @@ def releasing(path: pathlib.Path, new: bool = True) -> Iterator[None]:
 
 
 def _checkpoints(path: pathlib.Path) -> bool:
-  """Whether a folder holds at least one checkpoint."""
-  return any(child.name.isdigit() for child in path.glob(f"{CHECKPOINTS}/*"))
+  """Whether a folder holds at least one checkpoint, of the steps or of experts."""
+  found = any(child.name.isdigit() for child in path.glob(f"{CHECKPOINTS}/*"))
+  return found or any(path.glob(f"{_PARTIAL}/*.npz"))
 
 
 def not_writable(path, error: OSError) -> UsageError:

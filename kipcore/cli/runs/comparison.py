@@ -163,6 +163,10 @@ def plan(config: CompareConfig, shared: dict) -> dict[Cell, DistillConfig]:
   resolved = {cell: config_of(config, shared, cell) for cell in cells_of(config)}
   for cell_config in resolved.values():
     pipeline.check(cell_config)
+    if cell_config.labels == "expert":
+      raise UsageError(
+        "--set: expected labels=class or labels=learned, got labels=expert, which only kipcore-distill has"
+      )
   return resolved
 
 

@@ -62,6 +62,8 @@ def distillation(config: DistillConfig, planned: pipeline.Plan) -> tuple[list, l
     Part(f"scores of random {pipeline.noun(data)}, initialization, progress and result", expected)
   )
   stored = [Part("training and test rows", estimate.rows_bytes(data))]
+  if config.labels == "expert" and config.method != "mtt":
+    seconds += _label_expert(config, data, support)
   if not recipes.has_loop(config):
     seconds.append(Part(config.method, _direct(config, planned, support, pair_seconds, rate)))
     stored.append(Part("kernel and feature matrices", _matrices(config, planned)))
@@ -263,9 +265,30 @@ def _experts(config, data, support) -> tuple[list, list]:
   ], on_disk
 
 
+def _label_expert(config, data, support) -> list:
+  """Seconds of the expert of the labels, at most, unless its file exists, and of the students of all tried epochs."""
+  one, compiled = estimate.of_network(
+    pipeline.network_evaluator(config, data), support, len(data.x_validation)
+  )
+  students = experts.num_students(config.expert_epochs)
+  seconds = [
+    Part(f"{students} networks to choose the epoch of the expert", students * one + compiled)
+  ]
+  if config.experts and pathlib.Path(config.experts).exists():
+    experts.label_expert(config, data, config.experts)
+    return seconds
+  rows = min(_EXPERT_ROWS, len(data.x_train))
+  part = data._replace(x_train=data.x_train[:rows], y_train=data.y_train[:rows])
+  again, compiled, _ = _apart(lambda: experts.one_epoch(config, part))
+  every = (config.expert_rows or len(data.x_train)) / rows
+  name = f"an expert of at most {config.expert_epochs} epochs"
+  return [Part(name, compiled + config.expert_epochs * again * every), *seconds]
+
+
 def _networks(config, data, support) -> tuple[float, float]:
   one, compiled = estimate.of_network(
     pipeline.network_evaluator(config, data), support, len(data.x_test)
   )
-  networks = config.network_seeds + 2 * min(config.network_seeds, 2)
+  others = 4 if config.labels == "expert" else 2
+  networks = config.network_seeds + others * min(config.network_seeds, 2)
   return networks * one, compiled

@@ -29,6 +29,7 @@ from kipcore.cli.runs import direct, experts, fitting, loading
 from kipcore.cli.runs.direct import Outcome
 from kipcore.cli.runs.loading import Data, load, prepare  # noqa: F401, for callers
 from kipcore.distillation import importance, loop, method, optimizers
+from kipcore.distillation.methods import expert_labels
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.evaluation import networks as network_evaluation
 from kipcore.evaluation import protocols, ranking
@@ -61,7 +62,7 @@ class Start(NamedTuple):
 
 
 def start(config: DistillConfig, data: Data) -> Start:
-  """The initial support: with its weights absorbed, or with optimal labels if labels are learned.
+  """The initial support: with its weights absorbed, or with optimal labels if labels are learned; classes for expert labels.
 
   For methods through finite networks, synthetic points get the norm of the rows.
   """
@@ -83,7 +84,8 @@ def start(config: DistillConfig, data: Data) -> Start:
   if stride := label_stride(config, data, support.x.shape[0]):
     x, y = data.x_train[::stride], data.y_train[::stride]
     return Start(chosen, with_solved_labels(config, data, support, x, y), x.shape[0])
-  if chosen.ridge is not None and not recipes.RECIPES[config.method].hard_labels:
+  classes = recipes.RECIPES[config.method].hard_labels or config.labels == "expert"
+  if chosen.ridge is not None and not classes:
     used = krr.relative_ridge(kernel_fn.diag(chosen.x), config.relative_ridge)
     support, _ = absorb.absorb_weights(kernel_fn, chosen, chosen.ridge, used)
   return Start(chosen, support)
@@ -95,7 +97,8 @@ def label_stride(config: DistillConfig, data: Data, support_size: int) -> int:
   Evenly spaced rows, so that expensive kernels and short runs spend at most a tenth of their target
   evaluations on it.
   """
-  if not (config.method == "kip" and config.learn_labels and config.solve_labels):
+  solved = config.solve_labels and config.labels != "expert"
+  if not (config.method == "kip" and config.learn_labels and solved):
     return 0
   rows = data.x_train.shape[0]
   stride = -(-rows // max(config.steps * batch_size_of(config, data) // 10, 1))
@@ -122,8 +125,10 @@ def distill(config: DistillConfig, data: Data, support: Support, **hooks) -> Out
   if not recipes.has_loop(config):
     return direct.METHODS[config.method](config, data, support)
   batch_size = batch_size_of(config, data)
+  policy = hooks.get("checkpoint_policy")
+  stop = () if policy is None else (policy.stop,)
   evaluations = (
-    experts.prepare(config, data, sampler_of(config), config.experts)
+    experts.prepare(config, data, sampler_of(config), config.experts, *stop)
     if config.method == "mtt"
     else 0
   )
@@ -280,6 +285,46 @@ def _network_accuracies(config: DistillConfig, data: Data, support: Support) -> 
   return [float(score) for score in scores]
 
 
+class ExpertLabels(NamedTuple):
+  """The expert that labels the images of a run, the chosen epoch, and the target evaluations of its training."""
+
+  expert: experts.Expert
+  choice: expert_labels.ExpertChoice
+  target_evaluations: int
+
+  def of(self, x) -> Support:
+    """Images with its labels."""
+    return experts.labeled(self.expert, self.choice.epoch, x)
+
+  def result(self) -> dict:
+    """What is recorded in `result.json`."""
+    return {
+      "expert_epoch": self.choice.epoch,
+      "expert_epochs": len(self.expert.trajectory) - 1,
+      "expert_validation_accuracies": {
+        str(epoch): accuracy for epoch, accuracy in self.choice.accuracies.items()
+      },
+    }
+
+
+def label_with_expert(
+  config: DistillConfig, data: Data, x, folder: pathlib.Path, stop: StopSignals, shown: bool
+) -> ExpertLabels:
+  """The expert of a run with `--labels=expert`, trained unless its file exists, at the epoch that is best for images `x`."""
+  try:
+    with stop.at_checkpoints(), progress.working("training an expert", shown=shown):
+      if config.method == "mtt":  # whose experts serve as well
+        experts.prepare(config, data, sampler_of(config), config.experts, stop)
+      expert = experts.label_expert(config, data, config.experts, stop)
+  except Stopped as error:
+    raise Stopped(str(error), stop.status) from None
+  students = network_evaluator(config, data)
+  with progress.working("choosing the epoch of the expert", shown=shown):
+    choice = experts.choose(config, data, expert, x, students, folder)
+  own = 0 if config.method == "mtt" else expert.target_evaluations
+  return ExpertLabels(expert, choice, own)
+
+
 class Plan(NamedTuple):
   """A checked run: data, devices, targets per step, random real images, sizes, name of the folder, targets per block, and the settings with what depends on the data."""
 
@@ -310,6 +355,9 @@ def plan(config: DistillConfig, data: Data | None = None) -> Plan:
   check(config)
   data = load(config) if data is None else data
   config = dataclasses.replace(config, architecture=data.kernel_fn.arch.name)
+  if config.labels == "expert":
+    experts.check_validation(data)
+    experts.rows_of(config, data)
   batch = batch_size_of(config, data) if recipes.has_loop(config) else data.x_train.shape[0]
   baselines = [
     random_support(keys.stream(config.seed, f"baseline {draw}"), data, config.images_per_class)
@@ -422,7 +470,7 @@ def _run(
   )
   last = kept.last() if checkpoints.resume else None
   events = event_log.EventLog(folder if tensorboard else None)
-  if config.method == "mtt" and not config.experts:
+  if (config.method == "mtt" or config.labels == "expert") and not config.experts:
     config = dataclasses.replace(config, experts=str(folder / "experts.npy"))
   if checkpoints.resume:
     run_folder.write_metrics(folder, last.history if last else [])
@@ -448,10 +496,24 @@ def _run(
     f"initialization ({config.init})", shown=verbose, remedy=planner.FEWER_ROWS
   ):
     chosen, support, evaluations = start(config, data)
-    init_accuracy = score(config, data, support)
+  labels_text = ", solved labels" if evaluations else ""
+  others, labeling = {"init": support, "random_baseline": baselines[0]}, None
+  if config.labels == "expert":
+    labeling = label_with_expert(config, data, support.x, folder, stop, verbose)
+    evaluations += labeling.target_evaluations
+    others["expert_init"] = labeling.of(support.x)
+    others["expert_random_baseline"] = labeling.of(baselines[0].x)
+    accuracy = labeling.choice.accuracies[labeling.choice.epoch]
+    write(
+      f"labels of an expert after epoch {labeling.choice.epoch} of {len(labeling.expert.trajectory) - 1}, which teaches "
+      f"networks best: {100 * accuracy:.1f} % accuracy on validation rows"
+    )
+    if not recipes.RECIPES[config.method].hard_labels:
+      support, labels_text = others["expert_init"], ", expert labels"
+  init_accuracy = score(config, data, support)
   write(
     f"random real {noun(data)}: {100 * np.mean(baseline):.1f} % test accuracy (mean of {_BASELINE_DRAWS} draws); "
-    f"initial {noun(data)} ({chosen.strategy}{', solved labels' if evaluations else ''}): {100 * init_accuracy:.1f} %"
+    f"initial {noun(data)} ({chosen.strategy}{labels_text}): {100 * init_accuracy:.1f} %"
   )
   validation = data.x_validation[: sizes.validation], data.y_validation[: sizes.validation]
   with progress.Steps(
@@ -498,10 +560,11 @@ def _run(
       write,
     )
 
+  if labeling is not None and recipes.RECIPES[config.method].hard_labels:
+    outcome = outcome._replace(support=labeling.of(outcome.support.x))
   with progress.working("scoring", shown=verbose, remedy=planner.FEWER_ROWS):
     test_accuracy = score(config, data, outcome.support)
   with progress.working("training networks on the result", shown=verbose):
-    others = {"init": support, "random_baseline": baselines[0]}
     networks = network_scores(config, data, outcome.support, others)
   measured = {}
   if config.measure_gain and has_loop:
@@ -514,6 +577,7 @@ def _run(
     "teach": config.teach or recipes.taught_by(config.method),
     "init": config.init,
     "sampler": config.sampler,
+    "labels": labels_of(config),
     "architecture": config.architecture,
     "kernel": config.kernel,
     "seed": config.seed,
@@ -525,6 +589,7 @@ def _run(
     **measured,
     **networks,
     **scored_by(config),
+    **({} if labeling is None else labeling.result()),
     "importance_gain": outcome.importance_gain,
     **outcome.own,
     "random_baseline_test_accuracy": float(np.mean(baseline)),
@@ -555,6 +620,15 @@ def _run(
   kept.done()
   write(_summary(folder, config, data, result))
   return folder, result
+
+
+def labels_of(config: DistillConfig) -> str:
+  """What the labels of a result are: class, learned or expert."""
+  if config.labels:
+    return config.labels
+  recipe = recipes.RECIPES[config.method]
+  fixed = recipe.hard_labels or not (config.learn_labels or config.method == "rcig")
+  return "class" if recipes.has_loop(config) and fixed else "learned"
 
 
 def noun(data: Data) -> str:
@@ -594,6 +668,7 @@ def check(config: DistillConfig) -> None:
     checks.one_of("--protocol", config.protocol, tuple(protocols.PROTOCOLS))
     sampler_of(config)
     recipes.options_of(config)
+    recipes.check_labels(config)
     if recipes.has_loop(config) and config.method != "mtt":  # it needs its experts
       arch = architecture(loading.architecture_of(config))
       kernel_fn = kernels.NetworkKernel(arch, config.kernel)
@@ -662,8 +737,17 @@ def _network_summary(result: dict, m: int, kind: str) -> list[str]:
   own = result["network_test_accuracy_mean"]
   spread = result.get("network_test_accuracy_std")
   deviation = "" if spread is None else f" (standard deviation {100 * spread:.2f} points)"
-  names = {f"{m} random real {kind}": "random_baseline", f"the initial {kind}": "init"}
-  others = {name: result[f"{key}_network_test_accuracy_mean"] for name, key in names.items()}
+  names = {
+    f"{m} random real {kind}": "random_baseline",
+    f"the initial {kind}": "init",
+    f"{m} random real {kind} with expert labels": "expert_random_baseline",
+    f"the initial {kind} with expert labels": "expert_init",
+  }
+  others = {
+    name: result[f"{key}_network_test_accuracy_mean"]
+    for name, key in names.items()
+    if f"{key}_network_test_accuracy_mean" in result
+  }
   compare = ", ".join(
     f"{compared(own, other)} {name} ({100 * other:.1f} %)" for name, other in others.items()
   )

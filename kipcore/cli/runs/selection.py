@@ -1,9 +1,10 @@
 """A selection: scores, points, weights, the measured certificate, and test accuracies."""
 
+import dataclasses
 import functools
 import pathlib
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,15 +16,20 @@ from kipcore.cli.cost import estimate, progress
 from kipcore.cli.cost.estimate import Part
 from kipcore.cli.errors import UsageError, usage
 from kipcore.cli.folder import lock, outputs, readme, reporting, run_folder
-from kipcore.cli.runs import loading, pipeline
+from kipcore.cli.runs import experts, loading, pipeline
+from kipcore.distillation.methods import expert_labels
+from kipcore.evaluation import ranking
 from kipcore.report import pictures
-from kipcore.selection import absorb, certificate, coreset
+from kipcore.selection import absorb, certificate, coreset, crops
 from kipcore.types import Support
 
 # With more rows the dual lower bound on F*, which evaluates every kernel entry, is replaced by that of the scores.
 _DUAL_ROWS = 10_000
 # Compilation, and the files of the run with the import of matplotlib.
 _COMPILING_SECONDS, _FILES_SECONDS = 12.0, 5.0
+
+
+_RDED = "rded"
 
 
 class Plan(NamedTuple):
@@ -50,8 +56,12 @@ def plan(config: SelectConfig) -> Plan:
   validate(config)
   score_ridge = _score_ridge(config.score_ridge)
   with usage():
-    checks.one_of("--strategy", config.strategy, coreset.STRATEGIES)
+    checks.one_of("--strategy", config.strategy, (*coreset.STRATEGIES, _RDED))
+    checks.one_of("--labels", config.labels or "class", ("class", "expert"))
   data = pipeline.load(config)
+  if _needs_expert(config):
+    experts.check_validation(data)
+    experts.rows_of(config, data)
   baseline = pipeline.random_support(
     keys.stream(config.seed, "baseline 0"), data, config.images_per_class
   )
@@ -118,23 +128,39 @@ def _run(config: SelectConfig, planned: Plan, folder: pathlib.Path, verbose: boo
   x, y, m = jnp.asarray(data.x_train), jnp.asarray(data.y_train), baseline.x.shape[0]
   if expected := estimate.worth_reporting(*expectation(config, data, m)):
     write(expected)
+  expert: Any = None
+  if _needs_expert(config):
+    with working("training an expert"):
+      expert = _expert(config, data, folder)
   with usage(), working(f"selecting points ({config.strategy}) and scoring all rows"):
-    chosen = coreset.select_coreset(
-      config.seed,
-      x,
-      y,
-      config.images_per_class,
-      config.strategy,
-      data.kernel_fn,
-      config.relative_ridge,
-      score_ridge,
+    chosen = (
+      by_losses(config, data, expert)
+      if config.strategy == _RDED
+      else coreset.select_coreset(
+        config.seed,
+        x,
+        y,
+        config.images_per_class,
+        config.strategy,
+        data.kernel_fn,
+        config.relative_ridge,
+        score_ridge,
+      )
     )
     ridge, scores = (
       (chosen.ridge, chosen.scores)
       if chosen.scores is not None
       else coreset.score_rows(config.seed, x, y, m, data.kernel_fn, score_ridge)
     )
-  support = Support(chosen.x, chosen.y)
+  support, labeled, recorded = Support(chosen.x, chosen.y), {}, {}
+  if config.labels == "expert":
+    with working("choosing the epoch of the expert"):
+      labeling = _labeling(config, data, expert, chosen.x, folder)
+    labeled = {
+      "class_labels_test_accuracy": support,
+      "expert_random_baseline_test_accuracy": labeling.of(baseline.x),
+    }
+    support, recorded = labeling.of(chosen.x), labeling.result()
   used = krr.relative_ridge(data.kernel_fn.diag(chosen.x), config.relative_ridge)
   with working("solving for labels"):
     solved = krr.label_solve_rows(
@@ -152,6 +178,7 @@ def _run(config: SelectConfig, planned: Plan, folder: pathlib.Path, verbose: boo
       "random_baseline_weighted_test_accuracy": _weighted(
         config, data, _as_coreset(data, baseline), ridge
       ),
+      **labeled,
     }
     accuracies = {name: pipeline.score(config, data, each) for name, each in scored.items()}
   result = {
@@ -160,6 +187,8 @@ def _run(config: SelectConfig, planned: Plan, folder: pathlib.Path, verbose: boo
     "chosen_strategy": chosen.strategy,
     "seed": config.seed,
     "support_size": m,
+    "labels": config.labels or "class",
+    **recorded,
     "score_ridge": ridge,
     "d_eff": float(scores.effective_dimension),
     "d_eff_lower": float(scores.effective_dimension_lower),
@@ -199,6 +228,52 @@ def _run(config: SelectConfig, planned: Plan, folder: pathlib.Path, verbose: boo
   readme.of_selection(folder, config, result)
   write(_summary(folder, data, result))
   return result
+
+
+def _needs_expert(config: SelectConfig) -> bool:
+  return config.labels == "expert" or config.strategy == _RDED
+
+
+def _expert(config: SelectConfig, data: pipeline.Data, folder: pathlib.Path) -> experts.Expert:
+  """The expert of the file, or of the run folder."""
+  path = config.experts or folder / "experts.npy"
+  try:
+    return experts.label_expert(config, data, path)
+  except BaseException:
+    if not config.experts:  # another run has another folder
+      run_folder.discard_experts(folder)
+    raise
+
+
+def by_losses(config: SelectConfig, data: pipeline.Data, expert: experts.Expert) -> coreset.Coreset:
+  """Crops of the pixels with the lowest loss of the expert after its last epoch, preprocessed."""
+  dtype = data.x_train.dtype
+  prepared = lambda pixels: jnp.asarray(data.preprocess.apply(np.asarray(pixels), dtype))
+  chosen = crops.rded(
+    config.seed,
+    np.asarray(data.raw.x_train, dtype),
+    data.y_train,
+    config.images_per_class,
+    lambda pixels, y: expert_labels.expert_losses(
+      expert.module, expert.trajectory[-1], prepared(pixels), y
+    ),
+  )
+  return dataclasses.replace(chosen, x=prepared(chosen.x))
+
+
+def _labeling(
+  config: SelectConfig, data: pipeline.Data, expert: experts.Expert, x, folder: pathlib.Path
+) -> pipeline.ExpertLabels:
+  """The labels at the epoch that teaches networks of the run's architecture best."""
+  students = ranking.NetworkEvaluator(
+    data.kernel_fn.arch,
+    config.width,
+    None,
+    num_steps=config.network_steps or None,
+    protocol="soft",
+  )
+  choice = experts.choose(config, data, expert, x, students, folder)
+  return pipeline.ExpertLabels(expert, choice, expert.target_evaluations)
 
 
 def _score_ridge(text: str):
@@ -274,12 +349,20 @@ def _summary(folder, data: pipeline.Data, result: dict) -> str:
     f"effective dimension {result['d_eff']:.1f}, total sensitivity {result['total_sensitivity']:.1f}, "
     f"max / mean score {result['max_over_mean_score']:.2f}",
   ]
+  if "expert_epoch" in result:
+    lines.insert(
+      1,
+      f"with labels of an expert after epoch {result['expert_epoch']} of {result['expert_epochs']}; with class labels: "
+      f"{percent('class_labels_test_accuracy')}, random ones with expert labels: "
+      f"{percent('expert_random_baseline_test_accuracy')}",
+    )
   if accuracy < random:
     lines.append(f"warning: the selection is worse than random {kind}; try another --strategy")
+  scores = next(i for i, line in enumerate(lines) if line.startswith("effective dimension"))
   if result["measured_epsilon"] is not None:
-    lines[2] += f", measured epsilon {result['measured_epsilon']:.2f}"
+    lines[scores] += f", measured epsilon {result['measured_epsilon']:.2f}"
   if result["objective_ratio"] is not None:
-    lines[2] += f", F/F* at most {result['objective_ratio']:.2f}"
+    lines[scores] += f", F/F* at most {result['objective_ratio']:.2f}"
   lines.append(f"{result['wall_seconds']:.1f} s in total")
   files = ", ".join(run_folder.visible_files(folder))
   return "\n".join([*lines, f"written to {folder}: {files}"])

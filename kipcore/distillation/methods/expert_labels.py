@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from jaxtyping import Float
 
 from kipcore import blocks, checks, keys
@@ -97,12 +98,13 @@ def choose_expert(
   rows: Float[ArrayLike, "m ..."],
   x: Float[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
-  arch: Architecture | None = None,
+  arch: Architecture | nn.Module | None = None,
   epochs: Sequence[int] | None = None,
   protocol: str | Protocol = "soft",
   width: Integer = 32,
   num_steps: Integer | None = None,
   num_seeds: Integer = 1,
+  norm: str | None = None,
 ) -> ExpertChoice:
   """The epoch whose labels teach students best, by their mean accuracy on validation rows.
 
@@ -121,6 +123,7 @@ def choose_expert(
     width: of the students.
     num_steps: of the students; None for those of the protocol.
     num_seeds: students per epoch.
+    norm: normalization of the students; None for that of the protocol.
 
   Returns:
     `ExpertChoice`; of equal accuracies the earliest epoch.
@@ -144,6 +147,7 @@ def choose_expert(
       num_seeds,
       width,
       num_steps,
+      norm=norm,
       protocol=protocol,
     )
     accuracies[int(epoch)] = float(np.mean(scores))

@@ -2,22 +2,47 @@
 
 import functools
 import math
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
-from kipcore import augment, checks, keys, krr, linalg
+from kipcore import augment, blocks, checks, keys, krr, linalg
 from kipcore.distillation import samplers
 from kipcore.distillation.features import cross_entropy, outputs
 from kipcore.distillation.method import Sampler
 from kipcore.distillation.targets import Targets, arrange_targets
 from kipcore.networks import Network
-from kipcore.types import Array, ArrayLike, LossInfo, Status
+from kipcore.types import Array, ArrayLike, Integer, LossInfo, Status
+
+_BLOCK = 500
+# Time between two calls of `progress` within an epoch, and the steps before the first.
+_PROGRESS_SECONDS, _FIRST_STEPS = 10.0, 8
+
+
+class ExpertState(NamedTuple):
+  """The training of an expert between two steps: all that the remaining ones depend on.
+
+  Attributes:
+    step: steps done.
+    parameters: `(p,)` current parameters.
+    velocity: `(p,)` of the momentum.
+    sampler: arrays of the state of the sampler.
+    trajectory: `(epochs done + 1, p)` parameters at the start and after each epoch.
+    accuracies: validation accuracy after each epoch; empty without validation rows.
+  """
+
+  step: int
+  parameters: Float[ArrayLike, " p"]
+  velocity: Float[ArrayLike, " p"]
+  sampler: tuple[Shaped[ArrayLike, "..."], ...]
+  trajectory: Float[ArrayLike, "points p"]
+  accuracies: tuple[float, ...] = ()
 
 
 def flat_parameters(
@@ -51,6 +76,10 @@ def train_expert(
   sampler: Sampler = samplers.Uniform(),
   momentum: float = 0.0,
   augmentation: str = "",
+  validation: tuple[Float[ArrayLike, "m ..."], Float[ArrayLike, "m c"]] | None = None,
+  patience: Integer = 0,
+  start: ExpertState | None = None,
+  progress: Callable[[ExpertState], None] | None = None,
 ) -> Float[Array, "points p"]:
   """Trains one network by SGD on the cross-entropy of hard labels and keeps its parameters after every epoch.
 
@@ -63,6 +92,9 @@ def train_expert(
   Differences from the published code: rows are drawn at each step instead of permuted once per epoch, one transform serves
   all images of a step (same expected gradient, more variance), and initial weights are Gaussian (He) instead of uniform.
 
+  Training can be interrupted: a call with the same arguments and the last state that `progress` received continues from
+  there, with the result of an uninterrupted call, bit for bit.
+
   Args:
     key: random key (or int seed) of this expert.
     module: the network, without batch norm.
@@ -74,13 +106,19 @@ def train_expert(
     sampler: any sampler with `refresh_every` 0.
     momentum: in [0, 1].
     augmentation: names for `augment.random_augmentation`, one transform per step; "" for none.
+    validation: rows and labels whose accuracy is recorded after every epoch; None for none.
+    patience: end training when this many epochs in a row have not improved the validation accuracy; 0 for never.
+    start: a state of the same training to continue from; None for the beginning.
+    progress: called with the state after every epoch, and every few seconds within an epoch.
 
   Returns:
-    `(num_epochs + 1, p)`: parameters at the start and after each epoch, flattened by `ravel_pytree`, in the dtype of `x`.
+    `(num_epochs + 1, p)`, or fewer rows if training ended early: parameters at the start and after each epoch, flattened by
+    `ravel_pytree`, in the dtype of `x`.
 
   Raises:
     NumericalError: if training diverged.
-    ValueError, TypeError: for shapes that disagree, integers, numbers out of range, batch norm, or a sampler with a refresh.
+    ValueError, TypeError: for shapes that disagree, integers, numbers out of range, batch norm, a sampler with a refresh,
+      patience without validation rows, or a state of another training.
 
   References:
     Cazenavette et al. (2022), MTT, section 3.1.
@@ -91,33 +129,108 @@ def train_expert(
   batch_size = checks.positive_int("batch_size", batch_size)
   learning_rate = checks.number("learning_rate", learning_rate, 0, above=True)
   momentum = checks.number("momentum", momentum, 0, 1)
+  patience = checks.integer("patience", patience, 0)
   augment.random_augmentation(augmentation)
   if sampler.refresh_every:
     raise ValueError(f"sampler: expected refresh_every = 0, got {sampler.refresh_every}")
-  flat_parameters(module, x)
+  if validation is not None:
+    checks.same_rows("validation[0]", validation[0], "validation[1]", validation[1])
+    if not len(validation[0]):
+      raise ValueError("validation: expected at least one row, got none")
+  elif patience:
+    raise ValueError(f"patience: expected 0 without validation rows, got {patience}")
+  size, _ = flat_parameters(module, x)
   key = keys.canonical_key(key)
   targets = jax.tree.map(
     lambda a: jnp.asarray(a[0]), arrange_targets(x, y, 1, keys.stream(key, "arrange"))
   )
-  static = (module, sampler, augmentation, num_epochs, min(batch_size, x.shape[0]))
+  static = (module, sampler, augmentation, min(batch_size, x.shape[0]))
   rates = jnp.asarray([learning_rate, momentum], targets.x.dtype)
-  trajectory = _train(*static, key, targets, rates)
-  checks.raise_for_status(
-    "training of an expert", Status.OK if np.isfinite(trajectory[-1]).all() else Status.NOT_FINITE
+  epoch_steps = math.ceil(x.shape[0] / static[-1])
+  first = _first(module, key, targets.x[:1])
+  fresh = sampler.init(targets.class_counts, x.shape[0])
+  leaves, structure = jax.tree.flatten(fresh)
+  if start is None:
+    zero = np.zeros_like(first)
+    start = ExpertState(0, first, zero, tuple(map(np.asarray, leaves)), np.asarray(first)[None])
+  _check_state(start, size, leaves, epoch_steps)
+  strong = lambda array: jnp.asarray(np.asarray(array))
+  state = (
+    strong(start.parameters),
+    strong(start.velocity),
+    jax.tree.unflatten(structure, map(strong, start.sampler)),
   )
-  return trajectory
+  step, walk, accuracies = start.step, list(np.asarray(start.trajectory)), list(start.accuracies)
+  count = _FIRST_STEPS
+  while len(walk) <= num_epochs and not _finished(accuracies, patience):
+    end = len(walk) * epoch_steps
+    last = end if progress is None else min(step + count, end)
+    began = time.perf_counter()
+    state = jax.block_until_ready(
+      _train(*static, key, targets, rates, state, jnp.int32(step), jnp.int32(last))
+    )
+    rate = (last - step) / max(time.perf_counter() - began, 1e-9)
+    count, step = min(max(int(_PROGRESS_SECONDS * rate), 1), 4 * count), last
+    if step == end:
+      walk.append(np.asarray(state[0]))
+      checks.raise_for_status(
+        "training of an expert", Status.OK if np.isfinite(walk[-1]).all() else Status.NOT_FINITE
+      )
+      if validation is not None:
+        accuracies.append(float(_accuracy(module, state[0], *map(jnp.asarray, validation))))
+    if progress is not None:
+      sampler_state = tuple(map(np.asarray, jax.tree.leaves(state[2])))
+      parameters, velocity = map(np.asarray, state[:2])
+      progress(
+        ExpertState(step, parameters, velocity, sampler_state, np.stack(walk), tuple(accuracies))
+      )
+  return jnp.asarray(np.stack(walk))
 
 
-@functools.partial(jax.jit, static_argnums=range(5))
-def _train(module, sampler, augmentation, num_epochs, size, key, targets: Targets, rates):
-  rate, momentum = rates
-  num_rows, num_classes = targets.y.shape
-  num_steps = math.ceil(num_rows / size)
-  _, variables = flat_parameters(module, targets.x)
+def _finished(accuracies: list[float], patience: int) -> bool:
+  """Whether the last `patience` epochs have not improved the best accuracy."""
+  return (
+    bool(patience and accuracies) and len(accuracies) - 1 - int(np.argmax(accuracies)) >= patience
+  )
+
+
+def _check_state(state: ExpertState, size: int, leaves: list, epoch_steps: int) -> None:
+  checks.shape("start.parameters", state.parameters, (size,))
+  checks.shape("start.velocity", state.velocity, (size,))
+  checks.shape("start.trajectory", state.trajectory, (None, size))
+  shapes = [np.shape(leaf) for leaf in leaves]
+  if (found := [np.shape(array) for array in state.sampler]) != shapes:
+    raise ValueError(f"start.sampler: expected arrays of shapes {shapes}, got {found}")
+  low = (len(state.trajectory) - 1) * epoch_steps
+  if not low <= state.step < low + epoch_steps:
+    raise ValueError(
+      f"start.step: expected {low} to {low + epoch_steps - 1} after {len(state.trajectory) - 1} epochs, got {state.step}"
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first(module, key, row):
   with linalg.permissive_promotion():
-    start = ravel_pytree(module.init(keys.stream(key, "init"), targets.x[:1])["params"])[0]
+    return ravel_pytree(module.init(keys.stream(key, "init"), row)["params"])[0]
 
-  def step(state, i):
+
+@functools.partial(jax.jit, static_argnums=0)
+def _accuracy(module, theta, x, y):
+  _, variables = flat_parameters(module, x)
+  logits = blocks.map_row_blocks(
+    lambda rows: outputs(module, variables(theta.astype(x.dtype)), rows), x, _BLOCK
+  )
+  return krr.accuracy(logits, y)
+
+
+@functools.partial(jax.jit, static_argnums=range(4))
+def _train(module, sampler, augmentation, size, key, targets: Targets, rates, state, first, last):
+  """The state (parameters, velocity, sampler) after the steps from `first` to `last`, whose number is not static."""
+  rate, momentum = rates
+  num_classes = targets.y.shape[1]
+  _, variables = flat_parameters(module, targets.x)
+
+  def step(i, state):
     theta, velocity, sampler_state = state
     step_key = keys.at_step(keys.stream(key, "step"), i)
     indices, weights = sampler.draw(keys.stream(step_key, "draw"), sampler_state, size)
@@ -137,16 +250,6 @@ def _train(module, sampler, augmentation, num_epochs, size, key, targets: Target
       per_example, predictions, krr.accuracy(predictions, y), jnp.zeros((), jnp.int32)
     )
     velocity = momentum * velocity + gradient
-    return (
-      theta - rate * velocity,
-      velocity,
-      sampler.update(sampler_state, indices, y, info),
-    ), None
+    return theta - rate * velocity, velocity, sampler.update(sampler_state, indices, y, info)
 
-  def epoch(state, i):
-    state, _ = jax.lax.scan(step, state, i * num_steps + jnp.arange(num_steps, dtype=jnp.int32))
-    return state, state[0]
-
-  first = (start, jnp.zeros_like(start), sampler.init(targets.class_counts, num_rows))
-  _, trajectory = jax.lax.scan(epoch, first, jnp.arange(num_epochs, dtype=jnp.int32))
-  return jnp.concatenate([start[None], trajectory])
+  return jax.lax.fori_loop(first, last, step, state)

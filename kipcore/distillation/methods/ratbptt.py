@@ -20,6 +20,7 @@ from kipcore.types import Array, Flag, Integer, LossInfo, Real, Support
 LOSSES = ("cross_entropy", "squared_error")
 # Share of the uniform distribution in the initial learned labels, whose logits are then finite.
 _SMOOTHING = 0.1
+_LEAST_PROBABILITY = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +75,7 @@ class RaTBPTT(Method):
     params = {"x": support.x, "y": support.y}
     if self.options.loss == "cross_entropy":
       labels = label_distribution(support.y)
-      if self.options.learn_labels:
-        labels = jnp.log((1 - _SMOOTHING) * labels + _SMOOTHING / labels.shape[1])
-      params["y"] = labels
+      params["y"] = _logits(labels) if self.options.learn_labels else labels
     if self.options.learn_rate:
       params["log_rate"] = jnp.zeros((), support.x.dtype)
     return params
@@ -194,3 +193,10 @@ def rat_bptt(module: Network, options: RaTBPTTOptions = RaTBPTTOptions()) -> Met
   """
   checks.one_of("module.norm", module.norm, ("none", "instance"))
   return RaTBPTT(module, options)
+
+
+def _logits(labels: Array) -> Array:
+  """Logits of distributions, to be learned: classes are smoothed, and soft labels kept up to the least probability."""
+  classes = jnp.max(labels, axis=1, keepdims=True) > 1 - _LEAST_PROBABILITY
+  smoothed = (1 - _SMOOTHING) * labels + _SMOOTHING / labels.shape[1]
+  return jnp.log(jnp.where(classes, smoothed, jnp.maximum(labels, _LEAST_PROBABILITY)))

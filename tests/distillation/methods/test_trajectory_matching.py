@@ -239,6 +239,89 @@ def test_one_compilation_serves_all_experts(small):
   assert experts._train._cache_size() == before + 1 and not np.array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+  "sampler", [samplers.uniform(), importance.importance("residual_norm", least_gain=1.0)]
+)
+def test_an_interrupted_expert_continues_with_equal_bits(sampler, small, tmp_path, monkeypatch):
+  """At any number of steps, also within an epoch, and through the file of its state."""
+  _, x, y, _ = small
+  arguments = (3, MODULE, x, y, 4, 0.2, 7, sampler, 0.9)
+  monkeypatch.setattr(experts, "_FIRST_STEPS", 2)
+  monkeypatch.setattr(experts, "_PROGRESS_SECONDS", 0.0)
+  whole = experts.train_expert(*arguments, validation=(x[:20], y[:20]))
+  path, seen = tmp_path / "state.npz", []
+
+  class Interruption(Exception):
+    pass
+
+  def interrupted(state):
+    trajectories.save_expert_state(path, state, {"seed": 3})
+    seen.append(state.step)
+    if len(seen) in (2, 15):
+      raise Interruption
+
+  start = None
+  for _ in range(2):
+    with pytest.raises(Interruption):
+      experts.train_expert(
+        *arguments, validation=(x[:20], y[:20]), start=start, progress=interrupted
+      )
+    start, about = trajectories.load_expert_state(path)
+    assert about == {"seed": 3}
+  assert seen[1] % 9 and len(start.trajectory) < 5
+  last = []
+  rest = experts.train_expert(
+    *arguments, validation=(x[:20], y[:20]), start=start, progress=last.append
+  )
+  assert rest.tobytes() == whole.tobytes() and last[0].step > start.step
+  # A finished training is returned without a step.
+  done = experts.train_expert(*arguments, start=last[-1], progress=lambda state: 1 / 0)
+  assert done.tobytes() == whole.tobytes()
+  accuracies = [
+    np.mean(forward(np.asarray(theta, np.float64), x[:20])[2].argmax(1) == y[:20].argmax(1))
+    for theta in whole[1:]
+  ]
+  np.testing.assert_allclose(last[-1].accuracies, accuracies, rtol=1e-6)
+
+
+def test_an_expert_stops_when_its_validation_accuracy_does_not_improve(small):
+  _, x, y, _ = small
+  states = []
+  arguments = (0, MODULE, x, y, 30, 0.5, 20)
+  full = experts.train_expert(*arguments, validation=(x, y), progress=states.append)
+  accuracies = states[-1].accuracies
+  for patience in (1, 3):
+    found = experts.train_expert(*arguments, validation=(x, y), patience=patience)
+    best, wanted = -1.0, 30
+    for epoch, accuracy in enumerate(accuracies, 1):
+      if accuracy > best:
+        best, last = accuracy, epoch
+      if epoch - last >= patience:
+        wanted = epoch
+        break
+    assert wanted < 30 and len(found) == wanted + 1
+    assert np.array_equal(found, full[: wanted + 1])
+
+
+def test_states_of_another_training_are_refused(small, tmp_path):
+  _, x, y, _ = small
+  states = []
+  experts.train_expert(0, MODULE, x, y, 2, 0.1, 20, progress=states.append)
+  state = states[-1]
+  for changed, message in (
+    (state._replace(parameters=state.parameters[:-1]), "start.parameters: expected shape"),
+    (state._replace(step=100), "start.step: expected 6 to 8 after 2 epochs, got 100"),
+    (state._replace(sampler=()), "start.sampler: expected arrays of shapes"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      experts.train_expert(0, MODULE, x, y, 2, 0.1, 20, start=changed)
+  with pytest.raises(ValueError, match="patience: expected 0 without validation rows, got 2"):
+    experts.train_expert(0, MODULE, x, y, 2, patience=2)
+  (tmp_path / "state.npz").write_bytes(b"no archive")
+  with pytest.raises(trajectories.TrajectoriesError, match="expected the unfinished training"):
+    trajectories.load_expert_state(tmp_path / "state.npz")
+
+
 def test_augmented_experts_see_transformed_images():
   module = networks.network(kipcore.conv_net(1), 4, C)
   x, y = (
