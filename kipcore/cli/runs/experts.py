@@ -29,6 +29,8 @@ _BATCH = 256
 _NORM = "instance"
 # Students per epoch from which the epoch of the labels is chosen.
 _STUDENTS = 2
+# Of experts for labels; those of MTT have none, as published.
+_MOMENTUM = 0.9
 _VALIDATION_ROWS = 2000
 _NAMES = (
   "dataset",
@@ -99,7 +101,7 @@ def label_expert(
 ) -> Expert:
   """The expert that labels or scores images: the first one of the file, trained if there is none.
 
-  Training uses uniform targets, instance normalization and augmentation (without mirror images for one channel), and ends
+  Training uses uniform targets, momentum 0.9, instance normalization and augmentation (without mirror images for one channel), and ends
   after `--patience` epochs without a better accuracy on the validation rows.
 
   Args:
@@ -121,7 +123,12 @@ def label_expert(
   with usage():
     if not path.exists():
       module, augmentation = _label_network(config, data)
-      about = _about(config, data, module, augmentation, len(rows))
+      about = {
+        **_about(config, data, module, augmentation, len(rows)),
+        "num_experts": 1,
+        "sampler": "uniform",
+        "momentum": _MOMENTUM,
+      }
       _train(config, data, rows, module, samplers.Uniform(), augmentation, 1, path, about, stop)
     found = trajectories.load_trajectories(path)
     known = found.metadata
@@ -241,23 +248,21 @@ def rows_of(config: ExpertConfig, data) -> np.ndarray:
 
 def _about(config: ExpertConfig, data, module: Network, augmentation: str, rows: int) -> dict:
   """What distinguishes one file of experts from another."""
-  labels = config.method != "mtt" if isinstance(config, DistillConfig) else True
-  own = {"num_experts": 1, "sampler": "uniform"} if labels else {}
   default = DistillConfig()
   return {
     **{name: getattr(config, name, getattr(default, name)) for name in _NAMES},
-    **own,
     "rows": rows,
     "augmentation": augmentation,
     "norm": module.norm,
     "architecture": module.arch.to_json(),
     "train_hash": data.raw.hashes["train"],
     "patience": config.patience,
+    "momentum": 0.0,
   }
 
 
 def _check_same(path, known: dict, about: dict) -> None:
-  known = {"patience": 0, **known}  # files of earlier versions
+  known = {"patience": 0, "momentum": 0.0, **known}  # files of earlier versions
   different = [name for name in about if known.get(name) != about[name]]
   if different:
     raise UsageError(
@@ -308,6 +313,7 @@ def _train(
       config.expert_epochs,
       batch_size=_BATCH,
       sampler=sampler,
+      momentum=about["momentum"],
       augmentation=augmentation,
       validation=validation,
       patience=config.patience if validation else 0,
