@@ -166,6 +166,17 @@ _CPU = dict(
 _FIXED = dict(
   _NETWORKS, learn_labels=False, width=128, optimizer="sgd", network_seeds=5, protocol="dsa"
 )
+# Training of networks on the set, unrolled: ratbptt, alone or together with a kernel.
+_UNROLLED = dict(
+  architecture="auto",
+  sampler="uniform",
+  width=128,
+  optimizer="adam_clipped",
+  learning_rate=1e-3,
+  network_seeds=5,
+)
+_UNROLLED_CPU = dict(_CPU, learning_rate=0.01, schedule="cosine", steps=400, target_batch_size=0)
+_UNROLLED_OPTIONS = dict(unroll=60, window=30, inner_rate=3e-3, augmentation="")
 RECIPES = {
   "kip": Recipe(_kip, kernel=True),
   "label_solve": Recipe(None, kernel=True),
@@ -251,53 +262,29 @@ RECIPES = {
     _ratbptt,
     "ratbptt:RaTBPTTOptions",
     dict(
-      _NETWORKS,
-      architecture="auto",
-      sampler="uniform",
+      {**_NETWORKS, **_UNROLLED},
       learn_labels=False,
-      width=128,
-      optimizer="adam_clipped",
-      learning_rate=1e-3,
       steps=60_000,
       target_batch_size=5000,
-      network_seeds=5,
       protocol="soft",
     ),
-    dict(
-      _CPU,
-      learn_labels=True,
-      learning_rate=0.01,
-      schedule="cosine",
-      steps=400,
-      target_batch_size=0,
-    ),
-    dict(unroll=60, window=30, inner_rate=3e-3, augmentation=""),
+    dict(_UNROLLED_CPU, learn_labels=True),
+    _UNROLLED_OPTIONS,
     norm="instance",
   ),
   "both": Recipe(
     _both,
     "ratbptt:RaTBPTTOptions",
     dict(
-      architecture="auto",
-      sampler="uniform",
+      **_UNROLLED,
       score_architecture="fc1",
       solve_labels=False,
-      width=128,
-      optimizer="adam_clipped",
-      learning_rate=1e-3,
       steps=10_000,
       target_batch_size=1000,
-      network_seeds=5,
       protocol="frepo",
     ),
-    dict(
-      _CPU,
-      learning_rate=0.01,
-      schedule="cosine",
-      steps=400,
-      target_batch_size=0,
-    ),
-    dict(unroll=60, window=30, inner_rate=3e-3, augmentation=""),
+    _UNROLLED_CPU,
+    _UNROLLED_OPTIONS,
     norm="instance",
   ),
   "mtt": Recipe(
