@@ -188,7 +188,7 @@ class DistillConfig(ExpertConfig):
   )
   minutes: float = setting(
     0.0,
-    "Time for the whole run: width and steps are fitted to it by measuring this machine. 0: --width and --steps as given.",
+    "Time for the whole run: width and steps are fitted to it by measuring this machine, and so is the method for networks, frepo where the time is too short for ratbptt, unless --method is given. 0: --width and --steps as given.",
     METHOD,
     0.0,
     1e5,

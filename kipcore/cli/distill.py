@@ -53,6 +53,7 @@ def main(values) -> None:
       values.overwrite,
       tensorboard=values.tensorboard,
       checkpoints=checkpoints,
+      cheaper=recipes.cheaper(given),
     )
   else:  # the other processes do the same work and keep no files
     with tempfile.TemporaryDirectory() as folder:

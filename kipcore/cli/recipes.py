@@ -13,6 +13,8 @@ from kipcore.cli.errors import UsageError, usage
 PRESETS = ("cpu", "published")
 # The method that --teach chooses.
 TEACH = {"network": "ratbptt", "kernel": "kip", "both": "both"}
+# The method for networks where --minutes is too short for that of TEACH.
+CHEAPER = "frepo"
 # Methods whose set is for a kernel, the one of the run or that of their own networks.
 FOR_KERNELS = ("kip", "label_solve", "krr_closed_form", "rfad")
 
@@ -345,6 +347,13 @@ def resolve(**given) -> DistillConfig:
   config = dataclasses.replace(default, **{**settings, **given})
   check_labels(config)
   return config
+
+
+def cheaper(given: dict) -> DistillConfig | None:
+  """The settings for networks with the method whose steps are cheapest, if the user left the choice of the method; else None."""
+  if "method" in given or "options" in given or taught_by(resolve(**given).method) != "network":
+    return None
+  return resolve(**{**given, "method": CHEAPER})
 
 
 def check_labels(config: DistillConfig) -> None:

@@ -97,6 +97,23 @@ def test_steps_and_width_fit_the_minutes(monkeypatch, planned, seconds_per_step,
   np.testing.assert_allclose(config.steps, steps, rtol=0.02)
 
 
+def test_a_cheaper_method_is_used_if_time_is_short(monkeypatch, planned):
+  given = dict(minutes=2.0, dataset="digits", **{**TINY, "width": 32})
+  cheaper = recipes.cheaper(given)
+  assert cheaper.method == "frepo" and cheaper.minutes == 2.0 and cheaper.network_steps == 20
+  measured(monkeypatch, 2.0)  # of either method
+  config = fitting.fitted(planned, time.perf_counter(), False, cheaper).config
+  assert (config.method, config.architecture, config.width) == ("frepo", "conv2", 16)
+  assert fitting.fitted(planned, time.perf_counter(), False).config.method == "ratbptt"
+  measured(monkeypatch, 0.1)
+  config = fitting.fitted(planned, time.perf_counter(), False, cheaper).config
+  assert config.method == "ratbptt"
+  # A method that the user chose, with its options, is kept.
+  assert recipes.cheaper({**given, "method": "ratbptt"}) is None
+  assert recipes.cheaper({**given, "options": "window=5"}) is None
+  assert recipes.cheaper({**given, "teach": "kernel"}) is None
+
+
 def test_too_little_time_and_methods_without_steps_are_refused(monkeypatch, planned):
   measured(monkeypatch, 0.1, other=500.0)
   with pytest.raises(UsageError, match="--minutes: expected more than"):

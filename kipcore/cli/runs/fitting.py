@@ -7,6 +7,7 @@ import time
 from tqdm import tqdm
 
 from kipcore.cli import recipes
+from kipcore.cli.config import DistillConfig
 from kipcore.cli.cost import estimate, progress
 from kipcore.cli.errors import UsageError
 
@@ -17,13 +18,15 @@ _NARROWEST, _WIDEST = 16, 128
 _USED = 0.9
 
 
-def fitted(planned, started: float, verbose: bool = True):
+def fitted(planned, started: float, verbose: bool = True, cheaper: DistillConfig | None = None):
   """The plan with steps and width that take `config.minutes`.
 
   Args:
     planned: `pipeline.Plan`.
     started: when the command started, by `time.perf_counter`.
     verbose: whether to print what was chosen.
+    cheaper: settings with another method, to be used if the time suffices for too few steps even of the narrowest network;
+      None to keep the method.
 
   Returns:
     A plan.
@@ -31,7 +34,7 @@ def fitted(planned, started: float, verbose: bool = True):
   Raises:
     UsageError: for a method without steps, or a time too short for anything but the scores.
   """
-  from kipcore.cli.runs import measure
+  from kipcore.cli.runs import measure, pipeline
 
   config = planned.config
   if not recipes.has_loop(config):
@@ -53,6 +56,14 @@ def fitted(planned, started: float, verbose: bool = True):
     if wider in widths or not _NARROWEST <= wider <= _WIDEST:
       break
     config = dataclasses.replace(config, width=wider)
+  if cheaper is not None and count < _LEAST_STEPS:
+    if verbose:
+      tqdm.write(
+        f"--minutes={config.minutes:g}: time for {max(count, 0):,} steps of {config.method}; using {cheaper.method}",
+        file=sys.stdout,
+      )
+    cheaper = dataclasses.replace(cheaper, architecture=config.architecture)
+    return fitted(pipeline.plan(cheaper, planned.data), started, verbose)
   if count < 1:
     raise UsageError(
       f"--minutes: expected more than {(60 * config.minutes - left) / 60:.1f} for the scores alone, got {config.minutes:g}; "

@@ -413,6 +413,7 @@ def run_distill(
   verbose: bool = True,
   tensorboard: bool = False,
   checkpoints: CheckpointConfig = CheckpointConfig(),
+  cheaper: DistillConfig | None = None,
 ) -> tuple[pathlib.Path, dict]:
   """Distills, scores, and writes the run folder.
 
@@ -423,6 +424,7 @@ def run_distill(
     verbose: whether to print progress and a summary.
     tensorboard: whether to write event files as well.
     checkpoints: when to write checkpoints, and whether to resume from the last one in `output_dir`.
+    cheaper: settings with another method, used if `config.minutes` is too short for that of `config`; None for none.
 
   Returns:
     The folder, and the content of `result.json`.
@@ -443,7 +445,7 @@ def run_distill(
         raise UsageError(f"--resume: the run of {folder} is already finished")
       return _run(config, planned, folder, verbose, tensorboard, checkpoints, stop, started)
   if config.minutes:
-    planned = fitting.fitted(planned, started, verbose)
+    planned = fitting.fitted(planned, started, verbose, cheaper)
   with lock.new_folder(output_dir, planned.name, overwrite) as folder, stop_signals() as stop:
     return _run(planned.config, planned, folder, verbose, tensorboard, checkpoints, stop, started)
 
