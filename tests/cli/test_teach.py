@@ -108,6 +108,10 @@ def test_a_cheaper_method_is_used_if_time_is_short(monkeypatch, planned):
   measured(monkeypatch, 0.1)
   config = fitting.fitted(planned, time.perf_counter(), False, cheaper).config
   assert config.method == "ratbptt"
+  # It is not used if its scores alone take longer.
+  plan = planned._replace(config=dataclasses.replace(planned.config, minutes=1e-3))
+  with pytest.raises(UsageError, match="--minutes: expected more than"):
+    fitting.fitted(plan, time.perf_counter(), False, dataclasses.replace(cheaper, minutes=1e-3))
   # A method that the user chose, with its options, is kept.
   assert recipes.cheaper({**given, "method": "ratbptt"}) is None
   assert recipes.cheaper({**given, "options": "window=5"}) is None

@@ -1,5 +1,6 @@
 """`--minutes`: fits the width and the steps of a run to a time, by measuring this machine."""
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -59,11 +60,12 @@ def fitted(planned, started: float, verbose: bool = True, cheaper: DistillConfig
   if cheaper is not None and count < _LEAST_STEPS:
     if verbose:
       tqdm.write(
-        f"--minutes={config.minutes:g}: time for {max(count, 0):,} steps of {config.method}; using {cheaper.method}",
+        f"--minutes={config.minutes:g}: time for {max(count, 0):,} steps of {config.method}; trying {cheaper.method}",
         file=sys.stdout,
       )
     cheaper = dataclasses.replace(cheaper, architecture=config.architecture)
-    return fitted(pipeline.plan(cheaper, planned.data), started, verbose)
+    with contextlib.suppress(UsageError):  # too little time for its scores
+      return fitted(pipeline.plan(cheaper, planned.data), started, verbose)
   if count < 1:
     raise UsageError(
       f"--minutes: expected more than {(60 * config.minutes - left) / 60:.1f} for the scores alone, got {config.minutes:g}; "
