@@ -396,16 +396,19 @@ def networks_table(results: dict) -> str:
     minutes = f"{run['wall_seconds'] / 60:.0f}"
     title = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}[dataset]
     scored_by = run["network_scored_by"].replace("networks of ", "").replace("protocol ", "")
-    cells = [f"{title}, {size}", f"`{run['method']}`", own, *others, scored_by]
+    mark = " †" * bool(job.get("note"))
+    cells = [f"{title}, {size}{mark}", f"`{run['method']}`", own, *others, scored_by]
     cells += [job["goal"], minutes, f"{run['steps']:,}"]
     lines.append(f"| {' | '.join(cells)} |")
+  notes = [job["note"] for job in results["jobs"].values() if job.get("note")]
   return "\n".join(
     [
       *lines,
       "",
       "Test accuracy (%) of five networks trained on the set (two on random images and centers), mean and standard deviation, one distillation seed, all test rows; "
       "*networks*: architecture, width (before the first pooling, for `frepo`) and protocol; minutes of the whole run, scores included, on two CPU cores with other work. "
-      "From `experiments/results/networks.json` (`python -m experiments.studies.networks`), with all settings.",
+      "From `experiments/results/networks.json` (`python -m experiments.studies.networks`), with all settings."
+      + "".join(f" †: {note}." for note in dict.fromkeys(notes)),
     ]
   )
 
