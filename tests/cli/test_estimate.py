@@ -105,7 +105,7 @@ def test_networks_are_estimated_without_training_one(monkeypatch):
   # Three networks on the result, and two on each of the sets that it is compared with.
   assert measure._networks(config, data, support) == ((3 + 2 * 2) * 2.0, 5.0)
   ((how, count),) = rows
-  assert (how.width, how.norm, how.num_steps, count) == (4, "instance", 40, len(data.x_test))
+  assert (how.width, how.protocol, how.num_steps, count) == (4, "dsa", 40, len(data.x_test))
 
 
 @pytest.mark.parametrize("network", [kipcore.conv_net(1), ResNet(4, 10)])

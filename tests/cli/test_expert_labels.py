@@ -82,7 +82,14 @@ def test_experts_of_other_rows_are_refused(file):
     pipeline.plan(config)
 
 
-@pytest.mark.parametrize("method", ["ratbptt", "dm", "kip"])
+@pytest.mark.parametrize(
+  "method",
+  [
+    "ratbptt",
+    pytest.param("dm", marks=pytest.mark.slow),
+    pytest.param("kip", marks=pytest.mark.slow),
+  ],
+)
 def test_the_start_and_the_result_have_expert_labels(method, file, tmp_path, capsys):
   settings = dict(TINY, steps=0) if method == "ratbptt" else TINY
   config = recipes.resolve(method=method, experts=str(file), images_per_class=2, **settings)
@@ -115,6 +122,7 @@ def test_the_start_and_the_result_have_expert_labels(method, file, tmp_path, cap
   assert not (folder / "experts.npy").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_its_expert(tmp_path, monkeypatch, file):
   """The run folder keeps the unfinished expert; the resumed run reads it and the choice of the epoch."""
   config = recipes.resolve(**TINY)
@@ -144,6 +152,7 @@ def test_an_interrupted_run_continues_its_expert(tmp_path, monkeypatch, file):
   assert first.labels.tobytes() == second.labels.tobytes()
 
 
+@pytest.mark.slow
 def test_the_experts_of_mtt_label_its_images(tmp_path):
   settings = dict(TINY, architecture="conv1", expert_rows=100, expert_epochs=5, num_experts=2)
   config = recipes.resolve(method="mtt", **settings)
@@ -157,7 +166,7 @@ def test_the_experts_of_mtt_label_its_images(tmp_path):
     )
 
 
-@pytest.mark.parametrize("strategy", ["kmedoids", "rded"])
+@pytest.mark.parametrize("strategy", [pytest.param("kmedoids", marks=pytest.mark.slow), "rded"])
 def test_a_selection_has_expert_labels(strategy, file, tmp_path, capsys):
   names = ("width", "network_steps", "expert_epochs", "architecture", "labels", "num_devices")
   config = SelectConfig(

@@ -20,6 +20,7 @@ from kipcore.types import Array, Flag, Integer, LossInfo, Real, Support
 LOSSES = ("cross_entropy", "squared_error")
 # Share of the uniform distribution in the initial learned labels, whose logits are then finite.
 _SMOOTHING = 0.1
+# Of soft labels, which are not smoothed.
 _LEAST_PROBABILITY = 1e-5
 
 
@@ -75,7 +76,7 @@ class RaTBPTT(Method):
     params = {"x": support.x, "y": support.y}
     if self.options.loss == "cross_entropy":
       labels = label_distribution(support.y)
-      params["y"] = _logits(labels) if self.options.learn_labels else labels
+      params["y"] = _logits(support.y) if self.options.learn_labels else labels
     if self.options.learn_rate:
       params["log_rate"] = jnp.zeros((), support.x.dtype)
     return params
@@ -195,8 +196,12 @@ def rat_bptt(module: Network, options: RaTBPTTOptions = RaTBPTTOptions()) -> Met
   return RaTBPTT(module, options)
 
 
-def _logits(labels: Array) -> Array:
-  """Logits of distributions, to be learned: classes are smoothed, and soft labels kept up to the least probability."""
-  classes = jnp.max(labels, axis=1, keepdims=True) > 1 - _LEAST_PROBABILITY
+def _logits(y: Array) -> Array:
+  """Logits to be learned: soft labels, centered distributions, are kept up to the least probability; other labels are smoothed."""
+  p, labels = y + 1 / y.shape[1], label_distribution(y)
+  distribution = (jnp.min(p, axis=1) > -_LEAST_PROBABILITY) & (
+    jnp.abs(jnp.sum(p, axis=1) - 1) < _LEAST_PROBABILITY
+  )
+  soft = (distribution & (jnp.max(p, axis=1) < 1 - _LEAST_PROBABILITY))[:, None]
   smoothed = (1 - _SMOOTHING) * labels + _SMOOTHING / labels.shape[1]
-  return jnp.log(jnp.where(classes, smoothed, jnp.maximum(labels, _LEAST_PROBABILITY)))
+  return jnp.log(jnp.where(soft, jnp.maximum(labels, _LEAST_PROBABILITY), smoothed))

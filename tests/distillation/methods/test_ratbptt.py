@@ -181,8 +181,8 @@ def test_distilling_teaches_new_networks():
   support, x, y = image_problem(np.float32)
   options = dataclasses.replace(SHORT, unroll=20, window=10, learn_labels=True)
   method = rat_bptt(net(), options)
-  distiller = kipcore.Distiller(method, kipcore.sampler("cross_entropy"), optax.adam(0.2), 30)
-  result = kipcore.distill(0, distiller, support, x, y, 60)
+  distiller = kipcore.Distiller(method, kipcore.sampler("cross_entropy"), optax.adam(0.05), 90)
+  result = kipcore.distill(0, distiller, support, x, y, 120)
 
   @jax.jit
   def loss(params, key):
