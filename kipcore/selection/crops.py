@@ -1,6 +1,5 @@
 """Selection of crops of images by the loss of a trained network (RDED)."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -49,7 +48,7 @@ def rded(
       `images_per_class`, or another number of losses.
 
   References:
-    Sun et al. (CVPR 2024), On the diversity and realism of distilled dataset, section 4.
+    Sun et al. (CVPR 2024), RDED, section 4.
   """
   checks.same_rows("x", x, "y", y)
   checks.rank("y", y, 2)
@@ -112,7 +111,7 @@ def random_crops(key, images: Float[ArrayLike, "n h w c"]) -> Float[Array, "n h 
   return _crops(jax.random.uniform(keys.canonical_key(key), (len(images), 3)), images)
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _crops(u, images):
   _, height, width, _ = images.shape
   u = u.astype(images.dtype)

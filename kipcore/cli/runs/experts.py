@@ -56,6 +56,28 @@ class Expert(NamedTuple):
   target_evaluations: int = 0
 
 
+class ExpertLabels(NamedTuple):
+  """The expert that labels the images of a run, the chosen epoch, and the target evaluations of its training."""
+
+  expert: Expert
+  choice: expert_labels.ExpertChoice
+  target_evaluations: int
+
+  def of(self, x) -> Support:
+    """Images with its labels."""
+    return labeled(self.expert, self.choice.epoch, x)
+
+  def result(self) -> dict:
+    """What is recorded in `result.json`."""
+    return {
+      "expert_epoch": self.choice.epoch,
+      "expert_epochs": len(self.expert.trajectory) - 1,
+      "expert_validation_accuracies": {
+        str(epoch): accuracy for epoch, accuracy in self.choice.accuracies.items()
+      },
+    }
+
+
 def prepare(
   config: DistillConfig, data, sampler, path, stop: Callable[[], bool] = lambda: False
 ) -> int:

@@ -29,7 +29,6 @@ from kipcore.cli.runs import direct, experts, fitting, loading
 from kipcore.cli.runs.direct import Outcome
 from kipcore.cli.runs.loading import Data, load, prepare  # noqa: F401, for callers
 from kipcore.distillation import importance, loop, method, optimizers
-from kipcore.distillation.methods import expert_labels
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.evaluation import networks as network_evaluation
 from kipcore.evaluation import protocols, ranking
@@ -285,31 +284,9 @@ def _network_accuracies(config: DistillConfig, data: Data, support: Support) -> 
   return [float(score) for score in scores]
 
 
-class ExpertLabels(NamedTuple):
-  """The expert that labels the images of a run, the chosen epoch, and the target evaluations of its training."""
-
-  expert: experts.Expert
-  choice: expert_labels.ExpertChoice
-  target_evaluations: int
-
-  def of(self, x) -> Support:
-    """Images with its labels."""
-    return experts.labeled(self.expert, self.choice.epoch, x)
-
-  def result(self) -> dict:
-    """What is recorded in `result.json`."""
-    return {
-      "expert_epoch": self.choice.epoch,
-      "expert_epochs": len(self.expert.trajectory) - 1,
-      "expert_validation_accuracies": {
-        str(epoch): accuracy for epoch, accuracy in self.choice.accuracies.items()
-      },
-    }
-
-
 def label_with_expert(
   config: DistillConfig, data: Data, x, folder: pathlib.Path, stop: StopSignals, shown: bool
-) -> ExpertLabels:
+) -> experts.ExpertLabels:
   """The expert of a run with `--labels=expert`, trained unless its file exists, at the epoch that is best for images `x`."""
   try:
     with stop.at_checkpoints(), progress.working("training an expert", shown=shown):
@@ -322,7 +299,7 @@ def label_with_expert(
   with progress.working("choosing the epoch of the expert", shown=shown):
     choice = experts.choose(config, data, expert, x, students, folder)
   own = 0 if config.method == "mtt" else expert.target_evaluations
-  return ExpertLabels(expert, choice, own)
+  return experts.ExpertLabels(expert, choice, own)
 
 
 class Plan(NamedTuple):

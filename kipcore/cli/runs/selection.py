@@ -263,7 +263,7 @@ def by_losses(config: SelectConfig, data: pipeline.Data, expert: experts.Expert)
 
 def _labeling(
   config: SelectConfig, data: pipeline.Data, expert: experts.Expert, x, folder: pathlib.Path
-) -> pipeline.ExpertLabels:
+) -> experts.ExpertLabels:
   """The labels at the epoch that teaches networks of the run's architecture best."""
   students = ranking.NetworkEvaluator(
     data.kernel_fn.arch,
@@ -273,7 +273,7 @@ def _labeling(
     protocol="soft",
   )
   choice = experts.choose(config, data, expert, x, students, folder)
-  return pipeline.ExpertLabels(expert, choice, expert.target_evaluations)
+  return experts.ExpertLabels(expert, choice, expert.target_evaluations)
 
 
 def _score_ridge(text: str):
