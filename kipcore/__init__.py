@@ -16,6 +16,7 @@ from kipcore.distillation.loop import (
   distill_step,
 )
 from kipcore.distillation.method import Batch, Method, Sampler
+from kipcore.distillation.methods.characteristic_function import NCFMOptions, ncfm
 from kipcore.distillation.methods.closed_form import (
   ClosedForm,
   ClosedFormOptions,
@@ -216,6 +217,7 @@ __all__ = [
   "LossInfo",
   "MergedSample",
   "Method",
+  "NCFMOptions",
   "Network",
   "NetworkEvaluator",
   "NetworkKernel",
@@ -321,6 +323,7 @@ __all__ = [
   "mtt",
   "myrtle",
   "nearest_rows",
+  "ncfm",
   "network",
   "nngp_fn",
   "ntk_fn",

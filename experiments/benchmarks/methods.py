@@ -11,7 +11,6 @@ its memory ("published"). Writes experiments/results/benchmark_methods.json:
   peak_gb            peak memory of the process, including the dataset and compilation
 """
 
-import dataclasses
 import functools
 
 from experiments.benchmarks import harness
@@ -19,7 +18,7 @@ from kipcore.cli import flags as common
 
 harness.define_flags("methods")
 
-METHODS = ("kip", "rfad", "frepo", "rcig", "dm", "dc", "dsa", "mtt")
+METHODS = ("kip", "rfad", "frepo", "rcig", "dm", "dc", "dsa", "mtt", "ncfm")
 _STEPS = 20
 
 
@@ -45,16 +44,15 @@ def job(method: str, data_dir) -> dict:
       config = recipes.resolve(
         method=method, preset=preset, dataset="mnist", data_dir=data_dir, init="uniform"
       )
-      if method == "mtt":
-        # Random experts, because their values affect neither time nor memory.
-        config = dataclasses.replace(config, experts=os.path.join(folder, f"{preset}.npy"))
-        module = recipes.module_of(config, recipes.Problem(data.kernel_fn, 10))
-        size, _ = experts.flat_parameters(module, support.x)
-        last = recipes.options_of(config).max_start_epoch + recipes.options_of(config).expert_epochs
-        rng = np.random.default_rng(0)
-        made = (0.05 * rng.normal(size=(last + 1, size)).astype(np.float32) for _ in range(2))
-        trajectories.save_trajectories(config.experts, made, {})
-      problem = recipes.Problem(data.kernel_fn, 10, config.experts)
+      problem = recipes.Problem(data.kernel_fn, 10)
+      if recipes.RECIPES[method].experts:
+        # Random experts on disk, because their values affect neither time nor memory.
+        path = os.path.join(folder, f"{preset}.npy")
+        size, _ = experts.flat_parameters(recipes.module_of(config, problem), support.x)
+        shape, rng = (config.expert_epochs + 1, size), np.random.default_rng(0)
+        made = (0.05 * rng.normal(size=shape).astype(np.float32) for _ in range(2))
+        trajectories.save_trajectories(path, made, {})
+        problem = problem._replace(experts=trajectories.load_trajectories(path).array)
       batch = pipeline.batch_size_of(config, data)
       distiller = recipes.distiller_of(config, problem, pipeline.sampler_of(config), batch)
       row[preset] = {

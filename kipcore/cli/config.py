@@ -18,7 +18,7 @@ METHOD = "Method (defaults are those of kip; --dry_run shows those of other meth
 INITIALIZATION = "Initialization"
 SELECTION = "Selection"
 SAMPLING = "Target sampling"
-NETWORKS = "Finite networks (used by ratbptt, both, rfad, frepo, rcig, dm, dc, dsa and mtt, and to score the result)"
+NETWORKS = "Finite networks (used by ratbptt, both, rfad, frepo, rcig, dm, dc, dsa, mtt and ncfm, and to score the result)"
 SETS = "Sets to score"
 EVALUATION = "Evaluation"
 EXPORT = "Export"
@@ -144,7 +144,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertConfig(DataConfig):
-  """Labels, and the experts: networks trained on the training rows, from which mtt and expert labels are made."""
+  """Labels, and the experts: networks trained on the training rows, from which mtt, ncfm and expert labels are made."""
 
   labels: str = setting(
     "",
@@ -155,7 +155,7 @@ class ExpertConfig(DataConfig):
   width: int = setting(128, "Channels or units per layer of finite networks.", NETWORKS, 1)
   experts: str = setting(
     "",
-    "File (.npy) of the experts of mtt, expert labels and expert scores, trained and created if it does not exist; by default in the run folder.",
+    "File (.npy) of the experts of mtt, ncfm, expert labels and expert scores, trained and created if it does not exist; by default in the run folder.",
     NETWORKS,
   )
   expert_epochs: int = setting(50, "Training epochs of each expert.", NETWORKS, 1)
@@ -195,7 +195,7 @@ class DistillConfig(ExpertConfig):
   )
   method: str = setting(
     "kip",
-    "For kernels: kip, label_solve (real images with optimal labels), krr_closed_form, rfad; for networks: ratbptt (without --teach and --method), frepo, rcig, dm, dc, dsa, mtt; for both: both.",
+    "For kernels: kip, label_solve (real images with optimal labels), krr_closed_form, rfad; for networks: ratbptt (without --teach and --method), frepo, rcig, dm, dc, dsa, mtt, ncfm; for both: both.",
     METHOD,
     shows_default=False,
   )

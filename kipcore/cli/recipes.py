@@ -20,11 +20,11 @@ FOR_KERNELS = ("kip", "label_solve", "krr_closed_form", "rfad")
 
 
 class Problem(NamedTuple):
-  """What a method depends on besides the config: kernel with its architecture, number of classes, file of MTT's experts."""
+  """What a method depends on besides the config: kernel with its architecture, number of classes, experts `(experts, points, p)`."""
 
   kernel_fn: Any
   num_classes: int
-  experts: str = ""
+  experts: Any = None
 
 
 class Recipe(NamedTuple):
@@ -40,6 +40,7 @@ class Recipe(NamedTuple):
     hard_labels: whether the labels are classes, which are not changed.
     norm: normalization of the networks that the method trains and that score its images.
     w_std: standard deviation of their initial weights, times 1/sqrt(fan_in), with biases 0; None for that of the architecture.
+    experts: whether the method needs experts.
   """
 
   build: Callable[..., Any] | None
@@ -51,6 +52,7 @@ class Recipe(NamedTuple):
   hard_labels: bool = False
   norm: str = "none"
   w_std: float | None = None
+  experts: bool = False
 
 
 def module_of(config: DistillConfig, problem: Problem, **changes):
@@ -149,11 +151,14 @@ def _both(config, problem, options):
 
 def _mtt(config, problem, options):
   from kipcore.distillation.methods import trajectory_matching
-  from kipcore.io import trajectories
 
-  return trajectory_matching.mtt(
-    module_of(config, problem), trajectories.load_trajectories(problem.experts).array, options
-  )
+  return trajectory_matching.mtt(module_of(config, problem), problem.experts, options)
+
+
+def _ncfm(config, problem, options):
+  from kipcore.distillation.methods import characteristic_function
+
+  return characteristic_function.ncfm(module_of(config, problem), problem.experts, options)
 
 
 _NETWORKS = dict(architecture="conv3", relative_ridge=5e-3, schedule="constant", solve_labels=False)
@@ -298,6 +303,26 @@ RECIPES = {
     dict(syn_steps=10, expert_epochs=1, max_start_epoch=4, initial_rate=0.003),
     hard_labels=True,
     norm="instance",
+    experts=True,
+  ),
+  "ncfm": Recipe(
+    _ncfm,
+    "characteristic_function:NCFMOptions",
+    dict(
+      _FIXED,
+      optimizer="adam",
+      learning_rate=0.04,
+      steps=20_000,
+      target_batch_size=10_240,
+      num_experts=20,
+      expert_epochs=60,
+      patience=0,
+    ),
+    dict(_CPU, num_experts=4, expert_epochs=6, expert_rows=5000),
+    dict(num_frequencies=1024),
+    hard_labels=True,
+    norm="instance",
+    experts=True,
   ),
 }
 METHODS = tuple(RECIPES)
@@ -399,8 +424,8 @@ def unused(config: DistillConfig, given: dict) -> list[str]:
   rules: tuple[tuple[tuple[str, ...], str], ...] = (
     (() if loop else _LOOP, method),
     (() if by_loss else _BY_LOSS, f"--sampler={config.sampler}" if loop else method),
-    (() if config.method == "mtt" or config.labels == "expert" else _EXPERTS, method),
-    (() if config.method == "mtt" else ("num_experts",), method),
+    (() if recipe.experts or config.labels == "expert" else _EXPERTS, method),
+    (() if recipe.experts else ("num_experts",), method),
     (() if config.method == "kip" else ("target_block_size",), method),
     (() if config.method == "kip" and config.learn_labels else ("solve_labels",), method),
     (("solve_labels",) if config.labels == "expert" else (), "--labels=expert"),

@@ -38,6 +38,7 @@ PAIRS = {
   "ratbptt": ("kmeans", "cross_entropy"),
   "both": ("kmedoids", "uniform"),
   "mtt": ("uniform", "margin"),
+  "ncfm": ("kmeans", "margin"),
 }
 
 
@@ -65,7 +66,11 @@ def test_every_method_runs_by_name_and_writes_its_artifact(method, tmp_path):
   )
   assert np.isfinite(result["test_accuracy"]) and 0 < result["network_test_accuracy_mean"] <= 1
   assert result["target_evaluations"] == 2 * 40 + (
-    5 * 100 if method == "mtt" else result["target_evaluations"] - 80 if method == "kip" else 0
+    5 * 100
+    if recipes.RECIPES[method].experts
+    else result["target_evaluations"] - 80
+    if method == "kip"
+    else 0
   )
   stored = kipcore.load_artifact(folder / "distilled.npz")
   assert stored.images.shape == (10, 8, 8, 1)
@@ -75,7 +80,7 @@ def test_every_method_runs_by_name_and_writes_its_artifact(method, tmp_path):
     np.testing.assert_allclose(
       np.sort(stored.labels, axis=1)[:, ::9], [[-0.1, 0.9]] * 10, rtol=1e-5
     )
-  assert (folder / "experts.npy").exists() == (method == "mtt")
+  assert (folder / "experts.npy").exists() == recipes.RECIPES[method].experts
 
 
 def test_closed_form_is_scored_in_its_features(tmp_path):

@@ -30,6 +30,7 @@ CONFIGURATIONS = {
   "dc": lambda: kipcore.dc(network("instance")),
   "dsa": lambda: kipcore.dsa(network("instance")),
   "mtt": lambda: kipcore.mtt(network("instance"), WALKS),
+  "ncfm": lambda: kipcore.ncfm(network("instance"), WALKS),
   **{
     f"sampler {name}": lambda name=name: kipcore.sampler(name, refresh_every=3)
     for name in ("uniform", "class_balanced", "cross_entropy", "squared_error", "margin")
@@ -71,6 +72,7 @@ def some_changes(value):
       lambda o: kipcore.mtt(network(), WALKS[:, :29], o),
       kipcore.TrajectoryMatchingOptions(3, 1, 9),
     ),
+    (lambda o: kipcore.ncfm(network(), None, o), kipcore.NCFMOptions()),
   ],
 )
 def test_every_option_is_part_of_the_value(method, options):

@@ -32,7 +32,7 @@ RUN_FILES = {
   "selection.npz": "indices of the selected rows (-1 for synthetic points), their weights, and the scores of all training rows",
   "certificate.json": "what a weighted regression on the selected points loses, measured and guaranteed",
   "certificate.png": "the scores, and the selected points among them",
-  "experts.npy": "parameters of the networks that mtt or expert labels learn from, after every epoch",
+  "experts.npy": "parameters of the networks that mtt, ncfm or expert labels learn from, after every epoch",
   "experts.json": "how they were trained",
   "expert_choice.json": "the epoch of the expert that labels the images, and the validation accuracy of students by epoch",
   "cells.csv": "one line per cell of the grid",

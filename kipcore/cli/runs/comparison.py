@@ -130,7 +130,9 @@ def _run_cells(resolved: dict, rows: dict, folder: pathlib.Path) -> None:
         continue
       # Experts do not depend on the initialization: cells with the same sampler and seed share them.
       experts = (
-        str(folder / f"experts-{cell.sampler}-{cell.seed}.npy") if cell.method == "mtt" else ""
+        str(folder / f"experts-{cell.method}-{cell.sampler}-{cell.seed}.npy")
+        if recipes.RECIPES[cell.method].experts
+        else ""
       )
       rows[cell] = run_cell(dataclasses.replace(cell_config, experts=experts))
       _write(folder, list(rows.values()))

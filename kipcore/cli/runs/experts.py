@@ -1,6 +1,6 @@
 """Experts, networks trained on the training rows: trained once, kept in a file, resumed after an interruption.
 
-MTT imitates them, `--labels=expert` takes labels from one, and the selection `rded` their losses.
+MTT imitates them, NCFM compares features of them, `--labels=expert` takes labels from one, and the selection `rded` their losses.
 """
 
 import json
@@ -81,7 +81,7 @@ class ExpertLabels(NamedTuple):
 def prepare(
   config: DistillConfig, data, sampler, path, stop: Callable[[], bool] = lambda: False
 ) -> int:
-  """Trains the experts of MTT and writes them to a file, unless it exists.
+  """Trains the experts of MTT or NCFM and writes them to a file, unless it exists.
 
   Args:
     config: settings of the run.
@@ -107,7 +107,9 @@ def prepare(
   about = _about(config, data, module, augmentation, len(rows))
   with usage():
     if pathlib.Path(path).exists():
-      known = trajectories.load_trajectories(path, verify=False).metadata  # mtt verifies them
+      known = trajectories.load_trajectories(
+        path, verify=False
+      ).metadata  # verified when they are used
       # Without patience the epochs of a longer training are as good.
       _check_same(path, known, about if config.patience else _without(about, "patience"))
     else:

@@ -17,9 +17,8 @@ from kipcore.cli.config import DistillConfig
 from kipcore.cli.cost import estimate
 from kipcore.cli.cost.estimate import Part, Work
 from kipcore.cli.runs import direct, experts, pipeline
-from kipcore.distillation import loop, optimizers
+from kipcore.distillation import loop
 from kipcore.distillation.methods import experts as in_experts
-from kipcore.distillation.methods import trajectory_matching
 
 # Parts that are expected to take longer are estimated, not run.
 _LONGEST_SECONDS = 10.0
@@ -62,7 +61,7 @@ def distillation(config: DistillConfig, planned: pipeline.Plan) -> tuple[list, l
     Part(f"scores of random {pipeline.noun(data)}, initialization, progress and result", expected)
   )
   stored = [Part("training and test rows", estimate.rows_bytes(data))]
-  if config.labels == "expert" and config.method != "mtt":
+  if config.labels == "expert" and not recipes.RECIPES[config.method].experts:
     seconds += _label_expert(config, data, support)
   if not recipes.has_loop(config):
     seconds.append(Part(config.method, _direct(config, planned, support, pair_seconds, rate)))
@@ -148,7 +147,9 @@ def _matrices(config, planned) -> float:
 def _loop(config, planned, support) -> tuple[list, float, list]:
   """Compiles the steps and runs a few: seconds of parts, of compilation, and bytes of parts."""
   data, sizes = planned.data, planned.sizes
-  seconds, on_disk = _experts(config, data, support) if config.method == "mtt" else ([], [])
+  seconds, on_disk = (
+    _experts(config, data, support) if recipes.RECIPES[config.method].experts else ([], [])
+  )
   distiller = _distiller(config, data, support, planned.batch)
   recipe, calls, stored, compiling = recipes.RECIPES[config.method], [], [], time.perf_counter()
   costly = recipe.kernel and data.kernel_fn.arch.convolutional
@@ -207,28 +208,13 @@ def _loop(config, planned, support) -> tuple[list, float, list]:
 
 
 def _distiller(config, data, support, batch):
-  if config.method != "mtt":
-    return recipes.distiller_of(
-      config,
-      recipes.Problem(data.kernel_fn, data.y_train.shape[1]),
-      pipeline.sampler_of(config),
-      batch,
-    )
-  # Random experts: their values change neither time nor memory.
-  options = recipes.options_of(config)
-  module = recipes.module_of(config, recipes.Problem(data.kernel_fn, data.y_train.shape[1]))
-  size, _ = in_experts.flat_parameters(module, support.x)
-  made = (
-    np.random.default_rng(0)
-    .normal(0, 0.05, (1, options.max_start_epoch + options.expert_epochs + 1, size))
-    .astype(data.x_train.dtype)
-  )
-  return loop.Distiller(
-    trajectory_matching.mtt(module, made, options),
-    pipeline.sampler_of(config),
-    optimizers.optimizer(config.optimizer, config.learning_rate, config.steps, config.schedule),
-    batch,
-  )
+  problem = recipes.Problem(data.kernel_fn, data.y_train.shape[1])
+  if recipes.RECIPES[config.method].experts:
+    # Random experts: their values change neither time nor memory.
+    size, _ = in_experts.flat_parameters(recipes.module_of(config, problem), support.x)
+    walks = np.random.default_rng(0).normal(0, 0.05, (1, config.expert_epochs + 1, size))
+    problem = problem._replace(experts=walks.astype(data.x_train.dtype))
+  return recipes.distiller_of(config, problem, pipeline.sampler_of(config), batch)
 
 
 def _experts(config, data, support) -> tuple[list, list]:

@@ -32,6 +32,7 @@ from kipcore.distillation import importance, loop, method, optimizers
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.evaluation import networks as network_evaluation
 from kipcore.evaluation import protocols, ranking
+from kipcore.io import trajectories
 from kipcore.selection import absorb, coreset
 from kipcore.types import Support
 
@@ -126,13 +127,13 @@ def distill(config: DistillConfig, data: Data, support: Support, **hooks) -> Out
   batch_size = batch_size_of(config, data)
   policy = hooks.get("checkpoint_policy")
   stop = () if policy is None else (policy.stop,)
-  evaluations = (
-    experts.prepare(config, data, sampler_of(config), config.experts, *stop)
-    if config.method == "mtt"
-    else 0
-  )
+  problem, evaluations = recipes.Problem(data.kernel_fn, data.y_train.shape[1]), 0
+  if recipes.RECIPES[config.method].experts:
+    evaluations = experts.prepare(config, data, sampler_of(config), config.experts, *stop)
+    with usage():
+      known = trajectories.load_trajectories(config.experts)
+    problem = problem._replace(experts=known.array)
   with usage():
-    problem = recipes.Problem(data.kernel_fn, data.y_train.shape[1], config.experts)
     distiller = recipes.distiller_of(config, problem, sampler_of(config), batch_size)
   result = loop.distill(
     config.seed,
@@ -290,7 +291,7 @@ def label_with_expert(
   """The expert of a run with `--labels=expert`, trained unless its file exists, at the epoch that is best for images `x`."""
   try:
     with stop.at_checkpoints(), progress.working("training an expert", shown=shown):
-      if config.method == "mtt":  # whose experts serve as well
+      if recipes.RECIPES[config.method].experts:  # which serve as well
         experts.prepare(config, data, sampler_of(config), config.experts, stop)
       expert = experts.label_expert(config, data, config.experts, stop)
   except Stopped as error:
@@ -298,7 +299,7 @@ def label_with_expert(
   students = network_evaluator(config, data)
   with progress.working("choosing the epoch of the expert", shown=shown):
     choice = experts.choose(config, data, expert, x, students, folder)
-  own = 0 if config.method == "mtt" else expert.target_evaluations
+  own = 0 if recipes.RECIPES[config.method].experts else expert.target_evaluations
   return experts.ExpertLabels(expert, choice, own)
 
 
@@ -449,7 +450,8 @@ def _run(
   )
   last = kept.last() if checkpoints.resume else None
   events = event_log.EventLog(folder if tensorboard else None)
-  if (config.method == "mtt" or config.labels == "expert") and not config.experts:
+  recipe = recipes.RECIPES[config.method]
+  if (recipe.experts or config.labels == "expert") and not config.experts:
     config = dataclasses.replace(config, experts=str(folder / "experts.npy"))
   if checkpoints.resume:
     run_folder.write_metrics(folder, last.history if last else [])
@@ -648,7 +650,7 @@ def check(config: DistillConfig) -> None:
     sampler_of(config)
     recipes.options_of(config)
     recipes.check_labels(config)
-    if recipes.has_loop(config) and config.method != "mtt":  # it needs its experts
+    if recipes.has_loop(config) and not recipes.RECIPES[config.method].experts:
       arch = architecture(loading.architecture_of(config))
       kernel_fn = kernels.NetworkKernel(arch, config.kernel)
       recipes.built(config, recipes.Problem(kernel_fn, 2))

@@ -45,6 +45,44 @@ class ExpertState(NamedTuple):
   accuracies: tuple[float, ...] = ()
 
 
+class ExpertArray:
+  """Experts `(experts, points, p)` in memory or on disk; equal only to the same array."""
+
+  def __init__(self, array: np.ndarray):
+    self.array = array
+
+  def __eq__(self, other):
+    return isinstance(other, ExpertArray) and self.array is other.array
+
+  def __hash__(self):
+    return id(self.array)
+
+  @classmethod
+  def of(cls, trajectories: Float[ArrayLike, "experts points p"]) -> "ExpertArray":
+    """The experts of an array or a memory map, which stays on disk; ValueError unless it has three axes."""
+    array = trajectories if isinstance(trajectories, np.ndarray) else np.asarray(trajectories)
+    checks.rank("trajectories", array, 3)
+    return cls(array)
+
+  def read(self, expert: Array, points: Array, dtype: Any) -> Float[Array, "k p"]:
+    """The parameters `(k, p)` of an expert, an index, at `(k,)` points, read when the compiled program runs."""
+    array = self.array
+    # As bytes: callbacks run on a thread of their own, where a 64-bit mode set by a `with` block is off.
+    like = jax.ShapeDtypeStruct(
+      (points.shape[0], array.shape[2], jnp.dtype(dtype).itemsize), jnp.uint8
+    )
+
+    def content(index) -> np.ndarray:
+      # No other use of JAX here: its threads may all be waiting for this callback.
+      which, *at = np.asarray(index)
+      return np.asarray(array[which, at], dtype).view(np.uint8).reshape(like.shape)
+
+    # A callback, so that the trajectories are not constants of the compiled program.
+    index = jnp.concatenate([expert[None], points])
+    raw = jax.pure_callback(content, like, index, vmap_method="sequential")
+    return jax.lax.bitcast_convert_type(raw, dtype)
+
+
 def flat_parameters(
   module: Network, x: Float[ArrayLike, "n ..."]
 ) -> tuple[int, Callable[[Float[Array, " p"]], Any]]:

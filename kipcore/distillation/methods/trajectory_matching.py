@@ -7,14 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float
 
 from kipcore import augment, checks, keys
 from kipcore.distillation import options as option_checks
 from kipcore.distillation.features import cross_entropy, features, outputs, ridge_loss_info
 from kipcore.distillation.method import Batch, Method, Params
-from kipcore.distillation.methods.experts import flat_parameters
+from kipcore.distillation.methods.experts import ExpertArray, flat_parameters
 from kipcore.networks import Network
 from kipcore.types import Array, ArrayLike, Integer, LossInfo, Real, Support
 
@@ -51,25 +50,12 @@ class TrajectoryMatchingOptions:
     augment.random_augmentation(self.augmentation)
 
 
-class _SameArray:
-  """An array in memory or on disk that is equal only to itself."""
-
-  def __init__(self, array: np.ndarray):
-    self.array = array
-
-  def __eq__(self, other):
-    return isinstance(other, _SameArray) and self.array is other.array
-
-  def __hash__(self):
-    return id(self.array)
-
-
 @dataclasses.dataclass(frozen=True)
 class TrajectoryMatching(Method):
   """The method of `mtt`; its auxiliary state is the expert at t and at t + M, `(2, p)`."""
 
   module: Network
-  trajectories: _SameArray
+  trajectories: ExpertArray
   options: TrajectoryMatchingOptions
 
   name = "mtt"
@@ -85,24 +71,13 @@ class TrajectoryMatching(Method):
     return {"x": 1.0, "y": 0.0, "log_rate": self.options.rate_factor}
 
   def init_aux(self, key: Array, params: Params) -> Float[Array, "2 p"]:
-    trajectories, num_epochs = self.trajectories.array, self.options.expert_epochs
-    dtype = params["x"].dtype
-    # As bytes: callbacks run on a thread of their own, where a 64-bit mode set by a `with` block is off.
-    like = jax.ShapeDtypeStruct((2, trajectories.shape[2], dtype.itemsize), jnp.uint8)
-
-    def read(index) -> np.ndarray:
-      # No other use of JAX here: its threads may all be waiting for this callback.
-      expert, start = np.asarray(index)
-      points = trajectories[expert, [start, start + num_epochs]]
-      return np.asarray(points, dtype).view(np.uint8).reshape(like.shape)
-
-    expert = jax.random.randint(keys.stream(key, "expert"), (), 0, trajectories.shape[0], jnp.int32)
+    num_experts, num_epochs = self.trajectories.array.shape[0], self.options.expert_epochs
+    expert = jax.random.randint(keys.stream(key, "expert"), (), 0, num_experts, jnp.int32)
     start = jax.random.randint(
       keys.stream(key, "start"), (), 0, self.options.max_start_epoch + 1, jnp.int32
     )
-    # A callback, so that the trajectories are not constants of the compiled program.
-    content = jax.pure_callback(read, like, jnp.stack([expert, start]), vmap_method="sequential")
-    return jax.lax.bitcast_convert_type(content, dtype)
+    points = jnp.stack([start, start + num_epochs])
+    return self.trajectories.read(expert, points, params["x"].dtype)
 
   def update_aux(self, key: Array, params: Params, aux: Any, step: Integer) -> Float[Array, "2 p"]:
     return self.init_aux(key, params)
@@ -187,12 +162,11 @@ def mtt(
   References:
     Cazenavette et al. (2022), MTT, eq. 2 and algorithm 1.
   """
-  array = trajectories if isinstance(trajectories, np.ndarray) else np.asarray(trajectories)
-  checks.rank("trajectories", array, 3)
+  read = ExpertArray.of(trajectories)
   last = options.max_start_epoch + options.expert_epochs
-  if array.shape[0] < 1 or array.shape[1] <= last:
+  if read.array.shape[0] < 1 or read.array.shape[1] <= last:
     raise ValueError(
       f"trajectories: expected at least one expert with at least {last + 1} points "
-      f"(max_start_epoch + expert_epochs + 1), got shape {array.shape}"
+      f"(max_start_epoch + expert_epochs + 1), got shape {read.array.shape}"
     )
-  return TrajectoryMatching(module, _SameArray(array), options)
+  return TrajectoryMatching(module, read, options)
