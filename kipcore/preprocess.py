@@ -59,6 +59,12 @@ _RECIPES = {
 KINDS = tuple(_RECIPES)
 
 
+def recipe(kind: str) -> dict[str, Any]:
+  """The steps of a kind with all of their settings, and the version of their format, as JSON values."""
+  named = [(entry, {}) if isinstance(entry, str) else entry for entry in _RECIPES[kind]]
+  return {"format": _FORMAT, "steps": [[name, {**_DEFAULTS[name], **own}] for name, own in named]}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
   """One fitted step: its name, its settings (JSON values) and its float64 arrays (read-only)."""

@@ -19,6 +19,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
+if "KIPCORE_CACHE_DIR" not in os.environ:
+  os.environ["KIPCORE_CACHE_DIR"] = tempfile.mkdtemp(prefix="kipcore-cache-")
+  atexit.register(shutil.rmtree, os.environ["KIPCORE_CACHE_DIR"], ignore_errors=True)
+
 import jax
 import jax.numpy as jnp
 import pytest

@@ -234,7 +234,7 @@ class DistillConfig(ExpertConfig):
   num_experts: int = setting(100, "Number of experts to train.", NETWORKS, 1)
   init: str = setting(
     "kmeans",
-    "Real rows: uniform, krr_sensitivity, leverage, kmedoids, kmeans_plusplus, herding, k_center, krr_pursuit; synthetic points: kmeans (centroids of each class), noise; or auto (the best of several, measured).",
+    "Real rows: uniform, krr_sensitivity, leverage, kmedoids, kmeans_plusplus, herding, k_center, krr_pursuit; synthetic points: kmeans (centroids of each class), noise; auto (the best of several, measured); or a file: an artifact (distilled.npz) or a published set, whose preprocessing and labels are converted.",
     INITIALIZATION,
   )
   sampler: str = setting(

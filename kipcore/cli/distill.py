@@ -33,12 +33,14 @@ def main(values) -> None:
 
   from kipcore.cli import recipes
   from kipcore.cli.folder import event_log, resume
-  from kipcore.cli.runs import dry_run, pipeline
+  from kipcore.cli.runs import dry_run, pipeline, saved_sets
 
   event_log.require(values.tensorboard)
   output_dir, given = values.output_dir, given_flags(DistillConfig, values)
   if values.resume:
     output_dir = str(resume.unfinished(output_dir))
+  if not values.resume:
+    given = saved_sets.with_size(given)
   config = resume.config_of(output_dir, given) if values.resume else recipes.resolve(**given)
   jax.config.update("jax_enable_x64", config.x64)
   checkpoints = from_flags(CheckpointConfig, values)

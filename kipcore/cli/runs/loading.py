@@ -11,6 +11,7 @@ from kipcore.architectures import architecture
 from kipcore.cli.config import DataConfig, validate
 from kipcore.cli.cost import planner
 from kipcore.cli.errors import UsageError, usage
+from kipcore.cli.runs import preprocess_cache
 
 # The architecture that depends on the shape of the rows.
 AUTO = "auto"
@@ -67,7 +68,7 @@ def load(config: DataConfig) -> Data:
     return prepare(
       config,
       raw,
-      preprocess.fit_preprocess(raw.x_train, config.preprocess, raw.pixel_max),
+      preprocess_cache.fit(raw.x_train, config.preprocess, raw.pixel_max, raw.hashes["train"]),
       kernels.NetworkKernel(
         architecture(config.architecture), config.kernel, precision=config.precision
       ),

@@ -25,7 +25,7 @@ from kipcore.cli.cost import estimate, planner, progress
 from kipcore.cli.errors import Stopped, UsageError, usage
 from kipcore.cli.folder import event_log, lock, outputs, readme, reporting, run_folder
 from kipcore.cli.folder.resume import RunCheckpoints, StopSignals, stop_signals
-from kipcore.cli.runs import direct, experts, fitting, loading
+from kipcore.cli.runs import direct, experts, fitting, loading, saved_sets
 from kipcore.cli.runs.direct import Outcome
 from kipcore.cli.runs.loading import Data, load, prepare  # noqa: F401, for callers
 from kipcore.distillation import importance, loop, method, optimizers
@@ -64,27 +64,31 @@ class Start(NamedTuple):
 def start(config: DistillConfig, data: Data) -> Start:
   """The initial support: with its weights absorbed, or with optimal labels if labels are learned; classes for expert labels.
 
-  For methods through finite networks, synthetic points get the norm of the rows.
+  For methods through finite networks, synthetic points get the norm of the rows, unless they come from a file.
   """
   # Methods through finite networks have no kernel; that of the score is cheap at their CPU settings.
   kernel_fn = data.kernel_fn if recipes.RECIPES[config.method].kernel else data.score_kernel
+  classes = recipes.RECIPES[config.method].hard_labels or config.labels == "expert"
   with usage():
-    chosen = coreset.select_coreset(
-      config.seed,
-      data.x_train,
-      data.y_train,
-      config.images_per_class,
-      config.init,
-      kernel_fn,
-      config.relative_ridge,
-    )
-  if not recipes.RECIPES[config.method].kernel and (chosen.indices < 0).all():
+    if from_file := saved_sets.is_file(config.init):
+      chosen = saved_sets.coreset_of(config, data, classes)
+    else:
+      chosen = coreset.select_coreset(
+        config.seed,
+        data.x_train,
+        data.y_train,
+        config.images_per_class,
+        config.init,
+        kernel_fn,
+        config.relative_ridge,
+      )
+  synthetic = not from_file and (chosen.indices < 0).all()
+  if not recipes.RECIPES[config.method].kernel and synthetic:
     chosen = dataclasses.replace(chosen, x=coreset.scaled_to_rows(chosen.x, data.x_train))
   support = Support(chosen.x, chosen.y)
   if stride := label_stride(config, data, support.x.shape[0]):
     x, y = data.x_train[::stride], data.y_train[::stride]
     return Start(chosen, with_solved_labels(config, data, support, x, y), x.shape[0])
-  classes = recipes.RECIPES[config.method].hard_labels or config.labels == "expert"
   if chosen.ridge is not None and not classes:
     used = krr.relative_ridge(kernel_fn.diag(chosen.x), config.relative_ridge)
     support, _ = absorb.absorb_weights(kernel_fn, chosen, chosen.ridge, used)
@@ -645,7 +649,7 @@ def check(config: DistillConfig) -> None:
   validate(config)
   with usage():
     checks.one_of("--method", config.method, recipes.METHODS)
-    checks.one_of("--init", config.init, coreset.STRATEGIES)
+    saved_sets.check(config.init)
     checks.one_of("--protocol", config.protocol, tuple(protocols.PROTOCOLS))
     sampler_of(config)
     recipes.options_of(config)
