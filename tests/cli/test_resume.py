@@ -91,9 +91,18 @@ def test_a_resumed_run_writes_identical_bytes(interrupted, whole):
     pipeline.run_distill(CONFIG, str(interrupted), verbose=False, checkpoints=RESUME)
 
 
+OPTIONS = {
+  "mtt": "syn_steps=2,max_start_epoch=1",
+  "ncfm": "num_frequencies=8",
+  "frepo": "pool_size=2",
+  "ratbptt": "unroll=4,window=2",
+  "both": "unroll=4,window=2",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["mtt", "frepo"])
-def test_methods_with_experts_and_network_pools_resume(tmp_path, method):
+@pytest.mark.parametrize("method", ["mtt", "ncfm", "frepo", "ratbptt", "both"])
+def test_methods_with_experts_networks_and_unrolled_training_resume(tmp_path, method):
   config = recipes.resolve(
     method=method,
     architecture="conv1",
@@ -106,7 +115,7 @@ def test_methods_with_experts_and_network_pools_resume(tmp_path, method):
     network_seeds=0,
     test_rows=50,
     num_devices=1,
-    options="syn_steps=2,max_start_epoch=1" if method == "mtt" else "pool_size=2",
+    options=OPTIONS[method],
   )
   folder, _ = pipeline.run_distill(config, str(tmp_path / "whole"), verbose=False)
   with stopped_after(2), pytest.raises(Stopped):
