@@ -147,7 +147,12 @@ def test_a_file_without_its_preprocessing_is_refused(made, tmp_path):
     pipeline.start(config_of(init=str(path)), made[1])
 
 
-@pytest.mark.parametrize("name", ["kmean", "best"])
+def test_settings_without_a_file_are_unchanged():
+  for given in ({}, {"init": "noise"}, {"init": "kmeans", "images_per_class": 3}):
+    assert saved_sets.with_size(given) == given
+
+
+@pytest.mark.parametrize("name", ["kmean", "best", ""])
 def test_unknown_strategies_are_named(name):
   with pytest.raises(
     UsageError, match="--init: expected one of uniform.*a file with a distilled set"

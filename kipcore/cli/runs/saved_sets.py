@@ -16,9 +16,8 @@ from kipcore.selection import coreset
 
 def is_file(init: str) -> bool:
   """Whether `--init` names a file instead of a strategy."""
-  return init not in coreset.STRATEGIES and (
-    pathlib.Path(init).suffix != "" or pathlib.Path(init).exists()
-  )
+  path = pathlib.Path(init)
+  return init not in ("", *coreset.STRATEGIES) and (path.suffix != "" or path.exists())
 
 
 def check(init: str) -> None:
