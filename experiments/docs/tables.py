@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import itertools
 import json
 import pathlib
 import re
@@ -313,56 +314,45 @@ _DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "fashion_mnist": "Fashion-
 
 def methods_table(folders: dict) -> str:
   """Markdown of the `compare_*` folders: one row per dataset and method: the gain from initialization, target sampling, and both."""
+  from kipcore.cli import recipes
   from kipcore.cli.runs import comparison
 
   lines = [
-    "| dataset | method | before any step | baseline | k-means start | importance sampling | both | target evaluations |",
-    "| --- |" + " --- |" * 7,
+    "| dataset | method | scored by | uniform | k-means start | importance sampling | both | steps | target evaluations |",
+    "| --- |" + " --- |" * 8,
   ]
   for dataset, (config, rows) in folders.items():
-    scored = [comparison.arms(rows, key) for key in comparison.SCORES]
-    starts = comparison.arms(rows, "init_test_accuracy")
+    cells = {comparison.cell_of(cell): cell for cell in config["cells"]}
     (plain_start, start), (plain_targets, targets) = (
       config["grid"][name] for name in ("inits", "samplers")
     )
-    for method in config["grid"]["methods"]:
-      names = [
-        (method, *arm)
-        for arm in (
-          (plain_start, plain_targets),
-          (start, plain_targets),
-          (plain_start, targets),
-          (start, targets),
-        )
-      ]
-      if not all(name in found for name in names for found in scored):
+    arms = list(itertools.product((plain_targets, targets), (plain_start, start)))
+    for method in dict.fromkeys(row["method"] for row in rows):
+      networks = method not in recipes.FOR_KERNELS
+      found = comparison.arms(rows, "network_test_accuracy" if networks else "test_accuracy")
+      names = [(method, first, second) for second, first in arms]
+      if not all(name in found for name in names):
         continue
-      cells = [
-        " → ".join(
-          f"{comparison.mean_and_deviation(starts[name].values())[0]:.1f}" for name in names[:2]
-        )
-      ]
-      cells += [" / ".join(comparison.shown(found[names[0]].values()) for found in scored)]
-      cells += [
-        " / ".join(
-          comparison.shown(comparison.differences(found[name], found[names[0]]), "+", True)
-          for found in scored
-        )
-        for name in names[1:]
-      ]
-      evaluations = next(int(row["target_evaluations"]) for row in rows if row["method"] == method)
+      own = next(row for row in rows if row["method"] == method)
+      protocol = cells[comparison.cell_of(own)].get("protocol")
+      model = f"networks, `{protocol or 'default'}`" if networks else "ridge regression"
+      gains = [comparison.differences(found[name], found[names[0]]) for name in names[1:]]
+      shown = [comparison.shown(found[names[0]].values())]
+      shown += [comparison.shown(gain, "+", True) for gain in gains]
+      earlier = "" if protocol or method == "kip" else " †"
       lines.append(
-        f"| {_DATASETS[dataset]} | `{method}` | " + " | ".join(cells) + f" | {evaluations:,} |"
+        f"| {_DATASETS[dataset]} | `{method}`{earlier} | {model} | {' | '.join(shown)} | "
+        f"{int(own['steps']):,} | {int(own['target_evaluations']):,} |"
       )
-  grid = config["grid"]
   return "\n".join(
     [
       *lines,
       "",
-      f"One image per class, settings at CPU size (`--preset=cpu`), {grid['num_seeds']} seeds: test accuracy (%) of kernel ridge regression with the "
-      f"NTK of FC1 / of {grid['network_seeds']} finite networks trained on the images (the method's own network), mean and standard deviation; then the gain over the "
-      f"baseline (start `{plain_start}`, targets `{plain_targets}`) by `{start}` and `{targets}`, with the standard error of the differences (paired seeds, equal target "
-      f"evaluations), on the first 2,000 test rows (KIP: all). *Before any step*: ridge regression on `{plain_start}` and `{start}` before any step. From `experiments/results/compare_*` (`python -m experiments.run_compare`).",
+      "One image per class, settings at CPU size (`--preset=cpu`), 3 seeds, equal target evaluations: test accuracy (%), mean and standard deviation, then the gain "
+      "with the standard error of the differences (paired seeds). Networks: two per set and seed, of the method's architecture and width, under the protocol of its "
+      "paper, on the first 2,000 test rows; ridge regression: with the NTK of FC1 (KIP: all test rows). *uniform*: random images as start and uniform targets; "
+      f"*importance sampling*: targets by `{targets}`. †: measured with networks of the default protocol and centers that were not scaled. From "
+      "`experiments/results/compare_*` (`python -m experiments.run_compare --methods=METHOD --set=steps=STEPS`).",
     ]
   )
 
