@@ -42,7 +42,15 @@ JOBS = {
     "85 (FRePo 86.2)",
   ),
   "cifar10_1": (
-    dict(_FREPO, dataset="cifar10", preprocess="zca", width=64, steps=1500, options="flip=True"),
+    dict(
+      _FREPO,
+      dataset="cifar10",
+      preprocess="zca",
+      init="krr_sensitivity",
+      width=64,
+      steps=1500,
+      options="flip=True",
+    ),
     "42 (FRePo 46.8, RaT-BPTT 53.2)",
   ),
   "cifar10_10": (
