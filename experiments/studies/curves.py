@@ -24,8 +24,8 @@ flags.DEFINE_string("output", "experiments/results/curves.json", "Result file.")
 _COMMON = dict(test_rows=2000, log_test_accuracy=False)
 # name -> (settings, steps after which networks are trained)
 SETTINGS = {
-  "mnist-frepo": (dict(dataset="mnist", method="frepo", steps=1000), (0, 10, 30, 100, 300, 1000)),
-  "mnist-ratbptt": (dict(dataset="mnist", method="ratbptt", steps=300), (0, 10, 30, 100, 300)),
+  "mnist-frepo": (dict(dataset="mnist", method="frepo", steps=300), (0, 10, 30, 100, 300)),
+  "mnist-ratbptt": (dict(dataset="mnist", method="ratbptt", steps=150), (0, 10, 30, 150)),
 }
 ARMS = {
   "uniform start, uniform targets": dict(init="uniform", sampler="uniform"),
