@@ -1,10 +1,13 @@
 """Public functions compile once per shape: a call with equal kernels and new data is cached."""
 
 import contextlib
+import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import standard_promotion
 
@@ -143,6 +146,258 @@ def fit(seed):
   return kipcore.krr_fit(gram(seed), jnp.asarray(rows(seed)), 0.5)
 
 
+# --- Every public function, called twice with equal shapes and other values ---
+
+RIDGE = 0.5
+LABELS = np.arange(12) % 3
+IMAGE_NET = kipcore.network(kipcore.conv_net(1), 4, 3)
+ROWS_KERNEL = kipcore.rbf_fn(1.5)
+ONE_HOT = jnp.asarray(np.eye(3, dtype=np.float32)[LABELS] - 1 / 3)
+
+
+def x_of(seed):
+  return jnp.asarray(rows(seed)) + ONE_HOT @ jnp.ones((3, 5)) * 0
+
+
+def scores_of(seed):
+  return jnp.asarray(np.abs(rows(seed)).sum(axis=1))
+
+
+def coreset_of(seed):
+  return kipcore.Coreset(
+    x_of(seed)[:4], ONE_HOT[:4], np.arange(4, dtype=np.int32), jnp.full((4,), 3.0 + seed), "uniform"
+  )
+
+
+def parameters_of(seed):
+  """The flat parameters of `MODULE`."""
+  variables = MODULE.init(jax.random.key(seed), x_of(0))
+  return jax.flatten_util.ravel_pytree(variables["params"])[0]
+
+
+def sampler_calls(seed):
+  """`init`, `draw` and `update` of every sampler, each made anew."""
+  counts, out = jnp.asarray([4, 4, 4], jnp.int32), []
+  for name in kipcore.distillation.importance.SAMPLERS:
+    sampler = kipcore.sampler(name)
+    state = sampler.init(counts, 12)
+    indices, weights = sampler.draw(jax.random.key(seed), state, 4)
+    info = kipcore.LossInfo(weights, ONE_HOT[:4] + 0.1 * seed, jnp.float32(0), jnp.int32(0))
+    state = sampler.update(state, indices, ONE_HOT[:4], info)
+    out += [weights, state, sampler.metrics(state), sampler.scores(state)]
+  return [leaf for leaf in jax.tree.leaves(out)]
+
+
+@functools.cache
+def distiller():
+  """One object, because optax optimizers are equal only to themselves."""
+  return kipcore.Distiller(
+    kipcore.kip(ROWS_KERNEL, kipcore.KIPOptions(relative_ridge=1e-2)),
+    kipcore.sampler("uniform"),
+    optax.sgd(0.1),
+    4,
+  )
+
+
+def targets_of(seed):
+  return jax.tree.map(lambda a: jnp.asarray(a[0]), kipcore.arrange_targets(x_of(seed), ONE_HOT))
+
+
+def state_of(seed):
+  targets = targets_of(seed)
+  support = kipcore.Support(x_of(seed)[:3], ONE_HOT[:3])
+  return kipcore.distill_init(seed, distiller(), support, targets.class_counts, 12)
+
+
+def map_of(seed):
+  return kipcore.draw_map(seed, "fcnn", 5)
+
+
+PUBLIC = {
+  "absorb_weights": lambda seed: kipcore.absorb_weights(
+    ROWS_KERNEL, coreset_of(seed), RIDGE + seed, RIDGE
+  ),
+  "absorb_weights, scale": lambda seed: kipcore.absorb_weights(
+    kipcore.linear_fn(), coreset_of(seed), RIDGE + seed, RIDGE, "scale"
+  ),
+  "approximate_krr_sensitivities": lambda seed: kipcore.approximate_krr_sensitivities(
+    seed, ROWS_KERNEL, x_of(seed), ONE_HOT, RIDGE + seed, 4, block_size=5
+  ),
+  "arrange_targets": lambda seed: kipcore.arrange_targets(rows(seed), np.asarray(ONE_HOT)),
+  "auto_candidates": lambda seed: list(
+    kipcore.auto_candidates(seed, x_of(seed), ONE_HOT, 2, ROWS_KERNEL, 8)
+  ),
+  "blocked_krr_sensitivities": lambda seed: kipcore.blocked_krr_sensitivities(
+    ROWS_KERNEL, x_of(seed), ONE_HOT, RIDGE + seed, LABELS
+  ),
+  "choose_expert": lambda seed: kipcore.choose_expert(
+    seed,
+    MODULE,
+    jnp.stack([parameters_of(seed), parameters_of(1)]),
+    x_of(seed)[:3],
+    x_of(seed),
+    ONE_HOT,
+    width=4,
+    num_steps=1,
+  ).accuracies,
+  "class_balanced_indices": lambda seed: kipcore.class_balanced_indices(seed, LABELS, 2, 3),
+  "distill": lambda seed: (
+    kipcore.distill(seed, distiller(), problem(seed)[0], *problem(seed)[1:], 1).support
+  ),
+  "distill_init": lambda seed: jax.tree.leaves(state_of(seed).params),
+  "distill_step": lambda seed: (
+    kipcore.distill_step(seed, distiller(), state_of(seed), targets_of(seed))[0].params
+  ),
+  "draw_map": lambda seed: map_of(seed).weights,
+  "feature_kernel": lambda seed: kipcore.feature_kernel(map_of(seed))(x_of(seed)),
+  "effective_dimension": lambda seed: kipcore.effective_dimension(gram(seed), RIDGE + seed),
+  "effective_dimension_bounds": lambda seed: kipcore.effective_dimension_bounds(
+    seed, ROWS_KERNEL, x_of(seed), RIDGE + seed, 4
+  ),
+  "evaluate_krr": lambda seed: kipcore.evaluate_krr(ROWS_KERNEL, *problem(seed), ridge=0.1 + seed),
+  "evaluate_network": lambda seed: kipcore.evaluate_network(
+    seed, kipcore.fc(1), *problem(seed), num_seeds=1, width=8, num_steps=2, learning_rate=0.1 + seed
+  ),
+  "evaluation_table": lambda seed: [
+    entry.mean
+    for entry in kipcore.evaluation_table(
+      seed,
+      {"set": [problem(seed)[0]]},
+      {"krr": kipcore.KernelEvaluator(ROWS_KERNEL, 0.1)},
+      *problem(seed)[1:],
+      1,
+    )
+  ],
+  "expert_labels": lambda seed: kipcore.expert_labels(
+    MODULE, parameters_of(seed), x_of(seed), 1.0 + seed
+  ),
+  "expert_losses": lambda seed: kipcore.expert_losses(
+    MODULE, parameters_of(seed), x_of(seed), ONE_HOT
+  ),
+  "feature_krr_sensitivities": lambda seed: kipcore.feature_krr_sensitivities(
+    x_of(seed), ONE_HOT, RIDGE + seed
+  ),
+  "feature_leverage_scores": lambda seed: kipcore.feature_leverage_scores(x_of(seed), RIDGE + seed),
+  "fit_preprocess": lambda seed: kipcore.fit_preprocess(rows(seed), "zca").apply(rows(seed)),
+  "gram": lambda seed: kipcore.gram(ROWS_KERNEL, rows(seed), rows(1, 3), 5),
+  "gram_diag": lambda seed: kipcore.gram_diag(USER_KERNEL, rows(seed), 5),
+  "gram_matvec": lambda seed: kipcore.gram_matvec(ROWS_KERNEL, rows(seed), rows(1, 3), rows(2, 3)),
+  "guarantee_at": lambda seed: kipcore.guarantee_at(100 + seed, 3.0, 2.0),
+  "gumbel_sample": lambda seed: kipcore.gumbel_sample(seed, scores_of(seed), 4),
+  "herding": lambda seed: kipcore.herding(x_of(seed), 4),
+  "importance_sample": lambda seed: kipcore.importance_sample(seed, scores_of(seed), 4),
+  "k_center": lambda seed: kipcore.k_center(x_of(seed), 4),
+  "kernel_kmeans_plusplus": lambda seed: kipcore.kernel_kmeans_plusplus(
+    seed, ROWS_KERNEL, x_of(seed), 3
+  ),
+  "kmeans": lambda seed: kipcore.kmeans(seed, x_of(seed), 3),
+  "kmeans_plusplus": lambda seed: kipcore.kmeans_plusplus(seed, x_of(seed), 3),
+  "kmeans_sensitivities": lambda seed: kipcore.kmeans_sensitivities(
+    x_of(seed), x_of(seed)[:3], alpha=1.0 + seed
+  ),
+  "krr_closed_form": lambda seed: kipcore.krr_closed_form(seed, rows(seed), ONE_HOT, 1).support,
+  "krr_fit": lambda seed: fit(seed),
+  "krr_loss": lambda seed: kipcore.krr_loss(fit(seed), gram(seed), rows(seed), np.ones(12, "f4")),
+  "krr_predict": lambda seed: kipcore.krr_predict(fit(seed), gram(seed)),
+  "krr_pursuit": lambda seed: kipcore.krr_pursuit(
+    seed, ROWS_KERNEL, x_of(seed), ONE_HOT, 6, 3, RIDGE + seed, quota=1
+  ),
+  "krr_sensitivities": lambda seed: kipcore.krr_sensitivities(gram(seed), ONE_HOT, RIDGE + seed),
+  "krr_sensitivity_scores": lambda seed: kipcore.krr_sensitivity_scores(
+    gram(seed), ONE_HOT, RIDGE + seed, scores_of(seed)
+  ),
+  "label_distribution": lambda seed: kipcore.label_distribution(ONE_HOT),
+  "label_solve": lambda seed: kipcore.label_solve(gram(seed), gram(seed), rows(seed), 0.1 + seed),
+  "label_solve_rows": lambda seed: kipcore.label_solve_rows(
+    ROWS_KERNEL, x_of(seed)[:4], x_of(seed), ONE_HOT, 0.1 + seed, block_size=5
+  ),
+  "landmark_leverage_scores": lambda seed: kipcore.landmark_leverage_scores(
+    ROWS_KERNEL, x_of(seed), np.arange(4) + seed, RIDGE + seed
+  ),
+  "landmark_score_ridge": lambda seed: kipcore.landmark_score_ridge(
+    seed, ROWS_KERNEL, x_of(seed), 3.0 + 0.1 * seed, 4
+  ),
+  "lightweight_sensitivities": lambda seed: kipcore.lightweight_sensitivities(x_of(seed)),
+  "measure_coreset": lambda seed: kipcore.measure_coreset(
+    seed, ROWS_KERNEL, x_of(seed), ONE_HOT, RIDGE + seed, np.arange(4), scores_of(seed)[:4],
+    num_landmarks=6, num_queries=3,
+  ).measured_epsilon,
+  "measured_objective": lambda seed: kipcore.measured_objective(
+    ROWS_KERNEL, coreset_of(seed), x_of(seed), ONE_HOT
+  ),
+  "merge_duplicates": lambda seed: kipcore.merge_duplicates(np.arange(4) % (seed + 2), rows(seed, 4)[:, 0]),
+  "nearest_rows": lambda seed: kipcore.nearest_rows(x_of(seed), x_of(seed)[:3]),
+  "network": lambda seed: kipcore.network(kipcore.fc(1), 8).init(jax.random.key(seed), rows(seed)),
+  "one_hot_centered": lambda seed: kipcore.one_hot_centered(np.arange(5) % (seed + 1), 7),
+  "random_augmentation": lambda seed: kipcore.random_augmentation("color_crop_cutout_flip_scale_rotate")(jax.random.key(seed))(images(seed)),
+  "random_crops": lambda seed: kipcore.random_crops(seed, images(seed)),
+  "random_features": lambda seed: kipcore.random_features(
+    MODULE, drawn_networks(jax.random.split(jax.random.key(seed), 2)), x_of(seed)
+  ),
+  "random_feature_kernel": lambda seed: kipcore.random_feature_kernel(
+    MODULE, jnp.asarray(rows(seed)), jnp.asarray(rows(1))
+  ),
+  "ranking_scores": lambda seed: list(kipcore.ranking_scores(0.5, 0.25, 0.75)),
+  "rded": lambda seed: kipcore.rded(
+    seed, rows(seed), np.asarray(ONE_HOT), 1, lambda x, y: jnp.sum(x, axis=1), 3, 1
+  ).x,
+  "rded, images": lambda seed: kipcore.rded(
+    seed, images(seed, 12), np.asarray(ONE_HOT), 1, lambda x, y: jnp.sum(x, axis=(1, 2, 3)), 3, 1
+  ).x,
+  "relative_ridge": lambda seed: kipcore.relative_ridge(gram(seed), 0.1 + seed),
+  "ridge_leverage_scores": lambda seed: kipcore.ridge_leverage_scores(gram(seed), RIDGE + seed),
+  "rpcholesky": lambda seed: kipcore.rpcholesky(seed, ROWS_KERNEL, x_of(seed), 4, block_size=2),
+  "sample_size": lambda seed: kipcore.sample_size(3.0, 2.0, 0.5, 0.1),
+  "sampler": sampler_calls,
+  "scaled_to_rows": lambda seed: kipcore.scaled_to_rows(x_of(seed)[:3], x_of(seed)),
+  "score_ridge_for_dimension": lambda seed: kipcore.score_ridge_for_dimension(
+    gram(seed), 3.0 + 0.1 * seed
+  ),
+  **{
+    f"select_coreset, {strategy}": lambda seed, strategy=strategy: kipcore.select_coreset(
+      seed, x_of(seed), ONE_HOT, 2, strategy, ROWS_KERNEL, num_candidates=8
+    ).x
+    for strategy in kipcore.selection.coreset.STRATEGIES
+  },
+  "sensitivity_sample": lambda seed: kipcore.sensitivity_sample(seed, scores_of(seed), 4),
+  "sensitivity_sample, distinct": lambda seed: kipcore.sensitivity_sample(
+    seed, scores_of(seed), 4, replace=False
+  ),
+  "stratified_sample": lambda seed: kipcore.stratified_sample(seed, scores_of(seed), LABELS, 6),
+  "stream_krr_sensitivities": lambda seed: kipcore.stream_krr_sensitivities(
+    seed, ROWS_KERNEL, rows(seed), np.asarray(ONE_HOT), RIDGE + seed, 4, block_size=5
+  ),
+  "systematic_sample": lambda seed: kipcore.systematic_sample(seed, scores_of(seed), 4),
+  "train_expert": lambda seed: kipcore.train_expert(
+    seed, MODULE, rows(seed), np.asarray(ONE_HOT), 1, 0.1, 4
+  ),
+  "tune": lambda seed: kipcore.tune(
+    seed, kipcore.fc(1), *problem(seed), learning_rates=(0.1,), num_steps=(1,), num_seeds=1, width=4
+  ).accuracies,
+}
+
+
+@jax.jit
+def drawn_networks(keys):
+  return jax.vmap(lambda key: MODULE.init(key, jnp.zeros((1, 5))))(keys)
+
+
+
+EXEMPT = {
+  **dict.fromkeys(
+    "architecture combined conv_net dc dm dsa fc frepo from_stax importance kip linear_fn mtt myrtle nngp_fn ntk_fn "
+    "protocol rat_bptt rbf_fn rcig rfad".split(),
+    "makes a configuration",
+  ),
+  **dict.fromkeys(
+    "load_artifact load_expert_state load_published load_trajectories read_torch_file save_artifact "
+    "save_expert_state save_trajectories".split(),
+    "reads or writes a file",
+  ),
+  "scale_learning_rate": "changes a number of a snapshot on the host",
+}
+
+
 def check(call):
   with standard_promotion():
     with compilations() as first:
@@ -160,6 +415,23 @@ def test_functions_of_kernels_compile_once(name, call):
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_functions_compile_once(name):
   check(OTHERS[name])
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.filterwarnings("ignore:scores are nearly equal", "ignore:images_per_class")
+def test_public_functions_compile_once(name):
+  check(PUBLIC[name])
+
+
+def test_every_public_function_is_called_or_exempt():
+  functions = {
+    name
+    for name in kipcore.__all__
+    if callable(getattr(kipcore, name)) and not inspect.isclass(getattr(kipcore, name))
+  }
+  called = {name.partition(",")[0] for name in PUBLIC}
+  assert functions == called | set(EXEMPT)
+  assert not called & set(EXEMPT)
 
 
 def test_a_new_shape_and_a_new_kernel_are_counted():

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from kipcore import checks
 from kipcore.distillation import samplers
-from kipcore.distillation.method import LossInfo, Sampler
+from kipcore.distillation.method import LossInfo, Sampler, compiled
 from kipcore.selection import draws
 from kipcore.types import Array, Flag, Integer, Real
 
@@ -168,6 +168,7 @@ class ImportanceSampler(Sampler):
   def _plain(self) -> Sampler:
     return samplers.class_balanced() if self.balanced else samplers.uniform()
 
+  @compiled("capacity")
   def init(self, class_counts: Int[Array, " c"], capacity: int) -> ImportanceState:
     ends = jnp.cumsum(class_counts, dtype=jnp.int32)
     row = jnp.arange(capacity, dtype=jnp.int32)
@@ -193,6 +194,7 @@ class ImportanceSampler(Sampler):
       rebuilds=none,
     )
 
+  @compiled("size")
   def draw(
     self, key: Array, state: ImportanceState, size: int
   ) -> tuple[Int[Array, " size"], Float[Array, " size"]]:
@@ -212,6 +214,7 @@ class ImportanceSampler(Sampler):
     use_scores = (state.gain >= self.least_gain) & (size < num_rows) & (size == state.batch_size)
     return jax.lax.cond(use_scores, by_score, uniformly, key)
 
+  @compiled()
   def update(
     self,
     state: ImportanceState,
@@ -249,12 +252,15 @@ class ImportanceSampler(Sampler):
     rebuild = lambda s: with_distribution(s, self.uniform_mix, indices.shape[0], self.power)
     return jax.lax.cond(due, rebuild, lambda s: s, state)
 
+  @compiled()
   def metrics(self, state: ImportanceState) -> dict[str, Array]:
     return sampler_metrics(state, self.least_gain)
 
+  @compiled()
   def scores(self, state: ImportanceState) -> Float[Array, " capacity"]:
     return row_scores(state)
 
+  @compiled()
   def regroup(
     self, state: ImportanceState, previous: ImportanceState, scores: Float[Array, " capacity"]
   ) -> ImportanceState:

@@ -16,6 +16,17 @@ from kipcore.types import Array, Integer, LossInfo, Support
 Params = dict[str, Array]
 
 
+def compiled(*static: str) -> Callable:
+  """Decorator of a method of a configuration: it is compiled once per shape and value of the configuration.
+
+  Without it, a call outside `jit` compiles each `cond`, `scan` or `map` over a closure again.
+
+  Args:
+    static: names of arguments that are numbers, such as sizes.
+  """
+  return functools.partial(jax.jit, static_argnames=("self", *static))
+
+
 @functools.partial(
   jax.tree_util.register_dataclass, data_fields=["x", "y"], meta_fields=["axis_name"]
 )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from kipcore.distillation.method import Sampler
+from kipcore.distillation.method import Sampler, compiled
 from kipcore.types import Array
 
 
@@ -20,9 +20,11 @@ class Uniform(Sampler):
 
   name = "uniform"
 
+  @compiled("capacity")
   def init(self, class_counts: Int[Array, " c"], capacity: int) -> Int[Array, ""]:
     return jnp.sum(class_counts, dtype=jnp.int32)
 
+  @compiled("size")
   def draw(
     self, key: Array, state: Int[Array, ""], size: int
   ) -> tuple[Int[Array, " size"], Float[Array, " size"]]:
@@ -46,6 +48,7 @@ class ClassBalanced(Sampler):
   def init(self, class_counts: Int[Array, " c"], capacity: int) -> Int[Array, " c"]:
     return class_counts
 
+  @compiled("size")
   def draw(
     self, key: Array, state: Int[Array, " c"], size: int
   ) -> tuple[Int[Array, " size"], Float[Array, " size"]]:

@@ -1,6 +1,7 @@
 """Random feature approximation (RFAD): KIP with the kernel of a few random finite networks, which are redrawn during the run."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -59,6 +60,11 @@ def random_features(
   Returns:
     `(n, M p)`, with p the number of inputs of one readout.
   """
+  return _random_features(module, variables, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _random_features(module, variables, x):
   phi = jax.lax.map(jax.checkpoint(lambda one: features(module, one, x)), variables)
   num_networks, n, p = phi.shape
   return jnp.swapaxes(phi, 0, 1).reshape(n, num_networks * p) / math.sqrt(num_networks * p)
@@ -86,7 +92,12 @@ def random_feature_kernel(
     Loo et al. (2022), RFAD, section 3, with w_std^2 = 2 and b_std^2 = 0.01.
   """
   readout = module.arch.layers[-1]
-  return readout.w_std**2 * linalg.matmul(phi1, phi2.T) + readout.b_std**2
+  return _random_feature_kernel(readout.w_std**2, readout.b_std**2, phi1, phi2)
+
+
+@jax.jit
+def _random_feature_kernel(w_variance, b_variance, phi1, phi2):
+  return w_variance * linalg.matmul(phi1, phi2.T) + b_variance
 
 
 @dataclasses.dataclass(frozen=True)
