@@ -1,7 +1,7 @@
 """The description of a network, from which kernel, stax and Flax versions are made.
 
-A description is a tuple of layer records: hashable, comparable and printable. It has no widths,
-because a kernel is the limit of infinite width; a finite network chooses one (`networks`).
+A description is a tuple of layer records: hashable, comparable and printable, and a pytree whose leaves
+are the numbers w_std, b_std and slope. It has no widths, because a kernel is the limit of infinite width; a finite network chooses one (`networks`).
 
 Every weight is drawn from N(0, w_std^2 / fan_in) and every bias from N(0, b_std^2). The "ntk"
 parameterization draws unit normals and multiplies them by these scales, which changes the NTK but
@@ -14,8 +14,8 @@ import json
 import math
 import re
 
-from kipcore import checks
-from kipcore.types import IntLike, RealLike
+from kipcore import checks, pytrees
+from kipcore.types import IntLike, Number, RealLike
 
 SQRT2 = math.sqrt(2.0)
 _MAX_LAYERS = 1000  # in a file
@@ -32,14 +32,16 @@ class _Layer:
       object.__setattr__(self, field.name, convert(name, getattr(self, field.name)))
 
 
+@pytrees.record("w_std", "b_std")
 @dataclasses.dataclass(frozen=True)
 class Dense(_Layer):
   """Fully connected layer; the last one of an architecture is the readout."""
 
-  w_std: float = SQRT2
-  b_std: float = 0.1
+  w_std: Number = SQRT2
+  b_std: Number = 0.1
 
 
+@pytrees.record("w_std", "b_std")
 @dataclasses.dataclass(frozen=True)
 class Conv(_Layer):
   """Square convolution, stride 1, zero padding that keeps the image size (SAME).
@@ -48,37 +50,43 @@ class Conv(_Layer):
   """
 
   size: int = 3
-  w_std: float = SQRT2
-  b_std: float = 0.1
+  w_std: Number = SQRT2
+  b_std: Number = 0.1
 
 
+@pytrees.record()
 @dataclasses.dataclass(frozen=True)
 class Relu:
   """max(x, 0)."""
 
 
+@pytrees.record("slope")
 @dataclasses.dataclass(frozen=True)
 class LeakyRelu(_Layer):
   """max(x, 0) + slope min(x, 0), for any finite slope; slope -1 is |x|."""
 
-  slope: float = 0.01
+  slope: Number = 0.01
 
 
+@pytrees.record()
 @dataclasses.dataclass(frozen=True)
 class Erf:
   """The error function of x."""
 
 
+@pytrees.record()
 @dataclasses.dataclass(frozen=True)
 class Gelu:
   """x Phi(x), with Phi the normal distribution function; exact, not the tanh approximation."""
 
 
+@pytrees.record()
 @dataclasses.dataclass(frozen=True)
 class Identity:
   """x: a deep linear network."""
 
 
+@pytrees.record()
 @dataclasses.dataclass(frozen=True)
 class AvgPool(_Layer):
   """Mean over disjoint size x size windows; remaining rows and columns are dropped (VALID)."""
@@ -86,11 +94,13 @@ class AvgPool(_Layer):
   size: int = 2
 
 
+@pytrees.record()
 @dataclasses.dataclass(frozen=True)
 class GlobalAvgPool:
   """Mean over all pixels."""
 
 
+@pytrees.record()
 @dataclasses.dataclass(frozen=True)
 class Flatten:
   """Reshape pixels and channels to one vector."""
@@ -110,6 +120,7 @@ LAYERS = {
 }
 
 
+@pytrees.record("layers")
 @dataclasses.dataclass(frozen=True)
 class Architecture:
   """A named sequence of layers that ends in a `Dense` readout.
@@ -151,7 +162,14 @@ class Architecture:
 
   def to_json(self) -> str:
     """The description as JSON text, for artifacts; `Architecture.from_json` inverts it."""
-    layers = [{"layer": type(layer).__name__, **dataclasses.asdict(layer)} for layer in self.layers]
+    number = lambda value: value if isinstance(value, int) else float(value)
+    layers = [
+      {
+        "layer": type(layer).__name__,
+        **{name: number(value) for name, value in dataclasses.asdict(layer).items()},
+      }
+      for layer in self.layers
+    ]
     return json.dumps({"name": self.name, "layers": layers})
 
   @classmethod
@@ -203,14 +221,19 @@ def _check_layers(layers: tuple) -> None:
       raise ValueError(
         f"layers: expected an odd Conv size and a positive AvgPool size, got {layer!r}"
       )
-    if isinstance(layer, LeakyRelu) and not abs(layer.slope) < _MAX_SCALE:
+    if isinstance(layer, LeakyRelu) and not _within(layer.slope, -_MAX_SCALE):
       raise ValueError(f"layers: expected |slope| below {_MAX_SCALE:g}, got {layer!r}")
     if isinstance(layer, (Dense, Conv)) and not (
-      0 < layer.w_std < _MAX_SCALE and 0 <= layer.b_std < _MAX_SCALE
+      _within(layer.w_std, 0.0) and (_within(layer.b_std, 0.0) or layer.b_std == 0)
     ):
       raise ValueError(
         f"layers: expected w_std > 0 and b_std >= 0, both below {_MAX_SCALE:g}, got {layer!r}"
       )
+
+
+def _within(value: Number, above: float) -> bool:
+  """Whether above < value < _MAX_SCALE; a traced number passes."""
+  return checks.is_traced(value) or bool(above < value < _MAX_SCALE)
 
 
 def fc(
@@ -237,7 +260,7 @@ def fc(
   return _named(f"fc{depth}", activation, (Flatten(), *hidden, Dense(*stds)))
 
 
-def _stds(w_std: RealLike, b_std: RealLike) -> tuple[float, float]:
+def _stds(w_std: RealLike, b_std: RealLike) -> tuple[Number, Number]:
   return checks.scalar("w_std", w_std), checks.scalar("b_std", b_std)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int, Shaped
 
-from kipcore import blocks, checks, linalg
+from kipcore import blocks, checks, linalg, pytrees
 from kipcore.types import Array, ArrayLike, IntLike, KernelFn, RealLike, Status
 
 
@@ -338,11 +338,11 @@ def label_solve_rows(
   checks.rank("y", y, 2)
   block_size = checks.positive_int("block_size", block_size)
   ridge, fit_ridge = _label_ridges(ridge, fit_ridge, penalty, x_support.shape[0])
-  kernel_fn = checks.hashable(kernel_fn)
+  kernel_fn = pytrees.argument(kernel_fn)
   return _label_solve_rows(kernel_fn, penalty, block_size, x_support, x, y, ridge, fit_ridge)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _label_solve_rows(kernel_fn, penalty, block_size, x_support, x, y, ridge, fit_ridge):
   y = linalg.at_least_float32(y)
   k_ss = kernel_fn(x_support, None)

@@ -13,6 +13,9 @@ ArrayLike = jax.Array | np.ndarray
 RealLike = float | np.floating | np.integer | ArrayLike
 IntLike = int | np.integer | ArrayLike
 
+# A number of a record that is a pytree: concrete, or traced by a transformation.
+Number = float | Array
+
 # Scalar arguments: NumPy scalars and arrays without dimensions are accepted and converted (`checks`).
 if TYPE_CHECKING:
   Integer = int

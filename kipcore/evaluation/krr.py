@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int, Shaped
 
-from kipcore import checks, krr
+from kipcore import checks, krr, pytrees
 from kipcore.kernels.gram import gram_matvec
 from kipcore.types import Array, ArrayLike, IntLike, KernelFn, RealLike, Support
 
@@ -57,7 +57,7 @@ def evaluate_krr(
     checks.positive("relative_ridge", relative_ridge)
     ridge = checks.scalar("relative_ridge", relative_ridge)
   ridge = krr.checked_ridge("ridge", ridge, support.x.shape[0])
-  kernel_fn = checks.hashable(kernel_fn)
+  kernel_fn = pytrees.argument(kernel_fn)
   return _evaluate_krr(
     kernel_fn, relative, block_size, support, jnp.asarray(x), jnp.asarray(y), ridge
   )
@@ -79,7 +79,7 @@ def check_support(support: Support, x, y) -> None:
   checks.finite("y", y)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _evaluate_krr(kernel_fn, relative, block_size, support, x, y, ridge):
   k_ss = kernel_fn(support.x, None)
   fit = krr.krr_fit(k_ss, support.y, krr.relative_ridge(k_ss, ridge) if relative else ridge)

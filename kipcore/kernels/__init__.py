@@ -1,26 +1,33 @@
 """Kernels: the NTK and NNGP of architectures, RBF, linear, and any `neural_tangents.stax` kernel.
 
-Kernels are frozen dataclasses with value equality. They take floating rows (half precision is
-computed, and returned, in float32; integers are rejected) and are compiled once per shape.
+Kernels are frozen dataclasses with value equality, and pytrees whose leaves are their hyperparameters
+(`bandwidth`; `w_std`, `b_std` and `slope` of the layers; the factors of multiples). They are compiled once
+per shape, for all values of the hyperparameters, and can be added and multiplied.
+
+They take floating rows. Half precision is computed, and returned, in float32; integers are rejected,
+because pixels from 0 to 255 and pixels from 0 to 1 have different kernels.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
 
-from kipcore import checks, linalg
+from kipcore import checks, linalg, pytrees
 from kipcore.architectures import Architecture, AvgPool
 from kipcore.kernels import conv, dense
-from kipcore.kernels.base import Kernel
+from kipcore.kernels.base import Kernel, ProductKernel, ScaledKernel, SumKernel
 from kipcore.kernels.stax import StaxKernel, from_stax
-from kipcore.types import Array, ArrayLike, RealLike
+from kipcore.types import Array, ArrayLike, Number, RealLike
 
 __all__ = [
   "Kernel",
   "LinearKernel",
   "NetworkKernel",
+  "ProductKernel",
   "RBFKernel",
+  "ScaledKernel",
   "StaxKernel",
+  "SumKernel",
   "from_stax",
   "linear_fn",
   "nngp_fn",
@@ -29,12 +36,13 @@ __all__ = [
 ]
 
 
+@pytrees.record("arch")
 @dataclasses.dataclass(frozen=True)
 class NetworkKernel(Kernel):
   """The infinite-width kernel of an architecture, `(x1, x2=None) -> (n1, n2)`.
 
-  Hashable and comparable by value, so it can be a static argument of `jax.jit`. Made by `ntk_fn`
-  and `nngp_fn`.
+  Hashable and comparable by value, and a pytree whose leaves are the numbers of the architecture. Made
+  by `ntk_fn` and `nngp_fn`.
 
   Attributes:
     arch: the architecture.
@@ -146,15 +154,14 @@ def nngp_fn(arch: Architecture, precision: str = "float32") -> NetworkKernel:
   return NetworkKernel(arch, "nngp", precision=precision)
 
 
+@pytrees.record("bandwidth")
 @dataclasses.dataclass(frozen=True)
 class RBFKernel(Kernel):
   """exp(-||x - x'||^2 / (2 bandwidth^2)) on flattened rows; see `rbf_fn`."""
 
-  bandwidth: float
+  bandwidth: Number
 
   def __post_init__(self):
-    if checks.is_traced(self.bandwidth):
-      raise TypeError("bandwidth: expected a number, got a traced value")
     checks.positive("bandwidth", self.bandwidth)
     object.__setattr__(self, "bandwidth", checks.scalar("bandwidth", self.bandwidth))
 
@@ -165,6 +172,7 @@ class RBFKernel(Kernel):
     return jnp.ones(x.shape[0], x.dtype)
 
 
+@pytrees.record()
 @dataclasses.dataclass(frozen=True)
 class LinearKernel(Kernel):
   """<x, x'> on flattened rows; see `linear_fn`."""
@@ -183,7 +191,7 @@ def rbf_fn(bandwidth: RealLike) -> RBFKernel:
   """The Gaussian kernel exp(-||x - x'||^2 / (2 bandwidth^2)) on flattened rows.
 
   Args:
-    bandwidth: length scale > 0, in the units of the inputs.
+    bandwidth: length scale > 0, in the units of the inputs; may be traced.
 
   Returns:
     `kernel_fn(x1, x2=None) -> (n1, n2)`, with `diag`.

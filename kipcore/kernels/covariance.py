@@ -149,7 +149,7 @@ def later_block(
   return nngp, ntk, maps
 
 
-@functools.partial(jax.checkpoint, static_argnums=0)
+@jax.checkpoint
 def _activated(
   activation, nngp: Array, ntk: Array | None, v1: Array, v2: Array
 ) -> tuple[Array, Array | None]:

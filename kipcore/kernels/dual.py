@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kipcore.architectures import Erf, Gelu, Identity, LeakyRelu, Relu
-from kipcore.types import Array
+from kipcore.types import Array, Number
 
 # arccos(c) = sqrt(1 - c) P(c) for c in [0, 1], with an absolute error of 2e-8 in float32
 # (Abramowitz and Stegun, eq. 4.4.46) and 4e-16 in float64 (Chebyshev interpolation).
@@ -123,7 +123,7 @@ def _relative(dv: Array, v: Array) -> Array:
   return jnp.where(v > 0, dv / jnp.where(v > 0, v, 1.0), 0.0)
 
 
-def leaky_relu_dual(k: Array, v1: Array, v2: Array, slope: float) -> tuple[Array, Array]:
+def leaky_relu_dual(k: Array, v1: Array, v2: Array, slope: Number) -> tuple[Array, Array]:
   """Duals of max(x, 0) + a min(x, 0) for any slope a.
 
       E[phi(u) phi(v)] = (1 - a)^2 E[relu(u) relu(v)] + a k,  and its derivative by k

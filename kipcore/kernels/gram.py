@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
-from kipcore import blocks, checks, linalg
+from kipcore import blocks, checks, linalg, pytrees
 from kipcore.devices import Axis, device_axis, pmap
+from kipcore.kernels.base import diagonal
 from kipcore.types import Array, ArrayLike, IntLike, KernelFn
 
 _BLOCK_ENTRIES = 2**22  # kernel entries that `gram_matvec` holds by default
@@ -57,7 +58,7 @@ def gram(
     x2 = _rows("x2", x2)
     if x1.shape[1:] != x2.shape[1:]:
       raise ValueError(f"expected rows of one shape, got x1 {x1.shape} and x2 {x2.shape}")
-  kernel_fn = checks.hashable(kernel_fn)
+  kernel_fn = pytrees.argument(kernel_fn)
   if devices is None:
     return _gram(kernel_fn, block_size, jax.default_backend(), x1, x2)
   k = _rows_over_devices(kernel_fn, x1, x1 if x2 is None else x2, block_size, device_axis(devices))
@@ -83,7 +84,7 @@ def gram_diag(
     ValueError, TypeError: for a block size that is not a positive integer.
   """
   block_size = _checked_block_size(block_size)
-  return _gram_diag(checks.hashable(kernel_fn), block_size, jax.default_backend(), _rows("x", x))
+  return _gram_diag(pytrees.argument(kernel_fn), block_size, jax.default_backend(), _rows("x", x))
 
 
 def gram_matvec(
@@ -118,7 +119,7 @@ def gram_matvec(
   checks.shape("v", v, (x2.shape[0], None))
   block_size = _checked_block_size(block_size) or max(1, _BLOCK_ENTRIES // max(1, x2.shape[0]))
   return _gram_matvec(
-    checks.hashable(kernel_fn), block_size, jax.default_backend(), x1, x2, jnp.asarray(v)
+    pytrees.argument(kernel_fn), block_size, jax.default_backend(), x1, x2, jnp.asarray(v)
   )
 
 
@@ -134,7 +135,7 @@ def _rows(name: str, x) -> Array:
 
 
 # The backend is an argument because the programs of kernels may depend on it.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _gram(kernel_fn, block_size: int | None, backend: str, x1: Array, x2: Array | None) -> Array:
   if block_size is None or x1.shape[0] <= block_size:
     return kernel_fn(x1, x2)
@@ -142,25 +143,22 @@ def _gram(kernel_fn, block_size: int | None, backend: str, x1: Array, x2: Array 
   return _symmetric(k, _gram_diag(kernel_fn, block_size, backend, x1)) if x2 is None else k
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _gram_diag(kernel_fn, block_size: int | None, backend: str, x: Array) -> Array:
-  diagonal = getattr(kernel_fn, "diag", None)
-  if diagonal is None:
-    diagonal = jax.vmap(lambda row: kernel_fn(row[None], None)[0, 0])
-  return blocks.map_row_blocks(diagonal, x, block_size)
+  return blocks.map_row_blocks(lambda rows: diagonal(kernel_fn, rows), x, block_size)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _gram_matvec(kernel_fn, block_size: int, backend: str, x1, x2, v) -> Array:
   product = jax.checkpoint(lambda rows: linalg.matmul(kernel_fn(rows, x2), v))
   return blocks.map_row_blocks(product, x1, block_size)
 
 
 @jax.jit
-def _symmetric(k: Array, diagonal: Array) -> Array:
+def _symmetric(k: Array, own: Array) -> Array:
   """The symmetric part of `k`, with an exact diagonal: a block does not know its equal pairs."""
   i = jnp.arange(k.shape[0])
-  return (0.5 * (k + k.T)).at[i, i].set(diagonal)
+  return (0.5 * (k + k.T)).at[i, i].set(own)
 
 
 def _block_rows(x1: Array, x2: Array, kernel_fn, block_size: int | None) -> Array:
@@ -173,6 +171,6 @@ def _rows_over_devices(kernel_fn, x1, x2, block_size: int | None, axis: Axis) ->
     return kernel_fn(x1, x2)
   rows = -(-n // axis.size)
   x1 = blocks.pad_rows(x1, axis.size * rows)
-  mapped = pmap(_block_rows, axis, in_axes=(0, None, None, None), static_broadcasted_argnums=(2, 3))
+  mapped = pmap(_block_rows, axis, in_axes=(0, None, None, None), static_broadcasted_argnums=3)
   k = mapped(x1.reshape(axis.size, rows, *x1.shape[1:]), x2, kernel_fn, block_size)
   return jnp.asarray(jax.device_get(k)).reshape(axis.size * rows, -1)[:n]

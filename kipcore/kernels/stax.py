@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import jax
 
-from kipcore import checks, linalg
+from kipcore import checks, linalg, pytrees
 from kipcore.architectures import (
   Architecture,
   AvgPool,
@@ -95,6 +95,7 @@ def _safe_map(fn, *sequences):
   return [fn(*items) for items in _safe_zip(*map(list, sequences))]
 
 
+@pytrees.record()
 @dataclasses.dataclass(frozen=True)
 class StaxKernel(Kernel):
   """A `neural_tangents.stax` kernel; equal if `kernel_fn` is the same object. See `from_stax`."""

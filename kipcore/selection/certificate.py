@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import blocks, checks, keys, linalg
+from kipcore import blocks, checks, keys, linalg, pytrees
 from kipcore.kernels.gram import gram_diag
 from kipcore.selection.guarantees import (
   Basis,
@@ -183,7 +183,7 @@ def measure_coreset(
 
   Args:
     key: a random key or an int seed.
-    kernel: `kernel_fn` (see `types.KernelFn`; hashable), or the matrix `(n, n)`.
+    kernel: `kernel_fn` (see `types.KernelFn`), or the matrix `(n, n)`.
     x: `(n, ...)` rows, or None with a matrix.
     y: `(n, c)` labels.
     ridge: absolute > 0, the same in F and F_S.
@@ -270,7 +270,7 @@ class _Objective(NamedTuple):
   status: Array
 
 
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size"))
+@functools.partial(jax.jit, static_argnames="block_size")
 def _basis(kernel_fn, data, landmarks, block_size):
   k = kernel_entries(kernel_fn, data.operand, landmarks, landmarks).astype(data.y.dtype)
   # Jitter at rounding level, so that near-duplicate landmarks can be factorized. F excludes it.
@@ -301,7 +301,7 @@ def _unwhiten_all(f, b):
   return flat.reshape(b.shape[1], b.shape[0], b.shape[2]).transpose(1, 0, 2)
 
 
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "num_queries", "block_size"))
+@functools.partial(jax.jit, static_argnames=("num_queries", "block_size"))
 def _bank(kernel_fn, key, data, landmarks, basis, num_queries, block_size):
   n, c = data.y.shape
   rows = jnp.arange(n, dtype=jnp.int32)
@@ -356,7 +356,7 @@ def _bank(kernel_fn, key, data, landmarks, basis, num_queries, block_size):
   )
 
 
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size"))
+@functools.partial(jax.jit, static_argnames="block_size")
 def _subset_objective(kernel_fn, data, indices, weights, block_size):
   roots = jnp.sqrt(weights)[:, None]
   k = kernel_entries(kernel_fn, data.operand, indices, indices).astype(weights.dtype)
@@ -389,7 +389,8 @@ def _prepare(key, kernel, x, y, ridge, num_landmarks, block_size):
     raise ValueError("x: expected rows with a kernel function, got None")
   else:
     checks.same_rows("x", x, "y", y)
-  kernel_fn, operand = (kernel, jnp.asarray(x)) if callable(kernel) else (None, jnp.asarray(kernel))
+  kernel_fn = pytrees.argument(kernel) if callable(kernel) else None
+  operand = jnp.asarray(kernel if kernel_fn is None else x)
   key_rows, key_bank = jax.random.split(keys.canonical_key(key))
   dtype = linalg.widest_dtype(y.dtype)
   landmarks = jnp.arange(n, dtype=jnp.int32)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from kipcore import checks, keys, linalg
+from kipcore import checks, keys, linalg, pytrees
 from kipcore.kernels.gram import gram, gram_diag
 from kipcore.selection.draws import draw_few_rows
 from kipcore.types import Array, KernelFn, Status
@@ -60,7 +60,7 @@ def rpcholesky(
 
   Args:
     key: a random key or an int seed.
-    kernel_fn: see `types.KernelFn`; hashable, since the computation is compiled for it.
+    kernel_fn: see `types.KernelFn`.
     x: `(n, ...)` rows.
     rank: k, at most n.
     weights: `(n,)`, >= 0, or None for ones. The pivots are those of W^{1/2} K W^{1/2}, but F is a
@@ -88,11 +88,17 @@ def rpcholesky(
   checks.shape("weights", weights, x.shape[:1])
   checks.non_negative("weights", weights)
   return _rpcholesky(
-    keys.canonical_key(key), kernel_fn, x, weights, rank, min(block_size, rank), row_block_size
+    keys.canonical_key(key),
+    pytrees.argument(kernel_fn),
+    x,
+    weights,
+    rank,
+    min(block_size, rank),
+    row_block_size,
   )
 
 
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "rank", "block_size", "row_block_size"))
+@functools.partial(jax.jit, static_argnames=("rank", "block_size", "row_block_size"))
 def _rpcholesky(key, kernel_fn, x, weights, rank, block_size, row_block_size):
   n = x.shape[0]
   diagonal = gram_diag(kernel_fn, x, row_block_size)

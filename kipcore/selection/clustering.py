@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import blocks, checks, keys, linalg
+from kipcore import blocks, checks, keys, linalg, pytrees
 from kipcore.kernels.gram import gram, gram_diag
 from kipcore.selection.draws import draw_few_rows
 from kipcore.types import Array, KernelFn
@@ -131,7 +131,7 @@ def kernel_kmeans_plusplus(
 
   Args:
     key: a random key or an int seed.
-    kernel_fn: see `types.KernelFn`; hashable, since the computation is compiled for it.
+    kernel_fn: see `types.KernelFn`.
     x: `(n, ...)` rows.
     num_clusters, weights, num_trials: as for `kmeans_plusplus`.
     block_size: number of rows of a kernel column evaluated at a time; None for all.
@@ -146,7 +146,13 @@ def kernel_kmeans_plusplus(
   num_trials = checks.positive_int("num_trials", num_trials)
   block_size = checks.optional_positive_int("block_size", block_size)
   indices = _kernel_seeds(
-    keys.canonical_key(key), kernel_fn, x, weights, num_clusters, num_trials, block_size
+    keys.canonical_key(key),
+    pytrees.argument(kernel_fn),
+    x,
+    weights,
+    num_clusters,
+    num_trials,
+    block_size,
   )
   return Seeds(x[indices], indices)
 
@@ -159,7 +165,7 @@ def _euclidean_seeds(key, x, weights, num_seeds, num_trials):
   return _seeds(key, columns, weights, num_seeds, num_trials)
 
 
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "num_seeds", "num_trials", "block_size"))
+@functools.partial(jax.jit, static_argnames=("num_seeds", "num_trials", "block_size"))
 def _kernel_seeds(key, kernel_fn, x, weights, num_seeds, num_trials, block_size):
   squares = gram_diag(kernel_fn, x, block_size)
   features = math.prod(x.shape[1:])

@@ -193,7 +193,7 @@ def coordinates(kernel_fn, data, landmarks, chol, rows):
   )
 
 
-@functools.partial(jax.jit, static_argnames="kernel_fn")
+@jax.jit
 def exact_lower(kernel_fn, data):
   """F* = ridge <Y, (K + ridge I)^{-1} Y>, from the full n x n kernel matrix."""
   rows = jnp.arange(data.y.shape[0], dtype=jnp.int32)
@@ -203,7 +203,7 @@ def exact_lower(kernel_fn, data):
   return data.ridge * jnp.sum(data.y * linalg.solve(f, data.y))
 
 
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "steps", "block_size"))
+@functools.partial(jax.jit, static_argnames=("steps", "block_size"))
 def dual_lower(kernel_fn, data, landmarks, basis, steps, block_size):
   """Lower bound on F*: the dual objective after preconditioned conjugate gradients."""
   rows = jnp.arange(data.y.shape[0], dtype=jnp.int32)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kipcore import checks, linalg
+from kipcore import checks, linalg, pytrees
 from kipcore.selection import scoring
 from kipcore.types import Array, KernelFn, Status
 
@@ -99,9 +99,7 @@ def feature_leverage_scores(
   """
   checks.rank("z", z, 2)
   ridge, root = scoring.prepare_rows("z", z, ridge, weights)
-  scoring.check_precision(
-    ridge, lambda: jnp.mean(root**2 * jnp.sum(z.astype(root.dtype) ** 2, axis=1)), z.dtype
-  )
+  scoring.check_precision(ridge, lambda: jnp.mean(scoring.feature_diagonal(z, root)), z.dtype)
   block_size = checks.optional_positive_int("block_size", block_size)
   return _feature_leverage(z, ridge, root, block_size).astype(z.dtype)
 
@@ -128,7 +126,7 @@ def landmark_leverage_scores(
                no guarantee.
 
   Args:
-    kernel_fn: see `types.KernelFn`; hashable.
+    kernel_fn: see `types.KernelFn`.
     x: `(n, ...)` rows.
     landmarks: `(s,)` distinct indices into `x`.
     ridge: absolute, scalar > 0.
@@ -149,15 +147,16 @@ def landmark_leverage_scores(
   ridge, root = scoring.prepare_rows("x", x, ridge, weights)
   landmarks = scoring.prepare_landmarks(landmarks, x.shape[0])
   block_size = checks.optional_positive_int("block_size", block_size)
+  few = scoring.few_rows(x.shape[0])
   scoring.check_precision(
-    ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, x, root)), x.dtype
+    ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, x[few], root[few])), x.dtype
   )
   if landmark_weights is not None:
     checks.shape("landmark_weights", landmark_weights, landmarks.shape)
     checks.positive("landmark_weights", landmark_weights)
     landmark_weights = jnp.asarray(landmark_weights, root.dtype)
   return _landmark_leverage(
-    kernel_fn, x, root, landmarks, landmark_weights, ridge, block_size
+    pytrees.argument(kernel_fn), x, root, landmarks, landmark_weights, ridge, block_size
   ).astype(x.dtype)
 
 
@@ -222,7 +221,7 @@ def _feature_leverage(z, ridge, root, block_size):
   return scoring.feature_fit(z, root, jnp.zeros((z.shape[0], 1), root.dtype), ridge, block_size)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size"))
+@functools.partial(jax.jit, static_argnames="block_size")
 def _landmark_leverage(kernel_fn, x, root, landmarks, landmark_weights, ridge, block_size):
   y = jnp.zeros((x.shape[0], 1), root.dtype)
   tau, _, _, status = scoring.landmark_fit(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import blocks, checks, keys, linalg
+from kipcore import blocks, checks, keys, linalg, pytrees
 from kipcore.types import Array, KernelFn, Status
 
 # A remainder below this multiple of eps times the vector is treated as zero: the vector lies in the
@@ -69,7 +69,7 @@ def krr_pursuit(
 
   Args:
     key: a random key or an int seed; used only to draw the pool.
-    kernel_fn: see `types.KernelFn`; hashable, since the computation is compiled for it.
+    kernel_fn: see `types.KernelFn`.
     x: `(n, ...)` rows.
     y: `(n, c)` labels, centered as for the model (kernel ridge regression has no intercept).
     candidates: the pool: an int L to draw L rows of `x` without replacement (alternating between
@@ -107,7 +107,16 @@ def krr_pursuit(
   room = jnp.int32(num_points if quota is None else quota)
   ridge = jnp.asarray(ridge, linalg.widest_dtype(x.dtype))
   return _krr_pursuit(
-    kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, min(block_size, x.shape[0])
+    pytrees.argument(kernel_fn),
+    x,
+    y,
+    rows,
+    pool,
+    classes,
+    room,
+    ridge,
+    num_points,
+    min(block_size, x.shape[0]),
   )
 
 
@@ -170,7 +179,7 @@ def _draw_pool(key, labels, size, balanced):
   return order[:size].astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "num_points", "block_size"))
+@functools.partial(jax.jit, static_argnames=("num_points", "block_size"))
 def _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, block_size):
   vectors, wanted, square, jitter, status = _least_squares(kernel_fn, x, y, pool, ridge, block_size)
   size = pool.shape[0]

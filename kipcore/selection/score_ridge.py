@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kipcore import blocks, checks, keys, linalg
+from kipcore import blocks, checks, keys, linalg, pytrees
 from kipcore.selection import scoring
 from kipcore.types import Array, KernelFn, Status
 
@@ -134,7 +134,7 @@ def effective_dimension_bounds(
 
   Args:
     key: random key of the landmarks.
-    kernel_fn: see `types.KernelFn`; hashable.
+    kernel_fn: see `types.KernelFn`.
     x: `(n, ...)` rows.
     ridge: absolute, > 0, scalar or `(r,)`.
     num_landmarks: s; limited to n. Cost: n s kernel entries and n s^2 operations.
@@ -162,7 +162,7 @@ def _landmark_spectrum(key, kernel_fn, x, num_landmarks, weights, block_size):
   n = x.shape[0]
   _, root = scoring.prepare_rows("x", x, 1.0, weights)
   landmarks = jax.random.permutation(keys.canonical_key(key), n)[:num_landmarks].astype(jnp.int32)
-  return _nystrom_spectrum(kernel_fn, x, root, landmarks, min(block_size, n))
+  return _nystrom_spectrum(pytrees.argument(kernel_fn), x, root, landmarks, min(block_size, n))
 
 
 @jax.jit
@@ -170,7 +170,7 @@ def _spectrum(k, root):
   return jnp.linalg.eigvalsh(root[:, None] * k * root[None, :])
 
 
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size"))
+@functools.partial(jax.jit, static_argnames="block_size")
 def _nystrom_spectrum(kernel_fn, x, root, landmarks, block_size):
   xs, rs = x[landmarks], root[landmarks]
   f = scoring.nystrom_factor(kernel_fn, xs, rs)

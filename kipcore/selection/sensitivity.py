@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import checks, keys, linalg
+from kipcore import checks, keys, linalg, pytrees
 from kipcore.selection import leverage, scoring, sensitivity_cores
 from kipcore.types import Array, KernelFn
 
@@ -142,9 +142,7 @@ def feature_krr_sensitivities(
   y = _prepare_labels(y, z, root)
   block_size = checks.optional_positive_int("block_size", block_size)
   checks.finite("z", z)
-  scoring.check_precision(
-    ridge, lambda: jnp.mean(root**2 * jnp.sum(z.astype(root.dtype) ** 2, axis=1)), z.dtype
-  )
+  scoring.check_precision(ridge, lambda: jnp.mean(scoring.feature_diagonal(z, root)), z.dtype)
   return finish(
     sensitivity_cores.feature_scores(z, y, ridge, root, block_size), Guarantee.EXACT, z.dtype
   )
@@ -166,7 +164,7 @@ def blocked_krr_sensitivities(
   the largest, so the cost is (number of groups) (largest group)^3.
 
   Args:
-    kernel_fn: see `types.KernelFn`; hashable.
+    kernel_fn: see `types.KernelFn`.
     x: `(n, ...)` rows.
     y, ridge, weights: as for `krr_sensitivity_scores`.
     groups: `(n,)` integers, not traced, e.g. class labels; group sizes may differ.
@@ -193,7 +191,7 @@ def blocked_krr_sensitivities(
   index = order[start[:, None] + np.minimum(column[None, :], size[:, None] - 1)].astype(np.int32)
   present = column[None, :] < size[:, None]
   parts = sensitivity_cores.blocked_scores(
-    kernel_fn,
+    pytrees.argument(kernel_fn),
     x,
     y,
     ridge,
@@ -234,7 +232,7 @@ def approximate_krr_sensitivities(
 
   Args:
     key: random key for the landmarks and for the order of the rows.
-    kernel_fn: see `types.KernelFn`; hashable.
+    kernel_fn: see `types.KernelFn`.
     x: `(n, ...)` rows.
     y, ridge, weights: as for `krr_sensitivity_scores`.
     num_landmarks: s; limited to n.
@@ -271,7 +269,7 @@ def approximate_krr_sensitivities(
   order = jax.random.permutation(keys.canonical_key(key), x.shape[0]).astype(jnp.int32)
   landmarks = order[:num_landmarks] if landmarks is None else landmarks
   parts = sensitivity_cores.landmark_scores(
-    kernel_fn, x, y, ridge, root, landmarks, order, block_size, refine
+    pytrees.argument(kernel_fn), x, y, ridge, root, landmarks, order, block_size, refine
   )
   return finish(parts, Guarantee.OVER_ESTIMATE, x.dtype)
 
@@ -357,8 +355,7 @@ def _prepare_kernel_rows(kernel_fn, x, y, ridge, weights):
   ridge, root = scoring.prepare_rows("x", x, ridge, weights)
   y = _prepare_labels(y, x, root)
   checks.finite("x", x)
-  # The mean over a few rows is accurate enough to compare the ridge with the float32 limit.
-  few = slice(None, None, max(1, x.shape[0] // 256))
+  few = scoring.few_rows(x.shape[0])
   scoring.check_precision(
     ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, x[few], root[few])), x.dtype
   )

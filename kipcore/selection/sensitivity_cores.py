@@ -62,7 +62,7 @@ def feature_scores(z, y, ridge, root, block_size):
   return tau + label_term(residual2, objective), tau, objective, jnp.sum(tau), status
 
 
-@functools.partial(jax.jit, static_argnames="kernel_fn")
+@jax.jit
 def blocked_scores(kernel_fn, x, y, ridge, root, index, present, bound):
 
   def group(block):
@@ -95,7 +95,7 @@ def norm_bound(e):
   return bound
 
 
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "block_size", "refine"))
+@functools.partial(jax.jit, static_argnames=("block_size", "refine"))
 def landmark_scores(kernel_fn, x, y, ridge, root, landmarks, order, block_size, refine):
   *alone, status = scoring.landmark_fit(kernel_fn, x, root, y, landmarks, None, ridge, block_size)
   if not refine:

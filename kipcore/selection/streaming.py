@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kipcore import blocks, checks, keys
+from kipcore import blocks, checks, keys, pytrees
 from kipcore.selection import scoring, sensitivity, sensitivity_cores
 from kipcore.selection.sensitivity import SensitivityScores
 from kipcore.types import Array, KernelFn
@@ -34,7 +34,7 @@ def stream_krr_sensitivities(
 
   Args:
     key: random key (or int seed) of the landmarks.
-    kernel_fn: see `types.KernelFn`; hashable.
+    kernel_fn: see `types.KernelFn`.
     x: `(n, ...)` rows: an array, or an object with `shape` that supports slices and integer lists
       as indices, such as `np.memmap`.
     y: `(n, c)` floating labels, of the same types as `x`.
@@ -68,6 +68,7 @@ def stream_krr_sensitivities(
   scoring.check_precision(
     ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, xs[:256], rs[:256])), xs.dtype
   )
+  kernel_fn = pytrees.argument(kernel_fn)
   solution, start = _prepare(kernel_fn, xs, rs, ys.astype(rs.dtype), ridge)
   size = min(block_size, n)
 
@@ -111,14 +112,14 @@ def _read(x, y, transform, rows, where) -> tuple[Array, Array]:
   return jnp.asarray(xb), jnp.asarray(yb)
 
 
-@functools.partial(jax.jit, static_argnames="kernel_fn")
+@jax.jit
 def _prepare(kernel_fn, xs, rs, ys, ridge):
   return scoring.landmark_solution(kernel_fn, xs, rs, ys, ridge), sensitivity_cores.nystrom_start(
     kernel_fn, xs, rs
   )
 
 
-@functools.partial(jax.jit, static_argnames=("kernel_fn", "refine"), donate_argnames="totals")
+@functools.partial(jax.jit, static_argnames="refine", donate_argnames="totals")
 def _first_pass(kernel_fn, solution, start, totals, ridge, xb, rb, yb, refine):
   if refine:
     totals = sensitivity_cores.nystrom_gather(kernel_fn, start, totals, xb, rb, yb)
@@ -131,6 +132,6 @@ _one_pass = jax.jit(sensitivity_cores.one_pass_scores)
 _two_pass = jax.jit(sensitivity_cores.two_pass_scores)
 
 
-@functools.partial(jax.jit, static_argnames="kernel_fn")
+@jax.jit
 def _second_pass(kernel_fn, start, fit, ridge, xb, rb, yb):
   return sensitivity_cores.nystrom_rows(kernel_fn, start, fit, ridge, xb, rb, yb)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from kipcore import blocks, checks, keys, linalg
+from kipcore import blocks, checks, keys, linalg, pytrees
 from kipcore.distillation import options as option_checks
 from kipcore.preprocess import class_labels
 from kipcore.selection.coreset import class_balanced_indices
@@ -83,6 +83,7 @@ class FeatureMap:
   shift: Array | None = None
 
 
+@pytrees.record("feature_map")
 @dataclasses.dataclass(frozen=True)
 class FeatureKernel:
   """<phi(x), phi(x')>; see `feature_kernel`."""
@@ -234,8 +235,8 @@ def feature_kernel(feature_map: FeatureMap) -> FeatureKernel:
     feature_map: from `draw_map` or a `ClosedForm`.
 
   Returns:
-    A hashable `kernel_fn(x1, x2=None) -> (n1, n2)` with a method `diag`. Compiled functions that
-    call it contain its matrices as constants.
+    A hashable `kernel_fn(x1, x2=None) -> (n1, n2)` with a method `diag`, and a pytree whose leaves are
+    the matrices of the map.
   """
   return FeatureKernel(feature_map)
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from kipcore import augment, keys, linalg
 from kipcore.distillation.features import class_weights, draw_network, features, ridge_loss_info
-from kipcore.distillation.method import Batch, Method, Params, sum_over_devices
+from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
 from kipcore.networks import Network
 from kipcore.types import Array, Integer, LossInfo
 
@@ -37,6 +37,7 @@ class DM(Method):
 
   name = "dm"
 
+  @compiled()
   def loss(
     self, params: Params, aux: Any, batch: Batch, weights: Float[Array, " t"], key: Any
   ) -> tuple[Float[Array, ""], LossInfo]:
@@ -55,9 +56,11 @@ class DM(Method):
     value = jnp.sum(both * jnp.sum((real - synthetic) ** 2, axis=1))
     return value, ridge_loss_info(phi_s, params["y"], phi_t, batch)
 
+  @compiled()
   def init_aux(self, key: Array, params: Params) -> Any:
     return draw_network(key, self.module, params["x"])
 
+  @compiled()
   def update_aux(self, key: Array, params: Params, aux: Any, step: Integer) -> Any:
     return draw_network(key, self.module, params["x"])
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from kipcore import keys, krr, linalg
 from kipcore.distillation import options as option_checks
 from kipcore.distillation.features import draw_networks, features
-from kipcore.distillation.method import Batch, Method, Params
+from kipcore.distillation.method import Batch, Method, Params, compiled
 from kipcore.networks import Network
 from kipcore.types import Array, Flag, Integer, LossInfo, Real, Support
 
@@ -86,6 +86,7 @@ class FRePo(Method):
   def trainable(self, params: Params) -> dict[str, float]:
     return {"x": 1.0, "y": float(self.options.learn_labels)}
 
+  @compiled()
   def loss(
     self, params: Params, aux: Pool, batch: Batch, weights: Float[Array, " t"], key: Any
   ) -> tuple[Float[Array, ""], LossInfo]:
@@ -102,12 +103,14 @@ class FRePo(Method):
     info = LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), fit.status)
     return value, jax.lax.stop_gradient(info)
 
+  @compiled()
   def init_aux(self, key: Array, params: Params) -> Pool:
     options = self.options
     age = jnp.arange(options.pool_size, dtype=jnp.int32) * (options.max_age // options.pool_size)
     drawn = self._draw(keys.stream(key, "draw"), params, options.pool_size)
     return Pool(*drawn, age, self._choose(key))
 
+  @compiled()
   def update_aux(self, key: Array, params: Params, aux: Pool, step: Integer) -> Pool:
     i, age = aux.chosen, aux.age[aux.chosen] + 1
     one = jax.tree.map(lambda a: a[i], (aux.variables, aux.opt_state))

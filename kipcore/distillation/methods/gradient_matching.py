@@ -17,7 +17,7 @@ from kipcore.distillation.features import (
   outputs,
   ridge_loss_info,
 )
-from kipcore.distillation.method import Batch, Method, Params, sum_over_devices
+from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
 from kipcore.networks import Network
 from kipcore.types import Array, Integer, LossInfo, Real
 
@@ -145,6 +145,7 @@ class GradientMatching(Method):
   options: GradientMatchingOptions
   name: str = "dc"
 
+  @compiled()
   def loss(
     self, params: Params, aux: Any, batch: Batch, weights: Float[Array, " t"], key: Any
   ) -> tuple[Float[Array, ""], LossInfo]:
@@ -175,9 +176,11 @@ class GradientMatching(Method):
     )
     return value, ridge_loss_info(phi_s, params["y"], phi_t, batch)
 
+  @compiled()
   def init_aux(self, key: Array, params: Params) -> Any:
     return draw_network(key, self.module, params["x"])
 
+  @compiled()
   def update_aux(self, key: Array, params: Params, aux: Any, step: Integer) -> Any:
     outer, inner = published_loops(params["y"].shape[0] / params["y"].shape[1])
     outer, inner = self.options.outer_steps or outer, self.options.inner_steps or inner

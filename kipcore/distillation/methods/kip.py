@@ -1,6 +1,7 @@
 """Kernel Inducing Points: learn the support so that its ridge regression predicts the targets."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from kipcore import blocks, checks, krr
+from kipcore import blocks, checks, krr, pytrees
 from kipcore.distillation import options as option_checks
 from kipcore.distillation.features import cross_entropy
 from kipcore.distillation.method import Batch, Method, Params
@@ -68,20 +69,25 @@ class KIP(Method):
   def loss(
     self, params: Params, aux: Any, batch: Batch, weights: Float[Array, " t"], key: Any
   ) -> tuple[Float[Array, ""], LossInfo]:
-    options = self.options
-    k_ss = self.kernel_fn(params["x"], None)
-    fit = krr.krr_fit(k_ss, params["y"], krr.relative_ridge(k_ss, options.relative_ridge))
-    predict = lambda rows: krr.krr_predict(fit, self.kernel_fn(rows, params["x"]))
-    if options.block_size is not None:
-      predict = jax.checkpoint(predict)
-    predictions = blocks.map_row_blocks(predict, batch.x, options.block_size)
-    if options.loss == "mse":
-      per_example = 0.5 * jnp.mean((predictions - batch.y) ** 2, axis=1)
-    else:
-      per_example = cross_entropy(jnp.exp(params["log_temperature"]) * predictions, batch.y)
-    value = jnp.mean(weights.astype(per_example.dtype) * per_example)
-    info = LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), fit.status)
-    return value, jax.lax.stop_gradient(info)
+    return _loss(pytrees.argument(self.kernel_fn), self.options, params, batch, weights)
+
+
+# The kernel is not static, so that its numbers may be traced.
+@functools.partial(jax.jit, static_argnums=1)
+def _loss(kernel_fn, options: KIPOptions, params, batch, weights):
+  k_ss = kernel_fn(params["x"], None)
+  fit = krr.krr_fit(k_ss, params["y"], krr.relative_ridge(k_ss, options.relative_ridge))
+  predict = lambda rows: krr.krr_predict(fit, kernel_fn(rows, params["x"]))
+  if options.block_size is not None:
+    predict = jax.checkpoint(predict)
+  predictions = blocks.map_row_blocks(predict, batch.x, options.block_size)
+  if options.loss == "mse":
+    per_example = 0.5 * jnp.mean((predictions - batch.y) ** 2, axis=1)
+  else:
+    per_example = cross_entropy(jnp.exp(params["log_temperature"]) * predictions, batch.y)
+  value = jnp.mean(weights.astype(per_example.dtype) * per_example)
+  info = LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), fit.status)
+  return value, jax.lax.stop_gradient(info)
 
 
 def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
@@ -113,4 +119,6 @@ def kip(kernel_fn: KernelFn, options: KIPOptions = KIPOptions()) -> Method:
     >>> round(float(loss), 6), float(info.accuracy)
     (0.0, 1.0)
   """
-  return KIP(checks.hashable(kernel_fn), options)
+  # A pytree may have traced numbers: then the method is not hashable, but its loss is differentiable by them.
+  is_pytree = pytrees.argument(kernel_fn) is kernel_fn
+  return KIP(kernel_fn if is_pytree else checks.hashable(kernel_fn), options)

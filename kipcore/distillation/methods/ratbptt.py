@@ -12,7 +12,7 @@ from jaxtyping import Float
 from kipcore import augment, checks, keys, krr, linalg
 from kipcore.distillation import options as option_checks
 from kipcore.distillation.features import draw_network, outputs
-from kipcore.distillation.method import Batch, Method, Params
+from kipcore.distillation.method import Batch, Method, Params, compiled
 from kipcore.evaluation.protocols import label_distribution
 from kipcore.networks import Network
 from kipcore.types import Array, Flag, Integer, LossInfo, Real, Support
@@ -88,6 +88,7 @@ class RaTBPTT(Method):
     learned = {"x": 1.0, "y": float(self.options.learn_labels)}
     return {**learned, "log_rate": 1.0} if self.options.learn_rate else learned
 
+  @compiled()
   def loss(
     self, params: Params, aux: Any, batch: Batch, weights: Float[Array, " t"], key: Any
   ) -> tuple[Float[Array, ""], LossInfo]:

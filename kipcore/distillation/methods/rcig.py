@@ -14,7 +14,7 @@ from jaxtyping import Float
 from kipcore import checks, keys, krr, linalg
 from kipcore.distillation import options as option_checks
 from kipcore.distillation.features import cross_entropy, draw_networks, features
-from kipcore.distillation.method import Batch, Method, Params, sum_over_devices
+from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
 from kipcore.distillation.methods.frepo import Pool, label_margin
 from kipcore.networks import Network
 from kipcore.types import Array, Flag, Integer, LossInfo, Real, Support
@@ -87,6 +87,7 @@ class RCIG(Method):
   def trainable(self, params: Params) -> dict[str, float]:
     return {"x": 1.0, "y": 1.0, "log_temperature": 10.0}
 
+  @compiled()
   def loss(
     self,
     params: Params,
@@ -148,6 +149,7 @@ class RCIG(Method):
       jnp.sum((direct[name] + implicit[name]) * (params[name] - fixed[name])) for name in params
     ), info
 
+  @compiled()
   def init_aux(self, key: Array, params: Params) -> RCIGState:
     options = self.options
     variables = draw_networks(keys.stream(key, "draw"), self.module, params["x"], options.pool_size)
@@ -155,6 +157,7 @@ class RCIG(Method):
     opt_state = jax.vmap(optax.adam(options.pool_rate).init)(variables)
     return RCIGState(Pool(variables, opt_state, age, self._choose(key)), params)
 
+  @compiled()
   def update_aux(self, key: Array, params: Params, aux: RCIGState, step: Integer) -> RCIGState:
     options, adam = self.options, optax.adam(self.options.pool_rate)
     variables, opt_state, age, i = aux.pool

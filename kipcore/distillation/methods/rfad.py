@@ -12,7 +12,7 @@ from jaxtyping import Float
 from kipcore import checks, krr, linalg
 from kipcore.distillation import options as option_checks
 from kipcore.distillation.features import cross_entropy, draw_networks, features
-from kipcore.distillation.method import Batch, Method, Params
+from kipcore.distillation.method import Batch, Method, Params, compiled
 from kipcore.networks import Network
 from kipcore.types import Array, ArrayLike, Flag, Integer, LossInfo, Real, Support
 
@@ -127,6 +127,7 @@ class RFAD(Method):
     }
     return {name: factors[name] for name in params}
 
+  @compiled()
   def loss(
     self, params: Params, aux: Any, batch: Batch, weights: Float[Array, " t"], key: Any
   ) -> tuple[Float[Array, ""], LossInfo]:
@@ -143,9 +144,11 @@ class RFAD(Method):
     info = LossInfo(per_example, predictions, krr.accuracy(predictions, batch.y), fit.status)
     return jnp.mean(weights.astype(per_example.dtype) * per_example), jax.lax.stop_gradient(info)
 
+  @compiled()
   def init_aux(self, key: Array, params: Params) -> Any:
     return draw_networks(key, self.module, params["x"], self.options.num_networks)
 
+  @compiled()
   def update_aux(self, key: Array, params: Params, aux: Any, step: Integer) -> Any:
     return jax.lax.cond(
       (step + 1) % self.options.redraw_every == 0,

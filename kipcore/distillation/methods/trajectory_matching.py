@@ -12,7 +12,7 @@ from jaxtyping import Float
 from kipcore import augment, checks, keys
 from kipcore.distillation import options as option_checks
 from kipcore.distillation.features import cross_entropy, features, outputs, ridge_loss_info
-from kipcore.distillation.method import Batch, Method, Params
+from kipcore.distillation.method import Batch, Method, Params, compiled
 from kipcore.distillation.methods.experts import ExpertArray, flat_parameters
 from kipcore.networks import Network
 from kipcore.types import Array, ArrayLike, Integer, LossInfo, Real, Support
@@ -70,6 +70,7 @@ class TrajectoryMatching(Method):
   def trainable(self, params: Params) -> dict[str, float]:
     return {"x": 1.0, "y": 0.0, "log_rate": self.options.rate_factor}
 
+  @compiled()
   def init_aux(self, key: Array, params: Params) -> Float[Array, "2 p"]:
     num_experts, num_epochs = self.trajectories.array.shape[0], self.options.expert_epochs
     expert = jax.random.randint(keys.stream(key, "expert"), (), 0, num_experts, jnp.int32)
@@ -79,9 +80,11 @@ class TrajectoryMatching(Method):
     points = jnp.stack([start, start + num_epochs])
     return self.trajectories.read(expert, points, params["x"].dtype)
 
+  @compiled()
   def update_aux(self, key: Array, params: Params, aux: Any, step: Integer) -> Float[Array, "2 p"]:
     return self.init_aux(key, params)
 
+  @compiled()
   def loss(
     self, params: Params, aux: Array, batch: Batch, weights: Float[Array, " t"], key: Any
   ) -> tuple[Float[Array, ""], LossInfo]:
