@@ -104,6 +104,13 @@ from kipcore.krr import (
   relative_ridge,
 )
 from kipcore.networks import Network, ResNet, network
+from kipcore.predictions import (
+  GPPosterior,
+  GradientFlow,
+  gp_log_likelihood,
+  gp_posterior,
+  gradient_flow,
+)
 from kipcore.preprocess import Preprocess, fit_preprocess, one_hot_centered
 from kipcore.preprocess import Step as PreprocessStep
 from kipcore.selection.absorb import absorb_weights
@@ -203,6 +210,8 @@ __all__ = [
   "FRePoOptions",
   "FeatureKernel",
   "FeatureMap",
+  "GPPosterior",
+  "GradientFlow",
   "GradientMatchingOptions",
   "Guarantee",
   "ImportanceSampler",
@@ -291,6 +300,9 @@ __all__ = [
   "fit_preprocess",
   "frepo",
   "from_stax",
+  "gp_log_likelihood",
+  "gp_posterior",
+  "gradient_flow",
   "gram",
   "gram_diag",
   "gram_matvec",

@@ -57,7 +57,8 @@ def _equal(a, b) -> Any:
   if type(a) is not type(b):
     return NotImplemented
   (leaves_a, structure_a), (leaves_b, structure_b) = map(jax.tree.flatten, (a, b))
-  return structure_a == structure_b and all(
+  same: bool = structure_a == structure_b  # type: ignore[operator]
+  return same and all(
     x is y or _value(x) == _value(y) for x, y in zip(leaves_a, leaves_b, strict=True)
   )
 

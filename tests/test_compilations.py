@@ -271,6 +271,11 @@ PUBLIC = {
   ),
   "feature_leverage_scores": lambda seed: kipcore.feature_leverage_scores(x_of(seed), RIDGE + seed),
   "fit_preprocess": lambda seed: kipcore.fit_preprocess(rows(seed), "zca").apply(rows(seed)),
+  "gp_log_likelihood": lambda seed: kipcore.gp_log_likelihood(gram(seed), ONE_HOT, 0.1 + seed),
+  "gp_posterior": lambda seed: kipcore.gp_posterior(
+    gram(seed), gram(1), gram(2), ONE_HOT, 0.1 + seed
+  ),
+  "gradient_flow": lambda seed: kipcore.gradient_flow(gram(seed), gram(1), ONE_HOT, 0.1 + seed)[0],
   "gram": lambda seed: kipcore.gram(ROWS_KERNEL, rows(seed), rows(1, 3), 5),
   "gram_diag": lambda seed: kipcore.gram_diag(USER_KERNEL, rows(seed), 5),
   "gram_matvec": lambda seed: kipcore.gram_matvec(ROWS_KERNEL, rows(seed), rows(1, 3), rows(2, 3)),

@@ -1,7 +1,8 @@
 """Kernel matrices, their diagonals and products with them, in row blocks.
 
-Each function is compiled once per kernel, block size and shape. Kernels that are not hashable are
-compared by identity, so a kernel must be a pure function that does not change.
+Each function is compiled once per structure of a kernel, block size and shape, for all values of its
+hyperparameters. Functions of users are compared by value, or by identity if they are not hashable, so
+such a kernel must be a pure function that does not change.
 """
 
 import functools
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Shaped
 
 from kipcore import blocks, checks, linalg, pytrees
@@ -17,6 +19,7 @@ from kipcore.kernels.base import diagonal
 from kipcore.types import Array, ArrayLike, IntLike, KernelFn
 
 _BLOCK_ENTRIES = 2**22  # kernel entries that `gram_matvec` holds by default
+_PROBED_ROWS = 16  # rows of the block whose memory is analyzed
 
 
 def gram(
@@ -25,6 +28,7 @@ def gram(
   x2: Shaped[ArrayLike, "n2 ..."] | None = None,
   block_size: IntLike | None = None,
   devices: Sequence | None = None,
+  memory_budget: IntLike | None = None,
 ) -> Float[Array, "n1 n2"]:
   """The kernel matrix k(x1_i, x2_j), computed in blocks of rows of `x1`.
 
@@ -36,13 +40,16 @@ def gram(
       kernel, not the `(n1, n2)` result.
     devices: devices of this process to divide the rows of `x1` over; None to compute where the
       arrays are. Not inside `jit`.
+    memory_budget: bytes of working memory, in place of `block_size`: the largest block for which XLA's
+      memory analysis of the kernel stays within it. The arguments and the result are not counted, nor
+      the copy of a result in blocks that `x2=None` needs to make it exactly symmetric.
 
   Returns:
     `(n1, n2)`.
 
   Raises:
-    ValueError, TypeError: for rows of `x1` and `x2` that differ in shape, or a block size that is
-      not a positive integer.
+    ValueError, TypeError: for rows of `x1` and `x2` that differ in shape, a block size or budget that
+      is not a positive integer, both of them, or a budget below the memory for one row.
 
   Example:
     >>> x, kernel_fn = jnp.arange(12.0).reshape(6, 2), kipcore.rbf_fn(3.0)
@@ -59,6 +66,13 @@ def gram(
     if x1.shape[1:] != x2.shape[1:]:
       raise ValueError(f"expected rows of one shape, got x1 {x1.shape} and x2 {x2.shape}")
   kernel_fn = pytrees.argument(kernel_fn)
+  if memory_budget is not None:
+    if block_size is not None:
+      raise ValueError(
+        f"expected one of block_size and memory_budget, got {block_size} and {memory_budget}"
+      )
+    budget = checks.positive_int("memory_budget", memory_budget)
+    block_size = _block_size_within(budget, kernel_fn, x1, x1 if x2 is None else x2)
   if devices is None:
     return _gram(kernel_fn, block_size, jax.default_backend(), x1, x2)
   k = _rows_over_devices(kernel_fn, x1, x1 if x2 is None else x2, block_size, device_axis(devices))
@@ -123,6 +137,36 @@ def gram_matvec(
   )
 
 
+def _block_size_within(budget: int, kernel_fn, x1: Array, x2: Array) -> int | None:
+  """The rows per block that use at most `budget` bytes; None for all rows."""
+  n1 = x1.shape[0]
+  if n1 == 0 or x2.shape[0] == 0:
+    return None
+  shapes = [
+    jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+    for n, x in ((min(n1, _PROBED_ROWS), x1), (x2.shape[0], x2))
+  ]
+  leaves, structure = jax.tree.flatten(kernel_fn)
+  leaves = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+  used = _row_bytes(structure, leaves, *shapes, jax.default_backend())
+  if used > budget:
+    raise ValueError(
+      f"memory_budget: expected at least the {used} bytes of one row of the kernel, got {budget}"
+    )
+  rows = budget // used
+  return None if rows >= n1 else rows
+
+
+@functools.lru_cache(maxsize=256)
+def _row_bytes(structure, leaves, x1, x2, backend: str) -> int:
+  """Bytes per row of `x1` of a block of the kernel and of the scratch memory that computes it."""
+  kernel_fn = jax.tree.unflatten(structure, leaves)
+  compiled = jax.jit(lambda kernel_fn, x1, x2: kernel_fn(x1, x2)).lower(kernel_fn, x1, x2).compile()
+  memory = compiled.memory_analysis()
+  found = memory.temp_size_in_bytes + memory.output_size_in_bytes
+  return -(-found // x1.shape[0])
+
+
 def _checked_block_size(block_size) -> int | None:
   return None if block_size is None else checks.positive_int("block_size", block_size)
 
@@ -162,7 +206,18 @@ def _symmetric(k: Array, own: Array) -> Array:
 
 
 def _block_rows(x1: Array, x2: Array, kernel_fn, block_size: int | None) -> Array:
-  return blocks.map_row_blocks(lambda rows: kernel_fn(rows, x2), x1, block_size)
+  """K(x1, x2), written block by block into the result; the last block overlaps the one before."""
+  n = x1.shape[0]
+  if block_size is None or n <= block_size:
+    return kernel_fn(x1, x2)
+
+  def write(k, start):
+    rows = jax.lax.dynamic_slice_in_dim(x1, start, block_size)
+    return jax.lax.dynamic_update_slice_in_dim(k, kernel_fn(rows, x2), start, 0), None
+
+  dtype = jax.eval_shape(kernel_fn, x1[:1], x2[:1]).dtype
+  starts = np.minimum(np.arange(0, n, block_size, dtype=np.int32), n - block_size)
+  return jax.lax.scan(write, jnp.zeros((n, x2.shape[0]), dtype), jnp.asarray(starts))[0]
 
 
 def _rows_over_devices(kernel_fn, x1, x2, block_size: int | None, axis: Axis) -> Array:

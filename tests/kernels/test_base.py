@@ -260,7 +260,9 @@ def test_second_derivatives_at_identical_rows_are_finite(name, x64):
 
   second = jax.jit(jax.hessian(f))(jnp.asarray([0.0, 1.5]))
   assert np.isfinite(second).all() and second[0, 0] != 0
-  if name == "rbf":  # the entries (0, 1) and (1, 0) of the first matrix and (0, 0) of the second move
+  if (
+    name == "rbf"
+  ):  # the entries (0, 1) and (1, 0) of the first matrix and (0, 0) of the second move
     np.testing.assert_allclose(second[0, 0], -3 * jnp.sum(v**2) / 1.5**2, rtol=1e-10)
 
 
@@ -275,6 +277,47 @@ def test_one_program_serves_all_values():
     for b in (1.5, np.float64(2.0), jnp.asarray(2.5)):
       made(b)
     assert _cache_size() == size
+
+
+BUDGETED = {
+  "rbf": kipcore.rbf_fn(2.0),
+  "combination": kipcore.rbf_fn(2.0) * kipcore.linear_fn() + kipcore.ntk_fn(kipcore.fc(2)),
+  # Sorts 64 numbers for each entry.
+  "function": lambda x1, x2=None: jnp.mean(
+    jnp.sort(jnp.abs(x1[:, None] - (x1 if x2 is None else x2)[None]), axis=-1)[..., :8], axis=-1
+  ),
+}
+SCRATCH = {"rbf": 2.0, "combination": 2.0, "function": 500.0}  # at least, in budgets, without one
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_a_memory_budget_bounds_the_scratch_memory(name):
+  kernel, n, d, budget = BUDGETED[name], 1500, 64, 1_000_000
+  shape = jax.ShapeDtypeStruct((n, d), jnp.float32)
+
+  def scratch(**options):
+    fn = lambda x, z: kipcore.gram(kernel, x, z, **options)
+    return jax.jit(fn).lower(shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+  copies = 2 * 4 * n * d  # rows, padded and divided into blocks
+  assert scratch(memory_budget=budget) <= budget + copies
+  assert scratch() > SCRATCH[name] * budget
+
+
+def test_a_memory_budget_changes_no_values():
+  x = jnp.asarray(np.random.default_rng(2).normal(size=(100, 4)), jnp.float32)
+  kernel = kipcore.rbf_fn(2.0)
+  assert_close(kipcore.gram(kernel, x, memory_budget=5000), kernel(x), 1e-6)
+  assert_close(kipcore.gram(kernel, x, x[:7], memory_budget=10**9), kernel(x, x[:7]), 1e-6)
+  with pytest.raises(
+    ValueError,
+    match="memory_budget: expected at least the .* bytes of one row of the kernel, got 10",
+  ):
+    kipcore.gram(kernel, x, memory_budget=10)
+  with pytest.raises(
+    ValueError, match="expected one of block_size and memory_budget, got 3 and 100"
+  ):
+    kipcore.gram(kernel, x, None, 3, memory_budget=100)
 
 
 def _cache_size():
