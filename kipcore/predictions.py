@@ -79,7 +79,8 @@ def gp_posterior(
     >>> posterior = kipcore.gp_posterior(
     ...   kernel_fn(x), kernel_fn(near, x), kernel_fn.diag(near), y, 0.1
     ... )
-    >>> print(posterior.mean.round(3), posterior.covariance.round(3))  # 1 / 1.1 and 1 - 1 / 1.1
+    >>> mean, variance = np.asarray(posterior.mean), np.asarray(posterior.covariance)
+    >>> print(mean.round(3), variance.round(3))  # 1 / 1.1 and 1 - 1 / 1.1
     [[0.909]] [0.091]
   """
   _check_kernels(k_ss, k_ts, k_tt)
@@ -189,7 +190,7 @@ def gradient_flow(
   Example:
     >>> k, y = jnp.asarray([[2.0]]), jnp.asarray([[1.0]])
     >>> flow = kipcore.gradient_flow(k, k, y, jnp.asarray([0.0, 0.5, jnp.inf]))
-    >>> print(flow.predictions[:, 0, 0].round(3))  # 1 - exp(-2 t)
+    >>> print(np.asarray(flow.predictions)[:, 0, 0].round(3))  # 1 - exp(-2 t)
     [0.    0.632 1.   ]
   """
   _check_kernels(k_ss, k_ts)

@@ -33,6 +33,7 @@ KERNELS = {
   "rbf": (RBFKernel(1.0), X),
   "linear": (LinearKernel(), X),
   "stax": (StaxKernel(linear_kernel_of_stax), X),
+  "combination": (2.0 * RBFKernel(1.0) * LinearKernel() + NetworkKernel(kipcore.fc(1), "nngp"), X),
 }
 
 # name of the argument, its size, and the call; each is per row, in the shape (n,).
@@ -122,6 +123,15 @@ FLOATING = {
   ),
   "evaluate_krr x": lambda x: kipcore.evaluate_krr(KERNEL, SUPPORT, x(X), Y, 0.1),
   "evaluate_krr y": lambda x: kipcore.evaluate_krr(KERNEL, SUPPORT, X, x(Y), 0.1),
+  "gp_posterior k_ss": lambda x: kipcore.gp_posterior(x(K), K, K, Y, 0.1),
+  "gp_posterior k_ts": lambda x: kipcore.gp_posterior(K, x(K), K, Y, 0.1),
+  "gp_posterior k_tt": lambda x: kipcore.gp_posterior(K, K, x(K), Y, 0.1),
+  "gp_posterior y": lambda x: kipcore.gp_posterior(K, K, K, x(Y), 0.1),
+  "gp_log_likelihood k": lambda x: kipcore.gp_log_likelihood(x(K), Y, 0.1),
+  "gp_log_likelihood y": lambda x: kipcore.gp_log_likelihood(K, x(Y), 0.1),
+  "gradient_flow k_ss": lambda x: kipcore.gradient_flow(x(K), K, Y, 0.1),
+  "gradient_flow k_ts": lambda x: kipcore.gradient_flow(K, x(K), Y, 0.1),
+  "gradient_flow y": lambda x: kipcore.gradient_flow(K, K, x(Y), 0.1),
   "evaluate_network x": lambda x: kipcore.evaluate_network(0, kipcore.fc(1), SUPPORT, x(X), Y),
   "evaluate_network y": lambda x: kipcore.evaluate_network(0, kipcore.fc(1), SUPPORT, X, x(Y)),
 }
@@ -159,6 +169,15 @@ def test_half_precision_ridge_regression_is_computed_in_float32(dtype):
   assert_close(fit.dual, fit32.dual, 1e-6)
   assert_close(kipcore.krr_predict(fit, k), kipcore.krr_predict(fit32, k32), 1e-6)
   assert_close(kipcore.krr_loss(fit, k, y).loss, kipcore.krr_loss(fit32, k32, y32).loss, 1e-5)
+  posterior, posterior32 = (kipcore.gp_posterior(a, a, a, b, 0.5) for a, b in ((k, y), (k32, y32)))
+  assert posterior.mean.dtype == posterior.covariance.dtype == jnp.float32
+  assert_close(posterior.covariance, posterior32.covariance, 1e-5)
+  flow, flow32 = (kipcore.gradient_flow(a, a, b, 2.0).predictions for a, b in ((k, y), (k32, y32)))
+  assert flow.dtype == jnp.float32
+  assert_close(flow, flow32, 1e-5)
+  likelihood = kipcore.gp_log_likelihood(k, y, 0.5)
+  assert likelihood.dtype == jnp.float32
+  assert_close(likelihood, kipcore.gp_log_likelihood(k32, y32, 0.5), 1e-5)
   solved = kipcore.label_solve(k, k, y, 0.5)
   assert solved.dtype == jnp.float32
   assert_close(solved, kipcore.label_solve(k32, k32, y32, 0.5), 1e-5)
@@ -169,6 +188,8 @@ REALS = {
   "bandwidth": lambda v: kipcore.rbf_fn(v)(X),
   "krr_fit ridge": lambda v: kipcore.krr_fit(K, Y, v).dual,
   "scale": lambda v: kipcore.relative_ridge(K, v),
+  "scale of a kernel": lambda v: (v * kipcore.rbf_fn(1.0))(X),
+  "noise": lambda v: kipcore.gp_log_likelihood(K, Y, v),
   "label_solve ridge": lambda v: kipcore.label_solve(K, K, Y, v),
   "label_solve fit_ridge": lambda v: kipcore.label_solve(K, K, Y, 0.1, v),
   "label_solve_rows ridge": lambda v: kipcore.label_solve_rows(KERNEL, X, X, Y, v).labels,

@@ -67,6 +67,9 @@ def cases() -> dict:
     "krr_fit": (lambda k, y: kipcore.krr_fit(k, y, 10.0), k, y),
     "krr_predict": (kipcore.krr_predict, fit, tall),
     "krr_loss": (kipcore.krr_loss, fit, tall, row_labels[:20_000]),
+    "gp_posterior": (lambda k, y: kipcore.gp_posterior(k, k, k, y, 10.0), k, y),
+    "gp_log_likelihood": (lambda k, y: kipcore.gp_log_likelihood(k, y, 10.0), k, y),
+    "gradient_flow": (lambda k, y: kipcore.gradient_flow(k, k, y, 100.0), k[:500, :500], y[:500]),
     "label_solve": (
       lambda k, t, y: kipcore.label_solve(k, t, y, 10.0),
       k[:500, :500],

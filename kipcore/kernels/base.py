@@ -37,7 +37,7 @@ class Kernel:
   def __rmul__(self, other: Any) -> "Kernel":
     if callable(other):
       return ProductKernel((other, self))
-    return ScaledKernel(other, self)
+    return ScaledKernel(checks.scalar("scale", other), self)
 
   def __call__(self, x1: ArrayLike, x2: ArrayLike | None = None) -> Float[Array, "n1 n2"]:
     x1 = self._rows("x1", x1)

@@ -21,13 +21,17 @@ DOCUMENTS = [
 
 
 def test_python_in_the_readme_runs(capsys):
-  quickstart, selection, sampler = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+  quickstart, selection, sampler, fitting = re.findall(r"```python\n(.*?)```", README, flags=re.S)
   exec(compile(selection, "README.md", "exec"), {})
   total, streamed, dimension = (float(n) for n in re.findall(r"\d+", capsys.readouterr().out))
   assert dimension < total < 4 * dimension and abs(streamed - total) < 0.2 * total
   exec(compile(sampler, "README.md", "exec"), {})
   accuracy, gain = map(float, re.findall(r"[\d.]+", capsys.readouterr().out))
   assert accuracy > 85 and gain > 1.5
+  with standard_promotion():  # the default of JAX
+    exec(compile(fitting, "README.md", "exec"), {})
+  bandwidth, noise = map(float, re.findall(r"[\d.]+", capsys.readouterr().out))
+  assert 0.6 < bandwidth < 1.4 and 0.07 < noise < 0.13  # 0.1 in the data
   exec(compile(quickstart, "README.md", "exec"), {})
   real, distilled = (float(p) for p in re.findall(r"images: ([\d.]+) %", capsys.readouterr().out))
   assert distilled > real + 10
