@@ -66,6 +66,7 @@ class Unhashable:
 UNHASHABLE, USER_KERNEL = Unhashable(), lambda x1, x2=None: kipcore.rbf_fn(2.0)(x1, x2)
 STAX = to_stax(kipcore.fc(1))[2]
 MODULE = kipcore.network(kipcore.fc(1), 8, 3)
+VARIABLES = MODULE.init(jax.random.key(0), np.zeros((1, 5), np.float32))
 KERNELS = {
   "ntk": lambda: kipcore.ntk_fn(kipcore.fc(2)),
   "nngp": lambda: kipcore.nngp_fn(kipcore.fc(2)),
@@ -119,7 +120,7 @@ OTHERS = {
     images(seed), images(seed)[:3]
   ),
   "convolutional diag": lambda seed: kipcore.ntk_fn(kipcore.conv_net(2)).diag(images(seed)),
-  "empirical_ntk": lambda seed: finite.empirical_ntk(
+  "empirical_ntk, whole": lambda seed: finite.empirical_ntk(
     MODULE.apply, MODULE.init(jax.random.key(0), rows(0)), jnp.asarray(rows(seed))
   ),
   "apply a preprocess": lambda seed: PREPROCESS.apply(jnp.asarray(rows(seed))),
@@ -140,7 +141,6 @@ def fit(seed):
 
 RIDGE = 0.5
 LABELS = np.arange(12) % 3
-IMAGE_NET = kipcore.network(kipcore.conv_net(1), 4, 3)
 ROWS_KERNEL = kipcore.rbf_fn(1.5)
 ONE_HOT = jnp.asarray(np.eye(3, dtype=np.float32)[LABELS] - 1 / 3)
 
@@ -246,6 +246,9 @@ PUBLIC = {
   "effective_dimension_bounds": lambda seed: kipcore.effective_dimension_bounds(
     seed, ROWS_KERNEL, x_of(seed), RIDGE + seed, 4
   ),
+  "empirical_ntk_fn": lambda seed: kipcore.empirical_ntk_fn(
+    MODULE.apply, jax.tree.map(lambda leaf: (1.0 + seed) * leaf, VARIABLES)
+  )(x_of(seed)),
   "evaluate_krr": lambda seed: kipcore.evaluate_krr(ROWS_KERNEL, *problem(seed), ridge=0.1 + seed),
   "evaluate_network": lambda seed: kipcore.evaluate_network(
     seed, kipcore.fc(1), *problem(seed), num_seeds=1, width=8, num_steps=2, learning_rate=0.1 + seed

@@ -16,10 +16,12 @@ from kipcore import checks, linalg, pytrees
 from kipcore.architectures import Architecture, AvgPool
 from kipcore.kernels import conv, dense
 from kipcore.kernels.base import Kernel, ProductKernel, ScaledKernel, SumKernel
+from kipcore.kernels.finite import EmpiricalNTK, empirical_ntk_fn
 from kipcore.kernels.stax import StaxKernel, from_stax
 from kipcore.types import Array, ArrayLike, Number, RealLike
 
 __all__ = [
+  "EmpiricalNTK",
   "Kernel",
   "LinearKernel",
   "NetworkKernel",
@@ -28,6 +30,7 @@ __all__ = [
   "ScaledKernel",
   "StaxKernel",
   "SumKernel",
+  "empirical_ntk_fn",
   "from_stax",
   "linear_fn",
   "nngp_fn",

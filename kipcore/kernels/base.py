@@ -64,6 +64,15 @@ class Kernel:
       raise ValueError(f"{name}: expected rows (n, ...), got shape {x.shape}")
     return linalg.at_least_float32(jnp.asarray(x))
 
+  def _in_dtype(self, dtype) -> "Kernel":
+    """The kernel with floating leaves in the dtype of the rows."""
+
+    def convert(leaf):
+      floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+      return leaf.astype(dtype) if floating else leaf
+
+    return jax.tree.map(convert, self)
+
   def _matrix(self, x1: Array, x2: Array | None) -> Array:
     raise NotImplementedError
 
@@ -74,18 +83,12 @@ class Kernel:
 # The backend is an argument because programs may depend on it.
 @functools.partial(jax.jit, static_argnums=1)
 def _matrix(kernel: Kernel, backend: str, x1: Array, x2: Array | None) -> Array:
-  return _in_dtype(kernel, x1.dtype)._matrix(x1, x2)
+  return kernel._in_dtype(x1.dtype)._matrix(x1, x2)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _diagonal(kernel: Kernel, backend: str, x: Array) -> Array:
-  return _in_dtype(kernel, x.dtype)._diagonal(x)
-
-
-def _in_dtype(kernel, dtype):
-  """The kernel with floating leaves in the dtype of the rows."""
-  convert = lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-  return jax.tree.map(convert, kernel)
+  return kernel._in_dtype(x.dtype)._diagonal(x)
 
 
 def diagonal(kernel_fn: KernelFn, x: Array) -> Array:
@@ -115,6 +118,9 @@ class _Combination(Kernel):
 
   def _diagonal(self, x: Array) -> Array:
     return self._combined([diagonal(kernel, x) for kernel in self.kernels])
+
+  def _in_dtype(self, dtype) -> Kernel:
+    return self  # those of the kernels convert their own
 
 
 @pytrees.record("kernels")
@@ -154,6 +160,9 @@ class ScaledKernel(Kernel):
       raise ValueError(f"scale: expected a finite number >= 0, got {scale}")
     object.__setattr__(self, "scale", scale)
     object.__setattr__(self, "kernel", pytrees.argument(self.kernel))
+
+  def _in_dtype(self, dtype) -> Kernel:
+    return self
 
   def _matrix(self, x1: Array, x2: Array | None) -> Array:
     k = self.kernel(x1, x2)
