@@ -7,6 +7,7 @@ such a kernel must be a pure function that does not change.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -147,8 +148,8 @@ def _block_size_within(budget: int, kernel_fn, x1: Array, x2: Array) -> int | No
     for n, x in ((min(n1, _PROBED_ROWS), x1), (x2.shape[0], x2))
   ]
   leaves, structure = jax.tree.flatten(kernel_fn)
-  leaves = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-  used = _row_bytes(structure, leaves, *shapes, jax.default_backend())
+  specs = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+  used = _row_bytes(structure, specs, *shapes, jax.default_backend())
   if used > budget:
     raise ValueError(
       f"memory_budget: expected at least the {used} bytes of one row of the kernel, got {budget}"
@@ -162,7 +163,7 @@ def _row_bytes(structure, leaves, x1, x2, backend: str) -> int:
   """Bytes per row of `x1` of a block of the kernel and of the scratch memory that computes it."""
   kernel_fn = jax.tree.unflatten(structure, leaves)
   compiled = jax.jit(lambda kernel_fn, x1, x2: kernel_fn(x1, x2)).lower(kernel_fn, x1, x2).compile()
-  memory = compiled.memory_analysis()
+  memory: Any = compiled.memory_analysis()
   found = memory.temp_size_in_bytes + memory.output_size_in_bytes
   return -(-found // x1.shape[0])
 
