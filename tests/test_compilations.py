@@ -69,9 +69,7 @@ MODULE = kipcore.network(kipcore.fc(1), 8, 3)
 VARIABLES = MODULE.init(jax.random.key(0), np.zeros((1, 5), np.float32))
 KERNELS = {
   "ntk": lambda: kipcore.ntk_fn(kipcore.fc(2)),
-  "nngp": lambda: kipcore.nngp_fn(kipcore.fc(2)),
   "rbf": lambda: kipcore.rbf_fn(1.0),
-  "linear": kipcore.linear_fn,
   "stax": lambda: kipcore.from_stax(STAX),
   "function": lambda: USER_KERNEL,
   "unhashable": lambda: UNHASHABLE,
@@ -116,6 +114,7 @@ def kernel_cases():
 
 
 OTHERS = {
+  "methods": lambda seed: method_calls(seed),
   "convolutional kernel": lambda seed: kipcore.ntk_fn(kipcore.conv_net(2))(
     images(seed), images(seed)[:3]
   ),
@@ -166,9 +165,9 @@ def parameters_of(seed):
 
 
 def sampler_calls(seed):
-  """`init`, `draw` and `update` of every sampler, each made anew."""
+  """`init`, `draw` and `update` of samplers, each made anew."""
   counts, out = jnp.asarray([4, 4, 4], jnp.int32), []
-  for name in kipcore.distillation.importance.SAMPLERS:
+  for name in ("uniform", "class_balanced", "cross_entropy"):
     sampler = kipcore.sampler(name)
     state = sampler.init(counts, 12)
     indices, weights = sampler.draw(jax.random.key(seed), state, 4)
@@ -187,6 +186,20 @@ def distiller():
     optax.sgd(0.1),
     4,
   )
+
+
+def method_calls(seed):
+  """The functions of a method with blocks and of one with networks, each made anew."""
+  batch, out = kipcore.Batch(x_of(seed), ONE_HOT), []
+  for method in (
+    kipcore.kip(kipcore.rbf_fn(1.0 + seed), kipcore.KIPOptions(block_size=5)),
+    kipcore.dm(MODULE, kipcore.DMOptions(augmentation="")),
+  ):
+    params = method.init_params(kipcore.Support(x_of(seed)[:3], ONE_HOT[:3]))
+    aux = method.init_aux(jax.random.key(seed), params)
+    aux = method.update_aux(jax.random.key(seed), params, aux, jnp.int32(seed))
+    out.append(method.loss(params, aux, batch, jnp.ones(12), jax.random.key(seed)))
+  return out
 
 
 def targets_of(seed):
@@ -409,7 +422,7 @@ def drawn_networks(keys):
 
 EXEMPT = {
   **dict.fromkeys(
-    "architecture combined conv_net dc dm dsa fc frepo from_stax importance kip linear_fn mtt myrtle nngp_fn ntk_fn "
+    "architecture combined conv_net dc dm dsa fc frepo from_stax importance kip linear_fn mtt myrtle ncfm nngp_fn ntk_fn "
     "protocol rat_bptt rbf_fn rcig rfad".split(),
     "makes a configuration",
   ),
@@ -445,6 +458,19 @@ def test_other_functions_compile_once(name):
 @pytest.mark.filterwarnings("ignore:scores are nearly equal", "ignore:images_per_class")
 def test_public_functions_compile_once(name):
   check(PUBLIC[name])
+
+
+def test_functions_of_methods_are_compiled():
+  """Those of KIP call a jitted function, because its kernel may be traced; those of sums call others."""
+  classes = {
+    cls.__name__: cls for cls in kipcore.Method.__subclasses__() if ".methods." in cls.__module__
+  }
+  assert {"FRePo", "RCIG", "NCFM"} < set(classes)
+  for name, cls in classes.items():
+    for function in {"loss", "init_aux", "update_aux"} & set(vars(cls)):
+      assert hasattr(vars(cls)[function], "lower") or name in ("KIP", "Combined"), (
+        f"{name}.{function}"
+      )
 
 
 def test_every_public_function_is_called_or_exempt():

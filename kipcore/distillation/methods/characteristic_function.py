@@ -17,7 +17,7 @@ from kipcore.distillation.features import (
   outputs,
   ridge_loss_info,
 )
-from kipcore.distillation.method import Batch, Method, Params, sum_over_devices
+from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
 from kipcore.distillation.methods.experts import ExpertArray, flat_parameters
 from kipcore.networks import Network
 from kipcore.types import Array, ArrayLike, Integer, LossInfo, Real, Support
@@ -83,6 +83,7 @@ class NCFM(Method):
   def trainable(self, params: Params) -> dict[str, float]:
     return {"x": 1.0, "y": 0.0}
 
+  @compiled()
   def init_aux(self, key: Array, params: Params) -> Any:
     if self.trajectories is None:
       return {"network": draw_network(key, self.module, params["x"])}
@@ -98,9 +99,11 @@ class NCFM(Method):
       "trained": variables(trained),
     }
 
+  @compiled()
   def update_aux(self, key: Array, params: Params, aux: Any, step: Integer) -> Any:
     return self.init_aux(key, params)
 
+  @compiled()
   def loss(
     self, params: Params, aux: Any, batch: Batch, weights: Float[Array, " t"], key: Any
   ) -> tuple[Float[Array, ""], LossInfo]:
