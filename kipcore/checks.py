@@ -13,6 +13,8 @@ import numpy as np
 
 from kipcore.types import Array, NumericalError, Status
 
+_CHUNK = 1 << 18  # entries that `finite` checks at a time
+
 _ADVICE = {
   Status.MAX_STEPS: "it reached the step limit before it converged; allow more steps or a looser tolerance",
   Status.NOT_POSITIVE_DEFINITE: (
@@ -165,13 +167,21 @@ def finite(name: str, x) -> None:
   """Raise ValueError if a concrete array holds NaN or infinity; tracers pass."""
   if is_traced(x):
     return
-  good = np.isfinite(np.asarray(x))
-  if not good.all():
-    bad = ~good
+  x = np.asarray(x)
+  if not _all_finite(x):
+    bad = ~np.isfinite(x)
     first = tuple(int(i) for i in np.argwhere(bad)[0])
     raise ValueError(
       f"{name}: expected finite values, got {int(bad.sum())} NaN or infinite, the first at index {first}"
     )
+
+
+def _all_finite(x: np.ndarray) -> bool:
+  """Whether all entries are finite, in parts whose masks stay in the cache."""
+  if not x.flags.c_contiguous:
+    return bool(np.isfinite(x).all())
+  flat = x.reshape(-1)
+  return all(np.isfinite(flat[i : i + _CHUNK]).all() for i in range(0, flat.size, _CHUNK))
 
 
 def one_of(name: str, value, choices) -> None:

@@ -143,9 +143,10 @@ def feature_krr_sensitivities(
   block_size = checks.optional_positive_int("block_size", block_size)
   checks.finite("z", z)
   scoring.check_precision(ridge, lambda: jnp.mean(scoring.feature_diagonal(z, root)), z.dtype)
-  return finish(
-    sensitivity_cores.feature_scores(z, y, ridge, root, block_size), Guarantee.EXACT, z.dtype
+  parts = sensitivity_cores.feature_scores(
+    z, y, ridge, None if weights is None else root, block_size
   )
+  return finish(parts, Guarantee.EXACT, z.dtype)
 
 
 def blocked_krr_sensitivities(

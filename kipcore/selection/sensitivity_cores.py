@@ -58,6 +58,7 @@ def exact_scores(k, y, ridge, root):
 
 @functools.partial(jax.jit, static_argnames="block_size")
 def feature_scores(z, y, ridge, root, block_size):
+  root = jnp.ones(z.shape[:1], y.dtype) if root is None else root  # a constant, folded by XLA
   tau, residual2, objective, status = scoring.feature_fit(z, root, y, ridge, block_size)
   return tau + label_term(residual2, objective), tau, objective, jnp.sum(tau), status
 
