@@ -45,7 +45,8 @@ OWNERS = {
   "tensorflow_datasets": {"io.quiet_tensorflow"},
   "torch": {"io.export"},
   "safetensors": {"io.export"},
-  "PIL": {"io.export", "report.html", "datasets.image_folders"},
+  "PIL": {"io.export", "report.html", "datasets.decoding"},
+  "pyarrow": {"datasets.arrow_tables"},
 }
 
 

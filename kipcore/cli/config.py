@@ -95,7 +95,7 @@ class DataConfig:
 
   dataset: str = setting(
     "digits",
-    "digits (included), a TFDS name (mnist, cifar10, ...), a path to an .npz file with x_train, y_train, x_test and y_test, or a folder with one folder of images per class (or train/ and test/ with such folders).",
+    "digits (included), a TFDS name (mnist, cifar10, ...), a path to an .npz file with x_train, y_train, x_test and y_test, a folder with one folder of images per class (or train/ and test/ with such folders), or a .parquet or .arrow file, or a folder of them, as written by Hugging Face datasets.",
     DATA,
   )
   data_dir: str | None = setting(*_DATA_DIR)
@@ -117,6 +117,12 @@ class DataConfig:
     choices=("float32", "tensorfloat32", "bfloat16"),
   )
   images_per_class: int = setting(1, "Distilled or selected images per class.", DATA, 1)
+  fill: str = setting(
+    "",
+    "How classes with fewer training rows than --images_per_class get more: repeat (copies), or augment (shifted, scaled or rotated copies). Without it such classes are an error.",
+    DATA,
+    choices=("", "repeat", "augment"),
+  )
   preprocess: str = setting(
     "standardize",
     "Preprocessing, fitted on the training rows; kipcore.preprocess documents the variants of ZCA.",
@@ -131,6 +137,13 @@ class DataConfig:
   )
   validation_fraction: float = setting(
     0.1, "Fraction of the training rows held out for validation; 0 for none.", DATA, 0.0, 0.9
+  )
+  test_fraction: float = setting(
+    0.2,
+    "Fraction of each class that is for testing, evenly spaced rows, if the dataset has no labeled test split.",
+    DATA,
+    0.001,
+    0.9,
   )
   test_rows: int = setting(
     0, "Number of test rows to score on, the first ones (for slow kernels); 0 for all.", DATA, 0

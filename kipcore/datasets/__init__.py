@@ -1,11 +1,11 @@
-"""Image-classification data from scikit-learn, a TFDS name, a folder of images or an `.npz` file, checked and hashed.
+"""Image-classification data from scikit-learn, a TFDS name, a folder of images, a Parquet, Arrow or `.npz` file, checked and hashed.
 
 Every problem with the data or its file is a `DatasetError` that names what was expected and found. A number of
 training rows bounds memory: only these rows are loaded.
 """
 
 import contextlib
-import functools
+import fractions
 import hashlib
 import os
 from collections.abc import Mapping
@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 
 from kipcore import checks
-from kipcore.datasets import image_folders, tfds_data
+from kipcore.datasets import arrow_tables, filling, image_folders, tfds_data
 from kipcore.io import npz
 from kipcore.types import DatasetError
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _NAMES = ("label_names", "class_names")
+_TEST_FRACTION = 0.2
 
 
 class Dataset(NamedTuple):
@@ -35,6 +36,8 @@ class Dataset(NamedTuple):
       or the largest training value if it exceeds 1.
     hashes: sha256 in hex of "train", "validation" and "test", over dtype, shape and bytes.
     note: remarks on splits and conversions, or "".
+    train_sources: `(n,)` the row of the training split that each row of x_train is or was made of, if
+      `fill_classes` added rows; otherwise None.
   """
 
   name: str
@@ -49,6 +52,7 @@ class Dataset(NamedTuple):
   pixel_max: float
   hashes: Mapping[str, str]
   note: str
+  train_sources: np.ndarray | None = None
 
 
 def load_dataset(
@@ -57,6 +61,7 @@ def load_dataset(
   validation_fraction: float = 0.1,
   seed: int = 0,
   train_rows: int = 0,
+  test_fraction: float = _TEST_FRACTION,
 ) -> Dataset:
   """Loads a dataset, or a part of its training rows, and splits off a validation set.
 
@@ -65,20 +70,23 @@ def load_dataset(
   keeps at least one training row. The test split does not depend on the seed.
 
   Args:
-    name: "digits": scikit-learn's 8 x 8 digits, without a file; test is every fifth row of each class.
+    name: "digits": scikit-learn's 8 x 8 digits, without a file.
       A path that ends in `.npz`: x_train, x_test `(n, h, w, c)`, `(n, h, w)` (a channel is
       added) or `(n, d)`, y_train, y_test `(n,)` integers or strings, and optionally
       `class_names`. Nothing is unpickled; sizes are checked before memory is allocated.
       A folder of class folders of images of one size (rules: `kipcore.datasets.image_folders`): either the class folders themselves
-      (test is every fifth image of each class in file name order), or train/ and test/ with class folders.
+      (in file name order), or train/ and test/ with class folders.
+      A path that ends in `.parquet` or `.arrow`, or a folder of such files, as Hugging Face datasets writes them (rules:
+      `kipcore.datasets.arrow_tables`); needs pyarrow.
       A TFDS image-classification name: prepared in data_dir, or downloaded by TFDS.
-      Without a labeled test split, the validation split is used, or every fifth training row of each class;
-      `note` records it.
+      Without a labeled test split, the validation split is used, or a part of each class (`test_fraction`); `note` records it.
     data_dir: the TFDS directory, which must exist; None for TFDS's default.
     validation_fraction: in [0, 1); 0 gives an empty validation split.
     seed: of the validation split and of `train_rows`, an integer >= 0.
     train_rows: number of training rows, validation included: a random part of each class in proportion, at least one row
       each; 0 for all. The other rows are never in memory.
+    test_fraction: part of each class that is for testing if the dataset has no test split: evenly spaced rows, every fifth
+      row for 0.2; between 0 and 1.
 
   Raises:
     DatasetError: if the data cannot be found, read or used.
@@ -94,17 +102,67 @@ def load_dataset(
     isinstance(train_rows, bool) or not isinstance(train_rows, (int, np.integer)) or train_rows < 0
   ):
     raise ValueError(f"train_rows: expected an integer >= 0, got {train_rows!r}")
+  test_fraction = checks.number("test_fraction", test_fraction, 1e-6, 1 - 1e-6)
   name = os.fspath(name)
-  pick = functools.partial(_picked, count=int(train_rows), seed=int(seed))
+  pick = _Pick(name, int(train_rows), int(seed), test_fraction)
   if name.lower().endswith(".npz"):
     raw = _read_npz(name, pick)
   elif name == "digits":
     raw = _read_digits(pick)
+  elif arrow_tables.is_named(name):
+    with _one_fault(f"{name}: expected readable Parquet or Arrow files"):
+      raw = arrow_tables.read(os.path.expanduser(name), pick)
+  elif image_folders.is_named(name):
+    with _one_fault(f"{name}: expected a readable folder of images"):
+      raw = image_folders.read(os.path.expanduser(name), pick)
   else:
-    raw = (
-      _read_folder(name, pick) if image_folders.is_named(name) else _read_tfds(name, data_dir, pick)
-    )
+    raw = _read_tfds(name, data_dir, pick)
+  raw["note"] = "; ".join(filter(None, (pick.note(), raw.get("note", ""))))
   return _finish(name, validation_fraction, seed, **raw)
+
+
+def fill_classes(data: Dataset, images_per_class: int, fill: str, seed: int = 0) -> Dataset:
+  """Adds training rows to the classes that have fewer than `images_per_class`, up to this number.
+
+  The added rows are training rows like the others, so small classes count more than before. A heuristic.
+
+  Args:
+    data: a dataset.
+    images_per_class: the least number of training rows of a class, >= 1.
+    fill: "repeat": copies of the rows of the class in turn; "augment": each copy shifted by up to 1/8 of its
+      sides, scaled by up to 1.2 or rotated by up to 15 degrees (images only). What lies outside an image has the mean
+      color of its border.
+    seed: of the augmentation, an integer >= 0.
+
+  Returns:
+    The dataset with added rows at the end of x_train, their number in `note`, and `train_sources`; unchanged if no class
+    is smaller.
+
+  Raises:
+    ValueError: for another `fill`, or "augment" for rows that are not images.
+  """
+  images_per_class = checks.positive_int("images_per_class", images_per_class)
+  checks.one_of("fill", fill, filling.WAYS)
+  sources = filling.missing_rows(data.y_train, data.num_classes, images_per_class)
+  if not sources.size:
+    return data
+  x = data.x_train[sources]
+  if fill == "augment":
+    x = filling.augmented(seed, x)
+  y = data.y_train[sources]
+  x_train, y_train = np.concatenate([data.x_train, x]), np.concatenate([data.y_train, y])
+  how = {"repeat": "copies", "augment": "shifted, scaled or rotated copies"}[fill]
+  note = (
+    f"{len(x)} {how} of training rows were added to {len(np.unique(y))} of {data.num_classes} classes, which had fewer "
+    f"than {images_per_class}"
+  )
+  return data._replace(
+    x_train=x_train,
+    y_train=y_train,
+    hashes={**data.hashes, "train": _sha256(x_train, y_train)},
+    note="; ".join(filter(None, (data.note, note))),
+    train_sources=np.concatenate([np.arange(len(data.x_train)), sources]),
+  )
 
 
 def _finish(
@@ -269,18 +327,60 @@ def _stratified(labels, fraction, seed) -> np.ndarray:
   return held
 
 
-def _picked(labels, cut: bool, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """Rows of a training split to read for training and for testing, ascending.
+class _Pick:
+  """Rows of a training split to read for training and for testing; the `pick` of readers.
 
-  With `cut` every fifth row of each class is for testing. About `count` of the others, in proportion to the
-  classes, are for training; all of them if `count` is 0.
+  Args:
+    name: of the dataset, for messages.
+    count: number of training rows; 0 for all.
+    seed: of the training rows.
+    test_fraction: part of each class that is for testing, if there is no test split.
   """
-  _, classes = np.unique(labels, return_inverse=True)
-  test = _rank_in_class(classes) % 5 == 4 if cut else np.zeros(len(labels), bool)
-  train = np.flatnonzero(~test)
-  if 0 < count < len(train):
-    train = train[~_stratified(classes[train], 1 - count / len(train), [seed, 1])]
-  return train, np.flatnonzero(test)
+
+  def __init__(self, name: str, count: int, seed: int, test_fraction: float):
+    self._name, self._count, self._seed = name, count, seed
+    # Exact, so that rounding does not move a row from one split to the other.
+    self._fraction = fractions.Fraction(repr(test_fraction)).limit_denominator(10**6)
+    self._cut = False
+
+  def __call__(self, labels, cut: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending rows for training and for testing.
+
+    With `cut` a fraction f of each class is for testing: its rows r = 0, 1, ... with floor((r + 1) f) > floor(r f),
+    never the first. About `count` of the others, in proportion to the classes, are for training.
+    """
+    self._cut = cut
+    _, classes = np.unique(labels, return_inverse=True)
+    test = np.zeros(len(labels), bool)
+    if cut:
+      rank, (above, below) = _rank_in_class(classes), self._fraction.as_integer_ratio()
+      test = (rank + 1) * above // below > rank * above // below
+      if not test.any():
+        most = int(np.bincount(classes).max(initial=0))
+        raise DatasetError(
+          f"{self._name}: expected a test split, or a class with at least {-(-below // above)} rows, of which "
+          f"test_fraction={float(self._fraction):g} is for testing; got {most} at most"
+        )
+    train = np.flatnonzero(~test)
+    if 0 < self._count < len(train):
+      share = 1 - self._count / len(train)
+      train = train[~_stratified(classes[train], share, [self._seed, 1])]
+    return train, np.flatnonzero(test)
+
+  def note(self) -> str:
+    """How the test rows were chosen, or that the fraction has no effect."""
+    default = fractions.Fraction(repr(_TEST_FRACTION))
+    if not self._cut:
+      if self._fraction == default:
+        return ""
+      return (
+        f"the dataset has a test split, so test_fraction={float(self._fraction):g} has no effect"
+      )
+    if self._fraction == default:
+      return "no test split: test is every fifth row of each class"
+    return (
+      f"no test split: test is {100 * float(self._fraction):g} % of each class, evenly spaced rows"
+    )
 
 
 def _rank_in_class(labels) -> np.ndarray:
@@ -305,7 +405,7 @@ def _read_digits(pick) -> dict:
     "y_test": y[test],
     "pixel_max": 16.0,
     "class_names": tuple("0123456789"),
-    "note": "pixels are 0..16; test is every fifth row of each class",
+    "note": "pixels are 0..16",
   }
 
 
@@ -318,11 +418,6 @@ def _one_fault(what):
     raise
   except Exception as error:
     raise DatasetError(f"{what}, got {type(error).__name__}: {checks.one_line(error)}") from error
-
-
-def _read_folder(name, pick) -> dict:
-  with _one_fault(f"{name}: expected a readable folder of images"):
-    return image_folders.read(os.path.expanduser(name), pick)
 
 
 def _read_npz(name, pick) -> dict:

@@ -75,7 +75,7 @@ def builder_names() -> frozenset[str]:
 def _unknown(name: str, names) -> DatasetError:
   close = difflib.get_close_matches(name, ["digits", *sorted(names)], n=3)
   return DatasetError(
-    f"unknown dataset {name!r}: expected digits, a folder of images, a path ending in .npz or a TFDS name"
+    f"unknown dataset {name!r}: expected digits, a folder of images, a path ending in .npz, .parquet or .arrow, or a TFDS name"
     + (f"; did you mean {' or '.join(close)}?" if close else "")
   )
 
@@ -112,33 +112,34 @@ def _read(tfds, name, data_dir, pick) -> dict:
 
   def images(wanted):
     if wanted.all():
-      return rows_of("train", (x_key,))[x_key].numpy()
+      return rows_of(main, (x_key,))[x_key].numpy()
     out, first, done = (
       np.empty((wanted.sum(), *features[x_key].shape), features[x_key].np_dtype),
       0,
       0,
     )
-    for batch in tfds.as_numpy(rows_of("train", (x_key,), _BATCH)):
+    for batch in tfds.as_numpy(rows_of(main, (x_key,), _BATCH)):
       here = batch[x_key][wanted[first : first + _BATCH]]
       out[done : done + len(here)] = here
       first, done = first + _BATCH, done + len(here)
     return out
 
   splits = builder.info.splits
-  if "train" not in splits:
+  main = "train" if len(splits) != 1 else next(iter(splits))
+  if main not in splits:
     raise DatasetError(f"{name}: expected a split called train, got {', '.join(splits)}")
-  raw = {"note": "no labeled test split: test is every fifth training row of each class"}
+  raw = {"note": "" if main == "train" else f"the only split is called {main}"}
   for split in ("test", "validation"):
-    if split in splits:
+    if split in splits and split != main:
       rows = rows_of(split, (x_key, y_key))
       if (rows[y_key].numpy() >= 0).all():  # Some test splits come without labels, as -1.
-        raw = {
+        raw |= {
           "x_test": rows[x_key].numpy(),
           "y_test": rows[y_key].numpy(),
           "note": "" if split == "test" else "the TFDS validation split is the test split",
         }
         break
-  y = rows_of("train", (y_key,))[y_key].numpy()
+  y = rows_of(main, (y_key,))[y_key].numpy()
   train, test = pick(y, cut="x_test" not in raw)
   wanted = np.zeros(len(y), bool)
   wanted[train] = wanted[test] = True

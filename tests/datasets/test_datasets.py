@@ -359,6 +359,7 @@ def test_bad_options_are_refused():
   for name, values in {
     "validation_fraction": (1, -0.1, float("nan")),
     "seed": (-1, 0.5, True),
+    "test_fraction": (0, 1, -0.1, float("nan")),
   }.items():
     for value in values:
       with pytest.raises(ValueError, match=f"{name}: expected"):
@@ -419,9 +420,10 @@ def test_prepared_tfds_folder_is_read_exactly_and_silently(tmp_path, capfd):
 @pytest.mark.parametrize(
   "splits, note, size",
   [
+    (("only",), "split is called only", 4),
     (("train", "validation"), "validation split is the test split", 10),
     (("train", "unlabeled", "validation"), "validation split is the test split", 6),
-    (("train",), "every fifth training row", 4),
+    (("train",), "test is every fifth row of each class", 4),
     (("train", "test", "validation"), "", 10),
   ],
 )
@@ -454,8 +456,8 @@ def test_invalid_tfds_names(tmp_path, monkeypatch):
   file = tmp_path / "tiny_broken" / "1.0.0" / "tiny_broken-train.tfrecord-00000-of-00001"
   file.write_bytes(file.read_bytes()[:-9])
   fault("tiny_broken", "expected a dataset that TFDS can load in", data_dir=tmp_path)
-  prepare_tiny(tmp_path, name="tiny_odd", splits=("fold1",))
-  fault("tiny_odd", "expected a split called train, got fold1", data_dir=tmp_path)
+  prepare_tiny(tmp_path, name="tiny_odd", splits=("fold1", "fold2"))
+  fault("tiny_odd", "expected a split called train, got fold1, fold2", data_dir=tmp_path)
   monkeypatch.setattr(
     socket, "getaddrinfo", lambda *_: open(tmp_path / "no network")
   )  # an OSError, as in TFDS

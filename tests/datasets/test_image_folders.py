@@ -260,7 +260,7 @@ def cut_short() -> bytes:
     (lambda f: (f / "cat").rename(f / "train"), "beside train, got none"),
     (
       lambda f: [p.unlink() for c in f.iterdir() for p in sorted(c.iterdir())[4:]],
-      "expected 5 images of a class or more.*got 4 at most",
+      "pets: expected a test split, or a class with at least 5 rows.*got 4 at most",
     ),
   ],
 )

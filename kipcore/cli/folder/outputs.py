@@ -79,6 +79,18 @@ def write_pictures(folder, data, start, classes, support, history: list, result:
     )
 
 
+def write_selection(folder, data, chosen, scores) -> None:
+  """`selection.npz`; if `--fill` added rows, with `sources`: the row that each row is or was made of."""
+  sources = data.raw.train_sources
+  save_arrays(
+    folder / "selection.npz",
+    indices=chosen.indices,
+    weights=chosen.weights,
+    scores=scores,
+    **({} if sources is None else {"sources": sources}),
+  )
+
+
 def reference_lines(result: dict) -> dict[str, float]:
   """The horizontal lines of the learning curve."""
   return {

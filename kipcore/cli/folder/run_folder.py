@@ -29,7 +29,7 @@ RUN_FILES = {
   "images.png": "the images, next to the initial ones",
   "learning_curve.png": "accuracy over the steps",
   "report.html": "all results on one page, for a browser",
-  "selection.npz": "indices of the selected rows (-1 for synthetic points), their weights, and the scores of all training rows",
+  "selection.npz": "indices of the selected rows (-1 for synthetic points), their weights, and the scores of all training rows; with --fill also the row that each row is or was made of",
   "certificate.json": "what a weighted regression on the selected points loses, measured and guaranteed",
   "certificate.png": "the scores, and the selected points among them",
   "experts.npy": "parameters of the networks that mtt, ncfm or expert labels learn from, after every epoch",

@@ -206,8 +206,15 @@ def prepare(stored: artifact.Artifact, config: EvaluateConfig, write=None) -> Ev
     distilled = dataclasses.replace(distilled, test_rows=config.test_rows or distilled.test_rows)
     write(f"loading {name}")
     raw = datasets.load_dataset(
-      name, config.data_dir or distilled.data_dir, fraction, distilled.seed, distilled.train_rows
+      name,
+      config.data_dir or distilled.data_dir,
+      fraction,
+      distilled.seed,
+      distilled.train_rows,
+      distilled.test_fraction,
     )
+    if distilled.fill:
+      raw = datasets.fill_classes(raw, distilled.images_per_class, distilled.fill, distilled.seed)
   except (KeyError, TypeError, AttributeError) as error:
     raise UsageError(
       "--artifact: expected the artifact of a run, with dataset, config and result in its metadata; got "

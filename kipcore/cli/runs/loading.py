@@ -54,7 +54,12 @@ def load(config: DataConfig) -> Data:
       architecture(config.architecture)
     try:
       raw = datasets.load_dataset(
-        config.dataset, config.data_dir, config.validation_fraction, config.seed, config.train_rows
+        config.dataset,
+        config.data_dir,
+        config.validation_fraction,
+        config.seed,
+        config.train_rows,
+        config.test_fraction,
       )
     except datasets.DatasetError as error:
       flag = "" if str(error).startswith("data_dir:") else "--dataset: "
@@ -62,17 +67,33 @@ def load(config: DataConfig) -> Data:
     config = dataclasses.replace(
       config, architecture=architecture_of(config, raw.x_train.shape[1:])
     )
+    plain, raw = raw, filled(config, raw)
     planner.check_rows(
       raw, 8 if config.x64 else 4, config.num_devices or jax.local_device_count(), config.test_rows
     )
     return prepare(
       config,
       raw,
-      preprocess_cache.fit(raw.x_train, config.preprocess, raw.pixel_max, raw.hashes["train"]),
+      preprocess_cache.fit(plain.x_train, config.preprocess, raw.pixel_max, plain.hashes["train"]),
       kernels.NetworkKernel(
         architecture(config.architecture), config.kernel, precision=config.precision
       ),
     )
+
+
+def filled(config: DataConfig, raw: datasets.Dataset) -> datasets.Dataset:
+  """The dataset with the rows that `--fill` adds; UsageError without it if a class is too small."""
+  with usage():
+    if config.fill:
+      return datasets.fill_classes(raw, config.images_per_class, config.fill, config.seed)
+  counts = np.bincount(raw.y_train, minlength=raw.num_classes)
+  if (least := int(counts.min())) < config.images_per_class:
+    name = (raw.class_names or range(raw.num_classes))[int(counts.argmin())]
+    raise UsageError(
+      f"--images_per_class: expected at most the {least} training rows of the smallest class, {name}, got "
+      f"{config.images_per_class}; --fill=repeat or --fill=augment adds rows"
+    )
+  return raw
 
 
 def architecture_of(config: DataConfig, shape: tuple[int, ...] = (32, 32, 3)) -> str:

@@ -220,9 +220,7 @@ def _run(config: SelectConfig, planned: Plan, folder: pathlib.Path, verbose: boo
     )
   result.update(wall_seconds=time.perf_counter() - started, **run_folder.peak_memory())
   outputs.write_artifact(folder, config, data, support, result)
-  outputs.save_arrays(
-    folder / "selection.npz", indices=chosen.indices, weights=chosen.weights, scores=scores.scores
-  )
+  outputs.write_selection(folder, data, chosen, scores.scores)
   run_folder.write_json(folder / "result.json", result)
   reporting.write_report(folder)
   readme.of_selection(folder, config, result)
