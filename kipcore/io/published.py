@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kipcore import checks, preprocess
-from kipcore.io import npz, publishers, torch_files
+from kipcore.io import formation, image_sets, npz, publishers, torch_files
 from kipcore.io.publishers import KINDS
 from kipcore.preprocess import Preprocess
 from kipcore.types import KipcoreError, Support
@@ -32,6 +32,13 @@ _CONSTANTS = {
 }
 
 
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Publishers that standardize with constants; those that always use the ones of ImageNet.
+_WITH_CONSTANTS = ("dc", "mtt", "datm", "idc", "dream", "ncfm", "cim", "rded", "sre2l")
+_OF_IMAGENET = ("rded",)
+_LARGE = 64  # pixels per side from which on images are of (Tiny) ImageNet
+
+
 class PublishedError(KipcoreError, ValueError):
   """A file that is not a complete distilled set of the expected kind; the message is one line."""
 
@@ -42,7 +49,7 @@ class PublishedSet:
 
   Attributes:
     kind: one of `KINDS`.
-    images: `(m, height, width, channels)` float32, in the space they were stored in.
+    images: `(m, height, width, channels)` float32, in the space they were stored in; several images in one are separated.
     labels: `(m, c)` float32: one-hot minus 1/c, or learned against targets of that form.
     classes: `(m,)` int32: the index of the largest label of each row.
     labels_note: how the stored labels were converted.
@@ -55,6 +62,8 @@ class PublishedSet:
     relative_ridge: the stored ridge, as a fraction of tr(K_ss) / m; None if none is stored.
     temperature: the stored factor of the predictions inside a softmax; None if none is stored.
     source: JSON-serializable dict: file, layout, and other data that the publisher stored.
+    pixels: whether the images are pixels in [0, 1], to which the preprocessing is still to be applied (IDC, DREAM, NCFM,
+      CIM, RDED, SRe2L).
   """
 
   kind: str
@@ -68,8 +77,14 @@ class PublishedSet:
   relative_ridge: float | None
   temperature: float | None
   source: dict[str, Any]
+  pixels: bool = False
 
-  def support(self, mirrored: bool | None = None) -> Support:
+  def support(
+    self,
+    mirrored: bool | None = None,
+    preprocess: Preprocess | None = None,
+    pixel_max: float = 255.0,
+  ) -> Support:
     """The set as a `Support` for `evaluate_krr` and `evaluate_network`.
 
     The test rows must be preprocessed with `fit_preprocess(x_train).apply`.
@@ -77,11 +92,22 @@ class PublishedSet:
     Args:
       mirrored: whether to append the horizontally mirrored images with the same labels; None for
         `self.mirrored`.
+      preprocess: that of `fit_preprocess`; required, and only used, if `pixels` is true.
+      pixel_max: the value of full white that it was fitted with.
 
     Returns:
       `Support` of m or 2 m rows.
+
+    Raises:
+      ValueError: if `pixels` is true and `preprocess` is None.
     """
     images, labels = self.images, self.labels
+    if self.pixels:
+      if preprocess is None:
+        raise ValueError(
+          f"preprocess: expected that of fit_preprocess(x_train), because the images of {self.kind} are pixels, got None"
+        )
+      images = np.asarray(preprocess.apply(images * np.float32(pixel_max)))
     if self.mirrored if mirrored is None else mirrored:
       images, labels = (
         np.concatenate([images, images[:, :, ::-1]]),
@@ -97,9 +123,10 @@ class PublishedSet:
     Its `invert(images)` gives pixels.
 
     Whitening does not depend on whether channels come first (RFAD, MTT) or last: permuting the
-    pixels permutes the second moments and therefore the whitening matrix. Sets of kind "dc" and
-    "mtt" were standardized with fixed constants, which differ from the fitted ones. These constants
-    are used if the mean of `x_train` matches CIFAR or Tiny ImageNet.
+    pixels permutes the second moments and therefore the whitening matrix. The publishers of "dc", "mtt", "datm", "idc",
+    "dream", "ncfm", "cim", "rded" and "sre2l" standardize with fixed constants, which differ from the fitted ones. These
+    constants are used if the mean of `x_train` matches CIFAR or Tiny ImageNet; for RDED, and for images of 64 pixels and
+    more of the last six, those of ImageNet.
 
     Args:
       x_train: `(n, height, width, channels)` pixels of all available training images.
@@ -120,14 +147,20 @@ class PublishedSet:
       )
     checks.shape("x_train", x_train, (None, *self.images.shape[1:]))
     fitted = preprocess.fit_preprocess(x_train, kind, pixel_max)
-    return (
-      _with_constants(fitted, pixel_max)
-      if self.kind in ("dc", "mtt") and kind == "standardize"
-      else fitted
-    )
+    if self.kind not in _WITH_CONSTANTS or kind != "standardize":
+      return fitted
+    imagenet = self.kind in _OF_IMAGENET or self.pixels and self.images.shape[1] >= _LARGE
+    return _with_constants(fitted, pixel_max, imagenet and self.images.shape[3] == 3)
 
 
-def load_published(path, kind: str | None = None, experiment: int = 0) -> PublishedSet:
+def load_published(
+  path,
+  kind: str | None = None,
+  experiment: int = 0,
+  factor: int | None = None,
+  decoding: str | None = None,
+  labels=None,
+) -> PublishedSet:
   """Reads a distilled set in the file format of its authors.
 
   Kinds and their files:
@@ -139,11 +172,25 @@ def load_published(path, kind: str | None = None, experiment: int = 0) -> Publis
     dc     .pt of DC, DSA or DM: `data`, a list with NCHW images and class indices per experiment
            (Zhao et al. 2021).
     mtt    images_NAME.pt NCHW, with labels_NAME.pt in the same folder (Cazenavette et al. 2022).
+    datm   the same with logits as labels, and lr_NAME.pt (Guo et al. 2024).
+    idc    data.pt, a pair of NCHW pixels in [0, 1] and class indices, several training images in one (Kim et al. 2022).
+    dream  dataSTEP.pt, the same (Liu et al. 2023).
+    ncfm   data_STEP.pt, the same (Wang et al. 2025).
+    cim    .pt with `dataset`, `data` NCHW and `label`, the same (Shang et al. 2026).
+    rded   folder with a folder 00000, 00001, ... of JPEG files for each class (Sun et al. 2024).
+    sre2l  folder with folders new000, new001, ... of JPEG files; optionally the labels of their crops (Yin et al. 2023).
+  A dictionary with other names, or a pair in a file with another name, does not say who published it, so `kind` is required.
 
   Args:
-    path: file name.
+    path: name of a file, or of a folder for "rded" and "sre2l".
     kind: one of `KINDS`; None to infer it from the content.
     experiment: index of the experiment in a "dc" file.
+    factor: number of training images per side of a stored image of "idc", "dream", "ncfm", "cim" or a folder. None for that
+      in the name of the folder (`_factor2`, as IDC and DREAM write it), or 2 for "ncfm" and "cim", or 1 for folders.
+    decoding: which training images a stored image contains: "single", "multi" or "bound", as in IDC's --decode_type; None
+      for that of the folder name or of the publisher.
+    labels: folder of the soft labels of "sre2l" (`epoch_0/batch_0.tar`, ...); the set is then that of the crops of
+      the first epoch.
 
   Returns:
     `PublishedSet`.
@@ -151,27 +198,26 @@ def load_published(path, kind: str | None = None, experiment: int = 0) -> Publis
   Raises:
     PublishedError: for a file that is missing, damaged, or of another or unknown kind; for arrays
       with the wrong shape or dtype, or with NaN or infinity; for a class without an image.
-    ValueError: for an unknown `kind`.
+    ValueError: for an unknown `kind` or `decoding`.
   """
   path = pathlib.Path(path)
   if kind is not None:
     checks.one_of("kind", kind, KINDS)
-  if not path.is_file():
-    raise PublishedError(
-      f"{path}: expected a distilled set, "
-      f"{'got a folder' if path.is_dir() else 'found no such file'}"
-    )
+  if decoding is not None:
+    checks.one_of("decoding", decoding, formation.DECODINGS)
+  if not path.exists():
+    raise PublishedError(f"{path}: expected a distilled set, found no such file")
   try:
-    form, content = _read(path)
+    form, content = ("folder", image_sets.read_folder(path)) if path.is_dir() else _read(path)
     if kind is None:
-      kind = publishers.guess(form, content)
+      kind = publishers.guess(form, content, path)
     elif form not in publishers.FORMS[kind]:
       raise PublishedError(
         f"expected a file of kind {kind} ({' or '.join(publishers.FORMS[kind])}), got a {form} "
-        "file "
-        f"{publishers.describe(content)}"
+        f"{'' if form == 'folder' else 'file '}{publishers.describe(content)}"
       )
-    return _checked(kind, path, publishers.READERS[kind](path, content, experiment))
+    options = publishers.Options(experiment, factor, decoding, labels)
+    return _checked(kind, path, publishers.READERS[kind](path, content, options))
   except ValueError as error:  # the messages of some readers already contain the path
     text = " ".join(str(error).split())
     raise PublishedError(text if text.startswith(str(path)) else f"{path}: {text}") from error
@@ -260,13 +306,21 @@ def _checked(kind, path, stored: publishers.Stored) -> PublishedSet:
     stored.relative_ridge,
     temperature,
     source,
+    stored.pixels,
   )
 
 
-def _with_constants(fitted: preprocess.Preprocess, pixel_max: float) -> preprocess.Preprocess:
-  """The standardization with published constants if the fitted mean matches their dataset."""
+def _with_constants(
+  fitted: preprocess.Preprocess, pixel_max: float, imagenet: bool
+) -> preprocess.Preprocess:
+  """The standardization with published constants, those of ImageNet or those whose dataset the fitted mean matches."""
   spec, arrays = fitted.to_arrays()
   mean = arrays["0_standardize_mean"] / pixel_max
+  if imagenet:
+    used = dict(zip(("0_standardize_mean", "0_standardize_divisor"), _IMAGENET))
+    return preprocess.Preprocess.from_arrays(
+      spec, {name: pixel_max * np.array(value) for name, value in used.items()}
+    )
   for of_dataset, used_mean, used_deviation in _CONSTANTS.values():
     if mean.shape == (3,) and np.max(np.abs(mean - of_dataset)) < 0.01:
       used = {"0_standardize_mean": used_mean, "0_standardize_divisor": used_deviation}

@@ -482,3 +482,151 @@ def test_rfad_and_rcig_sets():
   ) and rcig.support().x.shape == (20, 32, 32, 3)
   for published in (rfad, rcig):
     assert np.array_equal(published.classes, np.arange(10)) and 0.2 < published.images.std() < 1
+
+
+# --- sets written by the code of other projects ---
+
+PUBLISHED = DATA / "published"  # written by make_published_files.py
+DECODED = np.load(PUBLISHED / "decoded.npz")
+TAG = "conv3in_cut_niter2_factor2_lr0.005_ipc2"
+
+
+def stored_pixels(name):
+  """Images `(m, h, w, c)` that networks are trained on by the project itself, and their classes."""
+  return DECODED[name].transpose(0, 2, 3, 1), DECODED[f"{name}_labels"]
+
+
+@pytest.mark.parametrize("decoding", ["single", "multi", "bound"])
+@pytest.mark.parametrize("kind, file", [("idc", "data.pt"), ("dream", "data1200.pt")])
+def test_multi_formation_is_decoded_as_by_the_publisher(
+  kind, file, decoding, tmp_path, monkeypatch
+):
+  from kipcore.io import formation
+
+  # The published bound of 128 images per class does not limit two images.
+  monkeypatch.setattr(formation.decode, "__defaults__", ("single", 6))
+  path = PUBLISHED / kind / TAG / file
+  got = load_published(path, decoding=decoding)
+  images, classes = stored_pixels(f"{kind}_{decoding}")
+  assert (got.kind, got.pixels, got.preprocess) == (kind, True, "standardize")
+  assert_close(got.images, images, 1e-6, 1e-6)
+  assert np.array_equal(got.classes, classes)
+  assert_close(got.labels, np.eye(2)[classes] - 0.5, 1e-6)
+  assert (got.source["factor"], got.source["stored_images"]) == (2, 4)
+  # Without the folder name, the factor is not known; 1 gives the stored images.
+  moved = shutil.copy(path, tmp_path)
+  fault("factor: expected the number of training images per side", pathlib.Path(moved))
+  whole = load_published(moved, factor=1)
+  assert np.array_equal(whole.images, read_torch_file(path)[0].transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("kind, file", [("ncfm", "data_20000.pt"), ("cim", "data.pt")])
+def test_ncfm_and_cim_have_factor_2(kind, file):
+  got = load_published(PUBLISHED / kind / file)
+  images, classes = stored_pixels({"ncfm": "ncfm_single", "cim": "cim_multi"}[kind])
+  assert (
+    got.kind == kind
+    and got.pixels
+    and np.array_equal(np.bincount(got.classes), np.bincount(classes))
+  )
+  # CIM's own order of the rows is another.
+  order = lambda x, y: np.lexsort((x.mean(axis=(1, 2, 3)).round(5), y))
+  assert_close(
+    got.images[order(got.images, got.classes)], images[order(images, classes)], 1e-6, 1e-6
+  )
+  assert (got.source.get("dataset"), "teacher" in got.labels_note) == (
+    ("cifar10", True) if kind == "cim" else (None, False)
+  )
+
+
+def test_labels_of_datm_are_logits():
+  folder = PUBLISHED / "datm" / "Normal"
+  got = load_published(folder / "images_best.pt")
+  logits = read_torch_file(folder / "labels_best.pt").astype(np.float64)
+  share = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  assert got.kind == "datm" and got.preprocess is None and not got.pixels
+  assert_close(got.labels, share - 0.5, 1e-6, 1e-7)
+  assert abs(got.source["learning_rate"] - 0.01) < 1e-8
+  assert np.array_equal(
+    got.images, read_torch_file(folder / "images_best.pt").transpose(0, 2, 3, 1)
+  )
+  fault("class indices", folder / "images_best.pt", "mtt")
+  fault("real-valued labels .* in labels_best.pt", DATA / "images_best.pt", "datm")
+
+
+@pytest.mark.parametrize("kind", ["rded", "sre2l"])
+def test_folders_of_images(kind, tmp_path):
+  from PIL import Image
+
+  got = load_published(PUBLISHED / kind)
+  files = sorted((PUBLISHED / kind).glob("*/*.jpg"))
+  pixels = np.stack([np.asarray(Image.open(file)) for file in files])
+  assert got.kind == kind and got.pixels and "teacher" in got.labels_note
+  assert_close(got.images, pixels / 255, 1e-6)
+  assert np.array_equal(got.classes, np.repeat([0, 1], len(files) // 2))
+  parts = load_published(PUBLISHED / kind, factor=2)
+  assert len(parts.images) == 4 * len(files) and parts.source["factor"] == 2
+  # Folders with other names do not say who published them.
+  for i, each in enumerate(sorted((PUBLISHED / kind).iterdir())):
+    shutil.copytree(each, tmp_path / "set" / "ab"[i])
+  fault("pass kind, one of rded, sre2l", tmp_path / "set")
+  assert np.array_equal(load_published(tmp_path / "set", kind).images, got.images)
+  (tmp_path / "set" / "c").mkdir()
+  fault("whose folder c has none", tmp_path / "set", kind)
+
+
+def test_soft_labels_of_crops_are_those_of_the_publisher():
+  got = load_published(PUBLISHED / "sre2l", labels=PUBLISHED / "sre2l_labels")
+  logits = DECODED["sre2l_logits"].astype(np.float64)
+  share = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  assert_close(got.images, DECODED["sre2l_views"].transpose(0, 2, 3, 1), 1e-6, 1e-6)
+  assert_close(got.labels, share - 0.5, 1e-5, 1e-6)
+  with pytest.raises(PublishedError, match="does not store labels"):
+    load_published(PUBLISHED / "rded", labels=PUBLISHED / "sre2l_labels")
+  with pytest.raises(PublishedError, match="found none in"):
+    load_published(PUBLISHED / "sre2l", labels=PUBLISHED)
+
+
+def test_permutations_of_torch():
+  from kipcore.io import image_sets
+
+  # torch.randperm(10, generator=torch.Generator().manual_seed(42))
+  assert image_sets.torch_permutation(10, 42).tolist() == [2, 6, 1, 8, 4, 5, 0, 9, 3, 7]
+
+
+def test_ambiguous_dictionaries_and_pairs_need_the_publisher(tmp_path):
+  one = tensor((2, 1, 1, 3), (3, 3, 3, 1))
+  labels = tensor((2,), (1,), 0, 2, "LongStorage", "1")
+  members = {"data/1": np.array([0, 1], "<i8").tobytes()}
+  for name, image in (("images", "labels"), ("image_syn", "label_syn"), ("data", "targets")):
+    layout = b"}" + const(name) + one + b"s" + const(image) + labels + b"s"
+    path = torch_file(tmp_path / "a.pt", layout, **members)
+    fault("of recognizable kind, got a torch file with .*; pass kind, one of dc, mtt", path)
+    for kind in ("idc", "dream"):
+      got = load_published(path, kind, factor=1)
+      assert np.array_equal(got.images.ravel(), np.arange(6)) and got.kind == kind
+    assert load_published(path, "ncfm", factor=1).source["factor"] == 1
+  pair = torch_file(tmp_path / "mine.pt", b"](" + one + labels + b"e", **members)
+  fault("got a torch file with a list; pass kind", pair)
+  assert load_published(shutil.copy(pair, tmp_path / "data_init.pt"), factor=1).kind == "ncfm"
+  fault("factor: expected 1 for images of 1 x 3 pixels, got 2", pair, "cim")
+  with pytest.raises(ValueError, match="decoding: expected one of single, multi, bound"):
+    load_published(pair, "idc", decoding="double")
+
+
+def test_sets_of_pixels_are_standardized_with_constants():
+  got = load_published(PUBLISHED / "cim" / "data.pt")
+  mean, deviation = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2023, 0.1994, 0.2010])
+  x = (255 * mean + RNG.choice([-60.0, 60.0], (4000, 4, 4, 3))).astype(np.float32)
+  fitted = got.fit_preprocess(x)
+  support = got.support(preprocess=fitted)
+  assert_close(support.x, (got.images - mean) / deviation, 1e-5, 1e-5)
+  assert_close(
+    got.fit_preprocess(x / 255, pixel_max=1.0).apply(x / 255), fitted.apply(x), 1e-5, 1e-5
+  )
+  with pytest.raises(ValueError, match="preprocess: expected that of fit_preprocess"):
+    got.support()
+  rded = load_published(PUBLISHED / "rded")
+  used = rded.fit_preprocess(np.resize(x, (500, 8, 8, 3)))
+  imagenet = (rded.images - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+  assert_close(rded.support(preprocess=used).x, imagenet, 1e-5, 1e-5)
