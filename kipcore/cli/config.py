@@ -504,7 +504,9 @@ class ExportConfig:
 
   artifact: str | None = setting(*_ARTIFACT, EXPORT)
   format: tuple[str, ...] = setting(
-    ("safetensors", "png"), "One or more of numpy, png, safetensors, torch, tfds.", EXPORT
+    ("safetensors", "png"),
+    "One or more of numpy, png, safetensors, torch, tfds, and ddranking (tensors and settings for the scores of DD-Ranking).",
+    EXPORT,
   )
   space: str = setting(
     "pixels",

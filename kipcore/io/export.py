@@ -1,4 +1,4 @@
-"""Export of distilled sets to NumPy, PNG, safetensors, PyTorch and TFDS files.
+"""Export of distilled sets to NumPy, PNG, safetensors, PyTorch and TFDS files, and for DD-Ranking.
 
 Without their conventions, distilled images give chance accuracy in other programs. Every export
 therefore contains them as JSON: pixel units, layout, label convention, every preprocessing step
@@ -16,19 +16,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kipcore import checks
-from kipcore.io import atomic
+from kipcore.io import atomic, ddranking
 from kipcore.io.quiet_tensorflow import quiet_tensorflow
 from kipcore.preprocess import Preprocess
 from kipcore.version import __version__
 
-FORMATS = ("numpy", "png", "safetensors", "torch", "tfds")
+FORMATS = ("numpy", "png", "safetensors", "torch", "tfds", "ddranking")
 SPACES = ("pixels", "inputs")
 # Usual file name suffix of each single-file format. The other formats are folders.
 SUFFIXES = {"numpy": ".npz", "safetensors": ".safetensors", "torch": ".pt"}
 FORMAT = "kipcore-export"
 FORMAT_VERSION = 1
 CONVENTIONS = "conventions"
-_CHANNELS_FIRST = ("safetensors", "torch")
+_CHANNELS_FIRST = ("safetensors", "torch", "ddranking")
+_FROM_PIXELS = ("png", "ddranking")
 _MOST_IN_JSON = 64  # larger arrays are stored outside the JSON
 
 # What another program must compute for each step of a `Preprocess`.
@@ -167,22 +168,24 @@ def check(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
   checks.same_rows("images", content.images, "labels", content.labels)
   if content.pixel_max is not None:
     checks.positive("pixel_max", content.pixel_max)
-  if format == "png":
+  if format in _FROM_PIXELS:
     if content.space != "pixels":
       raise ValueError(
-        f"format png: expected space pixels, got {content.space}; preprocessed inputs are not "
+        f"format {format}: expected space pixels, got {content.space}; preprocessed inputs are not "
         "images"
       )
     if content.images.ndim != 4 or content.images.shape[-1] not in (1, 3):
       raise ValueError(
-        f"format png: expected images (m, height, width, 1 or 3), got shape {content.images.shape}"
+        f"format {format}: expected images (m, height, width, 1 or 3), got shape {content.images.shape}"
       )
     if content.pixel_max is None:
       raise ValueError(
-        "format png: expected a set with pixel_max, the stored value of full white (255 for uint8 "
+        f"format {format}: expected a set with pixel_max, the stored value of full white (255 for uint8 "
         "images), "
         "got one without it"
       )
+  if format == "ddranking":
+    _for_ddranking(content)
   if format == "torch":
     _torch()
   path = pathlib.Path(path)
@@ -226,6 +229,8 @@ def write(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
     tfds: a folder for `tfds.builder_from_directory(path)`, and for `tfds.load(NAME, data_dir=DIR)`
       if path is `DIR/NAME/1.0.0`. Its only split, `train`, has `image` (uint8 if that is exact,
       else a float32 tensor), `label` (the class) and `soft_label` (float32, labels + 1/c).
+    ddranking: a folder with `images.npy`, `hard_labels.npy` and `soft_labels.npy` in class order, as DD-Ranking 0.2.0 takes
+      them (normalized with its constants or whitened, RGB, channels first), and `settings.json` for `ddranking.Config`.
 
   Args:
     path: file or folder name; missing parent folders are created.
@@ -252,14 +257,57 @@ def write(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
       beside.write((text + "\n").encode())
     return
   with atomic.replacing_folder(path) as folder:
-    described |= (
-      _write_png(folder, content) if format == "png" else _write_tfds(folder, path, content)
-    )
+    if format == "ddranking":
+      described |= _write_ddranking(folder, content)
+    else:
+      described |= (
+        _write_png(folder, content) if format == "png" else _write_tfds(folder, path, content)
+      )
     if large:
       np.savez_compressed(folder / "preprocess.npz", **large)  # type: ignore[arg-type]
     _conventions_of(folder, False).write_text(
       json.dumps(described, indent=2) + "\n", encoding="utf-8"
     )
+
+
+def _for_ddranking(content: DistilledSet) -> ddranking.Scored:
+  """The set as DD-Ranking expects it; ValueError if it cannot be."""
+  return ddranking.for_ddranking(
+    content.images,
+    content.labels,
+    content.preprocess,
+    content.pixel_max or 1.0,
+    content.about.get("dataset"),
+  )
+
+
+def _write_ddranking(folder: pathlib.Path, content: DistilledSet) -> dict:
+  """Writes the arrays and settings of DD-Ranking; returns an entry for the conventions."""
+  scored = _for_ddranking(content)
+  for name, array in scored.arrays.items():
+    np.save(folder / f"{name}.npy", array)
+  (folder / "settings.json").write_text(
+    json.dumps(scored.settings, indent=2) + "\n", encoding="utf-8"
+  )
+  images = scored.arrays["images"]
+  return {
+    "use": [
+      "config = ddranking.Config.from_file('settings.json')",
+      "images, labels = (torch.from_numpy(numpy.load(f)) for f in ('images.npy', 'hard_labels.npy'))",
+      "ddranking.LabelRobustScoreHard(config).compute_metrics(images, hard_labels=labels)",
+      "ddranking.LabelRobustScoreSoft(config).compute_metrics(images, soft_labels=...) with soft_labels.npy and a teacher",
+      *scored.notes,
+    ],
+    "images": {
+      "space": "whitened" if scored.settings["use_zca"] else "normalized by DD-Ranking's constants",
+      "layout": "NCHW",
+      "rows": len(images),
+      "row_shape": images.shape[1:],
+      "minimum": float(images.min()),
+      "maximum": float(images.max()),
+    },
+    "ddranking_version": "0.2.0",
+  }
 
 
 def _conventions_of(path: pathlib.Path, is_file: bool) -> pathlib.Path:

@@ -349,7 +349,7 @@ def test_wrong_arguments_are_named_before_anything_is_written(tmp_path, stored):
   for call, message in (
     (
       lambda: stored.export(path, "jpeg"),
-      "format: expected one of numpy, png, safetensors, torch, tfds; got 'jpeg'",
+      "format: expected one of numpy, png, safetensors, torch, tfds, ddranking; got 'jpeg'",
     ),
     (
       lambda: stored.export(path, "numpy", "latent"),
@@ -424,3 +424,99 @@ def test_command_exports_and_rejects_invalid_requests(tmp_path, stored):
     done.stderr.startswith(f"error: {wrong}: expected arrays images")
     and done.stderr.count("\n") == 1
   )
+
+
+# --- DD-Ranking ---
+
+
+def ddranking_set(folder):
+  """The arrays and settings of an export."""
+  arrays = {
+    name: np.load(folder / f"{name}.npy") for name in ("images", "hard_labels", "soft_labels")
+  }
+  return arrays, json.loads((folder / "settings.json").read_text())
+
+
+def scored(tmp_path, name, kind, shape, labels):
+  """The export of a set with the given labels, and its artifact."""
+  made = make(kind, shape, m=len(labels))
+  metadata = {**made.metadata, "dataset": {**made.metadata["dataset"], "name": name}}
+  made = dataclasses.replace(made, labels=np.asarray(labels, np.float32), metadata=metadata)
+  made.export(tmp_path / "set", "ddranking")
+  return *ddranking_set(tmp_path / "set"), made
+
+
+HARD = np.eye(2)[[1, 0, 1, 0]] - 0.5
+
+
+def test_ddranking_gets_normalized_images_in_class_order(tmp_path):
+  arrays, settings, made = scored(tmp_path, "cifar10", "standardize", (8, 8, 3), HARD)
+  mean, deviation = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2023, 0.1994, 0.2010])
+  expected = ((made.images / 255 - mean) / deviation)[[1, 3, 0, 2]].transpose(0, 3, 1, 2)
+  np.testing.assert_allclose(arrays["images"], expected, rtol=1e-5, atol=1e-5)
+  assert arrays["images"].dtype == np.float32 and arrays["hard_labels"].tolist() == [0, 0, 1, 1]
+  assert arrays["hard_labels"].dtype == np.int64
+  assert (settings["dataset"], settings["ipc"], settings["use_zca"]) == ("CIFAR10", 2, False)
+  assert settings["im_size"] == [8, 8] and settings["model_name"] == "ConvNet-1"
+  # Its loss applies a softmax to the labels.
+  share = np.exp(arrays["soft_labels"] / settings["loss_fn_kwargs"]["temperature"])
+  np.testing.assert_allclose(
+    share / share.sum(1, keepdims=True), np.eye(2)[[0, 0, 1, 1]], atol=1e-7
+  )
+  assert settings["soft_label_criterion"] == "kl"
+
+
+def test_ddranking_gets_gray_images_of_28_pixels_as_rgb_of_32(tmp_path):
+  arrays, settings, made = scored(tmp_path, "mnist", "standardize", (28, 28, 1), HARD)
+  (step,) = made.preprocess.steps
+  x = np.pad(made.images[[1, 3, 0, 2]], ((0, 0), (2, 2), (2, 2), (0, 0)))
+  expected = ((x - step.arrays["mean"]) / step.arrays["divisor"]).transpose(0, 3, 1, 2)
+  assert arrays["images"].shape == (4, 3, 32, 32)
+  np.testing.assert_allclose(arrays["images"], np.repeat(expected, 3, axis=1), rtol=1e-5, atol=1e-5)
+  assert settings["model_name"] == "ConvNet-3" and settings["im_size"] == [32, 32]
+  said = json.loads((tmp_path / "set" / "conventions.json").read_text())
+  assert any("does not load mnist" in note for note in said["use"])
+  assert said["images"]["row_shape"] == [3, 32, 32]
+
+
+@pytest.mark.parametrize("kind", ["zca_absolute", "zca"])
+def test_only_the_whitening_of_ddranking_is_kept(tmp_path, kind):
+  arrays, settings, made = scored(tmp_path, "cifar10", kind, (8, 8, 3), HARD)
+  assert settings["use_zca"] == (kind == "zca_absolute")
+  notes = json.loads((tmp_path / "set" / "conventions.json").read_text())["use"]
+  assert any("whitened by zca" in note for note in notes) == (kind == "zca")
+  if kind == "zca_absolute":
+    whitened = made.support[[1, 3, 0, 2]].transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(arrays["images"], whitened, rtol=1e-3, atol=1e-3)
+
+
+def test_learned_labels_for_ddranking(tmp_path):
+  # Not distributions, and the largest label of a row is not that of its group.
+  labels = np.array([[0.7, -0.6], [0.1, 0.2], [-0.5, 0.5], [-0.9, 0.4]])
+  arrays, settings, _ = scored(tmp_path, "cifar10", "standardize", (8, 8, 3), labels)
+  assert settings["soft_label_criterion"] == "mse_gt"
+  np.testing.assert_allclose(arrays["soft_labels"], labels, rtol=1e-6)
+  assert arrays["hard_labels"].tolist() == [0, 0, 1, 1]
+  notes = json.loads((tmp_path / "set" / "conventions.json").read_text())["use"]
+  assert any("1 of 4 rows have their largest label elsewhere" in note for note in notes)
+
+
+def test_sets_that_ddranking_cannot_score_are_refused(tmp_path):
+  with pytest.raises(ValueError, match="expected a multiple of 4 classes, got 7 images"):
+    make().export(tmp_path / "set", "ddranking")
+  with pytest.raises(ValueError, match="format ddranking: expected space pixels, got inputs"):
+    make().export(tmp_path / "set", "ddranking", "inputs")
+  assert not (tmp_path / "set").exists()
+
+
+def test_programs_of_other_interpreters_do_not_import_kipcore():
+  tree = ast.parse((ROOT / "experiments" / "studies" / "dd_ranking_worker.py").read_text())
+  for node in ast.walk(tree):
+    names = (
+      [node.module]
+      if isinstance(node, ast.ImportFrom)
+      else [alias.name for alias in node.names]
+      if isinstance(node, ast.Import)
+      else []
+    )
+    assert not any((name or "").startswith(("kipcore", "experiments", "jax")) for name in names)
