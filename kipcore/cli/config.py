@@ -496,6 +496,11 @@ class ScoreConfig:
 
   artifact: str | None = setting(*_ARTIFACT, SETS)
   output: str | None = setting(None, "JSON file for the result.", OUTPUT)
+  dry_run: bool = setting(
+    False,
+    "Load the data, check all settings, and print what would be scored and how long it would take; score and write nothing.",
+    OUTPUT,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -525,6 +530,11 @@ class ExportConfig:
     None, "Folder for the exports; by default `export` next to the artifact.", EXPORT
   )
   overwrite: bool = setting(False, "Replace earlier exports of the same names.", EXPORT)
+  dry_run: bool = setting(
+    False,
+    "Load the artifact, check every format, and print what would be written; write nothing.",
+    EXPORT,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ Examples:
 
 import dataclasses
 import json
+import shlex
 import sys
 
 from kipcore.cli import errors, flags
@@ -34,6 +35,16 @@ def main(values) -> None:
   config = from_flags(EvaluateConfig, values)
   if config.evaluators == ("all",):
     config = dataclasses.replace(config, evaluators=evaluation.ALL_EVALUATORS)
+  if values.dry_run:
+    from kipcore.cli.runs import dry_run
+
+    arguments = [
+      argument for argument in sys.argv[1:] if not argument.lstrip("-").startswith("dry_run")
+    ]
+    dry_run.of_evaluation(
+      stored, config, shlex.join(["kipcore-evaluate", *arguments]), values.output
+    )
+    return
   result = {
     "artifact": str(path),
     **evaluation.run_evaluate(stored, config, evaluation.print_progress),
@@ -45,7 +56,9 @@ def main(values) -> None:
   print(json.dumps(shown, indent=2))
 
 
-run = flags.binary(main, ScoreConfig, EvaluateConfig, main_flags=("artifact", "evaluators"))
+run = flags.binary(
+  main, ScoreConfig, EvaluateConfig, main_flags=("artifact", "evaluators", "dry_run")
+)
 
 if __name__ == "__main__":
   run()

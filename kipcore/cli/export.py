@@ -37,6 +37,15 @@ def main(values) -> None:
     with errors.usage():
       for kind, target in targets.items():
         export.check(target, kind, content, values.overwrite)
+    if values.dry_run:
+      print(
+        f"{path}: {len(content.images)} rows of shape {content.images.shape[1:]}, {content.labels.shape[1]} classes, "
+        f"{content.space}"
+      )
+      for kind, target in targets.items():
+        print(f"{kind}: {target}{' (replaced)' * target.exists()}")
+      print("Nothing was written.")
+      return
     for kind, target in targets.items():
       export.write(target, kind, content, values.overwrite)
       print(f"{kind}: {target}")
@@ -47,7 +56,7 @@ def main(values) -> None:
   print("conventions of the values: NAME.json next to a file, conventions.json in a folder")
 
 
-run = flags.binary(main, ExportConfig, main_flags=("artifact", "format"))
+run = flags.binary(main, ExportConfig, main_flags=("artifact", "format", "dry_run"))
 
 if __name__ == "__main__":
   run()

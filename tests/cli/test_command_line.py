@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from binaries import run_binary
 
+from kipcore.cli import evaluate, export
 from kipcore.cli.config import (
   CheckpointConfig,
   CompareConfig,
@@ -27,8 +28,8 @@ from kipcore.cli.config import (
   SelectConfig,
 )
 from kipcore.cli.cost import estimate, progress
-from kipcore.cli.folder import readme, run_folder
-from kipcore.cli.runs import dry_run
+from kipcore.cli.folder import outputs, readme, run_folder
+from kipcore.cli.runs import dry_run, loading, pipeline
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 QUICK = dict(steps=2, num_devices=1, target_batch_size=100, test_rows=100)
@@ -107,9 +108,9 @@ FLAGS = {
     names(DataConfig, CompareConfig, OutputConfig) | {"set"},
     ("dataset", "data_dir", "images_per_class", "methods"),
   ),
-  "evaluate": (names(EvaluateConfig) | {"artifact", "output"}, ("artifact",)),
+  "evaluate": (names(EvaluateConfig) | {"artifact", "output", "dry_run"}, ("artifact",)),
   "export": (
-    {"artifact", "format", "space", "pixel_max", "output_dir", "overwrite"},
+    {"artifact", "format", "space", "pixel_max", "output_dir", "overwrite", "dry_run"},
     ("artifact", "format"),
   ),
   "report": ({"run", "output"}, ("run",)),
@@ -254,6 +255,44 @@ def test_dry_runs_of_steps_a_selection_and_a_grid(tmp_path, monkeypatch, capsys)
   out = capsys.readouterr().out
   assert "4 cells, 0 of them finished" in out and "label_solve: 4 cells of" in out
   assert not list(tmp_path.iterdir())
+
+
+def test_dry_runs_of_an_evaluation_and_an_export_write_nothing(tmp_path, monkeypatch, capsys):
+  config = DistillConfig(init="uniform", num_devices=1)
+  data = loading.load(config)
+  outputs.write_artifact(
+    tmp_path, config, data, pipeline.random_support(0, data, 1), {"test_accuracy": 0.5}
+  )
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+  def printed(module, *arguments):
+    monkeypatch.setattr(
+      sys, "argv", ["kipcore", f"--artifact={tmp_path}/distilled.npz", *arguments, "--dry_run"]
+    )
+    module.run()
+    return capsys.readouterr().out
+
+  out = printed(evaluate, "--baselines=uniform,kmeans,full", "--num_seeds=3")
+  assert "4 scores of distilled, uniform, kmeans, full by krr; 3 networks or draws" in out
+  assert "krr: 4 sets" in out and "Nothing was written. Without --dry_run, the result is" in out
+  assert out.splitlines()[-1].strip() == (
+    f"kipcore-evaluate --artifact={tmp_path}/distilled.npz --baselines=uniform,kmeans,full --num_seeds=3"
+  )
+  out = printed(export, "--format=numpy,ddranking", f"--output_dir={tmp_path}/out")
+  assert "10 rows of shape (8, 8, 1), 10 classes, pixels" in out
+  assert f"ddranking: {tmp_path}/out/distilled_pixels_ddranking" in out
+  assert out.endswith("Nothing was written.\n")
+  for module, arguments, message in (
+    (evaluate, ["--baselines=best"], "--baselines: expected one of"),
+    (export, ["--format=png", "--space=inputs"], "format png: expected space pixels"),
+  ):
+    monkeypatch.setattr(
+      sys, "argv", ["kipcore", f"--artifact={tmp_path}/distilled.npz", *arguments, "--dry_run"]
+    )
+    with pytest.raises(SystemExit) as ended:
+      module.run()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+  assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 class Terminal(io.StringIO):

@@ -7,11 +7,11 @@ import time
 import jax
 from tqdm import tqdm
 
-from kipcore.cli.config import CompareConfig, DistillConfig, SelectConfig
+from kipcore.cli.config import CompareConfig, DistillConfig, EvaluateConfig, SelectConfig
 from kipcore.cli.cost import estimate, progress
 from kipcore.cli.cost.estimate import Part
 from kipcore.cli.folder import readme, run_folder
-from kipcore.cli.runs import comparison, loading, measure, pipeline, selection
+from kipcore.cli.runs import comparison, evaluation, loading, measure, pipeline, selection
 
 _READING = "reading and preprocessing the data"
 
@@ -105,6 +105,40 @@ def of_comparison(
   if missing:
     _print(seconds, stored, None)
   _end(readme.comparison_command(config, shared), folder)
+
+
+def of_evaluation(stored, config: EvaluateConfig, command: str, output: str | None = None) -> None:
+  """Prints what `evaluation.run_evaluate` would do with the same arguments; raises the same UsageError.
+
+  Random rows stand for the baselines, which are not made.
+  """
+  started = time.perf_counter()
+  planned = evaluation.plan(stored, config, stand_ins=True)
+  sets, data = planned.evaluation.sets, planned.evaluation.data
+  print(
+    f"{planned.evaluation.config.dataset}: {len(stored.images)} distilled {pipeline.noun(data)}, "
+    f"{data.x_train.shape[0]:,} training, {data.x_test.shape[0]:,} test {pipeline.rows_of(data)}\n"
+    f"{len(planned.todo)} scores of {', '.join(sets)} by {', '.join(planned.evaluators)}; {config.num_seeds} networks or draws "
+    "each"
+  )
+  reading = Part(_READING, time.perf_counter() - started)
+  with progress.working("measuring"):
+    seconds = [
+      Part(
+        f"{key}: {sum(other == key for _, other in planned.todo)} sets",
+        evaluation.expected_seconds(
+          planned.evaluation,
+          {key: each},
+          [pair for pair in planned.todo if pair[1] == key],
+          config,
+        ),
+      )
+      for key, each in planned.evaluators.items()
+    ]
+  print("\nestimated time, without that of making the baselines" + (" and of --tune" * config.tune))
+  print(estimate.listed([reading, *seconds], estimate.duration))
+  place = f"the result is also written to {output}" if output else "the result is only printed"
+  print(f"\nNothing was written. Without --dry_run, {place}:\n  {command}")
 
 
 class _Process:
