@@ -162,6 +162,12 @@ def test_a_grid_writes_a_table_and_continues_with_missing_cells(tmp_path, monkey
     == jax.__version__
   )
   assert (whole / "comparison.png").stat().st_size > 5000
+  shown = comparison.images_of(whole)
+  assert set(shown) == {cell[:3] for cell in comparison.cells_of(GRID)}
+  for seed, images, classes in shown.values():
+    assert seed == GRID.seed and images.shape == (10, 8, 8, 1) and images.dtype == np.uint8
+    assert classes == list("0123456789") and images.std() > 10
+  assert (whole / "report.html").read_text().count("data:image/png") == 10 * len(shown)
 
   ran = []
 

@@ -396,6 +396,11 @@ def write_comparison(folder):
     "environment": run_folder.environment(),
   }
   (folder / "config.json").write_text(json.dumps(config))
+  images = np.random.default_rng(0).integers(0, 256, (2, 10, 8, 8, 3), np.uint8)
+  for cell, of_cell in zip(rows[0::4], images):
+    comparison._add_images(
+      folder, comparison.cell_of(cell), of_cell, [HOSTILE, *map(str, range(1, 10))]
+    )
   comparison._write(folder, rows)
   return folder
 
@@ -411,6 +416,13 @@ def test_a_comparison_is_a_table_with_intervals_and_settings(tmp_path):
     and not any("±" in part for part in page.text)
     and "dm, kmeans, cross_entropy, 1" in page.text
   )
+  # The first seed of each method, initialization and sampler keeps its images.
+  assert text.count("data:image/png") == 20 and "kip: uniform / cross_entropy" in page.text
+  assert "dm: uniform / cross_entropy" in page.text and any("seed 0." in t for t in page.text)
+  kept = (folder / "images.npz").read_bytes()
+  again = comparison.Cell("kip", "uniform", "cross_entropy", 1)
+  comparison._add_images(folder, again, np.zeros((10, 8, 8, 3), np.uint8), list("0123456789"))
+  assert (folder / "images.npz").read_bytes() == kept
   assert count_charts(page) == 1 and HOSTILE in page.text and "<script" not in text
   assert "Failed cells" in page.text and "8 runs" in " ".join(page.text)
   differing = text[text.index("<details") :]

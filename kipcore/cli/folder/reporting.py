@@ -62,6 +62,7 @@ def write_comparison(
   table: str,
   panels: dict,
   errors: dict[str, str],
+  images: dict,
   path: pathlib.Path | None = None,
 ) -> None:
   """Writes the report of a comparison.
@@ -71,6 +72,7 @@ def write_comparison(
     table: `comparison.md`.
     panels: score -> method -> initialization and targets -> (mean, deviation), in percent.
     errors: error messages by cell.
+    images: (method, initialization, targets) -> (seed, images `(k, h, w, c)` in uint8, their classes).
     path: the file; None for report.html in the folder.
   """
   config = json.loads((folder / "config.json").read_text())
@@ -97,6 +99,7 @@ def write_comparison(
         html.table(header, rows, text_columns=3),
       ],
     ),
+    Section("Images", _images_of_cells(images)),
     Section("Failed cells", [html.properties(errors)] if errors else []),
     Section("Settings", [html.properties(grid), *_settings_by_method(cells)], True),
     Section("Environment", [html.properties(config["environment"])], True),
@@ -112,6 +115,21 @@ def write_comparison(
     lead,
     _footer(folder, config),
   )
+
+
+def _images_of_cells(images: dict) -> list:
+  """A row of images for each method, initialization and targets."""
+  if not images:
+    return []
+  figures = []
+  for (method, init, sampler), (_, pixels, classes) in images.items():
+    title = f"{method}: {init} / {sampler}"
+    drawn = [html.image(x, (0, 255), f"{title}, class {name}") for x, name in zip(pixels, classes)]
+    figures.append(html.image_rows(title, [("", drawn)]))
+  seeds = {seed for seed, _, _ in images.values()}
+  classes = next(iter(images.values()))[2]
+  text = f"The first distilled image of each class: {', '.join(classes)}; seed {', '.join(map(str, sorted(seeds)))}."
+  return [text, html.side_by_side(*figures)]
 
 
 def _padded_table(text: str) -> list[str]:

@@ -26,6 +26,7 @@ RUN_FILES = {
   "distilled.npz": "the artifact: examples in the units of the dataset, labels, preprocessing, kernel, ridge, and the metadata of the run",
   "start.npz": "the initial examples, in the units of the dataset, and their labels",
   "importance.npz": "the sampler's latest score of each training row (NaN: never drawn), and the rows with the highest scores",
+  "images.npz": "of each method, initialization and sampler: the first distilled image of each class (uint8), for the report",
   "images.png": "the images, next to the initial ones",
   "learning_curve.png": "accuracy over the steps",
   "report.html": "all results on one page, for a browser",

@@ -21,9 +21,9 @@ from kipcore.cli import recipes
 from kipcore.cli.config import CompareConfig, DataConfig, DistillConfig, validate
 from kipcore.cli.cost import estimate, progress
 from kipcore.cli.errors import UsageError, usage
-from kipcore.cli.folder import lock, readme, reporting, run_folder
+from kipcore.cli.folder import lock, outputs, readme, reporting, run_folder
 from kipcore.cli.runs import pipeline
-from kipcore.io import atomic
+from kipcore.io import atomic, npz
 from kipcore.report import pictures
 from kipcore.types import NumericalError
 
@@ -46,6 +46,9 @@ FIELDS = (
 )
 SCORES = {"test_accuracy": "kernel ridge regression", "network_test_accuracy": "finite networks"}
 _MOST_CELLS = 10_000
+# The images of a method, initialization and sampler: one for each of the first classes, of its first seed.
+_IMAGES = "images.npz"
+_MOST_IMAGES = 10
 
 
 class Cell(NamedTuple):
@@ -134,7 +137,10 @@ def _run_cells(resolved: dict, rows: dict, folder: pathlib.Path) -> None:
         if recipes.RECIPES[cell.method].experts
         else ""
       )
-      rows[cell] = run_cell(dataclasses.replace(cell_config, experts=experts))
+      row = run_cell(dataclasses.replace(cell_config, experts=experts))
+      if (shown := row.pop("images", None)) is not None:
+        _add_images(folder, cell, *shown)
+      rows[cell] = row
       _write(folder, list(rows.values()))
       row, missing = rows[cell], [other for other in resolved if other not in rows]
       left = f", {estimate.duration(seconds_left(rows, missing))} left" if missing else ""
@@ -209,7 +215,11 @@ def cell_of(row: dict) -> Cell:
 
 
 def run_cell(config: DistillConfig) -> dict:
-  """Runs a cell; returns its row of cells.csv, with the message of a numerical failure under `error`."""
+  """Runs a cell; returns its row of cells.csv, with the message of a numerical failure under `error`.
+
+  For a dataset of images, `images` has one distilled image of each of the first classes in uint8, and names of the
+  classes.
+  """
   started = time.perf_counter()
   row: dict = dict.fromkeys(FIELDS, "")
   row.update(
@@ -238,6 +248,8 @@ def run_cell(config: DistillConfig) -> dict:
       step_seconds=round(outcome.seconds, 2),
       importance_gain="" if outcome.importance_gain is None else outcome.importance_gain,
     )
+    if pipeline.noun(data) == "images" and data.x_train.shape[-1] in (1, 3):
+      row["images"] = _first_of_each_class(data, start.coreset.y, outcome.support.x)
     row["network_test_accuracy"] = pipeline.network_scores(config, data, outcome.support).get(
       "network_test_accuracy_mean", ""
     )
@@ -245,6 +257,47 @@ def run_cell(config: DistillConfig) -> dict:
     row["error"] = " ".join(str(error).split())
   row["wall_seconds"] = round(time.perf_counter() - started, 2)
   return row
+
+
+def _first_of_each_class(data: pipeline.Data, y, x) -> tuple[np.ndarray, list[str]]:
+  """Distilled images `(k, h, w, c)` in uint8, from black to white of the dataset, and their classes."""
+  classes, first = np.unique(np.argmax(np.asarray(y), axis=1), return_index=True)
+  first = first[:_MOST_IMAGES]
+  pixels = np.asarray(data.preprocess.invert(np.asarray(x[first])), np.float64)
+  black, white = outputs.pixel_range(data)
+  levels = np.rint(255 * np.clip((pixels - black) / (white - black), 0, 1)).astype(np.uint8)
+  names = data.raw.class_names or [str(c) for c in range(data.raw.num_classes)]
+  return levels, [str(names[c]) for c in classes[: len(first)]]
+
+
+def _add_images(folder: pathlib.Path, cell: Cell, images: np.ndarray, classes: list[str]) -> None:
+  """Adds the images of a cell to `images.npz`, unless it has those of another seed."""
+  known = images_of(folder)
+  name = cell[:3]
+  if name in known:
+    return
+  known[name] = (cell.seed, images, classes)
+  outputs.save_arrays(
+    folder / _IMAGES,
+    names=np.array(list(known)),
+    seeds=np.array([seed for seed, _, _ in known.values()]),
+    images=np.stack([each for _, each, _ in known.values()]),
+    classes=np.array([each for _, _, each in known.values()]),
+  )
+
+
+def images_of(folder: pathlib.Path) -> dict[tuple, tuple[int, np.ndarray, list[str]]]:
+  """{(method, init, sampler): (seed, images in uint8, classes)} of `images.npz`; empty without it, or if it is damaged."""
+  try:
+    names, seeds, images, classes = outputs.load_arrays(
+      folder / _IMAGES, "names", "seeds", "images", "classes"
+    )
+  except (npz.NpzError, OSError):
+    return {}
+  return {
+    tuple(map(str, name)): (int(seed), each, list(map(str, of_each)))
+    for name, seed, each, of_each in zip(names, seeds, images, classes)
+  }
 
 
 def loaded(config: DistillConfig) -> pipeline.Data:
@@ -334,7 +387,7 @@ def write_report(folder: pathlib.Path, rows: list[dict], path: pathlib.Path | No
   """Writes `report.html` of a grid, or the file `path`, from its config.json and the rows of cells.csv."""
   panels = {name: _bars(rows, key) for key, name in SCORES.items()}
   failed = {", ".join(map(str, cell_of(row))): row["error"] for row in rows if row["error"]}
-  reporting.write_comparison(folder, markdown(rows), panels, failed, path)
+  reporting.write_comparison(folder, markdown(rows), panels, failed, images_of(folder), path)
 
 
 def arms(rows: list[dict], key: str) -> dict:
