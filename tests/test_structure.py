@@ -45,7 +45,7 @@ OWNERS = {
   "tensorflow_datasets": {"io.quiet_tensorflow"},
   "torch": {"io.export"},
   "safetensors": {"io.export"},
-  "PIL": {"io.export", "report.html", "datasets.decoding", "io.image_sets"},
+  "PIL": {"report.pictures", "io.export", "report.html", "datasets.decoding", "io.image_sets"},
   "pyarrow": {"datasets.arrow_tables"},
 }
 

@@ -472,6 +472,11 @@ class ProcessConfig:
   tensorboard: bool = setting(
     False, "Also write TensorBoard event files, in tensorboard/ of the run folder.", OUTPUT
   )
+  animation: bool = setting(
+    False,
+    "Also write animation.gif: an image of each of the first classes at the logged steps.",
+    OUTPUT,
+  )
   distributed: str = setting(
     "",
     "Run as one of several processes, all started with the same flags except INDEX: 'auto' on TPU pods and SLURM, or ADDRESS:PORT,COUNT,INDEX with the address of process 0.",

@@ -56,6 +56,7 @@ def main(values) -> None:
       tensorboard=values.tensorboard,
       checkpoints=checkpoints,
       cheaper=recipes.cheaper(given),
+      animation=values.animation,
     )
   else:  # the other processes do the same work and keep no files
     with tempfile.TemporaryDirectory() as folder:

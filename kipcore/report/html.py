@@ -176,6 +176,11 @@ def image(x, pixel_range: tuple[float, float], alt: str = "") -> Markup:
   return _part("image", _data_uri("image/png", buffer.getvalue()), alt)
 
 
+def animation(content: bytes, alt: str) -> Markup:
+  """A GIF, inlined."""
+  return _part("figure_image", _data_uri("image/gif", content), alt)
+
+
 def image_cells(cells: Sequence[tuple[Sequence[Markup], str, Sequence[str]]]) -> Markup:
   """Images with captions in as many columns as fit: (its images, a name, lines of notes) each."""
   pairs = max((len(images) for images, _, _ in cells), default=0) > 1

@@ -10,6 +10,8 @@ from kipcore.io import atomic
 _MAX_COLUMNS = 10
 _MAX_ROW_OF_CLASSES = 12
 _MAX_CELLS = 120
+# Of animations: columns, pixels of the larger side of an image, and the height of the caption.
+_ANIMATION_COLUMNS, _ANIMATION_SIDE, _CAPTION_HEIGHT = 5, 80, 20
 
 
 def save_image_grid(
@@ -306,6 +308,42 @@ def selection_scores(scores, indices, certificate: dict):
     right.text(0.5, 0.5, "synthetic points: no certificate", ha="center", va="center", fontsize=9)
     right.axis("off")
   return figure
+
+
+def save_animation(path, frames: list, captions: list[str], seconds: float = 0.3) -> None:
+  """Writes a GIF that repeats: images in up to five columns, with a caption below them.
+
+  Args:
+    path: file name.
+    frames: `(k, h, w, 1 or 3)` images in uint8 of each frame, at least one.
+    captions: text of each frame.
+    seconds: time of a frame; the last one is shown eight times as long.
+  """
+  from PIL import Image, ImageDraw
+
+  k, height, width, channels = frames[0].shape
+  columns, scale = min(k, _ANIMATION_COLUMNS), max(1, round(_ANIMATION_SIDE / max(height, width)))
+  rows = -(-k // columns)
+  drawn = []
+  for frame, caption in zip(frames, captions):
+    tiles = np.full(
+      (rows * columns, scale * height + 2, scale * width + 2, channels), 255, np.uint8
+    )
+    tiles[:k, 1:-1, 1:-1] = np.repeat(np.repeat(frame, scale, axis=1), scale, axis=2)
+    grid = tiles.reshape(rows, columns, *tiles.shape[1:]).transpose(0, 2, 1, 3, 4)
+    grid = grid.reshape(rows * tiles.shape[1], columns * tiles.shape[2], channels)
+    page = np.full((len(grid) + _CAPTION_HEIGHT, *grid.shape[1:]), 255, np.uint8)
+    page[: len(grid)] = grid
+    image = Image.fromarray(page[..., 0] if channels == 1 else page)
+    ImageDraw.Draw(image).text((4, len(grid) + 4), caption, fill=0 if channels == 1 else (0, 0, 0))
+    drawn.append(image if channels == 1 else image.quantize(256))
+  buffer = io.BytesIO()
+  pause = round(1000 * seconds)
+  durations = [pause] * (len(drawn) - 1) + [8 * pause]
+  drawn[0].save(
+    buffer, "GIF", save_all=True, append_images=drawn[1:], duration=durations, loop=0, optimize=True
+  )
+  atomic.write_atomically(path, buffer.getvalue())
 
 
 def save_comparison(path, panels: dict, x_label: str, y_label: str, log_x: bool = False) -> None:

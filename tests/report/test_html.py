@@ -654,3 +654,23 @@ def test_a_result_below_its_references_is_reported(copied):
     assert text.count("Warning: the result is") == len(expected)
     for name in expected:
       assert f"points below {name}." in text
+
+
+def test_an_animation_has_a_frame_for_each_step(tmp_path):
+  from PIL import Image
+
+  rng = np.random.default_rng(0)
+  for channels in (1, 3):
+    frames = [rng.integers(0, 256, (7, 8, 6, channels), np.uint8) // 128 * 255 for _ in range(3)]
+    path = tmp_path / f"{channels}.gif"
+    pictures.save_animation(path, frames, ["step 0", "step 1", "step 10"])
+    with Image.open(path) as movie:
+      assert (movie.format, movie.n_frames, movie.info["loop"]) == ("GIF", 3, 0)
+      assert movie.size == (5 * 62, 2 * 82 + 20)  # with a white border
+      for i, frame in enumerate(frames):
+        movie.seek(i)
+        shown = np.asarray(movie.convert("RGB"))
+        # The second image of the second row is the seventh; blocks of 10 x 10 pixels.
+        block = shown[83:163:10, 63:123:10]
+        np.testing.assert_array_equal(block, np.broadcast_to(frame[6], block.shape))
+        assert (shown[164:] != 255).any() and movie.info["duration"] == (2400 if i == 2 else 300)

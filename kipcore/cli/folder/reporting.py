@@ -335,6 +335,12 @@ def _before_and_after(folder, stored: artifact.Artifact) -> Sequence[str]:
   names, pixels = _names(stored), _pixel_range(stored)
   draw = lambda x, what, c: html.image(x, pixels, f"{what}, class {names[c]}")
   order = np.argsort(labels, kind="stable")
+  moving = folder / "animation.gif"
+  movie = (
+    [html.animation(moving.read_bytes(), "images of the first classes at the logged steps")]
+    if moving.exists()
+    else []
+  )
   across = min(_MAX_COLUMNS, np.bincount(labels).max())
   if across <= 2:
     chosen = order[:_MAX_CELLS]
@@ -354,6 +360,7 @@ def _before_and_after(folder, stored: artifact.Artifact) -> Sequence[str]:
           for i in chosen
         ]
       ),
+      *movie,
     ]
   classes = np.unique(labels)[: max(_MAX_IMAGES // across, 1)]
   picked = {c: np.flatnonzero(labels == c)[:across] for c in classes}
@@ -364,7 +371,7 @@ def _before_and_after(folder, stored: artifact.Artifact) -> Sequence[str]:
     for title, x in (("Initialization", before), ("Distilled", stored.images))
   ]
   cut = _cut(sum(map(len, picked.values())), len(order))
-  return ([f"One row per class{cut}."] if cut else []) + [html.side_by_side(*grids)]
+  return ([f"One row per class{cut}."] if cut else []) + [html.side_by_side(*grids), *movie]
 
 
 def _cut(shown: int, total: int) -> str:

@@ -28,6 +28,8 @@ RUN_FILES = {
   "importance.npz": "the sampler's latest score of each training row (NaN: never drawn), and the rows with the highest scores",
   "images.npz": "of each method, initialization and sampler: the first distilled image of each class (uint8), for the report",
   "images.png": "the images, next to the initial ones",
+  "animation.gif": "an image of each class at the logged steps",
+  "frames.npz": "the images of animation.gif, until the run has finished",
   "learning_curve.png": "accuracy over the steps",
   "report.html": "all results on one page, for a browser",
   "selection.npz": "indices of the selected rows (-1 for synthetic points), their weights, and the scores of all training rows; with --fill also the row that each row is or was made of",

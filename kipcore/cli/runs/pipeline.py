@@ -23,6 +23,7 @@ from kipcore.cli.config import (
 )
 from kipcore.cli.cost import estimate, planner, progress
 from kipcore.cli.errors import Stopped, UsageError, usage
+from kipcore.cli.folder import animation as animations
 from kipcore.cli.folder import event_log, lock, outputs, readme, reporting, run_folder
 from kipcore.cli.folder.resume import RunCheckpoints, StopSignals, stop_signals
 from kipcore.cli.runs import direct, experts, fitting, loading, saved_sets
@@ -396,6 +397,7 @@ def run_distill(
   tensorboard: bool = False,
   checkpoints: CheckpointConfig = CheckpointConfig(),
   cheaper: DistillConfig | None = None,
+  animation: bool = False,
 ) -> tuple[pathlib.Path, dict]:
   """Distills, scores, and writes the run folder.
 
@@ -407,6 +409,7 @@ def run_distill(
     tensorboard: whether to write event files as well.
     checkpoints: when to write checkpoints, and whether to resume from the last one in `output_dir`.
     cheaper: settings with another method, used if `config.minutes` is too short for that of `config`; None for none.
+    animation: whether to write `animation.gif` as well.
 
   Returns:
     The folder, and the content of `result.json`.
@@ -425,11 +428,15 @@ def run_distill(
     with lock.lock_folder(folder), run_folder.releasing(folder, new=False), stop_signals() as stop:
       if (folder / "README.txt").exists():  # the last of its files
         raise UsageError(f"--resume: the run of {folder} is already finished")
-      return _run(config, planned, folder, verbose, tensorboard, checkpoints, stop, started)
+      return _run(
+        config, planned, folder, verbose, tensorboard, checkpoints, stop, started, animation
+      )
   if config.minutes:
     planned = fitting.fitted(planned, started, verbose, cheaper)
   with lock.new_folder(output_dir, planned.name, overwrite) as folder, stop_signals() as stop:
-    return _run(planned.config, planned, folder, verbose, tensorboard, checkpoints, stop, started)
+    return _run(
+      planned.config, planned, folder, verbose, tensorboard, checkpoints, stop, started, animation
+    )
 
 
 def _run(
@@ -441,6 +448,7 @@ def _run(
   checkpoints: CheckpointConfig,
   stop: StopSignals,
   started: float,
+  animation: bool,
 ) -> tuple[pathlib.Path, dict]:
   """`run_distill` in a locked folder."""
   write = (lambda text: tqdm.write(text, file=sys.stdout)) if verbose else (lambda text: None)
@@ -500,6 +508,7 @@ def _run(
     f"random real {noun(data)}: {100 * np.mean(baseline):.1f} % test accuracy (mean of {_BASELINE_DRAWS} draws); "
     f"initial {noun(data)} ({chosen.strategy}{labels_text}): {100 * init_accuracy:.1f} %"
   )
+  movie = animations.Animation(folder if animation else None, data, chosen.y)
   validation = data.x_validation[: sizes.validation], data.y_validation[: sizes.validation]
   with progress.Steps(
     config.steps if has_loop else 0,
@@ -516,6 +525,7 @@ def _run(
         record["test_accuracy"] = score(config, data, current)
       run_folder.append_metrics(folder, record)
       events.scalars(record)
+      movie.add(step, current.x)
       bar.logged(step)
       if "loss" in record:
         shown = "  ".join(
@@ -587,6 +597,7 @@ def _run(
   }
   with progress.working("writing artifact, pictures and report", shown=verbose):
     outputs.write_artifact(folder, config, data, outcome.support, result)
+    movie.finish()
     outputs.write_pictures(
       folder,
       data,
