@@ -1,5 +1,7 @@
 """`--init=FILE`: artifacts and published sets as initializations, and files that do not fit."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -100,6 +102,18 @@ def test_a_published_set_is_converted_to_the_preprocessing_of_the_run(made, tmp_
   pixels = stored.fit_preprocess(rows, pixel_max=data.raw.pixel_max).invert(stored.images)
   np.testing.assert_allclose(data.preprocess.invert(np.asarray(start.support.x)), pixels, atol=1e-3)
   np.testing.assert_allclose(start.support.y, np.eye(10) - 0.1, atol=1e-6)
+
+
+def test_a_published_set_of_pixels_is_only_scaled(made, monkeypatch, tmp_path):
+  """IDC, DREAM, NCFM and CIM store pixels in [0, 1]."""
+  _, data = made
+  stored = kipcore.load_published(published(tmp_path / "set.npz"))
+  images = np.random.default_rng(0).uniform(size=stored.images.shape).astype(np.float32)
+  of_pixels = dataclasses.replace(stored, kind="idc", images=images, pixels=True)
+  monkeypatch.setattr(saved_sets, "read", lambda path: of_pixels)
+  found = saved_sets.coreset_of(config_of(init=str(tmp_path / "set.npz")), data, False)
+  pixels = data.preprocess.invert(np.asarray(found.x))
+  np.testing.assert_allclose(pixels, 16 * images, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -110,5 +110,7 @@ def _pixels(path: str, stored, data: Data) -> np.ndarray:
       f"--init: {path}: expected a file that determines the preprocessing of its images, got a {stored.kind} file; "
       f"{stored.preprocess_note}"
     )
+  if stored.pixels:
+    return stored.images * np.float32(raw.pixel_max)
   rows = np.concatenate([raw.x_train, raw.x_validation])
   return np.asarray(stored.fit_preprocess(rows, pixel_max=raw.pixel_max).invert(stored.images))
