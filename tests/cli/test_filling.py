@@ -7,7 +7,7 @@ from kipcore import Support, load_artifact
 from kipcore.cli.config import DistillConfig, EvaluateConfig
 from kipcore.cli.errors import UsageError
 from kipcore.cli.folder import outputs
-from kipcore.cli.runs import evaluation, loading, pipeline
+from kipcore.cli.runs import comparison, evaluation, loading, pipeline
 from kipcore.selection import coreset
 
 
@@ -36,6 +36,15 @@ def test_filled_classes_in_a_run_and_its_evaluation(tmp_path):
   indices, sources = outputs.load_arrays(tmp_path / "selection.npz", "indices", "sources")
   assert sources.tolist() == [*range(24), 22, 23] and indices.max() >= 24
   assert np.array_equal(y[sources[indices]], np.argmax(chosen.y, axis=1))
+
+
+def test_cells_of_a_comparison_have_the_filled_rows(tmp_path):
+  rng, y = np.random.default_rng(0), np.repeat([0, 1], [12, 2])
+  x = rng.integers(0, 256, (14, 4, 4, 1), np.uint8)
+  np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[:6], y_test=np.arange(6) % 2)
+  common = dict(dataset=str(tmp_path / "a.npz"), validation_fraction=0.0, images_per_class=4)
+  for fill, rows in (("repeat", 16), ("", 14)):
+    assert len(comparison.loaded(DistillConfig(**common, fill=fill)).x_train) == rows
 
 
 def test_the_test_fraction_is_part_of_the_artifact(tmp_path):

@@ -307,10 +307,9 @@ def loaded(config: DistillConfig) -> pipeline.Data:
 
 def _data_fields(config: DistillConfig) -> DistillConfig:
   """The settings that determine the data, so that cells share them."""
-  names = {field.name for field in dataclasses.fields(DataConfig)} - {
-    "images_per_class",
-    "num_devices",
-  }
+  # The number of images matters only for the rows that --fill adds.
+  unused = {"num_devices"} if config.fill else {"num_devices", "images_per_class"}
+  names = {field.name for field in dataclasses.fields(DataConfig)} - unused
   return DistillConfig(**{name: getattr(config, name) for name in names})
 
 
