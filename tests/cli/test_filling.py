@@ -16,7 +16,7 @@ def test_filled_classes_in_a_run_and_its_evaluation(tmp_path):
   x = rng.integers(0, 256, (24, 4, 4, 1), np.uint8)
   np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[:6], y_test=np.arange(6) % 3)
   common = dict(dataset=str(tmp_path / "a.npz"), validation_fraction=0.0, images_per_class=4)
-  with pytest.raises(UsageError, match="2 training rows of the smallest class, 2, got 4; --fill="):
+  with pytest.raises(UsageError, match="the 2 rows of the smallest class, 2, got 4; --fill="):
     loading.load(DistillConfig(**common))
   config = DistillConfig(**common, fill="augment", seed=3)
   data = loading.load(config)

@@ -90,7 +90,7 @@ def filled(config: DataConfig, raw: datasets.Dataset) -> datasets.Dataset:
   if (least := int(counts.min())) < config.images_per_class:
     name = (raw.class_names or range(raw.num_classes))[int(counts.argmin())]
     raise UsageError(
-      f"--images_per_class: expected at most the {least} training rows of the smallest class, {name}, got "
+      f"--images_per_class: expected at most the {least} rows of the smallest class, {name}, got "
       f"{config.images_per_class}; --fill=repeat or --fill=augment adds rows"
     )
   return raw
