@@ -5,7 +5,8 @@ Kernels are frozen dataclasses with value equality, and pytrees whose leaves are
 per shape, for all values of the hyperparameters, and can be added and multiplied.
 
 They take floating rows. Half precision is computed, and returned, in float32; integers are rejected,
-because pixels from 0 to 255 and pixels from 0 to 1 have different kernels.
+because pixels from 0 to 255 and pixels from 0 to 1 have different kernels. Only `empirical_ntk_fn` passes
+rows of any dtype on, to a function that knows what they mean.
 """
 
 import dataclasses
