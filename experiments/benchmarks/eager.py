@@ -6,17 +6,21 @@ smallest times are compared. Writes experiments/results/benchmark_eager.json:
 
   functions   seconds of each, elapsed and of the processor, their ratios, and the number of repetitions
 
-About five minutes on one core.
+About five minutes on one core. `--cases=NAME,...` measures some functions again.
 """
 
+import json
+import pathlib
 import time
 
 import numpy as np
+from absl import flags
 
 from experiments.benchmarks import harness
 from kipcore.cli import flags as common
 
 harness.define_flags("eager")
+flags.DEFINE_list("cases", [], "Measure these functions; the others stay in the file.")
 
 _REPEATS, _SECONDS = 5, 0.5
 
@@ -131,7 +135,7 @@ def cases() -> dict:
     "herding": (lambda x: kipcore.herding(x, 10), wide),
     "k_center": (lambda x: kipcore.k_center(x, 10), wide),
     "rpcholesky": (lambda x: kipcore.rpcholesky(0, fc, x, 100), many),
-    "krr_pursuit": (lambda x, y: kipcore.krr_pursuit(0, fc, x, y, 300, 20, 10.0), x, y),
+    "krr_pursuit": (lambda x, y: kipcore.krr_pursuit(0, fc, x, y, 1000, 100, 10.0), x, y),
     "sensitivity_sample": (lambda s: kipcore.sensitivity_sample(0, s, 1_000_000), scores),
     "systematic_sample": (lambda s: kipcore.systematic_sample(0, s, 100_000), scores),
     "gumbel_sample": (lambda s: kipcore.gumbel_sample(0, s, 100_000), scores),
@@ -194,11 +198,19 @@ def compare(fn, args) -> dict:
 
 
 def functions(data_dir) -> dict:
-  """One entry per function."""
-  rows = {}
+  """One entry per function, with the commit that was measured."""
+  from kipcore.cli.folder import run_folder
+
+  wanted, path = flags.FLAGS.cases, pathlib.Path(flags.FLAGS.output)
+  rows, commit = {}, run_folder.environment()["commit"]
+  if wanted:
+    job = json.loads(path.read_text())["jobs"]["functions"]
+    rows = {name: {"commit": job["commit"], **row} for name, row in job["rows"].items()}
   for name, (fn, *args) in cases().items():
-    rows[name] = compare(fn, args)
-    print(name, {key: round(value, 4) for key, value in rows[name].items()}, flush=True)
+    if wanted and name not in wanted:
+      continue
+    rows[name] = {**compare(fn, args), "commit": commit}
+    print(name, rows[name], flush=True)
   worst = max(rows, key=lambda name: rows[name]["processor_ratio"])
   return {"rows": rows, "worst": worst, "worst_processor_ratio": rows[worst]["processor_ratio"]}
 
