@@ -137,9 +137,9 @@ def cases() -> dict:
     "rpcholesky": (lambda x: kipcore.rpcholesky(0, fc, x, 100), many),
     "krr_pursuit": (lambda x, y: kipcore.krr_pursuit(0, fc, x, y, 1000, 100, 10.0), x, y),
     "sensitivity_sample": (lambda s: kipcore.sensitivity_sample(0, s, 1_000_000), scores),
-    "systematic_sample": (lambda s: kipcore.systematic_sample(0, s, 100_000), scores),
-    "gumbel_sample": (lambda s: kipcore.gumbel_sample(0, s, 100_000), scores),
-    "importance_sample": (lambda s: kipcore.importance_sample(0, s, 100_000), scores),
+    "systematic_sample": (lambda s: kipcore.systematic_sample(0, s, 50_000), scores),
+    "gumbel_sample": (lambda s: kipcore.gumbel_sample(0, s, 50_000), scores),
+    "importance_sample": (lambda s: kipcore.importance_sample(0, s, 50_000), scores),
     "stratified_sample": (
       lambda s: kipcore.stratified_sample(0, s, np.arange(s.size) % 10, 1_000_000),
       scores,
@@ -163,7 +163,7 @@ def cases() -> dict:
     "Preprocess.apply": (prepared.apply, wide),
     "Preprocess.invert": (prepared.invert, wide),
     "Sampler.update": (sampler.update, state, rows, row_labels, info),
-    "Sampler.draw": (lambda key, s: sampler.draw(key, s, 500_000), key, state),
+    "Sampler.draw": (lambda key, s: sampler.draw(key, s, 50_000), key, state),
   }
 
 
