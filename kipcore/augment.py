@@ -4,6 +4,7 @@
 transforms.
 """
 
+import functools
 import math
 
 import jax
@@ -71,11 +72,16 @@ def random_augmentation(names: str):
         raise ValueError(
           f"augmentation: expected images (n, height, width, channels), got shape {images.shape}"
         )
-      return jax.lax.switch(choice, operations, u.astype(images.dtype), images)
+      return _switched(tuple(operations), choice, u, images)
 
     return transform
 
   return draw
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _switched(operations: tuple, choice: Array, u: Array, images: Array) -> Array:
+  return jax.lax.switch(choice, operations, u.astype(images.dtype), images)
 
 
 def _color(u: Array, images: Array) -> Array:

@@ -432,7 +432,12 @@ def one_hot_centered(
     raise ValueError(
       f"labels: expected integers in [0, {num_classes}), got {labels.min()} to {labels.max()}"
     )
-  return jax.nn.one_hot(labels.astype(jnp.int32), num_classes, dtype=dtype) - 1.0 / num_classes
+  return _one_hot_centered(num_classes, jnp.dtype(dtype), labels.astype(jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _one_hot_centered(num_classes: int, dtype, labels):
+  return jax.nn.one_hot(labels, num_classes, dtype=dtype) - 1.0 / num_classes
 
 
 def uncenter(y: Float[ArrayLike, "n c"]) -> Float[ArrayLike, "n c"]:

@@ -136,7 +136,11 @@ def label_distribution(y: Float[ArrayLike, "n c"]) -> Float[Array, "n c"]:
   Returns:
     `(n, c)`, each row sums to 1. Rows without a positive entry become uniform.
   """
-  y = jnp.asarray(y)
+  return _label_distribution(jnp.asarray(y))
+
+
+@jax.jit
+def _label_distribution(y):
   positive = jnp.maximum(y + 1 / y.shape[1], 0)
   total = jnp.sum(positive, axis=1, keepdims=True)
   return jnp.where(total > 0, positive / jnp.where(total > 0, total, 1), 1 / y.shape[1])

@@ -197,6 +197,11 @@ def scaled_to_rows(
   for name, array in (("points", points), ("rows", rows)):
     checks.floating(name, array)
   checks.shape("points", points, (len(points), *rows.shape[1:]))
+  return _scaled_to_rows(points, rows)
+
+
+@jax.jit
+def _scaled_to_rows(points, rows):
   lengths = jnp.sqrt(jnp.sum(jnp.square(points.reshape(len(points), -1)), axis=1))
   common = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(rows.reshape(len(rows), -1)), axis=1)))
   factors = jnp.where(lengths > 0, common / jnp.where(lengths > 0, lengths, 1), 1)
