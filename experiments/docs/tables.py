@@ -373,16 +373,17 @@ def _compared() -> dict:
 def networks_table(results: dict) -> str:
   """Sets that teach networks, next to other sets under the same protocol."""
   lines = [
-    "| dataset, images per class | method | distilled | random real images | *k*-means centers | networks | goal (published) | minutes | steps |",
+    "| dataset, images per class | method | distilled | random real images | start | networks | goal (published) | minutes | steps |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
   ]
   for name, job in results["jobs"].items():
-    dataset, _, size = name.rpartition("_")
+    dataset, size = re.fullmatch(r"(.*?)_(\d+)(?:_[a-z]+)?", name).groups()
     (run,) = job["runs"][:1]
     own = f"{100 * run['network_test_accuracy_mean']:.1f} ± {100 * run['network_test_accuracy_std']:.1f}"
     others = [
       f"{100 * run[f'{key}_network_test_accuracy_mean']:.1f}" for key in ("random_baseline", "init")
     ]
+    others[1] += f" (`{run['init']}`)"
     minutes = f"{run['wall_seconds'] / 60:.0f}"
     title = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}[dataset]
     scored_by = run["network_scored_by"].replace("networks of ", "").replace("protocol ", "")
@@ -395,7 +396,7 @@ def networks_table(results: dict) -> str:
     [
       *lines,
       "",
-      "Test accuracy (%) of five networks trained on the set (two on random images and centers), mean and standard deviation, one distillation seed, all test rows; "
+      "Test accuracy (%) of five networks trained on the set (two on random images and on the start), mean and standard deviation, one distillation seed, all test rows; "
       "*networks*: architecture, width (before the first pooling, for `frepo`) and protocol; minutes of the whole run, scores included, on two CPU cores with other work. "
       "From `experiments/results/networks.json` (`python -m experiments.studies.networks`), with all settings."
       + "".join(f" †: {note}." for note in dict.fromkeys(notes)),
