@@ -144,7 +144,8 @@ from kipcore.selection.leverage import (
   ridge_leverage_scores,
 )
 from kipcore.selection.pursuit import Pursuit, krr_pursuit
-from kipcore.selection.representatives import herding, k_center
+from kipcore.selection.representatives import herding, k_center, kernel_herding
+from kipcore.selection.rows import select
 from kipcore.selection.sampling import (
   MergedSample,
   Sample,
@@ -316,6 +317,7 @@ __all__ = [
   "importance",
   "importance_sample",
   "k_center",
+  "kernel_herding",
   "kernel_kmeans_plusplus",
   "kip",
   "kmeans",
@@ -373,6 +375,7 @@ __all__ = [
   "scale_learning_rate",
   "scaled_to_rows",
   "score_ridge_for_dimension",
+  "select",
   "select_coreset",
   "sensitivity_sample",
   "stratified_sample",

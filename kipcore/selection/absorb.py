@@ -22,7 +22,7 @@ def absorb_weights(kernel_fn: KernelFn, coreset: Coreset, ridge, used_ridge, how
 
   Args:
     kernel_fn: the kernel.
-    coreset: from `select_coreset`, with positive weights.
+    coreset: from `select_coreset`, or from `select` with `(n, c)` labels; its weights are positive.
     ridge: absolute ridge of the weighted problem, e.g. `coreset.ridge`.
     used_ridge: absolute ridge that will be used with the result; for "labels" and "drop" only.
     how: "labels", "ridge", "scale" or "drop".
@@ -36,6 +36,8 @@ def absorb_weights(kernel_fn: KernelFn, coreset: Coreset, ridge, used_ridge, how
     NumericalError: if the factorization fails.
   """
   checks.one_of("how", how, ("labels", "ridge", "scale", "drop"))
+  checks.rank("coreset.y (one-hot or real labels)", coreset.y, 2)
+  checks.floating("coreset.y (one-hot or real labels)", coreset.y)
   checks.positive("weights", coreset.weights)
   x, y, w = coreset.x, coreset.y, coreset.weights
   if how == "drop":

@@ -320,12 +320,44 @@ def kmeans(
   )
 
 
+def padded_kmeans(
+  key, x, num_clusters, weights, count, num_trials, num_inits, max_iterations=100
+) -> KMeansResult:
+  """`kmeans` for checked input that uses only the first `count` centers; None for all.
+
+  Problems of one shape with different numbers of clusters share one compilation.
+  """
+  return _kmeans(
+    key,
+    x,
+    weights,
+    jnp.asarray(1e-4, x.dtype),
+    jnp.int32(max_iterations),
+    num_clusters,
+    num_trials,
+    num_inits,
+    max(256, _BLOCK_ENTRIES // num_clusters),
+    None if count is None else jnp.int32(count),
+  )
+
+
 @functools.partial(
   jax.jit, static_argnames=("num_clusters", "num_trials", "num_inits", "block_size")
 )
 def _kmeans(
-  key, x, weights, tolerance, max_iterations, num_clusters, num_trials, num_inits, block_size
+  key,
+  x,
+  weights,
+  tolerance,
+  max_iterations,
+  num_clusters,
+  num_trials,
+  num_inits,
+  block_size,
+  count=None,
 ):
+  """The core of `kmeans`; of `num_clusters` centers only the first `count` (traced) are used."""
+  used = None if count is None else jnp.arange(num_clusters) < count
   total = jnp.sum(weights)
   shift = linalg.matmul(weights[None], x) / total
   x = x - shift
@@ -333,11 +365,13 @@ def _kmeans(
 
   def update(carry):
     centers, step, _ = carry
-    assignment, distances = _assign(x, centers, block_size)
+    assignment, distances = _assign(x, centers, block_size, used)
     sums = jax.ops.segment_sum(weights[:, None] * x, assignment, num_clusters)
     masses = jax.ops.segment_sum(weights, assignment, num_clusters)
-    empty = masses <= 0
-    moved = jnp.where(empty[:, None], centers, sums / jnp.where(empty, 1, masses)[:, None])
+    empty = masses <= 0 if used is None else (masses <= 0) & used
+    moved = jnp.where(
+      (masses <= 0)[:, None], centers, sums / jnp.where(masses <= 0, 1, masses)[:, None]
+    )
     values, rows = jax.lax.top_k(weights * distances, num_clusters)
     order = jnp.maximum(jnp.cumsum(empty, dtype=jnp.int32) - 1, 0)
     moved = jnp.where((empty & (values[order] > 0))[:, None], x[rows[order]], moved)
@@ -351,7 +385,7 @@ def _kmeans(
       update,
       (start, jnp.int32(0), infinite),
     )
-    assignment, _ = _assign(x, centers, block_size)
+    assignment, _ = _assign(x, centers, block_size, used)
     inertia = jnp.sum(weights * jnp.sum((x - centers[assignment]) ** 2, axis=1))
     return KMeansResult(centers + shift, assignment, inertia, step, move <= tolerance * variance)
 
@@ -359,15 +393,25 @@ def _kmeans(
   return jax.tree.map(lambda a: a[jnp.argmin(runs.inertia)], runs)
 
 
-def _assign(x, centers, block_size):
-  """The nearest center of each row and the squared distance to it."""
+def _assign(x, centers, block_size, used=None):
+  """The nearest center of each row, among those that are used, and the squared distance to it."""
 
   def block(rows):
     distances = jnp.sum(rows * rows, axis=1)[:, None] + jnp.sum(centers * centers, axis=1)[None]
     distances = jnp.maximum(distances - 2 * linalg.matmul(rows, centers.T), 0)
+    if used is not None:
+      distances = jnp.where(used[None], distances, jnp.inf)
     return jnp.argmin(distances, axis=1).astype(jnp.int32), jnp.min(distances, axis=1)
 
   return blocks.map_row_blocks(block, x, block_size)
+
+
+@functools.partial(jax.jit, static_argnames="block_size")
+def nearest_masses(x, centers, weights, used, block_size):
+  """The weight of the rows nearest to each center, `(k,)`; only centers with `used` count."""
+  shift = jnp.mean(x, axis=0, keepdims=True)
+  assignment, _ = _assign(x - shift, centers - shift, block_size, used)
+  return jax.ops.segment_sum(weights, assignment, centers.shape[0])
 
 
 def nearest_rows(x: Array, centers: Array, weights: Array | None = None) -> Array:
@@ -396,6 +440,11 @@ def nearest_rows(x: Array, centers: Array, weights: Array | None = None) -> Arra
       f"expected {centers.shape[0]} rows of positive weight, got {np.sum(np.asarray(weights) > 0)}"
     )
   return _nearest_rows(x, centers.astype(x.dtype), weights > 0)
+
+
+def padded_nearest_rows(x, centers, weights) -> Array:
+  """`nearest_rows` for checked input; the rows of the first centers do not depend on the others."""
+  return _nearest_rows(x, centers, weights > 0)
 
 
 @jax.jit

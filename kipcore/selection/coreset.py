@@ -10,12 +10,13 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
-from kipcore import checks, keys, linalg
+from kipcore import checks, keys
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.kernels.gram import gram_diag
-from kipcore.selection import clustering, pursuit, representatives, sampling, sensitivity
+from kipcore.selection import pursuit, sampling, sensitivity
+from kipcore.selection import strategies as strategies_of_groups
 from kipcore.selection.score_ridge import (
   AUTO_KAPPA,
   landmark_score_ridge,
@@ -54,25 +55,30 @@ class Coreset:
 
   Attributes:
     x: `(m, ...)` inputs.
-    y: `(m, c)` labels as given; the weights are not absorbed.
+    y: labels as given, `(m, c)` or (of `select`) `(m,)`, and `(m, 0)` without labels; the weights
+      are not absorbed.
     indices: `(m,)` int32 rows of the data; -1 for synthetic points (centroids, noise).
     weights: `(m,)`, the number of rows that each point represents. 1 / (inclusion probability) for
       uniform, krr_sensitivity and leverage, so that weighted sums are unbiased; cluster sizes for
-      kmeans and kmedoids, which sum to n; otherwise equal shares of the class, without a guarantee.
+      kmeans and kmedoids, which sum to n; otherwise equal shares of the class, without a guarantee
+      (`select` documents its own).
     strategy: the strategy; for "auto", the winning candidate. Static under `jit`.
-    ridge: absolute score ridge of krr_sensitivity and leverage, otherwise None.
+    ridge: absolute score ridge of krr_sensitivity and leverage, otherwise None. For "auto" of
+      `select`, the ridge at which the weighted regression on the points had the smallest error.
     scores: `SensitivityScores` of krr_sensitivity and leverage, otherwise None.
     objectives: for "auto", the measured objective of each candidate that could be fitted.
+    kernel_fn: the kernel that `select` used, if any. Static under `jit`.
   """
 
   x: Float[Array, "m ..."]
-  y: Float[Array, "m c"]
+  y: Shaped[Array, "m ..."]
   indices: Int[ArrayLike, " m"]
   weights: Float[Array, " m"]
   strategy: str = dataclasses.field(metadata={"static": True})
   ridge: float | Array | None = None
   scores: sensitivity.SensitivityScores | None = None
   objectives: dict = dataclasses.field(default_factory=dict)
+  kernel_fn: KernelFn | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def select_coreset(
@@ -166,12 +172,9 @@ def select_coreset(
   if strategy in ("krr_sensitivity", "leverage"):
     return _by_scores(stream, x, y, labels, uniform.size, kernel_fn, score_ridge, strategy)
   if strategy in ("herding", "k_center"):
-    choose = getattr(representatives, strategy)
-    chosen = [
-      rows[np.asarray(choose(padded, images_per_class, present))]
-      for rows, padded, present in _by_class(x, labels)
-    ]
-    return dataclasses.replace(_rows(x, y, np.concatenate(chosen), 1.0, strategy), weights=share)
+    quotas = np.full(num_classes, images_per_class)
+    chosen = np.concatenate(strategies_of_groups.greedy(strategy, x, labels, quotas))
+    return dataclasses.replace(_rows(x, y, chosen, 1.0, strategy), weights=share)
   return _cluster(stream, x, y, labels, images_per_class, strategy)[0]
 
 
@@ -245,75 +248,26 @@ def _rows(x, y, rows, weights, strategy, **extra) -> Coreset:
   return Coreset(x[rows[order]], y[rows[order]], rows[order], weights, strategy, **extra)
 
 
-def _by_class(x, labels):
-  """Yields for each class its row indices, its rows as vectors, and a mask of the rows.
-
-  Rows and mask are padded to the size of the largest class, so that all classes share one
-  compilation.
-  """
-  flat = x.reshape(x.shape[0], -1)
-  longest = int(np.bincount(labels).max())
-  for c in np.unique(labels):
-    rows = np.flatnonzero(labels == c)
-    yield rows, flat[np.resize(rows, longest)], jnp.asarray(np.arange(longest) < rows.size, x.dtype)
-
-
 def _cluster(key, x, y, labels, per_class, *strategies) -> list[Coreset]:
-  """Centroids, medoids or seeds of k-means per class; kmeans and kmedoids share one clustering."""
-  parts: dict[str, list] = {strategy: [] for strategy in strategies}
-  for rows, padded, present in _by_class(x, labels):
-    class_key = keys.at_step(keys.stream(key, "cluster"), int(labels[rows[0]]))
-    made = np.full(per_class, -1, np.int32)
-    named = lambda chosen, rows=rows: rows[np.asarray(chosen)].astype(np.int32)
-    if "kmeans_plusplus" in parts:
-      seeds = clustering.kmeans_plusplus(
-        class_key, padded, per_class, present, num_trials=_trials(per_class)
-      )
-      share = jnp.full((per_class,), rows.size / per_class, x.dtype)
-      parts["kmeans_plusplus"].append((seeds.centers, named(seeds.indices), share))
-    if "kmeans" in parts or "kmedoids" in parts:
-      result = clustering.kmeans(
-        class_key, padded, per_class, present, num_trials=_trials(per_class), num_inits=2
-      )
-      mass = jnp.zeros((per_class,), x.dtype).at[result.assignment].add(present)
-      mass = _shared_masses(result.centers, mass)
-      if "kmeans" in parts:
-        parts["kmeans"].append((result.centers, made, mass))
-      if "kmedoids" in parts:
-        chosen = clustering.nearest_rows(padded, result.centers, present)
-        parts["kmedoids"].append((padded[chosen], named(chosen), mass))
+  """Centroids, medoids or seeds of k-means per class."""
+  classes = np.unique(labels)
+  quotas = np.full(classes.size, per_class)
   targets = jnp.concatenate(
-    [jnp.broadcast_to(y[labels == c][0], (per_class, y.shape[1])) for c in np.unique(labels)]
+    [jnp.broadcast_to(y[labels == c][0], (per_class, y.shape[1])) for c in classes]
   )
   coresets = []
-  for strategy in strategies:
-    points, indices, weights = zip(*parts[strategy])
+  for strategy, found in strategies_of_groups.cluster(key, x, labels, quotas, strategies).items():
+    points, indices, masses = zip(*found)
     coresets.append(
       Coreset(
         jnp.concatenate(points).reshape(-1, *x.shape[1:]),
         targets,
         np.concatenate(indices),
-        jnp.concatenate(weights),
+        jnp.concatenate(masses),
         strategy,
       )
     )
   return coresets
-
-
-def _shared_masses(centers, mass):
-  """Cluster masses in which each empty cluster shares the mass of the nearest nonempty cluster.
-
-  The sum is unchanged. Clusters are empty if there are fewer distinct rows than clusters; their
-  centers are copies of other centers.
-  """
-  empty = np.asarray(mass) <= 0
-  if not empty.any():
-    return mass
-  distances = np.asarray(linalg.squared_distances(centers))
-  owner = np.where(
-    empty, np.argmin(np.where(empty[None], np.inf, distances), axis=1), np.arange(len(empty))
-  )
-  return mass[owner] / jnp.asarray(np.bincount(owner, minlength=len(empty))[owner], mass.dtype)
 
 
 def _warn_of_repeats(x, labels, per_class: int) -> None:
@@ -336,11 +290,6 @@ def _warn_of_repeats(x, labels, per_class: int) -> None:
       UserWarning,
       stacklevel=3,
     )
-
-
-def _trials(k: int) -> int:
-  """Number of trials of greedy k-means++, as in scikit-learn."""
-  return 2 + int(np.log(k))
 
 
 def objective_ridge(kernel_fn: KernelFn, x: Array) -> float:
@@ -383,7 +332,13 @@ def num_score_columns(num_rows: int, num_samples: int) -> int:
 
 
 def score_rows(
-  key, x: Array, y: Array, num_samples: int, kernel_fn: KernelFn, score_ridge="auto"
+  key,
+  x: Array,
+  y: Array,
+  num_samples: int,
+  kernel_fn: KernelFn,
+  score_ridge="auto",
+  weights: Array | None = None,
 ) -> tuple[float, sensitivity.SensitivityScores]:
   """Ridge regression sensitivities of all rows: exact for n <= 3,000, otherwise upper bounds.
 
@@ -391,6 +346,7 @@ def score_rows(
     key: random key (or int seed) for the landmarks.
     x, y, kernel_fn, score_ridge: as in `select_coreset`.
     num_samples: m, for the automatic ridge.
+    weights: `(n,)` input weights >= 0, or None for 1.
 
   Returns:
     The absolute score ridge, and `SensitivityScores`.
@@ -405,9 +361,11 @@ def score_rows(
   if score_ridge == "auto":
     target = min(max(AUTO_KAPPA * num_samples, 2.0), 0.5 * n)
     chosen = (
-      score_ridge_for_dimension(k, target)
+      score_ridge_for_dimension(k, target, weights)
       if k is not None
-      else landmark_score_ridge(keys.stream(key, "ridge"), kernel_fn, x, target, num_landmarks)
+      else landmark_score_ridge(
+        keys.stream(key, "ridge"), kernel_fn, x, target, num_landmarks, weights
+      )
     )
     ridge = float(chosen.ridge)
     checks.finite(
@@ -417,10 +375,10 @@ def score_rows(
     checks.positive("score_ridge", score_ridge)
     ridge = float(score_ridge)
   if k is not None:
-    scores = sensitivity.krr_sensitivity_scores(k, y, ridge)
+    scores = sensitivity.krr_sensitivity_scores(k, y, ridge, weights)
   else:
     scores = sensitivity.approximate_krr_sensitivities(
-      keys.stream(key, "landmarks"), kernel_fn, x, y, ridge, num_landmarks
+      keys.stream(key, "landmarks"), kernel_fn, x, y, ridge, num_landmarks, weights
     )
   checks.raise_for_status("krr_sensitivities", scores.status)
   return ridge, scores

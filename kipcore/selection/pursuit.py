@@ -49,13 +49,15 @@ def krr_pursuit(
   num_points: int,
   ridge,
   *,
-  quota: int | None = None,
+  quota: int | Array | None = None,
   classes: Array | None = None,
   block_size: int = 1024,
+  weights: Array | None = None,
 ) -> Pursuit:
   """Greedy selection of support rows S for kernel ridge regression over all n rows.
 
-  The objective is F(S, c) = ||K_nS c - Y||^2 + ridge <c, K_SS c>. The method is orthogonal matching
+  The objective is F(S, c) = ||U^{1/2} (K_nS c - Y)||^2 + ridge <c, K_SS c> with the weights u on the
+  diagonal of U (1 by default, as in the formulas below). The method is orthogonal matching
   pursuit on the normal equations of a pool of L candidates. With M = K_Ln K_nL + ridge K_LL and
   B = K_Ln Y, each step selects the candidate with the largest ||B_j - M_jS c||^2 / (M_jj - M_jS
   M_SS^{-1} M_Sj), which is exactly the decrease of F, and solves again for all c. With the labels
@@ -77,10 +79,12 @@ def krr_pursuit(
       rows.
     num_points: m, at most L.
     ridge: absolute, > 0.
-    quota: maximum number of points per class, or None; `m / c` gives equal classes.
+    quota: maximum number of points per class, an int or `(c,)` integers, or None; `m / c` gives
+      equal classes.
     classes: `(L,)` integer classes of the candidates for the quota; by default the index of the
       largest label.
     block_size: number of rows of `x` whose kernel with the pool is held at a time.
+    weights: `(n,)` weights >= 0 of the rows in F; None for 1.
 
   Returns:
     `Pursuit`. Memory: L^2 + block_size L entries. Cost: n L kernel entries, n L^2 operations, and
@@ -97,19 +101,29 @@ def krr_pursuit(
   checks.same_rows("x", x, "y", y)
   num_points, block_size = checks.positive_ints(num_points=num_points, block_size=block_size)
   checks.positive("ridge", ridge)
-  if quota is not None:
+  if quota is not None and np.ndim(quota) == 0:
     quota = checks.positive_int("quota", quota)
+  elif quota is not None:
+    checks.shape("quota", quota, (y.shape[1],))
+    checks.non_negative("quota", quota)
+  if weights is None:
+    root = jnp.ones(x.shape[:1], y.dtype)
+  else:
+    root = jnp.sqrt(checks.weights("weights", weights, x.shape[0], y.dtype))
   rows, pool, classes = _pool(keys.canonical_key(key), x, y, candidates, quota, classes)
   if num_points > pool.shape[0]:
     raise ValueError(
       f"num_points: expected at most the number of candidates, {pool.shape[0]}, got {num_points}"
     )
-  room = jnp.int32(num_points if quota is None else quota)
+  # The number of points that may still be taken from the class of each candidate.
+  room = jnp.asarray(num_points if quota is None else quota, jnp.int32)
+  room = jnp.broadcast_to(room, classes.shape) if room.ndim == 0 else room[classes]
   ridge = jnp.asarray(ridge, linalg.widest_dtype(x.dtype))
   return _krr_pursuit(
     pytrees.argument(kernel_fn),
     x,
-    y,
+    root[:, None] * y,
+    root,
     rows,
     pool,
     classes,
@@ -180,8 +194,10 @@ def _draw_pool(key, labels, size, balanced):
 
 
 @functools.partial(jax.jit, static_argnames=("num_points", "block_size"))
-def _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, block_size):
-  vectors, wanted, square, jitter, status = _least_squares(kernel_fn, x, y, pool, ridge, block_size)
+def _krr_pursuit(kernel_fn, x, y, root, rows, pool, classes, room, ridge, num_points, block_size):
+  vectors, wanted, square, jitter, status = _least_squares(
+    kernel_fn, x, y, root, pool, ridge, block_size
+  )
   size = pool.shape[0]
   # A copy of a selected row retains only rounding errors and the contribution of the jitter of
   # K_LL.
@@ -217,7 +233,7 @@ def _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, 
     wanted,
     zeros((num_points, size)),
     jnp.ones(size, bool),
-    jnp.broadcast_to(room, (size,)),
+    room,
     jnp.full(num_points, -1, jnp.int32),
     zeros((num_points, y.shape[1])),
     jnp.broadcast_to(square, (num_points + 1,)),
@@ -237,7 +253,7 @@ def _krr_pursuit(kernel_fn, x, y, rows, pool, classes, room, ridge, num_points, 
   )
 
 
-def _least_squares(kernel_fn, x, y, pool, ridge, block_size):
+def _least_squares(kernel_fn, x, y, root, pool, ridge, block_size):
   """F as a least-squares problem: vectors a_j with <a_i, a_j> = M_ij, and t with <a_j, t> = B_j.
 
   With K_LL = C C^T and C^{-1} K_Ln K_nL C^{-T} + ridge I = R R^T, the a_j are the rows of C R, and
@@ -248,11 +264,12 @@ def _least_squares(kernel_fn, x, y, pool, ridge, block_size):
   dtype = factor.lower.dtype
 
   def products(block, present):
-    rows, labels = block
-    k = linalg.whiten(factor, jnp.where(present[:, None], kernel_fn(rows, pool), 0).T)
+    rows, labels, scale = block
+    scale = jnp.where(present, scale, 0)
+    k = linalg.whiten(factor, (scale[:, None] * kernel_fn(rows, pool).astype(scale.dtype)).T)
     return linalg.matmul(k, k.T), linalg.matmul(k, labels.astype(dtype))
 
-  moments, targets = blocks.sum_row_blocks(products, (x, y), block_size)
+  moments, targets = blocks.sum_row_blocks(products, (x, y, root), block_size)
   root = linalg.factor(moments, ridge)
   status = jnp.maximum(factor.status, root.status)
   return (

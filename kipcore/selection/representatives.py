@@ -1,6 +1,6 @@
-"""Greedy selection of representative rows: herding and k-center, two common baselines.
+"""Greedy selection of representative rows: herding, kernel herding and k-center, common baselines.
 
-Both are deterministic, select distinct rows, and use neither labels nor kernels.
+They are deterministic, select distinct rows, and use no labels.
 """
 
 import functools
@@ -8,12 +8,18 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kipcore import checks
-from kipcore.types import Array, ArrayLike
+from kipcore import checks, linalg
+from kipcore.kernels.gram import gram_diag, gram_matvec
+from kipcore.types import Array, ArrayLike, KernelFn
 
 
-def herding(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Array:
-  """Selects rows whose running mean approximates the mean mu of all rows.
+def herding(
+  x: ArrayLike,
+  num_rows: int,
+  present: ArrayLike | None = None,
+  weights: ArrayLike | None = None,
+) -> Array:
+  """Selects rows whose running mean approximates the (weighted) mean mu of all rows.
 
       i_k = argmin_i || mu - (x_i + sum_{j<k} x_{i_j}) / k ||,   distinct i
 
@@ -25,6 +31,7 @@ def herding(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Ar
     x: `(n, ...)` floating rows, compared as vectors.
     num_rows: k, at most the number of rows that are present.
     present: `(n,)`, nonzero for rows that are used; None for all.
+    weights: `(n,)` weights >= 0 of the rows in the mean; None for 1.
 
   Returns:
     `(num_rows,)` int32 indices in the order of selection.
@@ -35,10 +42,15 @@ def herding(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Ar
   References:
     Welling (ICML 2009); Rebuffi et al. (CVPR 2017), algorithm 4 (greedy selection of exemplars).
   """
-  return _herding(*_checked(x, num_rows, present))
+  return _herding(*_checked(x, num_rows, present, weights))
 
 
-def k_center(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> Array:
+def k_center(
+  x: ArrayLike,
+  num_rows: int,
+  present: ArrayLike | None = None,
+  weights: ArrayLike | None = None,
+) -> Array:
   """Selects the row nearest to the mean, then repeatedly the row farthest from the selected rows.
 
   The largest distance of any row to its nearest selected row is at most twice the minimum over all
@@ -48,6 +60,7 @@ def k_center(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> A
     x: `(n, ...)` floating rows, compared as vectors by Euclidean distance.
     num_rows: k, at most the number of rows that are present.
     present: `(n,)`, nonzero for rows that are used; None for all.
+    weights: `(n,)` weights >= 0 of the rows in the mean; None for 1.
 
   Returns:
     `(num_rows,)` int32 indices in the order of selection.
@@ -59,10 +72,89 @@ def k_center(x: ArrayLike, num_rows: int, present: ArrayLike | None = None) -> A
     Gonzalez (1985), theorem 2.2; Sener and Savarese (ICLR 2018), algorithm 1 (as a selection
     method).
   """
-  return _k_center(*_checked(x, num_rows, present))
+  return _k_center(*_checked(x, num_rows, present, weights))
 
 
-def _checked(x, num_rows, present):
+def kernel_herding(
+  kernel_fn: KernelFn,
+  x: ArrayLike,
+  num_rows: int,
+  present: ArrayLike | None = None,
+  weights: ArrayLike | None = None,
+  targets: ArrayLike | None = None,
+  block_size: int | None = None,
+) -> Array:
+  """`herding` in the feature space of a kernel: the running mean approximates the mean embedding.
+
+      mu(x) = sum_j u_j k(x_j, x) / sum_j u_j
+      i_k = argmax_i mu(x_i) - (sum_{j<k} k(x_{i_j}, x_i) + k(x_i, x_i) / 2) / k,   distinct i
+
+  Each step minimizes the maximum mean discrepancy (MMD) of the k selected rows with equal weights.
+  With targets t the kernel is k(x, x') (1 + <t, t'>), so that the rows also represent the products
+  of features and targets, which ridge regression depends on. The MMD decreases as 1/k in spaces of
+  finite dimension (proved if rows may be selected repeatedly and mu is inside the convex hull).
+
+  Args:
+    kernel_fn: see `types.KernelFn`; hashable.
+    x: `(n, ...)` floating rows.
+    num_rows: k, at most the number of rows that are present.
+    present: `(n,)`, nonzero for rows that are used; None for all.
+    weights: `(n,)` weights u >= 0 of the rows; None for 1.
+    targets: `(n, q)` floating targets, centered and scaled; None for none.
+    block_size: rows of the kernel matrix that are held at a time; None for about 4 million entries.
+
+  Returns:
+    `(num_rows,)` int32 indices in the order of selection. Cost: n (n + k) kernel entries.
+
+  Raises:
+    ValueError, TypeError: for rows or targets that are not finite floats, or fewer than `num_rows`
+      rows.
+
+  References:
+    Chen, Welling and Smola (UAI 2010). The kernel with targets: Gong, Choi and Dwivedi (2024) use
+    a similar one for kernel thinning.
+  """
+  num_rows, _, present, mass = _checked(x, num_rows, present, weights)
+  x = jnp.asarray(x)
+  if targets is not None:
+    checks.floating("targets", targets)
+    checks.finite("targets", targets)
+    checks.shape("targets", targets, (x.shape[0], None))
+    targets = jnp.asarray(targets, x.dtype)
+  return padded_kernel_herding(kernel_fn, num_rows, x, present, mass, targets, block_size)
+
+
+def padded_kernel_herding(kernel_fn, num_rows, x, present, weights, targets, block_size=None):
+  """`kernel_herding` for checked input."""
+  kernel_fn = checks.hashable(kernel_fn)
+  weights = jnp.where(present, weights, 0)
+  v = (weights / jnp.sum(weights))[:, None]
+  mean = gram_matvec(kernel_fn, x, x, v, block_size)[:, 0]
+  if targets is not None:
+    mean += jnp.sum(targets * gram_matvec(kernel_fn, x, x, v * targets, block_size), axis=1)
+  return _kernel_herding(kernel_fn, num_rows, x, present, mean, targets)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _kernel_herding(kernel_fn, num_rows, x, present, mean, targets):
+  factor = lambda i: (
+    1.0 if targets is None else 1 + linalg.matmul(targets, targets[i][:, None])[:, 0]
+  )
+  scale = 1.0 if targets is None else 1 + jnp.sum(targets**2, axis=1)
+  half = 0.5 * gram_diag(kernel_fn, x).astype(x.dtype) * scale
+
+  def choose(k, carry):
+    chosen, free, total = carry
+    gain = mean - (total + half) / (k + 1).astype(x.dtype)
+    i = jnp.argmax(jnp.where(free, gain, -jnp.inf)).astype(jnp.int32)
+    column = kernel_fn(x, x[i][None])[:, 0].astype(x.dtype) * factor(i)
+    return chosen.at[k].set(i), free.at[i].set(False), total + column
+
+  start = jnp.zeros((num_rows,), jnp.int32), present, jnp.zeros(x.shape[:1], x.dtype)
+  return jax.lax.fori_loop(0, num_rows, choose, start)[0]
+
+
+def _checked(x, num_rows, present, weights):
   x = jnp.asarray(x)
   checks.floating("x", x)
   checks.finite("x", x)
@@ -72,18 +164,22 @@ def _checked(x, num_rows, present):
   count = x.shape[0] if checks.is_traced(present) else int(present.sum())
   if num_rows > count:
     raise ValueError(f"num_rows: expected at most the number of rows, {count}, got {num_rows}")
-  return num_rows, x.reshape(x.shape[0], -1), present
+  if weights is None:
+    weights = jnp.ones(x.shape[:1], x.dtype)
+  else:
+    weights = checks.weights("weights", weights, x.shape[0], x.dtype)
+  return num_rows, x.reshape(x.shape[0], -1), present, weights
 
 
-def _mean(x, present):
+def _mean(x, present, weights):
   # Centering the rows on this mean avoids cancellation in the sums.
-  weights = present.astype(x.dtype) / jnp.sum(present).astype(x.dtype)
-  return jnp.matmul(weights, x, precision="highest")
+  weights = jnp.where(present, weights, 0)
+  return jnp.matmul(weights / jnp.sum(weights), x, precision="highest")
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _herding(num_rows, x, present):
-  x = x - _mean(x, present)[None]
+def _herding(num_rows, x, present, weights):
+  x = x - _mean(x, present, weights)[None]
 
   def choose(k, carry):
     chosen, free, total = carry
@@ -97,8 +193,8 @@ def _herding(num_rows, x, present):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _k_center(num_rows, x, present):
-  x = x - _mean(x, present)[None]
+def _k_center(num_rows, x, present, weights):
+  x = x - _mean(x, present, weights)[None]
   squares = jnp.sum(x * x, axis=1)
 
   def choose(k, carry):
@@ -111,3 +207,7 @@ def _k_center(num_rows, x, present):
 
   start = jnp.zeros((num_rows,), jnp.int32), present, jnp.full(x.shape[:1], jnp.inf, x.dtype)
   return jax.lax.fori_loop(0, num_rows, choose, start)[0]
+
+
+# The cores for checked input: (number of rows, rows as vectors, mask, weights).
+PADDED = {"herding": _herding, "k_center": _k_center}

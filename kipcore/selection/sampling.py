@@ -247,10 +247,11 @@ def stratified_sample(
   allocation: str = "equal",
   uniform_mix=0.0,
   replace: bool = True,
+  input_weights: Array | None = None,
 ) -> Sample:
   """`sensitivity_sample` within each class, with a fixed number of draws per class.
 
-  Draws m_c rows of class c, so that E[sum_j w_j f(i_j)] = sum_i f(i). The quotas m_c are equal, or
+  Draws m_c rows of class c, so that E[sum_j w_j f(i_j)] = sum_i u_i f(i). The quotas m_c are equal, or
   proportional to the total score t_c of the class. Equal quotas increase the total sensitivity by
   the factor max_c t_c m / (t m_c); for proportional quotas this factor is 1 up to rounding.
 
@@ -263,6 +264,7 @@ def stratified_sample(
       most the number of rows of the class).
     uniform_mix: g in [0, 1], share of uniform draws within each class.
     replace: True to draw with replacement, False for systematic draws.
+    input_weights: u `(n,)`, >= 0, positive somewhere in each class, or None for ones.
 
   Returns:
     `Sample(indices, weights)`, `(m,)`, ordered by class.
@@ -271,7 +273,9 @@ def stratified_sample(
     ValueError, TypeError: as `sensitivity_sample`, and if a class has fewer rows (or positive
       scores) than its quota in draws without replacement.
   """
-  scores, num_samples, ones = draws.check_scores(scores, num_samples, uniform_mix, None)
+  scores, num_samples, input_weights = draws.check_scores(
+    scores, num_samples, uniform_mix, input_weights
+  )
   checks.one_of("allocation", allocation, ("equal", "proportional"))
   if checks.is_traced(labels) or (allocation == "proportional" and checks.is_traced(scores)):
     raise TypeError(
@@ -283,10 +287,10 @@ def stratified_sample(
     raise TypeError(f"labels: expected integers, got {labels.dtype}")
   classes, labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
   rooms, totals = sizes, None
-  if not checks.is_traced(scores):
+  if not checks.is_traced(scores) and not checks.is_traced(input_weights):
     totals = np.bincount(labels, weights=np.asarray(scores, np.float64))
     uniform = checks.is_traced(uniform_mix) or uniform_mix > 0
-    live = np.ones(labels.size) if uniform else np.asarray(scores) > 0
+    live = (np.asarray(scores) > 0) | (uniform & (np.asarray(input_weights) > 0))
     rooms = np.bincount(labels, weights=live).astype(np.int64)
     if totals.min() <= 0:
       raise ValueError(
@@ -295,7 +299,13 @@ def stratified_sample(
   quotas = draws.class_quotas(
     classes, rooms, totals if allocation == "proportional" else None, num_samples, replace
   )
-  members = np.zeros((classes.size, sizes.max()), np.int32)
+  return draw_quotas(key, scores, labels, quotas, uniform_mix, replace, input_weights)
+
+
+def draw_quotas(key, scores, labels, quotas, uniform_mix, replace, input_weights) -> Sample:
+  """`stratified_sample` with `quotas[c]` draws of class c, for checked input; labels are 0..C-1."""
+  sizes = np.bincount(labels)
+  members = np.zeros((sizes.size, sizes.max()), np.int32)
   valid = np.arange(sizes.max())[None] < sizes[:, None]
   members[valid] = np.argsort(labels, kind="stable")
   taken = np.arange(quotas.max())[None] < quotas[:, None]
@@ -303,6 +313,7 @@ def stratified_sample(
   sample = _stratified_core(
     keys.canonical_key(key),
     scores,
+    input_weights,
     members,
     valid,
     quotas.astype(np.int32),
@@ -411,17 +422,19 @@ def _gumbel_core(key, scores, num_samples):
 
 
 @functools.partial(jax.jit, static_argnames=("size", "replace"))
-def _stratified_core(key, scores, members, valid, quotas, mix, size, replace):
+def _stratified_core(key, scores, input_weights, members, valid, quotas, mix, size, replace):
 
   def draw(key, rows, valid, quota):
     valid = valid.astype(scores.dtype)
-    p, good = draws.law(scores[rows] * valid, valid, mix)
+    own = input_weights[rows] * valid
+    p, good = draws.law(scores[rows] * valid, own, mix)
     if replace:
       places = draws.draw_rows(key, p, size)
       expected = quota.astype(p.dtype) * p[places]
     else:
       places, expected = draws.systematic(key, p, size, quota)
       good &= draws.count(p > 0) >= quota
-    return Sample(rows[places], jnp.where(good, 1 / expected, jnp.nan).astype(scores.dtype))
+    weights = own[places] * (1 / expected).astype(scores.dtype)
+    return Sample(rows[places], jnp.where(good, weights, jnp.nan))
 
   return jax.vmap(draw)(jax.random.split(key, members.shape[0]), members, valid, quotas)

@@ -21,10 +21,14 @@ DOCUMENTS = [
 
 
 def test_python_in_the_readme_runs(capsys):
-  quickstart, selection, sampler, fitting = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+  quickstart, selection, rows, sampler, fitting = re.findall(
+    r"```python\n(.*?)```", README, flags=re.S
+  )
   exec(compile(selection, "README.md", "exec"), {})
   total, streamed, dimension = (float(n) for n in re.findall(r"\d+", capsys.readouterr().out))
   assert dimension < total < 4 * dimension and abs(streamed - total) < 0.2 * total
+  exec(compile(rows, "README.md", "exec"), {})
+  assert int(re.search(r"(\d+) % of the variance", capsys.readouterr().out)[1]) > 75
   exec(compile(sampler, "README.md", "exec"), {})
   accuracy, gain = map(float, re.findall(r"[\d.]+", capsys.readouterr().out))
   assert accuracy > 85 and gain > 1.5

@@ -1,0 +1,574 @@
+"""Selection of weighted rows from any data: unlabeled, with real targets, or with classes."""
+
+import dataclasses
+import functools
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from kipcore import blocks, checks, keys, linalg
+from kipcore.kernels import rbf_fn
+from kipcore.kernels.gram import gram_diag
+from kipcore.preprocess import one_hot_centered
+from kipcore.selection import (
+  coreset,
+  draws,
+  duplicates,
+  pursuit,
+  representatives,
+  sampling,
+  sensitivity,
+  strategies,
+)
+from kipcore.selection.coreset import Coreset
+from kipcore.types import Array, ArrayLike, KernelFn, NumericalError
+
+STRATEGIES = (
+  "auto",
+  "uniform",
+  "leverage",
+  "krr_sensitivity",
+  "lightweight",
+  "kmedoids",
+  "kmeans_plusplus",
+  "herding",
+  "kernel_herding",
+  "k_center",
+  "krr_pursuit",
+)
+NEEDS_LABELS = ("krr_sensitivity", "krr_pursuit")
+USES_KERNEL = ("leverage", "krr_sensitivity", "kernel_herding", "krr_pursuit")
+ALLOCATIONS = ("proportional", "balanced", "sensitivity")
+# Share of draws by weight alone in strategies by score, which bounds the weights of rows.
+UNIFORM_MIX = 0.1
+# Candidates of "auto" with labels, the first of which wins ties.
+AUTO_CANDIDATES = ("kmedoids", "uniform")
+# "auto" considers a strategy only up to this number of operations (about a minute on two cores).
+AUTO_OPERATIONS = 3e12
+# Ridges at which "auto" measures a candidate, per row and relative to the mean kernel diagonal.
+AUTO_RIDGES = (1e-4, 1e-2, 1.0)
+_OBJECTIVE_ROWS = 10_000
+_LLOYD_STEPS = 30
+_POOL = 2000
+
+
+class Labels(NamedTuple):
+  """Labels of rows: `classes` `(n,)`, indices into `names`, or `real` `(n, q)`, or neither."""
+
+  classes: np.ndarray | None = None
+  names: np.ndarray = np.empty(0)
+  real: np.ndarray | None = None
+
+
+@dataclasses.dataclass
+class Problem:
+  """Distinct rows of positive weight, and what the strategies need.
+
+  Attributes:
+    x: `(k, ...)` rows as the kernel sees them.
+    points: `(k, p)` vectors whose distances strategies by distance compare.
+    targets: `(k, c)` centered regression targets; `(k, 1)` zeros without labels.
+    groups: `(k,)` int class codes; zeros without classes.
+    weights: `(k,)` float64.
+    kernel_fn: the kernel for `x`.
+    kind: of the labels: "classes", "real" or "none".
+  """
+
+  x: Array
+  points: Array
+  targets: Array
+  groups: np.ndarray
+  weights: np.ndarray
+  kernel_fn: KernelFn
+  kind: str
+
+
+class Chosen(NamedTuple):
+  """Positions in the problem `(m,)`, their weights `(m,)`, and what the scores say."""
+
+  rows: np.ndarray
+  weights: Array
+  ridge: float | None = None
+  scores: sensitivity.SensitivityScores | None = None
+
+
+def select(
+  key,
+  x: Float[ArrayLike, "n ..."],
+  y: Shaped[ArrayLike, "n ..."] | None = None,
+  size: int | None = None,
+  size_per_class: int | None = None,
+  strategy: str = "auto",
+  kernel_fn: KernelFn | None = None,
+  weights: Float[ArrayLike, " n"] | None = None,
+  allocation: str = "proportional",
+) -> Coreset:
+  """Selects weighted rows that represent all rows: sum_j w_j f(x_{i_j}) approximates sum_i u_i f(x_i).
+
+  Labels are read by their type. Integers and booleans `(n,)` are classes, and so are `(n, c)`
+  one-hot labels (one entry per row is larger than the others by 1, e.g. centered by 1/c). Other
+  floats `(n,)` or `(n, q)` are real targets. With classes, rows are selected within each class. With
+  real targets, distances include them: ||x - x'||^2 / tr Cov(x) + ||y - y'||^2 / tr Cov(y).
+
+  Input weights u are multiplicities: a row with u = 10 counts as ten equal rows. Equal rows with
+  equal labels are merged first, so both give the same result, and no row is selected twice.
+
+  Strategies (S: needs labels; K: uses the kernel):
+    uniform: drawn in proportion to u. Unbiased.
+    leverage (K): drawn by ridge leverage scores. Unbiased.
+    krr_sensitivity (S, K): drawn by (upper bounds on) the sensitivities of kernel ridge regression
+      on centered labels. Unbiased; `sample_size` states what draws with replacement guarantee.
+    lightweight: drawn by `lightweight_sensitivities` of k-means. Unbiased.
+    kmedoids: the rows nearest to the centers of k-means, with the weights of the clusters. For a
+      function with Lipschitz constant L, the error of the weighted sum is at most L times the
+      weighted sum of the distances of all rows to their medoids.
+    kmeans_plusplus: seeds of greedy k-means++.
+    herding, kernel_herding (K), k_center: see `representatives`; deterministic.
+    krr_pursuit (S, K): greedy minimization of the ridge regression objective (`krr_pursuit`) over a
+      random pool of at most 2,000 rows.
+    auto: without labels kmedoids, or lightweight where k-means would be slow. With labels the
+      candidate of AUTO_CANDIDATES with the smallest error of weighted ridge regression, measured on
+      the given rows (at most 10,000) as error rate (classes) or squared error (real targets), at the
+      best of AUTO_RIDGES. Candidates that would take more than AUTO_OPERATIONS are skipped.
+
+  Weights of unbiased strategies are u / (inclusion probability). herding and kernel_herding give
+  equal weights within a class. kmeans_plusplus, k_center and krr_pursuit give each point the weight
+  of the rows nearest to it. Without unbiasedness, the weights of a class sum to the weight of its
+  rows.
+
+  Args:
+    key: random key (or int seed).
+    x: `(n, ...)` floating rows. Distances and the default kernel compare them as they are, so
+      columns with different units should be standardized.
+    y: labels or None, see above.
+    size: m, the number of rows in total; exactly one of `size` and `size_per_class`.
+    size_per_class: number of rows of each class.
+    strategy: see above.
+    kernel_fn: the kernel of strategies marked K and of "auto"; None for `rbf_fn` with bandwidth
+      sqrt(tr Cov(x)), at which the mean of ||x - x'||^2 / (2 bandwidth^2) is 1.
+    weights: `(n,)` input weights u >= 0, or None for 1. Rows of weight 0 are not selected.
+    allocation: how `size` is divided among classes: "proportional" to their weight, "balanced", or
+      by "sensitivity", in proportion to their total sensitivity for kernel ridge regression. Each
+      class has at least one row, and at most its distinct rows.
+
+  Returns:
+    `Coreset` with m real rows, grouped by class. If there are fewer distinct rows than requested,
+    all of them are returned with their weights, which loses nothing, and a warning is issued.
+
+  Raises:
+    ValueError, TypeError: for an unknown strategy or allocation, a strategy that needs labels
+      without them, labels with a single value, a size above the number of rows, weights that are
+      negative or all zero, inconsistent shapes, integer rows, or NaN or infinite values.
+    NumericalError: if a factorization fails.
+
+  Example:
+    >>> x = np.repeat(np.asarray([[0.0], [1.0], [5.0]], np.float32), (10, 20, 30), axis=0)
+    >>> chosen = kipcore.select(0, x, size=3, strategy="kmedoids")
+    >>> sorted(zip(chosen.x.ravel().tolist(), chosen.weights.tolist()))
+    [(0.0, 10.0), (1.0, 20.0), (5.0, 30.0)]
+  """
+  checks.one_of("strategy", strategy, STRATEGIES)
+  checks.one_of("allocation", allocation, ALLOCATIONS)
+  if checks.is_traced(x) or checks.is_traced(y) or checks.is_traced(weights):
+    raise TypeError("select: expected concrete arrays, got traced ones; call it outside jit")
+  checks.floating("x", x)
+  if x.ndim < 2 or 0 in x.shape:
+    raise ValueError(f"x: expected at least one row (n, ...), got shape {x.shape}")
+  checks.finite("x", x)
+  n = x.shape[0]
+  labels = read_labels(y, n)
+  mass = _input_weights(weights, n)
+  check_labels(strategy, labels)
+  limit = check_size(labels, mass, size, size_per_class, allocation)
+  merged = duplicates.merge_rows(
+    [np.asarray(a) for a in (x, labels.classes, labels.real) if a is not None], mass
+  )
+  x = linalg.at_least_float32(jnp.asarray(x))
+  problem, used_kernel = _problem(x, labels, merged, kernel_fn)
+  stream = keys.stream(key, "select")
+  quotas, enough = _quotas(stream, problem, limit, size_per_class is not None, allocation)
+  objectives: dict[str, float] = {}
+  if not enough:
+    warnings.warn(
+      f"size: expected at most the number of distinct rows, got {limit} (of each class, if there are classes) "
+      f"for {problem.weights.size} distinct rows; all distinct rows of such classes are selected",
+      UserWarning,
+      stacklevel=2,
+    )
+  if strategy == "auto":
+    strategy, chosen, objectives = _best(stream, problem, quotas)
+  else:
+    chosen = _choose(stream, problem, quotas, strategy)
+  order = np.argsort(problem.groups[chosen.rows], kind="stable")
+  rows = merged.rows[chosen.rows[order]].astype(np.int32)
+  return Coreset(
+    x[rows],
+    jnp.zeros((rows.size, 0), x.dtype) if y is None else jnp.asarray(y)[rows],
+    rows,
+    jnp.asarray(chosen.weights, x.dtype)[order],
+    strategy,
+    ridge=chosen.ridge,
+    scores=None if chosen.scores is None else _scores_of_all(chosen.scores, merged, mass),
+    objectives=objectives,
+    kernel_fn=used_kernel if strategy in USES_KERNEL or objectives else None,
+  )
+
+
+def read_labels(y, n: int) -> Labels:
+  """The labels of n rows, as `select` documents.
+
+  Raises:
+    ValueError, TypeError: for labels of another shape or type, with NaN, or with a single value.
+  """
+  if y is None:
+    return Labels()
+  checks.array("y", y)
+  y = np.asarray(y)
+  if y.ndim not in (1, 2) or y.shape[0] != n or 0 in y.shape:
+    raise ValueError(f"y: expected shape ({n},) or ({n}, q) to match x, got {y.shape}")
+  if y.dtype.kind == "V" or not (jnp.issubdtype(y.dtype, jnp.floating) or y.dtype.kind in "biu"):
+    raise TypeError(f"y: expected floats (real targets) or integers (classes), got {y.dtype}")
+  if y.dtype.kind not in "biu":
+    y = y.astype(np.promote_types(y.dtype, np.float32) if y.dtype.kind == "f" else np.float32)
+    checks.finite("y", y)
+  if y.ndim == 2 and (one_hot(y) or y.dtype.kind in "biu"):
+    if not one_hot(y):
+      raise ValueError(
+        f"y: expected one-hot rows or floats, got integers of shape {y.shape}; convert real targets to floats"
+      )
+    y = np.argmax(y, axis=1)
+  if y.dtype.kind in "biu":
+    names, classes = np.unique(y, return_inverse=True)
+    if names.size < 2:
+      raise ValueError(
+        f"y: expected at least 2 classes, got only class {names[0]}; omit y to select without labels"
+      )
+    return Labels(classes=classes, names=names)
+  y = y.reshape(n, -1)
+  if (y == y[:1]).all():
+    value = y[0].tolist()
+    raise ValueError(
+      f"y: expected targets that differ, got the constant {value[0] if len(value) == 1 else value}; "
+      "omit y to select without labels"
+    )
+  return Labels(real=y)
+
+
+def one_hot(y: np.ndarray) -> bool:
+  """Whether one entry of every row is larger by 1 than the others, which are all equal."""
+  if y.shape[1] < 2:
+    return False
+  y = y.astype(np.float64)
+  low = y.min()
+  return bool(
+    (np.abs(y.max(axis=1) - low - 1) <= 1e-5).all()
+    and (np.count_nonzero(y - low > 1e-5, axis=1) == 1).all()
+  )
+
+
+def check_labels(strategy: str, labels: Labels) -> None:
+  """Raises ValueError if a strategy needs labels and there are none."""
+  if strategy in NEEDS_LABELS and labels.classes is None and labels.real is None:
+    others = ", ".join(name for name in STRATEGIES if name not in NEEDS_LABELS)
+    raise ValueError(
+      f"y: expected labels for strategy {strategy!r}, got None; strategies without labels are {others}"
+    )
+
+
+def check_size(labels: Labels, mass: np.ndarray, size, size_per_class, allocation: str) -> int:
+  """The checked size, or size per class.
+
+  Raises:
+    ValueError, TypeError: unless exactly one of them is a positive integer that the rows allow.
+  """
+  if (size is None) == (size_per_class is None):
+    raise ValueError(
+      f"expected either size or size_per_class, got size={size} and size_per_class={size_per_class}"
+    )
+  live = mass > 0
+  if size is None:
+    limit = checks.positive_int("size_per_class", size_per_class)
+    if labels.classes is None:
+      raise ValueError("size_per_class: expected y with classes, got none; use size")
+    counts = np.bincount(labels.classes[live], minlength=labels.names.size)
+    if counts.min() < limit:
+      raise ValueError(
+        f"size_per_class: expected at most the {counts.min()} rows of the smallest class, "
+        f"{labels.names[counts.argmin()]}, got {limit}"
+      )
+  else:
+    limit = checks.positive_int("size", size)
+    if limit > live.sum():
+      raise ValueError(
+        f"size: expected at most the number of rows of positive weight, {live.sum()}, got {limit}"
+      )
+    num_classes = 1 if labels.classes is None else np.unique(labels.classes[live]).size
+    if limit < num_classes:
+      raise ValueError(
+        f"size: expected at least one row for each of {num_classes} classes, got {limit}"
+      )
+  if allocation != "proportional" and (labels.classes is None or size is None):
+    raise ValueError(
+      f"allocation: expected 'proportional' unless size is divided among classes, got {allocation!r}"
+    )
+  return limit
+
+
+def _input_weights(weights, n: int) -> np.ndarray:
+  """The weights in float64; ones for None."""
+  if weights is None:
+    return np.ones(n)
+  checks.weights("weights", weights, n, jnp.float32)
+  weights = np.asarray(weights, np.float64)
+  if not weights.any():
+    raise ValueError("weights: expected at least one value > 0, got zeros")
+  return weights
+
+
+def _problem(x, labels: Labels, merged, kernel_fn) -> tuple[Problem, KernelFn]:
+  """The problem of the distinct rows, and the kernel for rows as given."""
+  kept, share = x[merged.rows], merged.weights / merged.weights.sum()
+  rows = kept.reshape(kept.shape[0], -1)
+  scale = _spread(rows, share)
+  points, kind, groups = rows, "none", np.zeros(merged.rows.size, np.int64)
+  targets = jnp.zeros((merged.rows.size, 1), x.dtype)
+  if labels.classes is not None:
+    kind = "classes"
+    present, groups = np.unique(labels.classes[merged.rows], return_inverse=True)
+    targets = one_hot_centered(groups, max(2, present.size), x.dtype)
+  elif labels.real is not None:
+    kind, real = "real", labels.real[merged.rows].astype(np.float64)
+    real = real - share @ real
+    real = real / (np.sqrt(share @ np.sum(real**2, axis=1)) or 1.0)
+    targets = jnp.asarray(real, x.dtype)
+    points = jnp.concatenate([rows / scale, targets], axis=1)
+  problem = Problem(kept, points, targets, groups, merged.weights, rbf_fn(1.0), kind)
+  if kernel_fn is None:
+    # Rows are scaled instead of the kernel, which is compiled once for all bandwidths.
+    return dataclasses.replace(problem, x=kept / scale), rbf_fn(scale)
+  kernel_fn = checks.hashable(kernel_fn)
+  return dataclasses.replace(problem, kernel_fn=kernel_fn), kernel_fn
+
+
+def _spread(rows, share) -> float:
+  """sqrt(tr Cov) of weighted rows; 1 if all are equal."""
+  share = jnp.asarray(share, rows.dtype)
+  centered = rows - linalg.matmul(share[None], rows)
+  return float(jnp.sqrt(jnp.sum(share * jnp.sum(centered**2, axis=1)))) or 1.0
+
+
+def _quotas(key, problem: Problem, limit: int, per_class: bool, allocation: str):
+  """Rows per group `(C,)`, and whether there are enough distinct rows."""
+  rooms = np.bincount(problem.groups)
+  if per_class:
+    return np.minimum(limit, rooms), bool((rooms >= limit).all())
+  if limit >= rooms.sum():
+    return rooms, limit == rooms.sum()
+  by = problem.weights
+  if allocation == "sensitivity":
+    by = np.asarray(_scores(key, problem, limit)[1].scores, np.float64)
+  totals = np.bincount(problem.groups, weights=by)
+  if allocation == "balanced":
+    totals = np.ones_like(totals)
+  return draws.class_quotas(np.arange(rooms.size), rooms, totals, limit, False), True
+
+
+def _scores(key, problem: Problem, num_samples: int):
+  """The score ridge and the scores; without labels these are leverage scores."""
+  return coreset.score_rows(
+    keys.stream(key, "scores"),
+    problem.x,
+    problem.targets,
+    num_samples,
+    problem.kernel_fn,
+    "auto",
+    jnp.asarray(problem.weights, problem.x.dtype),
+  )
+
+
+def _choose(key, problem: Problem, quotas: np.ndarray, strategy: str) -> Chosen:
+  """Rows of each group by a strategy other than "auto"."""
+  m, ridge, scores = int(quotas.sum()), None, None
+  mass = jnp.asarray(problem.weights, problem.points.dtype)
+  if (quotas == np.bincount(problem.groups)).all():
+    return Chosen(np.arange(m), mass)
+  if strategy in ("uniform", "leverage", "krr_sensitivity", "lightweight"):
+    probabilities, mix = mass, 0.0
+    if strategy == "lightweight":
+      probabilities = sensitivity.lightweight_sensitivities(problem.points, mass)
+    elif strategy != "uniform":
+      mix = UNIFORM_MIX
+      ridge, scores = _scores(key, problem, m)
+      probabilities = scores.leverage if strategy == "leverage" else scores.scores
+    draws.check_distinct(probabilities, int(quotas.max()), mix, mass)
+    sample = sampling.draw_quotas(
+      keys.stream(key, "sample"), probabilities, problem.groups, quotas, mix, False, mass
+    )
+    return Chosen(np.asarray(sample.indices), sample.weights, ridge, scores)
+  if strategy == "kmedoids":
+    options = {"num_inits": 1, "max_iterations": _LLOYD_STEPS}
+    found = strategies.cluster(
+      key, problem.points, problem.groups, quotas, (strategy,), problem.weights, **options
+    )[strategy]
+    weights = jnp.concatenate([points.masses for points in found])
+    return Chosen(np.concatenate([points.rows for points in found]), weights)
+  rows = _by_group(key, problem, quotas, strategy)
+  if strategy in ("herding", "kernel_herding"):
+    masses = np.bincount(problem.groups, weights=problem.weights)
+    weights = jnp.asarray(np.repeat(masses / quotas, quotas), mass.dtype)
+  else:
+    weights = jnp.concatenate(
+      strategies.nearest_masses(problem.points, problem.groups, rows, problem.weights)
+    )
+  return Chosen(np.concatenate(rows), weights)
+
+
+def _by_group(key, problem: Problem, quotas, strategy: str) -> list[np.ndarray]:
+  """Rows of each group, for strategies without weights of their own."""
+  data = problem.points, problem.groups, quotas
+  if strategy == "kmeans_plusplus":
+    found = strategies.cluster(key, *data, (strategy,), problem.weights)
+    return [points.rows for points in found[strategy]]
+  if strategy in ("herding", "k_center"):
+    return strategies.greedy(strategy, *data, problem.weights)
+  if strategy == "kernel_herding":
+    return [
+      rows[
+        np.asarray(
+          representatives.padded_kernel_herding(
+            problem.kernel_fn,
+            int(quotas.max()),
+            problem.x[padded],
+            mass > 0,
+            mass,
+            problem.targets[padded] if problem.kind == "real" else None,
+          )
+        )[:quota]
+      ]
+      for (rows, padded, mass), quota in zip(
+        strategies.padded_groups(problem.groups, problem.weights, problem.x.dtype), quotas
+      )
+    ]
+  m = int(quotas.sum())
+  result = pursuit.krr_pursuit(
+    keys.stream(key, "pursuit"),
+    problem.kernel_fn,
+    problem.x,
+    problem.targets,
+    min(max(_POOL, m), problem.weights.size),
+    m,
+    coreset.objective_ridge(problem.kernel_fn, problem.x),
+    quota=jnp.asarray(np.resize(quotas, problem.targets.shape[1]))
+    if problem.kind == "classes"
+    else None,
+    weights=jnp.asarray(problem.weights, problem.x.dtype),
+  )
+  checks.raise_for_status("krr_pursuit", result.status)
+  chosen = np.asarray(result.indices)
+  return [chosen[problem.groups[chosen] == c] for c in range(quotas.size)]
+
+
+def _operations(problem: Problem, m: int, strategy: str) -> float:
+  """A rough count of the operations of a strategy."""
+  n, p = problem.points.shape
+  if strategy == "kmedoids":
+    return 2.0 * n * m * p * (_LLOYD_STEPS / 2 + 2)
+  return 0.0
+
+
+def _best(key, problem: Problem, quotas) -> tuple[str, Chosen, dict[str, float]]:
+  """The choice of "auto": its strategy, the rows, and the measured errors."""
+  m = int(quotas.sum())
+  affordable = lambda name: _operations(problem, m, name) <= AUTO_OPERATIONS
+  if problem.kind == "none":
+    strategy = "kmedoids" if affordable("kmedoids") else "lightweight"
+    return strategy, _choose(key, problem, quotas, strategy), {}
+  best: tuple[float, str, Any] = (np.inf, "", None)
+  objectives: dict[str, float] = {}
+  for strategy in filter(affordable, AUTO_CANDIDATES):
+    try:
+      chosen = _choose(key, problem, quotas, strategy)
+    except NumericalError:
+      continue
+    error, ridge = _measured(problem, chosen)
+    if error < best[0]:
+      best = (error, strategy, chosen._replace(ridge=ridge))
+    if np.isfinite(error):
+      objectives[strategy] = error
+  if best[2] is None:
+    raise NumericalError(
+      "auto: no candidate has a kernel matrix that can be factorized; use another strategy, or float64"
+    )
+  return best[1], best[2], objectives
+
+
+def _measured(problem: Problem, chosen: Chosen) -> tuple[float, float]:
+  """The smallest error of weighted ridge regression over AUTO_RIDGES, and the absolute ridge."""
+  stride = max(1, -(-problem.weights.size // _OBJECTIVE_ROWS))
+  rows = slice(None, None, stride)
+  mass = jnp.asarray(problem.weights[rows], problem.x.dtype)
+  support = problem.x[chosen.rows]
+  # lambda / (sum of weights) = r (mean diagonal) / m
+  unit = float(jnp.mean(gram_diag(problem.kernel_fn, support))) * problem.weights.sum()
+  ridges = np.asarray(AUTO_RIDGES) * unit / chosen.rows.size
+  errors = _weighted_errors(
+    problem.kernel_fn,
+    support,
+    problem.targets[chosen.rows],
+    chosen.weights.astype(problem.x.dtype),
+    jnp.asarray(ridges, problem.x.dtype),
+    problem.x[rows],
+    problem.targets[rows],
+    mass / jnp.sum(mass),
+    problem.kind == "classes",
+    max(256, min(2**23 // chosen.rows.size, 4096)),
+  )
+  errors = np.where(np.isfinite(errors), errors, np.inf)
+  return float(errors.min()), float(ridges[errors.argmin()])
+
+
+@functools.partial(jax.jit, static_argnames=("kernel_fn", "classes", "block_size"))
+def _weighted_errors(kernel_fn, x, y, weights, ridges, xt, yt, ut, classes, block_size):
+  """Error rate (classes) or squared error on weighted rows at each ridge; NaN if a fit fails."""
+  root = jnp.sqrt(weights)[:, None]
+  k = kernel_fn(x, None).astype(y.dtype)
+
+  def fit(ridge):
+    f = linalg.factor(root * k * root.T, ridge)
+    return (root * linalg.solve(f, root * y).astype(y.dtype)).astype(y.dtype)
+
+  dual = jax.lax.map(fit, ridges)
+
+  def error(block, present):
+    rows, labels, share = block
+    entries = kernel_fn(rows, x).astype(y.dtype)
+
+    def one(dual):
+      predicted = linalg.matmul(entries, dual)
+      if classes:
+        wrong = jnp.argmax(predicted, axis=1) != jnp.argmax(labels, axis=1)
+        lost = wrong.astype(y.dtype) + 0 * jnp.sum(predicted, axis=1)  # NaN if the fit failed
+      else:
+        lost = jnp.sum((predicted - labels) ** 2, axis=1)
+      return jnp.sum(jnp.where(present, share * lost, 0))
+
+    return jax.lax.map(one, dual)
+
+  return blocks.sum_row_blocks(error, (xt, yt, ut), block_size)
+
+
+def _scores_of_all(scores, merged, mass) -> sensitivity.SensitivityScores:
+  """Scores of all rows as given: equal rows share the score in proportion to their weights."""
+  place = np.maximum(merged.place, 0)
+  part = np.where(merged.place >= 0, mass / merged.weights[place], 0)
+  share = jnp.asarray(part, scores.scores.dtype)
+  spread = lambda values: share * values[place]
+  return scores._replace(
+    scores=spread(scores.scores),
+    leverage=spread(scores.leverage),
+    label_scores=spread(scores.label_scores),
+  )
