@@ -28,7 +28,7 @@ LAYERS = [
   ["selection"],
   ["distillation"],
   ["io"],
-  ["datasets", "report"],
+  ["datasets", "report", "sklearn"],
   ["__init__"],
   ["cli"],
   ["experiments"],

@@ -13,7 +13,6 @@ from jaxtyping import Float, Shaped
 from kipcore import blocks, checks, keys, linalg
 from kipcore.kernels import rbf_fn
 from kipcore.kernels.gram import gram_diag
-from kipcore.preprocess import one_hot_centered
 from kipcore.selection import (
   coreset,
   draws,
@@ -54,6 +53,7 @@ AUTO_RIDGES = (1e-4, 1e-2, 1.0)
 _OBJECTIVE_ROWS = 10_000
 _LLOYD_STEPS = 30
 _POOL = 2000
+_BLOCK_NUMBERS = 2**22
 
 
 class Labels(NamedTuple):
@@ -178,17 +178,18 @@ def select(
   checks.floating("x", x)
   if x.ndim < 2 or 0 in x.shape:
     raise ValueError(f"x: expected at least one row (n, ...), got shape {x.shape}")
-  checks.finite("x", x)
+  values = linalg.at_least_float32(jnp.asarray(x))
+  checks.finite("x", values)  # also without float64, in which numbers can be larger
   n = x.shape[0]
-  labels = read_labels(y, n)
   mass = _input_weights(weights, n)
+  labels = read_labels(y, n, mass > 0)
   check_labels(strategy, labels)
   limit = check_size(labels, mass, size, size_per_class, allocation)
   merged = duplicates.merge_rows(
     [np.asarray(a) for a in (x, labels.classes, labels.real) if a is not None], mass
   )
-  x = linalg.at_least_float32(jnp.asarray(x))
-  problem, used_kernel = _problem(x, labels, merged, kernel_fn)
+  rows_as_given = np.asarray(values)
+  problem, used_kernel = _problem(rows_as_given, labels, merged, kernel_fn)
   stream = keys.stream(key, "select")
   quotas, enough = _quotas(stream, problem, limit, size_per_class is not None, allocation)
   objectives: dict[str, float] = {}
@@ -205,11 +206,12 @@ def select(
     chosen = _choose(stream, problem, quotas, strategy)
   order = np.argsort(problem.groups[chosen.rows], kind="stable")
   rows = merged.rows[chosen.rows[order]].astype(np.int32)
+  dtype = values.dtype
   return Coreset(
-    x[rows],
-    jnp.zeros((rows.size, 0), x.dtype) if y is None else jnp.asarray(y)[rows],
+    jnp.asarray(rows_as_given[rows]),
+    jnp.zeros((rows.size, 0), dtype) if y is None else jnp.asarray(np.asarray(y)[rows]),
     rows,
-    jnp.asarray(chosen.weights, x.dtype)[order],
+    jnp.asarray(np.asarray(chosen.weights)[order], dtype),
     strategy,
     ridge=chosen.ridge,
     scores=None if chosen.scores is None else _scores_of_all(chosen.scores, merged, mass),
@@ -218,11 +220,20 @@ def select(
   )
 
 
-def read_labels(y, n: int) -> Labels:
+def read_labels(y, n: int, live: np.ndarray | None = None) -> Labels:
   """The labels of n rows, as `select` documents.
 
+  Args:
+    y: labels or None.
+    n: number of rows.
+    live: `(n,)` mask of the rows of positive weight; None for all.
+
+  Returns:
+    `Labels`.
+
   Raises:
-    ValueError, TypeError: for labels of another shape or type, with NaN, or with a single value.
+    ValueError, TypeError: for labels of another shape or type, with NaN, or with a single value in
+      rows of positive weight.
   """
   if y is None:
     return Labels()
@@ -243,14 +254,16 @@ def read_labels(y, n: int) -> Labels:
     y = np.argmax(y, axis=1)
   if y.dtype.kind in "biu":
     names, classes = np.unique(y, return_inverse=True)
-    if names.size < 2:
+    used = np.unique(classes if live is None else classes[live])
+    if used.size < 2:
       raise ValueError(
-        f"y: expected at least 2 classes, got only class {names[0]}; omit y to select without labels"
+        f"y: expected at least 2 classes, got only class {names[used[0]]}; omit y to select without labels"
       )
     return Labels(classes=classes, names=names)
   y = y.reshape(n, -1)
-  if (y == y[:1]).all():
-    value = y[0].tolist()
+  used = y if live is None else y[live]
+  if (used == used[:1]).all():
+    value = used[0].tolist()
     raise ValueError(
       f"y: expected targets that differ, got the constant {value[0] if len(value) == 1 else value}; "
       "omit y to select without labels"
@@ -330,35 +343,48 @@ def _input_weights(weights, n: int) -> np.ndarray:
 
 
 def _problem(x, labels: Labels, merged, kernel_fn) -> tuple[Problem, KernelFn]:
-  """The problem of the distinct rows, and the kernel for rows as given."""
+  """The problem of the distinct rows, and the kernel for rows as given.
+
+  NumPy, because eager operations of JAX are compiled for each shape.
+  """
   kept, share = x[merged.rows], merged.weights / merged.weights.sum()
   rows = kept.reshape(kept.shape[0], -1)
   scale = _spread(rows, share)
   points, kind, groups = rows, "none", np.zeros(merged.rows.size, np.int64)
-  targets = jnp.zeros((merged.rows.size, 1), x.dtype)
+  targets = np.zeros((merged.rows.size, 1), x.dtype)
   if labels.classes is not None:
     kind = "classes"
     present, groups = np.unique(labels.classes[merged.rows], return_inverse=True)
-    targets = one_hot_centered(groups, max(2, present.size), x.dtype)
+    targets = (np.eye(present.size)[groups] - 1 / present.size).astype(x.dtype)
   elif labels.real is not None:
     kind, real = "real", labels.real[merged.rows].astype(np.float64)
     real = real - share @ real
     real = real / (np.sqrt(share @ np.sum(real**2, axis=1)) or 1.0)
-    targets = jnp.asarray(real, x.dtype)
-    points = jnp.concatenate([rows / scale, targets], axis=1)
-  problem = Problem(kept, points, targets, groups, merged.weights, rbf_fn(1.0), kind)
+    targets = real.astype(x.dtype)
+    points = np.concatenate([rows / scale, targets], axis=1)
+  problem = Problem(
+    jnp.asarray(kept),
+    jnp.asarray(points),
+    jnp.asarray(targets),
+    groups,
+    merged.weights,
+    rbf_fn(1.0),
+    kind,
+  )
   if kernel_fn is None:
     # Rows are scaled instead of the kernel, which is compiled once for all bandwidths.
-    return dataclasses.replace(problem, x=kept / scale), rbf_fn(scale)
+    return dataclasses.replace(problem, x=jnp.asarray(kept / scale)), rbf_fn(scale)
   kernel_fn = checks.hashable(kernel_fn)
   return dataclasses.replace(problem, kernel_fn=kernel_fn), kernel_fn
 
 
-def _spread(rows, share) -> float:
-  """sqrt(tr Cov) of weighted rows; 1 if all are equal."""
-  share = jnp.asarray(share, rows.dtype)
-  centered = rows - linalg.matmul(share[None], rows)
-  return float(jnp.sqrt(jnp.sum(share * jnp.sum(centered**2, axis=1)))) or 1.0
+def _spread(rows: np.ndarray, share: np.ndarray):
+  """sqrt(tr Cov) of weighted rows, in their dtype; 1 if all are equal."""
+  mean = (share.astype(rows.dtype) @ rows)[None]
+  total = 0.0
+  for part in blocks.row_slices(len(rows), max(1, _BLOCK_NUMBERS // rows.shape[1])):
+    total += float(share[part] @ np.sum((rows[part] - mean).astype(np.float64) ** 2, axis=1))
+  return rows.dtype.type(np.sqrt(total) or 1.0)
 
 
 def _quotas(key, problem: Problem, limit: int, per_class: bool, allocation: str):

@@ -21,7 +21,7 @@ DOCUMENTS = [
 
 
 def test_python_in_the_readme_runs(capsys):
-  quickstart, selection, rows, sampler, fitting = re.findall(
+  quickstart, selection, rows, pipeline, sampler, fitting = re.findall(
     r"```python\n(.*?)```", README, flags=re.S
   )
   exec(compile(selection, "README.md", "exec"), {})
@@ -29,6 +29,8 @@ def test_python_in_the_readme_runs(capsys):
   assert dimension < total < 4 * dimension and abs(streamed - total) < 0.2 * total
   exec(compile(rows, "README.md", "exec"), {})
   assert int(re.search(r"(\d+) % of the variance", capsys.readouterr().out)[1]) > 75
+  exec(compile(pipeline, "README.md", "exec"), {})
+  assert int(re.search(r"(\d+) % accuracy", capsys.readouterr().out)[1]) > 85
   exec(compile(sampler, "README.md", "exec"), {})
   accuracy, gain = map(float, re.findall(r"[\d.]+", capsys.readouterr().out))
   assert accuracy > 85 and gain > 1.5
