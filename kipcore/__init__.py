@@ -175,6 +175,7 @@ from kipcore.selection.sensitivity import (
   krr_sensitivity_scores,
   lightweight_sensitivities,
 )
+from kipcore.selection.streamed_rows import stream_select
 from kipcore.selection.streaming import stream_krr_sensitivities
 from kipcore.types import (
   DatasetError,
@@ -380,6 +381,7 @@ __all__ = [
   "sensitivity_sample",
   "stratified_sample",
   "stream_krr_sensitivities",
+  "stream_select",
   "systematic_sample",
   "train_expert",
   "tune",

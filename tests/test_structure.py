@@ -46,7 +46,7 @@ OWNERS = {
   "torch": {"io.export"},
   "safetensors": {"io.export"},
   "PIL": {"report.pictures", "io.export", "report.html", "datasets.decoding", "io.image_sets"},
-  "pyarrow": {"datasets.arrow_tables"},
+  "pyarrow": {"datasets.arrow_tables", "datasets.row_files"},
 }
 
 

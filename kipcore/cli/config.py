@@ -17,6 +17,7 @@ GRID = "Grid"
 METHOD = "Method (defaults are those of kip; --dry_run shows those of other methods)"
 INITIALIZATION = "Initialization"
 SELECTION = "Selection"
+ROWS = "Rows of a file (--input, instead of a dataset of images; uses --strategy, --preprocess, --seed and --x64)"
 SAMPLING = "Target sampling"
 NETWORKS = "Finite networks (used by ratbptt, both, rfad, frepo, rcig, dm, dc, dsa, mtt and ncfm, and to score the result)"
 SETS = "Sets to score"
@@ -32,6 +33,7 @@ GROUPS: tuple[str, ...] = (
   METHOD,
   INITIALIZATION,
   SELECTION,
+  ROWS,
   SAMPLING,
   NETWORKS,
   SETS,
@@ -349,6 +351,54 @@ class SelectConfig(ExpertConfig):
     SMALLEST,
     1e6,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsConfig:
+  """Settings of a selection of rows of a file; some are flags of `SelectConfig` too."""
+
+  input: str = setting(
+    "",
+    "File of rows: .npy (memory-mapped), .npz (arrays x, and optionally y and weights), .csv or .parquet (numeric columns; needs kipcore[arrow]). The selected rows are written with their weights and row numbers.",
+    ROWS,
+  )
+  target: str = setting("", "Column of the labels of a table, numbers or text.", ROWS)
+  input_labels: str = setting("", "For .npy rows: .npy file of their labels.", ROWS)
+  input_weights: str = setting(
+    "",
+    "Column of a table, or .npy file, of weights >= 0: a row of weight 10 counts as ten rows.",
+    ROWS,
+  )
+  ignore: tuple[str, ...] = setting(
+    (), "Columns of a table that are not used, and written back with the rows.", ROWS
+  )
+  task: str = setting(
+    "auto",
+    "Whether labels are classes or real targets; auto: classes unless they are floats.",
+    ROWS,
+    choices=("auto", "classification", "regression"),
+  )
+  size: int = setting(0, "Number of rows to select in total; 0 for --size_per_class.", ROWS, 0)
+  size_per_class: int = setting(0, "Number of rows to select of each class.", ROWS, 0)
+  allocation: str = setting(
+    "proportional",
+    "How --size is divided among classes: proportional to their weight, balanced, or by sensitivity.",
+    ROWS,
+    choices=("proportional", "balanced", "sensitivity"),
+  )
+  strategy: str = setting(
+    "auto",
+    "Read in blocks: uniform, lightweight, leverage, krr_sensitivity; in memory: kmedoids, kmeans_plusplus, herding, kernel_herding, k_center, krr_pursuit; or auto.",
+    ROWS,
+  )
+  preprocess: str = setting(
+    "standardize",
+    "standardize: columns with mean 0 and variance 1 (the rows are written unchanged); or none.",
+    ROWS,
+    choices=("standardize", "none"),
+  )
+  seed: int = setting(0, "Seed of all random streams.", ROWS, 0, 2**63 - 1)
+  x64: bool = setting(False, "Use float64 throughout.", ROWS)
 
 
 @dataclasses.dataclass(frozen=True)

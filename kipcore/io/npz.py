@@ -13,7 +13,7 @@ import os
 import pathlib
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -73,6 +73,19 @@ def read_rows(path, name: str, rows: np.ndarray) -> np.ndarray:
   Raises:
     NpzError: as `read_npz` (the memory limit applies to the selected rows); for an array in Fortran order, or with fewer rows.
   """
+  shape, dtype = row_header(path, name, rows[-1] + 1 if len(rows) else 1)
+  a_row = math.prod(shape[1:]) * dtype.itemsize
+  _check_memory(path, len(rows) * a_row)
+  out, done, first = np.empty((len(rows), *shape[1:]), dtype), 0, 0
+  for content in row_blocks(path, name, max(1, _BLOCK_BYTES // max(a_row, 1))):
+    here = rows[done : np.searchsorted(rows, first + len(content))] - first
+    out[done : done + len(here)] = content[here]
+    done, first = done + len(here), first + len(content)
+  return out
+
+
+def row_header(path, name: str, least: int = 1) -> tuple[tuple[int, ...], np.dtype]:
+  """Shape and dtype of one array in C order with at least that many rows; NpzError as `read_rows`."""
   with _opened(path) as (archive, members):
     what, info = f"{path}: {checks.one_line(name, 80)}", members[name]
     _check_member(what, info)
@@ -81,27 +94,30 @@ def read_rows(path, name: str, rows: np.ndarray) -> np.ndarray:
       archive.open(info) as member,
     ):
       shape, fortran_order, dtype = _checked_header(what, member, info)
-      if fortran_order or not shape or len(rows) and rows[-1] >= shape[0]:
-        raise NpzError(
-          f"{what}: expected an array in C order of {rows[-1] + 1 if len(rows) else 1} rows or more, got shape {checks.one_line(shape)}"
-          + " in Fortran order" * fortran_order
-        )
+  if fortran_order or not shape or shape[0] < least:
+    raise NpzError(
+      f"{what}: expected an array in C order of {least} rows or more, got shape {checks.one_line(shape)}"
+      + " in Fortran order" * fortran_order
+    )
+  return shape, dtype
+
+
+def row_blocks(path, name: str, block_size: int) -> Iterator[np.ndarray]:
+  """Yields an array in blocks of rows, `(<= block_size, ...)`; NpzError as `read_rows`.
+
+  The checksum of the member is verified with the last block.
+  """
+  with _opened(path) as (archive, members):
+    what, info = f"{path}: {checks.one_line(name, 80)}", members[name]
+    with (
+      _one_fault(f"{what}: expected a readable .npz file of .npy arrays"),
+      archive.open(info) as member,
+    ):
+      shape, _, dtype = _checked_header(what, member, info)
       a_row = math.prod(shape[1:]) * dtype.itemsize
-      _check_memory(path, len(rows) * a_row)
-      out, block, done = (
-        np.empty((len(rows), *shape[1:]), dtype),
-        max(1, _BLOCK_BYTES // max(a_row, 1)),
-        0,
-      )
-      for first in range(0, shape[0], block):  # to the end, where the checksum of the member is
-        count = min(block, shape[0] - first)
-        content = np.frombuffer(_whole(what, member, count * a_row), dtype).reshape(
-          count, *shape[1:]
-        )
-        here = rows[done : np.searchsorted(rows, first + count)] - first
-        out[done : done + len(here)] = content[here]
-        done += len(here)
-      return out
+      for first in range(0, shape[0], block_size):
+        count = min(block_size, shape[0] - first)
+        yield np.frombuffer(_whole(what, member, count * a_row), dtype).reshape(count, *shape[1:])
 
 
 def names_in(path) -> list[str]:

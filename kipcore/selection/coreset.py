@@ -45,7 +45,7 @@ NEEDS_KERNEL = ("krr_sensitivity", "leverage", "krr_pursuit", "auto")
 # The value is close to the best ridge for regression on all rows of natural image datasets.
 OBJECTIVE_RIDGE = 0.1
 _OBJECTIVE_ROWS = 10_000
-_EXACT_ROWS = 3_000
+EXACT_ROWS = 3_000
 
 
 @jax.tree_util.register_dataclass
@@ -328,7 +328,7 @@ def _pursue(key, x, y, per_class, kernel_fn, num_candidates, share) -> Coreset:
 
 def num_score_columns(num_rows: int, num_samples: int) -> int:
   """Number of kernel columns that `score_rows` evaluates: landmarks, or all rows if n is small."""
-  return num_rows if num_rows <= _EXACT_ROWS else min(num_rows, max(2 * num_samples, 1000))
+  return num_rows if num_rows <= EXACT_ROWS else min(num_rows, max(2 * num_samples, 1000))
 
 
 def score_rows(
@@ -357,7 +357,7 @@ def score_rows(
   """
   n, num_samples = x.shape[0], checks.positive_int("num_samples", num_samples)
   num_landmarks = num_score_columns(n, num_samples)
-  k = kernel_fn(x, None) if n <= _EXACT_ROWS else None
+  k = kernel_fn(x, None) if n <= EXACT_ROWS else None
   if score_ridge == "auto":
     target = min(max(AUTO_KAPPA * num_samples, 2.0), 0.5 * n)
     chosen = (

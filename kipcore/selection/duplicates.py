@@ -68,3 +68,14 @@ def row_hashes(array: np.ndarray, seed: int) -> np.ndarray:
     block = np.ascontiguousarray(array[part], wide) + wide(0)  # -0.0 becomes 0.0
     out[part] = block.view(np.uint32).astype(np.uint64) @ multipliers
   return out
+
+
+def merge_hashes(hashes: np.ndarray, weights: np.ndarray) -> Merged:
+  """`merge_rows` from pairs of hashes `(n, 2)` alone: rows with equal pairs count as equal."""
+  live = np.flatnonzero(weights > 0)
+  pairs = np.ascontiguousarray(hashes[live]).view([("a", np.uint64), ("b", np.uint64)]).reshape(-1)
+  _, first, place = np.unique(pairs, return_index=True, return_inverse=True)
+  kept, place = np.unique(first[place], return_inverse=True)
+  full = np.full(len(weights), -1, np.int64)
+  full[live] = place
+  return Merged(live[kept], full, np.bincount(place, weights=weights[live], minlength=kept.size))

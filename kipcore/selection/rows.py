@@ -181,7 +181,7 @@ def select(
   values = linalg.at_least_float32(jnp.asarray(x))
   checks.finite("x", values)  # also without float64, in which numbers can be larger
   n = x.shape[0]
-  mass = _input_weights(weights, n)
+  mass = input_weights(weights, n)
   labels = read_labels(y, n, mass > 0)
   check_labels(strategy, labels)
   limit = check_size(labels, mass, size, size_per_class, allocation)
@@ -191,15 +191,15 @@ def select(
   rows_as_given = np.asarray(values)
   problem, used_kernel = _problem(rows_as_given, labels, merged, kernel_fn)
   stream = keys.stream(key, "select")
-  quotas, enough = _quotas(stream, problem, limit, size_per_class is not None, allocation)
+  quotas = class_sizes(
+    problem.groups,
+    problem.weights,
+    limit,
+    size_per_class is not None,
+    allocation,
+    lambda: _scores(stream, problem, limit)[1].scores,
+  )
   objectives: dict[str, float] = {}
-  if not enough:
-    warnings.warn(
-      f"size: expected at most the number of distinct rows, got {limit} (of each class, if there are classes) "
-      f"for {problem.weights.size} distinct rows; all distinct rows of such classes are selected",
-      UserWarning,
-      stacklevel=2,
-    )
   if strategy == "auto":
     strategy, chosen, objectives = _best(stream, problem, quotas)
   else:
@@ -331,7 +331,7 @@ def check_size(labels: Labels, mass: np.ndarray, size, size_per_class, allocatio
   return limit
 
 
-def _input_weights(weights, n: int) -> np.ndarray:
+def input_weights(weights, n: int) -> np.ndarray:
   """The weights in float64; ones for None."""
   if weights is None:
     return np.ones(n)
@@ -350,18 +350,11 @@ def _problem(x, labels: Labels, merged, kernel_fn) -> tuple[Problem, KernelFn]:
   kept, share = x[merged.rows], merged.weights / merged.weights.sum()
   rows = kept.reshape(kept.shape[0], -1)
   scale = _spread(rows, share)
-  points, kind, groups = rows, "none", np.zeros(merged.rows.size, np.int64)
-  targets = np.zeros((merged.rows.size, 1), x.dtype)
-  if labels.classes is not None:
-    kind = "classes"
-    present, groups = np.unique(labels.classes[merged.rows], return_inverse=True)
-    targets = (np.eye(present.size)[groups] - 1 / present.size).astype(x.dtype)
-  elif labels.real is not None:
-    kind, real = "real", labels.real[merged.rows].astype(np.float64)
-    real = real - share @ real
-    real = real / (np.sqrt(share @ np.sum(real**2, axis=1)) or 1.0)
-    targets = real.astype(x.dtype)
-    points = np.concatenate([rows / scale, targets], axis=1)
+  groups, targets = groups_and_targets(labels, merged.rows, share, x.dtype)
+  kind = "none" if labels.classes is None else "classes"
+  points = rows
+  if labels.real is not None:
+    kind, points = "real", np.concatenate([rows / scale, targets], axis=1)
   problem = Problem(
     jnp.asarray(kept),
     jnp.asarray(points),
@@ -387,20 +380,43 @@ def _spread(rows: np.ndarray, share: np.ndarray):
   return rows.dtype.type(np.sqrt(total) or 1.0)
 
 
-def _quotas(key, problem: Problem, limit: int, per_class: bool, allocation: str):
-  """Rows per group `(C,)`, and whether there are enough distinct rows."""
-  rooms = np.bincount(problem.groups)
+def groups_and_targets(labels: Labels, rows: np.ndarray, share: np.ndarray, dtype):
+  """Class codes `(k,)` without gaps and regression targets `(k, c)` of some rows.
+
+  One-hot labels are centered by 1/c, real ones by their mean, and divided by sqrt(tr Cov); `share`
+  `(k,)` are the weights of the rows, with sum 1. Zeros without labels.
+  """
+  if labels.classes is not None:
+    present, groups = np.unique(labels.classes[rows], return_inverse=True)
+    return groups, (np.eye(present.size)[groups] - 1 / present.size).astype(dtype)
+  groups = np.zeros(rows.size, np.int64)
+  if labels.real is None:
+    return groups, np.zeros((rows.size, 1), dtype)
+  real = labels.real[rows].astype(np.float64)
+  real = real - share @ real
+  return groups, (real / (np.sqrt(share @ np.sum(real**2, axis=1)) or 1.0)).astype(dtype)
+
+
+def class_sizes(groups, weights, limit: int, per_class: bool, allocation: str, scores):
+  """Rows to select in each group, `(C,)`; a warning if there are fewer distinct rows.
+
+  `scores()` returns sensitivities, for the allocation of that name.
+  """
+  rooms = np.bincount(groups)
+  if limit > (rooms.min() if per_class else rooms.sum()):
+    warnings.warn(
+      f"size: expected at most the number of distinct rows, got {limit} (of each class, if there are classes) "
+      f"for {groups.size} distinct rows; all distinct rows of such classes are selected",
+      UserWarning,
+      stacklevel=3,
+    )
   if per_class:
-    return np.minimum(limit, rooms), bool((rooms >= limit).all())
+    return np.minimum(limit, rooms)
   if limit >= rooms.sum():
-    return rooms, limit == rooms.sum()
-  by = problem.weights
-  if allocation == "sensitivity":
-    by = np.asarray(_scores(key, problem, limit)[1].scores, np.float64)
-  totals = np.bincount(problem.groups, weights=by)
-  if allocation == "balanced":
-    totals = np.ones_like(totals)
-  return draws.class_quotas(np.arange(rooms.size), rooms, totals, limit, False), True
+    return rooms
+  by = np.asarray(scores(), np.float64) if allocation == "sensitivity" else weights
+  totals = np.ones(rooms.size) if allocation == "balanced" else np.bincount(groups, weights=by)
+  return draws.class_quotas(np.arange(rooms.size), rooms, totals, limit, False)
 
 
 def _scores(key, problem: Problem, num_samples: int):
@@ -430,10 +446,7 @@ def _choose(key, problem: Problem, quotas: np.ndarray, strategy: str) -> Chosen:
       mix = UNIFORM_MIX
       ridge, scores = _scores(key, problem, m)
       probabilities = scores.leverage if strategy == "leverage" else scores.scores
-    draws.check_distinct(probabilities, int(quotas.max()), mix, mass)
-    sample = sampling.draw_quotas(
-      keys.stream(key, "sample"), probabilities, problem.groups, quotas, mix, False, mass
-    )
+    sample = draw(key, probabilities, problem.groups, quotas, mix, mass)
     return Chosen(np.asarray(sample.indices), sample.weights, ridge, scores)
   if strategy == "kmedoids":
     options = {"num_inits": 1, "max_iterations": _LLOYD_STEPS}
@@ -451,6 +464,12 @@ def _choose(key, problem: Problem, quotas: np.ndarray, strategy: str) -> Chosen:
       strategies.nearest_masses(problem.points, problem.groups, rows, problem.weights)
     )
   return Chosen(np.concatenate(rows), weights)
+
+
+def draw(key, scores, groups, quotas, mix, mass) -> sampling.Sample:
+  """Distinct rows of each group by score, with weights u / (inclusion probability)."""
+  draws.check_distinct(scores, int(quotas.max()), mix, mass)
+  return sampling.draw_quotas(keys.stream(key, "sample"), scores, groups, quotas, mix, False, mass)
 
 
 def _by_group(key, problem: Problem, quotas, strategy: str) -> list[np.ndarray]:

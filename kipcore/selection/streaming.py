@@ -26,6 +26,7 @@ def stream_krr_sensitivities(
   transform: Callable | None = None,
   block_size: int = 1024,
   refine: bool = True,
+  weights: np.ndarray | None = None,
 ) -> SensitivityScores:
   """`approximate_krr_sensitivities` for rows on disk: the same bounds, with blocks in file order.
 
@@ -45,6 +46,7 @@ def stream_krr_sensitivities(
     block_size: number of rows processed at a time. Memory: s x s and block_size x (s + block_size)
       entries. The second bound takes about block_size^2 operations per row.
     refine: as for `approximate_krr_sensitivities`; False reads the rows only once.
+    weights: `(n,)` input weights >= 0, or None for 1. Landmarks have positive weight.
 
   Returns:
     `SensitivityScores`, upper bounds. Cost per pass: n s kernel entries and n s^2 operations.
@@ -61,15 +63,22 @@ def stream_krr_sensitivities(
   if len(y.shape) != 2 or y.shape[0] != n:
     raise ValueError(f"y: expected shape ({n}, c) to match x, got {tuple(y.shape)}")
   read = functools.partial(_read, x, y, transform)
-  drawn = jax.random.permutation(keys.canonical_key(key), n)[: min(num_landmarks, n)]
-  landmarks = np.sort(np.asarray(drawn))
+  drawn = np.asarray(jax.random.permutation(keys.canonical_key(key), n))
+  if weights is not None:
+    checks.weights("weights", weights, n, jnp.float32)
+    weights = np.asarray(weights)
+    drawn = drawn[weights[drawn] > 0]
+    if not drawn.size:
+      raise ValueError("weights: expected at least one value > 0, got zeros")
+  landmarks = np.sort(drawn[: min(num_landmarks, n)])
   xs, ys = read(landmarks, "landmarks")
-  ridge, rs = scoring.prepare_rows("x", xs, ridge, None)
+  ridge, rs = scoring.prepare_rows("x", xs, ridge, None if weights is None else weights[landmarks])
+  ys = rs[:, None] * ys.astype(rs.dtype)
   scoring.check_precision(
     ridge, lambda: jnp.mean(scoring.weighted_diagonal(kernel_fn, xs[:256], rs[:256])), xs.dtype
   )
   kernel_fn = pytrees.argument(kernel_fn)
-  solution, start = _prepare(kernel_fn, xs, rs, ys.astype(rs.dtype), ridge)
+  solution, start = _prepare(kernel_fn, xs, rs, ys, ridge)
   size = min(block_size, n)
 
   def row_blocks():
@@ -77,9 +86,10 @@ def stream_krr_sensitivities(
     for part in blocks.row_slices(n, size):
       rows = np.arange(part.start, part.stop)
       xb, yb = read(part, f"rows {part.start} to {part.stop - 1}")
-      present = np.arange(size) < rows.size
-      yb = jnp.where(present[:, None], blocks.pad_rows(yb, size), 0)
-      yield rows, blocks.pad_rows(xb, size), jnp.asarray(present, rs.dtype), yb.astype(rs.dtype)
+      root = np.ones(rows.size) if weights is None else np.sqrt(weights[part])
+      root = jnp.asarray(np.pad(root, (0, size - rows.size)), rs.dtype)
+      yb = root[:, None] * blocks.pad_rows(yb, size).astype(rs.dtype)
+      yield rows, blocks.pad_rows(xb, size), root, yb
 
   totals = sensitivity_cores.nystrom_totals(start, y.shape[1])
   t, error2, tau, residual2 = (np.zeros(n, rs.dtype) for _ in range(4))

@@ -25,6 +25,7 @@ from kipcore.cli.config import (
   EvaluateConfig,
   OutputConfig,
   ProcessConfig,
+  RowsConfig,
   SelectConfig,
 )
 from kipcore.cli.cost import estimate, progress
@@ -101,7 +102,7 @@ FLAGS = {
     ("dataset", "data_dir", "images_per_class", "teach", "minutes", "method"),
   ),
   "select": (
-    names(SelectConfig, OutputConfig),
+    names(SelectConfig, RowsConfig, OutputConfig),
     ("dataset", "data_dir", "images_per_class", "strategy"),
   ),
   "compare": (

@@ -9,7 +9,13 @@ import shlex
 import jax
 
 from kipcore.cli import recipes
-from kipcore.cli.config import CompareConfig, DataConfig, DistillConfig, SelectConfig
+from kipcore.cli.config import (
+  CompareConfig,
+  DataConfig,
+  DistillConfig,
+  RowsConfig,
+  SelectConfig,
+)
 from kipcore.cli.folder.run_folder import RUN_FILES
 from kipcore.io import atomic
 
@@ -127,6 +133,11 @@ def distillation_command(config: DistillConfig, folder=None) -> str:
 def selection_command(config: SelectConfig, folder=None) -> str:
   """The command of a selection."""
   return _command("kipcore-select", _changed(config, SelectConfig()), folder)
+
+
+def rows_command(config: RowsConfig, folder=None) -> str:
+  """The command of a selection of rows."""
+  return _command("kipcore-select", _changed(config, RowsConfig()), folder)
 
 
 def comparison_command(config: CompareConfig, shared: dict, folder=None) -> str:
