@@ -21,8 +21,10 @@ REAL = X @ np.arange(6.0) + 0.1 * np.random.default_rng(0).normal(size=300)
 @pytest.mark.parametrize(
   "estimator",
   [
-    CoresetSampler(0.999, random_state=0),
-    CoresetEstimator(LogisticRegression(tol=1e-8), CoresetSampler(0.999, random_state=0)),
+    CoresetSampler(0.999, "uniform", random_state=0),
+    CoresetEstimator(
+      LogisticRegression(tol=1e-8), CoresetSampler(0.999, "uniform", random_state=0)
+    ),
   ],
   ids=["sampler", "estimator"],
 )
@@ -52,7 +54,7 @@ def test_the_sampler_returns_what_select_returns():
 
 def test_models_of_weighted_rows_are_close_to_that_of_all_rows():
   """The documented uses: fit with the weights, or put `CoresetEstimator` into a pipeline."""
-  sampler = CoresetSampler(30, "kmedoids", random_state=0)
+  sampler = CoresetSampler(60, "lightweight", random_state=0)
   points, labels = sampler.fit_resample(X, Y)
   model = LogisticRegression().fit(points, labels, sample_weight=sampler.sample_weight_)
   full = LogisticRegression().fit(X, Y)

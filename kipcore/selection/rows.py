@@ -185,10 +185,10 @@ def select(
   labels = read_labels(y, n, mass > 0)
   check_labels(strategy, labels)
   limit = check_size(labels, mass, size, size_per_class, allocation)
-  merged = duplicates.merge_rows(
-    [np.asarray(a) for a in (x, labels.classes, labels.real) if a is not None], mass
-  )
   rows_as_given = np.asarray(values)
+  merged = duplicates.merge_rows(
+    [a for a in (rows_as_given, labels.classes, labels.real) if a is not None], mass
+  )
   problem, used_kernel = _problem(rows_as_given, labels, merged, kernel_fn)
   stream = keys.stream(key, "select")
   quotas = class_sizes(

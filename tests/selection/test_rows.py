@@ -61,9 +61,12 @@ def test_repeated_rows_equal_weighted_rows(kind, strategy):
   assert (weighted.kernel_fn is not None) == uses
 
 
-def test_equal_weights_scale_the_weights_of_the_result():
-  one = kipcore.select(0, X, REAL, M, strategy="krr_sensitivity")
-  ten = kipcore.select(0, X, REAL, M, strategy="krr_sensitivity", weights=np.full(N, 10, "f4"))
+def test_scaled_input_weights_scale_the_weights_of_the_result():
+  u = COUNTS.astype("f4")
+  one, ten = (
+    kipcore.select(0, X, REAL, M, strategy="krr_sensitivity", weights=scale * u)
+    for scale in (1, 10)
+  )
   np.testing.assert_array_equal(one.indices, ten.indices)
   assert_close(ten.weights, 10 * np.asarray(one.weights), 1e-4)
   assert_close(ten.ridge, 10 * one.ridge, 1e-3)
@@ -120,12 +123,12 @@ def test_stratified_sample_with_weights_is_unbiased():
   u, f = jnp.asarray(COUNTS, "f4"), RNG.normal(size=N) + 2
   scores = jnp.asarray(RNG.uniform(0.1, 1, N).astype("f4")) * u
   totals = []
-  for seed in range(200):
+  for seed in range(100):
     sample = kipcore.stratified_sample(
       seed, scores, CLASSES, M, uniform_mix=0.1, replace=False, input_weights=u
     )
     totals.append(np.sum(np.asarray(sample.weights) * f[np.asarray(sample.indices)]))
-  error = np.std(totals) / np.sqrt(200)
+  error = np.std(totals) / np.sqrt(100)
   assert abs(np.mean(totals) - COUNTS @ f) < 4 * error and error < 0.05 * abs(COUNTS @ f)
 
 
@@ -149,6 +152,8 @@ def test_labels_are_read_by_their_type():
   assert rows.read_labels(CLASSES > 0, N).names.tolist() == [False, True]
   for y in (REAL, CLASSES.astype("f4"), np.stack([REAL, -REAL], 1), 2 * hot, hot[:, :1]):
     assert rows.read_labels(y, N).real.shape == (N, y.size // N)
+  half = jnp.asarray(X, jnp.bfloat16)
+  assert kipcore.select(0, half, CLASSES, M, strategy="uniform").x.dtype == jnp.float32
   by_type = [kipcore.select(0, X, y, M, strategy="uniform") for y in (CLASSES, hot)]
   np.testing.assert_array_equal(by_type[0].indices, by_type[1].indices)
   assert by_type[1].y.shape == (M, 3)
@@ -164,8 +169,15 @@ def test_labels_are_read_by_their_type():
   ],
 )
 def test_sizes_of_classes(kwargs, quotas):
-  chosen = kipcore.select(0, X, CLASSES, strategy="uniform", **kwargs)
-  assert np.bincount(CLASSES[chosen.indices]).tolist() == quotas
+  limit, per_class = kwargs.get("size", kwargs.get("size_per_class")), "size" not in kwargs
+  allocation = kwargs.get("allocation", "proportional")
+  found = rows.class_sizes(CLASSES, np.ones(N), limit, per_class, allocation, None)
+  assert found.tolist() == quotas
+
+
+def test_weights_of_classes_of_one_size():
+  chosen = kipcore.select(0, X, CLASSES, size_per_class=4, strategy="uniform")
+  assert np.bincount(CLASSES[chosen.indices]).tolist() == [4, 4, 4]
   assert_close(np.bincount(CLASSES[chosen.indices], weights=chosen.weights), [24, 24, 12], 1e-5)
 
 
@@ -191,25 +203,26 @@ def test_all_distinct_rows_are_kept_if_there_are_too_few():
 
 @pytest.mark.parametrize("kind", ["classes", "real"])
 def test_auto_is_not_worse_than_uniform_by_its_measure(kind):
-  y = LABELS[kind]
-  chosen = kipcore.select(0, X, y, M)
+  y, u = LABELS[kind], COUNTS / COUNTS.sum()
+  chosen = kipcore.select(0, X, y, M, weights=COUNTS.astype("f4"))
   assert set(chosen.objectives) == set(rows.AUTO_CANDIDATES) and chosen.ridge > 0
   assert chosen.objectives[chosen.strategy] == min(chosen.objectives.values())
   # The same error by weighted ridge regression in float64.
   x, points = X.astype("f8"), np.asarray(chosen.x, "f8")
-  targets = (
-    np.eye(3)[CLASSES] - 1 / 3 if kind == "classes" else (REAL - REAL.mean())[:, None] / REAL.std()
-  )
-  k = lambda a, b: np.exp(
-    -((a[:, None] - b[None]) ** 2).sum(-1) / (2 * chosen.kernel_fn.bandwidth**2)
-  )
+  if kind == "classes":
+    targets = np.eye(3)[CLASSES] - 1 / 3
+  else:
+    targets = (REAL - u @ REAL)[:, None] / np.sqrt(u @ (REAL - u @ REAL) ** 2)
+  width = chosen.kernel_fn.bandwidth
+  k = lambda a, b: np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / (2 * width**2))
   fitted = k(points, points) + chosen.ridge * np.diag(1 / np.asarray(chosen.weights, "f8"))
   predicted = k(x, points) @ np.linalg.solve(fitted, targets[chosen.indices])
-  wrong = (
-    predicted.argmax(1) != CLASSES if kind == "classes" else ((predicted - targets) ** 2).sum(1)
-  )
-  assert_close(chosen.objectives[chosen.strategy], np.mean(wrong), 1e-4)
-  assert chosen.kernel_fn.bandwidth == pytest.approx(np.sqrt(X.var(axis=0).sum()), rel=1e-5)
+  if kind == "classes":
+    lost = predicted.argmax(1) != CLASSES
+  else:
+    lost = ((predicted - targets) ** 2).sum(1)
+  assert_close(chosen.objectives[chosen.strategy], u @ lost, 1e-4)
+  assert width == pytest.approx(np.sqrt(u @ ((X - u @ X) ** 2).sum(1)), rel=1e-5)
 
 
 def test_weights_of_one_hot_labels_can_be_absorbed():
