@@ -166,13 +166,19 @@ def measure(name: str, strategy: str, fraction: float, num_seeds: int, data) -> 
 
 def main() -> None:
   """Measures the missing cells and writes the result file after each."""
+  from kipcore.cli.errors import UsageError
   from kipcore.cli.folder import run_folder
   from kipcore.selection import rows
 
   # Read before the runs, because the working tree may change during them.
   environment = run_folder.environment()
   path = pathlib.Path(FLAGS.output)
-  content = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+  settings = {"penalty": PENALTY, "train_rows": FLAGS.train_rows, "num_seeds": FLAGS.num_seeds}
+  content = json.loads(path.read_text()) if path.exists() else {"settings": settings, "cells": {}}
+  if content["settings"] != settings:
+    raise UsageError(
+      f"--output: {path} has the settings {content['settings']}, got {settings}; choose another file"
+    )
   cells = content["cells"]
   available = [name for name, (_, files) in DATASETS.items() if FLAGS.data_dir or not files]
   for name in FLAGS.datasets or available:
@@ -197,7 +203,7 @@ def main() -> None:
         measured = measure(name, strategy, fraction, FLAGS.num_seeds, data)
         cells[cell] = measured and {**measured, "commit": environment["commit"]}
         run_folder.write_json(
-          path, {"environment": environment, "penalty": PENALTY, "cells": cells}
+          path, {"environment": environment, "settings": settings, "cells": cells}
         )
         if measured:
           print(cell, measured["size"], _text(measured["runs"]), flush=True)
