@@ -443,7 +443,57 @@ def expert_labels_table(results: dict) -> str:
 
 
 # marker in the document -> result file, and the function that renders it
+def selection_table(results: dict) -> str:
+  """Markdown of `selection.json`: one row per dataset, model and number of rows, best strategy in bold."""
+  cells = {name: cell for name, cell in results["cells"].items() if cell}
+  strategies = list(dict.fromkeys(name.split("/")[1] for name in cells if "/all" not in name))
+  lines = [
+    "| dataset, model, rows | all | " + " | ".join(f"`{name}`" for name in strategies) + " |",
+    "| --- | --- |" + " --- |" * len(strategies),
+  ]
+  groups = dict.fromkeys(
+    (name.split("/")[0], name.split("/")[2]) for name in cells if "/all" not in name
+  )
+  for dataset, fraction in groups:
+    complete = cells[f"{dataset}/all"]
+    for model in ("ridge", "logistic"):
+      if model not in complete["runs"][0]:
+        continue
+      runs = {
+        name: [run[model] for run in cells[f"{dataset}/{name}/{fraction}"]["runs"]]
+        for name in strategies
+        if f"{dataset}/{name}/{fraction}" in cells
+      }
+      best = min(runs, key=lambda name: statistics.mean(runs[name]))
+      row = []
+      for name in strategies:
+        if name not in runs:
+          row.append("")
+          continue
+        error = statistics.stdev(runs[name]) / len(runs[name]) ** 0.5
+        text = f"{statistics.mean(runs[name]):.3f} ± {error:.3f}"
+        row.append(f"**{text}**" if name == best else text)
+      size = cells[f"{dataset}/uniform/{fraction}"]["size"]
+      of = f"{size} of {complete['size']:,}"
+      lines.append(
+        f"| {dataset}, {model}, {of} | {complete['runs'][0][model]:.3f} | " + " | ".join(row) + " |"
+      )
+  settings = results["settings"]
+  rows = (
+    f"at most {settings['train_rows']:,} rows of each dataset"
+    if settings["train_rows"]
+    else "all rows"
+  )
+  lines += [
+    "",
+    "Test error of models trained on the weighted rows (*all*: on all rows): error rate, the mean over classes, or squared error divided by the variance; mean and standard error over "
+    f"{settings['num_seeds']} seeds of the selection, {rows}, from `experiments/results/selection.json` (`python -m experiments.studies.selection`), which also contains the seconds.",
+  ]
+  return "\n".join(lines)
+
+
 TABLES = {
+  "selection": ("selection", selection_table),
   "networks": ("networks", networks_table),
   "expert_labels": ("expert_labels", expert_labels_table),
   "conformance": ("conformance", conformance_table),
