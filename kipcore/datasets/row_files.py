@@ -87,6 +87,8 @@ class SequentialRows:
       parts.append(block[:missing])
       self._rest, missing = block[missing:], missing - len(block)
     self._position += count
+    if self._position == self.shape[0]:  # closes the file
+      self._blocks = None
     return np.concatenate(parts)
 
 
@@ -392,7 +394,8 @@ def _schema(pa, path: str, suffix: str):
 def _batches(pa, path: str, suffix: str, names: list[str], kinds: dict) -> Iterator[Any]:
   """Record batches of some columns, from the first row on."""
   if suffix == ".parquet":
-    with pa.parquet.ParquetFile(path) as file:
+    # With `pre_buffer`, the buffers of all earlier batches stay in memory.
+    with pa.parquet.ParquetFile(path, pre_buffer=False) as file:
       yield from file.iter_batches(_BLOCK_ROWS, columns=names)
     return
   options = pa.csv.ConvertOptions(

@@ -224,3 +224,16 @@ def test_truncated_and_text_arrays_are_refused(tmp_path):
   ):
     with pytest.raises(UsageError, match=message):
       runs.plan(RowsConfig(input=str(tmp_path / name), size=M))
+
+
+def test_memory_of_a_pass_over_parquet_does_not_grow_with_the_rows(tmp_path):
+  content = pa.table({f"c{i}": RNG.normal(size=40_000) for i in range(8)})  # 2.4 MiB
+  pa.parquet.write_table(content, tmp_path / "t.parquet", row_group_size=2000)
+  del content
+  file = row_files.open_rows(tmp_path / "t.parquet")
+  before, most = pa.total_allocated_bytes(), 0
+  for first in range(0, 40_000, 1000):
+    assert len(file.x[first : first + 1000]) == 1000
+    most = max(most, pa.total_allocated_bytes() - before)
+  assert 0 < most < 1e6
+  assert pa.total_allocated_bytes() == before  # the file is closed after the last row
