@@ -300,6 +300,7 @@ PUBLIC = {
   "herding": lambda seed: kipcore.herding(x_of(seed), 4),
   "importance_sample": lambda seed: kipcore.importance_sample(seed, scores_of(seed), 4),
   "k_center": lambda seed: kipcore.k_center(x_of(seed), 4),
+  "kernel_herding": lambda seed: kipcore.kernel_herding(ROWS_KERNEL, x_of(seed), 4),
   "kernel_kmeans_plusplus": lambda seed: kipcore.kernel_kmeans_plusplus(
     seed, ROWS_KERNEL, x_of(seed), 3
   ),
@@ -389,6 +390,13 @@ PUBLIC = {
     )
     for strategy in kipcore.selection.coreset.STRATEGIES
   },
+  **{
+    f"select, {strategy}": lambda seed, strategy=strategy: (
+      kipcore.select(seed, x_of(seed), ONE_HOT, 6, None, strategy, ROWS_KERNEL).x
+    )
+    for strategy in ("auto", "leverage", "kernel_herding")
+  },
+  "stream_select": lambda seed: kipcore.stream_select(seed, x_of(seed), ONE_HOT, 6, block_size=8).x,
   "sensitivity_sample": lambda seed: kipcore.sensitivity_sample(seed, scores_of(seed), 4),
   "sensitivity_sample, distinct": lambda seed: kipcore.sensitivity_sample(
     seed, scores_of(seed), 4, replace=False
