@@ -10,6 +10,7 @@ from binaries import run_binary
 from helpers import standard_promotion
 
 import kipcore
+from kipcore import datasets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -153,7 +154,7 @@ def place(tmp_path_factory):
   from PIL import Image
 
   path = tmp_path_factory.mktemp("readme")
-  data = kipcore.datasets.load_dataset("digits")
+  data = datasets.load_dataset("digits")
   arrays = {name: getattr(data, name)[:300] for name in ("x_train", "y_train", "x_test", "y_test")}
   np.savez(path / "data.npz", **arrays)
   for name, images, labels in (
