@@ -373,7 +373,7 @@ def _compared() -> dict:
 def networks_table(results: dict) -> str:
   """Sets that teach networks, next to other sets under the same protocol."""
   lines = [
-    "| dataset, images per class | method | distilled | random real images | start | networks | goal (published) | minutes | steps |",
+    "| dataset, images per class | method | distilled | random real images | initial images | networks | goal (published) | minutes | steps |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
   ]
   for name, job in results["jobs"].items():
@@ -396,7 +396,7 @@ def networks_table(results: dict) -> str:
     [
       *lines,
       "",
-      "Test accuracy (%) of five networks trained on the set (two on random images and on the start), mean and standard deviation, one distillation seed, all test rows; "
+      "Test accuracy (%) of five networks trained on the set (two on random images and on the initial ones), mean and standard deviation, one distillation seed, all test rows; "
       "*networks*: architecture, width (before the first pooling, for `frepo`) and protocol; minutes of the whole run, scores included, on two CPU cores with other work. "
       "From `experiments/results/networks.json` (`python -m experiments.studies.networks`), with all settings."
       + "".join(f" †: {note}." for note in dict.fromkeys(notes)),

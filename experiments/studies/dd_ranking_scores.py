@@ -20,7 +20,7 @@ from kipcore.cli import flags as common
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("artifact", None, "File distilled.npz of a run.")
+flags.DEFINE_string("artifact", None, "The `distilled.npz` of a run.")
 flags.DEFINE_string("data_dir", None, "Folder of the prepared TFDS datasets.")
 flags.DEFINE_string("python", "python3", "Interpreter in which ddranking is installed.")
 flags.DEFINE_integer("num_eval", 5, "Draws of each score.", lower_bound=1)

@@ -39,9 +39,10 @@ def main(values) -> None:
   output_dir, given = values.output_dir, given_flags(DistillConfig, values)
   if values.resume:
     output_dir = str(resume.unfinished(output_dir))
-  if not values.resume:
+    config = resume.config_of(output_dir, given)
+  else:
     given = saved_sets.with_size(given)
-  config = resume.config_of(output_dir, given) if values.resume else recipes.resolve(**given)
+    config = recipes.resolve(**given)
   jax.config.update("jax_enable_x64", config.x64)
   checkpoints = from_flags(CheckpointConfig, values)
   for line in recipes.unused(config, given) if index == 0 else ():

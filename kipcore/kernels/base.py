@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,7 @@ class _Combination(Kernel):
   """A kernel made of others, entry by entry."""
 
   kernels: tuple
+  _operation: ClassVar[Callable]
 
   def __post_init__(self):
     flat: list = []
@@ -110,14 +112,11 @@ class _Combination(Kernel):
       flat += kernel.kernels if type(kernel) is type(self) else [pytrees.argument(kernel)]
     object.__setattr__(self, "kernels", tuple(flat))
 
-  def _combined(self, entries: list) -> Array:
-    raise NotImplementedError
-
   def _matrix(self, x1: Array, x2: Array | None) -> Array:
-    return self._combined([kernel(x1, x2) for kernel in self.kernels])
+    return functools.reduce(self._operation, [kernel(x1, x2) for kernel in self.kernels])
 
   def _diagonal(self, x: Array) -> Array:
-    return self._combined([diagonal(kernel, x) for kernel in self.kernels])
+    return functools.reduce(self._operation, [diagonal(kernel, x) for kernel in self.kernels])
 
   def _in_dtype(self, dtype) -> Kernel:
     return self  # those of the kernels convert their own
@@ -129,9 +128,7 @@ class SumKernel(_Combination):
   """The sum of kernels, k1 + k2."""
 
   kernels: tuple
-
-  def _combined(self, entries: list) -> Array:
-    return functools.reduce(jnp.add, entries)
+  _operation = staticmethod(jnp.add)
 
 
 @pytrees.record("kernels")
@@ -140,9 +137,7 @@ class ProductKernel(_Combination):
   """The product of kernels, k1 * k2, entry by entry; positive semi-definite (Schur)."""
 
   kernels: tuple
-
-  def _combined(self, entries: list) -> Array:
-    return functools.reduce(jnp.multiply, entries)
+  _operation = staticmethod(jnp.multiply)
 
 
 @pytrees.record("scale", "kernel")

@@ -306,7 +306,7 @@ def plan(words, p, b) -> Plan:
 
 
 def no_plan(n: int, dtype) -> Plan:
-  """A placeholder plan with valid shapes and meaningless values."""
+  """A plan of the right shapes, for states that do not have one yet; its values are not used."""
   size = 2 ** (n - 1).bit_length()
   zeros = jnp.zeros((size,), jnp.int32)
   return Plan(zeros, zeros, zeros.astype(jnp.uint32), jnp.ones((n,), dtype))

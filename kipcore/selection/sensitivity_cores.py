@@ -213,7 +213,7 @@ def nystrom_rows(kernel_fn, s: NystromStart, fit: NystromFit, ridge, xb, rb, yb)
 
 @functools.partial(jax.jit, static_argnums=1)
 def diagnose(parts, dtype):
-  """The fields of `SensitivityScores`; the caller replaces the placeholder for the guarantee."""
+  """The fields of `SensitivityScores`; the caller sets the guarantee."""
   scores, tau, objective, lower, status = parts
   n = scores.shape[0]
   scores = jnp.where(status == Status.OK, jnp.clip(scores, 0, 1), jnp.nan)
