@@ -435,14 +435,13 @@ def expert_labels_table(results: dict) -> str:
     [
       *lines,
       "",
-      "Test accuracy (%) of ConvNet-3 networks trained on the selected images with class labels / with the labels of an expert, mean and standard deviation over "
-      f"{' or '.join(map(str, sorted(seeds)))} seeds of network and selection; width {config['width']}, protocol `{config['protocol']}`; the epoch of the expert was chosen "
+      "Test accuracy (%) of ConvNet-3 networks trained on the selected images with class labels (one seed) / with the labels of an expert, mean and standard deviation over "
+      f"{max(seeds)} seeds of network and selection; width {config['width']}, protocol `{config['protocol']}`; the epoch of the expert was chosen "
       "on validation rows for random images. From `experiments/results/expert_labels.json` (`python -m experiments.studies.expert_labels`).",
     ]
   )
 
 
-# marker in the document -> result file, and the function that renders it
 def selection_table(results: dict) -> str:
   """Markdown of `selection.json`: one row per dataset, model and number of rows, best strategy in bold."""
   cells = {name: cell for name, cell in results["cells"].items() if cell}
@@ -492,6 +491,7 @@ def selection_table(results: dict) -> str:
   return "\n".join(lines)
 
 
+# marker in the document -> result file, and the function that renders it
 TABLES = {
   "selection": ("selection", selection_table),
   "networks": ("networks", networks_table),

@@ -44,6 +44,6 @@ def test_cells_are_added_and_never_repeated(study, capsys):
   study("digits-1")
   assert capsys.readouterr().out == ""
   row = tables.expert_labels_table(second).splitlines()[2]
-  assert row.startswith("| digits, 1 | 1 of 1 | ") and row.count(" / ") == 2 and row.count("±") == 4
+  assert row.startswith("| digits, 1 | 1 of 1 | ") and row.count(" / ") == 2 and row.count("±") == 2
   with pytest.raises(ValueError, match="output: expected a file with the settings"):
     study("digits-1", width=3)
