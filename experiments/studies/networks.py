@@ -64,7 +64,7 @@ JOBS = {
       dataset="cifar10",
       preprocess="zca",
       images_per_class=10,
-      steps=1000,
+      steps=2500,
       options="flip=True",
     ),
     "58 (FRePo 65.5, RaT-BPTT 69.4)",
