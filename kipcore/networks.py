@@ -1,6 +1,7 @@
 """Architectures as `flax.linen` modules of finite width, and a residual network for evaluation."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from kipcore.architectures import (
   LeakyRelu,
   Relu,
 )
+from kipcore.convolution import convolve
 from kipcore.types import Array, ArrayLike, IntLike, RealLike
 
 _MAX_WIDTH = 2**20
@@ -141,32 +143,13 @@ class Convolution(nn.Module):
     return convolve(x, self.param("kernel", self.kernel_init, shape, x.dtype))
 
 
-def convolve(
-  x: Float[ArrayLike, "n h w c"], kernel: Float[ArrayLike, "size size c features"]
-) -> Float[Array, "n h w features"]:
-  """Zero-padded convolution of `(n, h, w, c)` with `(size, size, c, features)`; size is odd.
-
-  On CPUs this is one matrix product of patches, because XLA's own convolution and its gradient are
-  up to 30 times slower inside a loop there.
-  """
-  x, kernel = jnp.asarray(x), jnp.asarray(kernel)
-  if jax.default_backend() != "cpu":
-    return jax.lax.conv_general_dilated(
-      x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-  (n, h, w, c), size = x.shape, kernel.shape[0]
-  padded = jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
-  patches = jnp.concatenate(
-    [padded[:, i : i + h, j : j + w] for i in range(size) for j in range(size)], axis=-1
-  )
-  return (patches.reshape(-1, size**2 * c) @ kernel.reshape(size**2 * c, -1)).reshape(n, h, w, -1)
-
-
 def average_pool(x: Float[ArrayLike, "n h w c"], size: int) -> Float[Array, "n _ _ c"]:
   """Mean over disjoint windows of `(n, h, w, c)`; remaining rows and columns are dropped."""
-  n, h, w, c = x.shape
-  x = jnp.asarray(x)[:, : h // size * size, : w // size * size]
-  return jnp.mean(x.reshape(n, h // size, size, w // size, size, c), axis=(2, 4))
+  h, w = (length // size * size for length in x.shape[1:3])
+  x = jnp.asarray(x)[:, :h, :w]
+  # Sums of strided slices, because XLA on CPUs is slow at reductions over short axes and at their derivatives.
+  rows = functools.reduce(operator.add, (x[:, i::size] for i in range(size)))
+  return functools.reduce(operator.add, (rows[:, :, j::size] for j in range(size))) / size**2
 
 
 def network(

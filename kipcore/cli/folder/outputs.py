@@ -99,6 +99,20 @@ def reference_lines(result: dict) -> dict[str, float]:
   }
 
 
+def compared_networks(
+  result: dict, random: str = "random real data", initial: str = "the initialization"
+) -> dict[str, float]:
+  """Accuracies of networks trained on the sets that a result is compared with, by what to call the sets."""
+  names = {
+    "random_baseline": random,
+    "init": initial,
+    "expert_random_baseline": f"{random} with expert labels",
+    "expert_init": f"{initial} with expert labels",
+  }
+  scores = {name: f"{key}_network_test_accuracy_mean" for key, name in names.items()}
+  return {name: result[key] for name, key in scores.items() if key in result}
+
+
 def write_importance(folder, config, data, support, scores) -> None:
   """`importance.npz`, if the sampler has scores: scores of all training rows, and the images with the highest ones.
 

@@ -214,14 +214,8 @@ def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> Sequen
       )
     )
     rows += [
-      (f"networks trained on {name}", result[f"{key}_network_test_accuracy_mean"], note)
-      for name, key, note in (
-        ("the initialization", "init", result["init"]),
-        ("random real data", "random_baseline", "same size"),
-        ("the initialization with expert labels", "expert_init", result["init"]),
-        ("random real data with expert labels", "expert_random_baseline", "same size"),
-      )
-      if f"{key}_network_test_accuracy_mean" in result
+      (f"networks trained on {name}", value, result["init"] if "initial" in name else "same size")
+      for name, value in outputs.compared_networks(result).items()
     ]
   if leads := result.get("teach", "kernel") != "kernel" and bool(networks):
     rows = [row for row in rows if "networks" in row[0]] + [
@@ -269,17 +263,7 @@ def _accuracies(config: dict, result: dict, stored: artifact.Artifact) -> Sequen
 def _network_entries(result: dict) -> list[tuple[str, str, str]]:
   """The cards of a set for networks: its accuracy and those of other sets under the same protocol."""
   own = result["network_test_accuracy_mean"]
-  names = {
-    "random_baseline": "random real data",
-    "init": "the initialization",
-    "expert_random_baseline": "random real data with expert labels",
-    "expert_init": "the initialization with expert labels",
-  }
-  others = {
-    name: result[f"{key}_network_test_accuracy_mean"]
-    for key, name in names.items()
-    if f"{key}_network_test_accuracy_mean" in result
-  }
+  others = outputs.compared_networks(result)
   differences = [_difference(100 * (own - value), name) for name, value in others.items()]
   return [
     (_percent(own), "networks trained on the distilled set", ", ".join(differences)),

@@ -733,17 +733,7 @@ def _network_summary(result: dict, m: int, kind: str) -> list[str]:
   own = result["network_test_accuracy_mean"]
   spread = result.get("network_test_accuracy_std")
   deviation = "" if spread is None else f" (standard deviation {100 * spread:.2f} points)"
-  names = {
-    f"{m} random real {kind}": "random_baseline",
-    f"the initial {kind}": "init",
-    f"{m} random real {kind} with expert labels": "expert_random_baseline",
-    f"the initial {kind} with expert labels": "expert_init",
-  }
-  others = {
-    name: result[f"{key}_network_test_accuracy_mean"]
-    for name, key in names.items()
-    if f"{key}_network_test_accuracy_mean" in result
-  }
+  others = outputs.compared_networks(result, f"{m} random real {kind}", f"the initial {kind}")
   compare = ", ".join(
     f"{compared(own, other)} {name} ({100 * other:.1f} %)" for name, other in others.items()
   )
