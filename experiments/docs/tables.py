@@ -377,7 +377,7 @@ def networks_table(results: dict) -> str:
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
   ]
   for name, job in results["jobs"].items():
-    dataset, size = re.fullmatch(r"(.*?)_(\d+)(?:_[a-z]+)?", name).groups()
+    dataset, size = re.fullmatch(r"(.*?)_(\d+)(?:_.*)?", name).groups()
     (run,) = job["runs"][:1]
     own = f"{100 * run['network_test_accuracy_mean']:.1f} ± {100 * run['network_test_accuracy_std']:.1f}"
     others = [
@@ -387,7 +387,8 @@ def networks_table(results: dict) -> str:
     minutes = f"{run['wall_seconds'] / 60:.0f}"
     title = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}[dataset]
     scored_by = run["network_scored_by"].replace("networks of ", "").replace("protocol ", "")
-    mark = " †" * bool(job.get("note"))
+    mark = " (`--minutes=5`)" if "minutes" in job["settings"] else ""
+    mark += " †" * bool(job.get("note"))
     cells = [f"{title}, {size}{mark}", f"`{run['method']}`", own, *others, scored_by]
     cells += [job["goal"], minutes, f"{run['steps']:,}"]
     lines.append(f"| {' | '.join(cells)} |")
