@@ -393,6 +393,7 @@ def networks_table(results: dict) -> str:
     cells += [job["goal"], minutes, f"{run['steps']:,}"]
     lines.append(f"| {' | '.join(cells)} |")
   notes = [job["note"] for job in results["jobs"].values() if job.get("note")]
+  short = any("minutes" in job["settings"] for job in results["jobs"].values())
   return "\n".join(
     [
       *lines,
@@ -400,6 +401,8 @@ def networks_table(results: dict) -> str:
       "Test accuracy (%) of five networks trained on the set (two on random images and on the initial ones), mean and standard deviation, one distillation seed, all test rows; "
       "*networks*: architecture, width (before the first pooling, for `frepo`) and protocol; minutes of the whole run, scores included, on two CPU cores with other work. "
       "From `experiments/results/networks.json` (`python -m experiments.studies.networks`), with all settings."
+      + " Rows with `--minutes=5`: two networks and the first 2,000 test rows, as that flag has by default."
+      * short
       + "".join(f" †: {note}." for note in dict.fromkeys(notes)),
     ]
   )

@@ -75,9 +75,9 @@ JOBS = {
     "58 (FRePo 65.5, RaT-BPTT 69.4)",
   ),
 }
-# `--minutes=5` as users run it, but scored like the others.
+# `--minutes=5` as users run it: two networks score the result on 2,000 test rows within the five minutes.
 JOBS |= {
-  f"{dataset}_1_in_5_minutes": (dict(_SCORED, dataset=dataset, minutes=5.0), goal)
+  f"{dataset}_1_in_5_minutes": (dict(dataset=dataset, minutes=5.0, checkpoint_seconds=60.0), goal)
   for dataset, goal in (
     ("mnist", "88"),
     ("fashion_mnist", "above the others"),
