@@ -12,8 +12,10 @@ from jaxtyping import Float
 
 from kipcore.types import Array, ArrayLike
 
-# Bytes of the patches that are in memory at a time: they stay in the cache of a core.
+# Bytes of a block of patches, which stays in the cache of a core.
 _PATCH_BYTES = 2**19
+# Fewer blocks than this are not worth a loop.
+_LEAST_BLOCKS = 16
 
 
 def convolve(
@@ -62,7 +64,7 @@ def _correlation(x, g, size):
 
   count = math.ceil((x.size * size + g.size) * x.dtype.itemsize / _PATCH_BYTES)
   rows = math.ceil(n / max(count, 1))
-  if rows >= n:
+  if rows >= n or count < _LEAST_BLOCKS:
     total = part(x, g)
   else:
     parts = math.ceil(n / rows)

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "kipcore"
 # A unit (a module or package of `kipcore`) may import itself, units on earlier lines, and units to
 # its left on the same line. `__init__` is the public list; nothing below it may import it.
 LAYERS = [
-  ["version", "types", "checks", "pytrees", "keys", "linalg", "devices", "blocks"],
+  ["version", "types", "checks", "pytrees", "keys", "linalg", "devices", "blocks", "convolution"],
   ["architectures", "augment", "preprocess", "krr", "predictions"],
   ["kernels", "networks"],
   ["evaluation"],
