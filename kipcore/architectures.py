@@ -13,6 +13,8 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from kipcore import checks, pytrees
 from kipcore.types import IntLike, Number, RealLike
@@ -20,6 +22,36 @@ from kipcore.types import IntLike, Number, RealLike
 SQRT2 = math.sqrt(2.0)
 _MAX_LAYERS = 1000  # in a file
 _MAX_SCALE = 1e6
+PADDINGS = ("SAME", "VALID", "CIRCULAR")
+_NOT_GAUSSIAN, _OUTER, _INNER = range(3)  # see `_check_sequence`
+
+
+class Window(NamedTuple):
+  """The square windows of a convolution or pooling: those of neural-tangents, with equal sides.
+
+  Attributes:
+    size: pixels along each side.
+    stride: pixels between neighboring windows.
+    padding: "SAME" (with zeros) or "CIRCULAR" (with the opposite side of the image): one window for every
+      `stride` pixels, with the odd pixel of padding after the image; "VALID": windows within the image only.
+  """
+
+  size: int
+  stride: int
+  padding: str
+
+  def count(self, n: int) -> int:
+    """The number of windows along n pixels, 0 if none fits."""
+    if self.padding == "VALID":
+      return max(0, (n - self.size) // self.stride + 1)
+    return -(-n // self.stride)
+
+  def pads(self, n: int) -> tuple[int, int]:
+    """Pixels of padding before and after n pixels."""
+    if self.padding == "VALID":
+      return 0, 0
+    total = max(0, (self.count(n) - 1) * self.stride + self.size - n)
+    return total // 2, total - total // 2
 
 
 class _Layer:
@@ -27,9 +59,39 @@ class _Layer:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      convert = checks.integer if field.name == "size" else checks.scalar
       name = f"{field.name} of {type(self).__name__}"
-      object.__setattr__(self, field.name, convert(name, getattr(self, field.name)))
+      value = getattr(self, field.name)
+      if field.name == "padding":
+        checks.one_of(name, value, PADDINGS)
+      else:
+        convert = checks.integer if field.name in ("size", "stride") else checks.scalar
+        object.__setattr__(self, field.name, convert(name, value))
+
+
+class _Windows(_Layer):
+  """A layer on the windows of an image."""
+
+  size: int
+  stride: Any
+  padding: str
+
+  @property
+  def window(self) -> Window:
+    return Window(self.size, self.stride, self.padding)
+
+
+class _Pool(_Windows):
+  """A pooling layer: windows are disjoint if no stride is given."""
+
+  def __post_init__(self):
+    if self.stride is None:
+      object.__setattr__(self, "stride", self.size)
+    super().__post_init__()
+
+  @property
+  def disjoint(self) -> bool:
+    """Whether the windows are a partition of the image, up to remaining rows and columns."""
+    return self.stride == self.size and self.padding == "VALID"
 
 
 @pytrees.record("w_std", "b_std")
@@ -43,15 +105,18 @@ class Dense(_Layer):
 
 @pytrees.record("w_std", "b_std")
 @dataclasses.dataclass(frozen=True)
-class Conv(_Layer):
-  """Square convolution, stride 1, zero padding that keeps the image size (SAME).
+class Conv(_Windows):
+  """Square convolution; by default of stride 1 with zero padding that keeps the image size.
 
-  The fan-in is size^2 * channels at every pixel, those at the border included.
+  The fan-in is size^2 * channels at every pixel, those at the border included. Paddings are those of
+  neural-tangents: "SAME", "VALID" or "CIRCULAR", see `Window`.
   """
 
   size: int = 3
   w_std: Number = SQRT2
   b_std: Number = 0.1
+  stride: int = 1
+  padding: str = "SAME"
 
 
 @pytrees.record()
@@ -88,10 +153,25 @@ class Identity:
 
 @pytrees.record()
 @dataclasses.dataclass(frozen=True)
-class AvgPool(_Layer):
-  """Mean over disjoint size x size windows; remaining rows and columns are dropped (VALID)."""
+class AvgPool(_Pool):
+  """Mean over size x size windows; by default disjoint ones, and remaining rows and columns are dropped.
+
+  With padding "SAME" the zeros count as pixels, as in neural-tangents (`normalize_edges=False`).
+  """
 
   size: int = 2
+  stride: int | None = None
+  padding: str = "VALID"
+
+
+@pytrees.record()
+@dataclasses.dataclass(frozen=True)
+class SumPool(_Pool):
+  """Sum over size x size windows; see `AvgPool`."""
+
+  size: int = 2
+  stride: int | None = None
+  padding: str = "VALID"
 
 
 @pytrees.record()
@@ -102,8 +182,53 @@ class GlobalAvgPool:
 
 @pytrees.record()
 @dataclasses.dataclass(frozen=True)
+class GlobalSumPool:
+  """Sum over all pixels."""
+
+
+@pytrees.record()
+@dataclasses.dataclass(frozen=True)
 class Flatten:
   """Reshape pixels and channels to one vector."""
+
+
+@pytrees.record("branch", "shortcut")
+@dataclasses.dataclass(frozen=True)
+class Residual:
+  """branch(x) + shortcut(x), a residual block.
+
+  At infinite width, the outputs of the two are independent Gaussians, whose covariances and tangent kernels
+  add up. Therefore the last activation of the branch must be followed by a `Dense` or `Conv` in it, and so
+  must that of the shortcut, or, for the identity, that in front of the block: the activations of a block
+  come before its convolutions. A finite network needs equally many channels in both.
+
+  Attributes:
+    branch: layers, which may include residual blocks.
+    shortcut: the layers of a projection, such as `(Conv(1, stride=2),)`; empty for the identity.
+
+  Example:
+    >>> from kipcore.architectures import Architecture, Conv, Dense, GlobalAvgPool, Relu, Residual
+    >>> def block(stride, *shortcut):
+    ...   return Residual((Relu(), Conv(3, stride=stride), Relu(), Conv(3)), shortcut)
+    >>> layers = (Conv(3), block(1), block(2, Conv(1, stride=2)), Relu(), GlobalAvgPool(), Dense())
+    >>> kipcore.ntk_fn(Architecture("residual", layers)).diag(jnp.ones((2, 6, 6, 3))).shape
+    (2,)
+
+  References:
+    He et al. (ECCV 2016), Identity mappings in deep residual networks.
+  """
+
+  branch: tuple
+  shortcut: tuple = ()
+
+  def __post_init__(self):
+    for name in ("branch", "shortcut"):
+      layers = getattr(self, name)
+      if not isinstance(layers, (tuple, list)):
+        raise TypeError(
+          f"{name} of Residual: expected a tuple of layers, got a {type(layers).__name__}"
+        )
+      object.__setattr__(self, name, tuple(layers))
 
 
 # Activations by name.
@@ -116,8 +241,47 @@ ACTIVATIONS = {
 }
 LAYERS = {
   layer.__name__: layer
-  for layer in (Dense, Conv, *map(type, ACTIVATIONS.values()), AvgPool, GlobalAvgPool, Flatten)
+  for layer in (
+    Dense,
+    Conv,
+    *map(type, ACTIVATIONS.values()),
+    AvgPool,
+    SumPool,
+    GlobalAvgPool,
+    GlobalSumPool,
+    Flatten,
+    Residual,
+  )
 }
+REDUCERS = (Flatten, GlobalAvgPool, GlobalSumPool)  # from pixels to one vector
+
+
+def nested(layers: tuple) -> Iterator:
+  """All layers, those inside residual blocks included."""
+  for layer in layers:
+    yield layer
+    if isinstance(layer, Residual):
+      yield from nested(layer.branch + layer.shortcut)
+
+
+def image_size(layers: tuple, size: tuple[int, int]) -> tuple[int, int]:
+  """Rows and columns after the layers, of images with these; 0 if they are too small.
+
+  Raises:
+    ValueError: for a residual block whose branch and shortcut give images of different sizes.
+  """
+  for layer in layers:
+    if isinstance(layer, Residual):
+      branch, shortcut = (image_size(path, size) for path in (layer.branch, layer.shortcut))
+      if branch != shortcut:
+        raise ValueError(
+          f"layers: expected a branch and a shortcut with equal image sizes, got {branch} and {shortcut} "
+          f"for {layer!r}"
+        )
+      size = branch
+    elif isinstance(layer, _Windows):
+      size = layer.window.count(size[0]), layer.window.count(size[1])
+  return size
 
 
 @pytrees.record("layers")
@@ -153,74 +317,132 @@ class Architecture:
       True
     """
     w_std, b_std = _stds(w_std, b_std)
-    change = lambda layer: (
-      dataclasses.replace(layer, w_std=w_std, b_std=b_std)
-      if isinstance(layer, Dense | Conv)
-      else layer
-    )
+
+    def change(layer):
+      if isinstance(layer, Residual):
+        return Residual(tuple(map(change, layer.branch)), tuple(map(change, layer.shortcut)))
+      if isinstance(layer, Dense | Conv):
+        return dataclasses.replace(layer, w_std=w_std, b_std=b_std)
+      return layer
+
     return Architecture(self.name, tuple(map(change, self.layers)))
+
+  def check_images(self, name: str, x) -> None:
+    """Raise ValueError unless `x` is NHWC images, and large enough for the layers."""
+    if x.ndim != 4:
+      raise ValueError(f"{name}: expected NHWC images for {self.name}, got shape {x.shape}")
+    if min(image_size(self.layers, x.shape[1:3])) < 1:
+      raise ValueError(
+        f"{name}: expected larger images, got shape {x.shape[1:]}, too small for the pooling and "
+        f"convolutions of {self.name}"
+      )
 
   def to_json(self) -> str:
     """The description as JSON text, for artifacts; `Architecture.from_json` inverts it."""
-    number = lambda value: value if isinstance(value, int) else float(value)
-    layers = [
-      {
-        "layer": type(layer).__name__,
-        **{name: number(value) for name, value in dataclasses.asdict(layer).items()},
-      }
-      for layer in self.layers
-    ]
-    return json.dumps({"name": self.name, "layers": layers})
+    return json.dumps({"name": self.name, "layers": _to_objects(self.layers)})
 
   @classmethod
   def from_json(cls, text: str) -> "Architecture":
     """The architecture that `to_json` wrote; ValueError for anything else."""
     try:
       raw = json.loads(text)
-      layers = []
-      if len(raw["layers"]) > _MAX_LAYERS:
-        raise ValueError(f"expected at most {_MAX_LAYERS} layers, got {len(raw['layers'])}")
-      for record in raw["layers"]:
-        if not isinstance(record, dict):
-          raise TypeError(f"expected layers that are objects, got a {type(record).__name__}")
-        record = dict(record)
-        layers.append(LAYERS[record.pop("layer")](**record))
-      return cls(str(raw["name"]), tuple(layers))
+      return cls(str(raw["name"]), _from_objects(raw["layers"]))
     except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
       raise ValueError(
         f"expected the JSON of an architecture, got {text[:80]!r} ({error!r})"
       ) from error
 
 
+def _to_objects(layers: tuple) -> list[dict]:
+  """Layers as JSON objects; strides and paddings are left out at their defaults."""
+  objects = []
+  for layer in layers:
+    found: dict = {"layer": type(layer).__name__}
+    for field in dataclasses.fields(layer):
+      value = getattr(layer, field.name)
+      if isinstance(layer, Residual):
+        found[field.name] = _to_objects(value)
+      elif field.name not in ("stride", "padding"):
+        found[field.name] = value if isinstance(value, int) else float(value)
+      elif value != getattr(type(layer)(layer.size), field.name):
+        found[field.name] = value
+    objects.append(found)
+  return objects
+
+
+def _from_objects(objects: list) -> tuple:
+  """The inverse of `_to_objects`."""
+  layers: list = []
+  if len(objects) > _MAX_LAYERS:
+    raise ValueError(f"expected at most {_MAX_LAYERS} layers, got {len(objects)}")
+  for record in objects:
+    if not isinstance(record, dict):
+      raise TypeError(f"expected layers that are objects, got a {type(record).__name__}")
+    record = dict(record)
+    layer = LAYERS[record.pop("layer")]
+    if layer is Residual:
+      record = {name: _from_objects(value) for name, value in record.items()}
+    layers.append(layer(**record))
+  return tuple(layers)
+
+
 def _check_layers(layers: tuple) -> None:
-  unknown = [layer for layer in layers if type(layer) not in LAYERS.values()]
+  unknown = [layer for layer in nested(layers) if type(layer) not in LAYERS.values()]
   if unknown:
     raise ValueError(f"layers: expected records among {', '.join(LAYERS)}; got {unknown[0]!r}")
   if not layers or not isinstance(layers[-1], Dense):
     raise ValueError("layers: expected a Dense readout as the last layer")
-  reducers = [i for i, layer in enumerate(layers) if isinstance(layer, (Flatten, GlobalAvgPool))]
+  reducers = [i for i, layer in enumerate(layers) if isinstance(layer, REDUCERS)]
   if len(reducers) != 1:
-    raise ValueError(f"layers: expected exactly one Flatten or GlobalAvgPool, got {len(reducers)}")
-  gaussian = False
-  for i, layer in enumerate(layers):
-    if type(layer) in map(type, ACTIVATIONS.values()) and not gaussian:
-      raise ValueError(
-        f"layers: expected a Dense or Conv in front of {layer!r} at position {i}, whose inputs are not Gaussian"
-      )
-    gaussian = (
-      isinstance(layer, (Dense, Conv))
-      or gaussian
-      and isinstance(layer, (AvgPool, GlobalAvgPool, Flatten))
+    raise ValueError(
+      f"layers: expected exactly one Flatten, GlobalAvgPool or GlobalSumPool, got {len(reducers)}"
     )
-    spatial = isinstance(layer, (Conv, AvgPool))
-    if spatial and i > reducers[0] or isinstance(layer, Dense) and i < reducers[0]:
-      raise ValueError(
-        f"layers: {layer!r} at position {i} is on the wrong side of {layers[reducers[0]]!r}"
-      )
-    if spatial and (layer.size < 1 or isinstance(layer, Conv) and layer.size % 2 == 0):
-      raise ValueError(
-        f"layers: expected an odd Conv size and a positive AvgPool size, got {layer!r}"
-      )
+  (end,) = reducers
+  gaussian = _check_sequence(layers[:end], 0, layers[end], True, _NOT_GAUSSIAN)
+  _check_sequence(layers[end + 1 :], end + 1, layers[end], False, gaussian)
+
+
+def _check_sequence(layers: tuple, start: int, reducer, spatial: bool, gaussian: int) -> int:
+  """Check layers that follow one another on one side of the reducer.
+
+  Args:
+    layers: the layers; those of a branch or shortcut are a sequence of their own.
+    start: position of the first one, for messages.
+    reducer: Flatten or a global pooling.
+    spatial: whether the layers are in front of it.
+    gaussian: whether the inputs are Gaussian: `_NOT_GAUSSIAN`, `_OUTER` by weights in front of the innermost
+      branch that contains the layers, `_INNER` by weights in it.
+
+  Returns:
+    Whether the outputs are.
+  """
+  for i, layer in enumerate(layers, start):
+    place = f"{layer!r} at position {i}"
+    if type(layer) in map(type, ACTIVATIONS.values()):
+      if not gaussian:
+        raise ValueError(
+          f"layers: expected a Dense or Conv in front of {place}, whose inputs are not Gaussian"
+        )
+      gaussian = gaussian if isinstance(layer, Identity) else _NOT_GAUSSIAN
+    elif isinstance(layer, (Dense, Conv)):
+      gaussian = _INNER
+    elif isinstance(layer, Residual):
+      branch = _check_sequence(layer.branch, 0, reducer, spatial, min(gaussian, _OUTER))
+      if branch != _INNER:
+        raise ValueError(
+          f"layers: expected a branch whose last activation is followed by a Dense or Conv in it, got {place}"
+        )
+      gaussian = _check_sequence(layer.shortcut, 0, reducer, spatial, gaussian)
+      if not gaussian:
+        raise ValueError(
+          f"layers: expected a shortcut with Gaussian outputs, those of a Dense or Conv, got {place}"
+        )
+    elif isinstance(layer, REDUCERS):
+      raise ValueError(f"layers: expected {place} outside of residual blocks")
+    if isinstance(layer, _Windows) and not spatial or isinstance(layer, Dense) and spatial:
+      raise ValueError(f"layers: {place} is on the wrong side of {reducer!r}")
+    if isinstance(layer, _Windows) and (layer.size < 1 or layer.stride < 1):
+      raise ValueError(f"layers: expected a size and a stride >= 1, got {layer!r}")
     if isinstance(layer, LeakyRelu) and not _within(layer.slope, -_MAX_SCALE):
       raise ValueError(f"layers: expected |slope| below {_MAX_SCALE:g}, got {layer!r}")
     if isinstance(layer, (Dense, Conv)) and not (
@@ -229,6 +451,7 @@ def _check_layers(layers: tuple) -> None:
       raise ValueError(
         f"layers: expected w_std > 0 and b_std >= 0, both below {_MAX_SCALE:g}, got {layer!r}"
       )
+  return gaussian
 
 
 def _within(value: Number, above: float) -> bool:

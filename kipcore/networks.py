@@ -20,11 +20,16 @@ from kipcore.architectures import (
   Flatten,
   Gelu,
   GlobalAvgPool,
+  GlobalSumPool,
   Identity,
   LeakyRelu,
   Relu,
+  Residual,
+  SumPool,
+  Window,
 )
 from kipcore.convolution import convolve
+from kipcore.kernels.covariance import patches
 from kipcore.types import Array, ArrayLike, IntLike, RealLike
 
 _MAX_WIDTH = 2**20
@@ -46,7 +51,7 @@ class Network(nn.Module):
     norm: layer after each convolution: "none", "instance" (the ConvNet of DC, DM and MTT) or
       "batch" (FRePo; its running means are the collection `batch_stats`). `ntk_fn` does not
       describe networks with a norm.
-    width_growth: factor of the channels after each pool.
+    width_growth: factor of the channels after each pool, and from each convolution with a stride on.
     softplus: if positive, softplus(beta x) / beta with this beta replaces ReLU (RCIG, which
       differentiates its gradients).
   """
@@ -73,10 +78,19 @@ class Network(nn.Module):
     Returns:
       `(n, num_outputs)`, or `(n, p)`.
     """
-    h, last, width = jnp.asarray(x), len(self.arch.layers) - 1, self.width
-    for i, layer in enumerate(self.arch.layers):
-      if features and i == last:
-        break
+    h = jnp.asarray(x)
+    if self.arch.convolutional:
+      self.arch.check_images("x", h)
+    *hidden, readout = self.arch.layers
+    h, width = self._sequence(hidden, "", h, self.width, train)
+    return h if features else self._linear(str(len(hidden)), readout, self.num_outputs, h)
+
+  def _sequence(
+    self, layers: Sequence, prefix: str, h: Array, width: int, train: bool
+  ) -> tuple[Array, int]:
+    """The outputs of layers, and the width of those that follow; the prefix precedes names of parameters."""
+    for i, layer in enumerate(layers):
+      name = f"{prefix}{i}"
       match layer:
         case Flatten():
           h = h.reshape(h.shape[0], -1)
@@ -88,22 +102,33 @@ class Network(nn.Module):
           h = jax.lax.erf(h)
         case Gelu():
           h = nn.gelu(h, approximate=False)
-        case AvgPool():
-          h = average_pool(h, layer.size)
+        case AvgPool() | SumPool():
+          h = pool(h, layer)
           width = width * self.width_growth
         case GlobalAvgPool():
           h = jnp.mean(h, axis=(1, 2))
+        case GlobalSumPool():
+          h = jnp.sum(h, axis=(1, 2))
         case Dense():
-          h = self._linear(i, layer, self.num_outputs if i == last else width, h)
+          h = self._linear(name, layer, width, h)
         case Conv():
-          h = self._normalized(i, self._linear(i, layer, width, h), train)
+          width = width * (self.width_growth if layer.stride > 1 else 1)
+          h = self._normalized(name, self._linear(name, layer, width, h), train)
+        case Residual():
+          branch, after = self._sequence(layer.branch, f"{name}_branch_", h, width, train)
+          h, width = self._sequence(layer.shortcut, f"{name}_shortcut_", h, width, train)
+          if branch.shape != h.shape:
+            raise ValueError(
+              f"arch: expected a branch and a shortcut with equal shapes, got {branch.shape} and {h.shape} for {layer!r}"
+            )
+          h, width = branch + h, max(width, after)
         case Identity():
           pass
         case _:
           raise TypeError(f"arch: expected layers that networks have, got {layer!r}")
-    return h
+    return h, width
 
-  def _normalized(self, i: int, x: Array, train: bool) -> Array:
+  def _normalized(self, i: str, x: Array, train: bool) -> Array:
     if self.norm == "none":
       return x
     norm: Any = nn.InstanceNorm
@@ -114,13 +139,13 @@ class Network(nn.Module):
         epsilon=1e-5, param_dtype=x.dtype, force_float32_reductions=False, name=f"norm_{i}"
       )(x)
 
-  def _linear(self, i: int, layer: Dense | Conv, features: int, x: ArrayLike) -> Array:
+  def _linear(self, i: str, layer: Dense | Conv, features: int, x: ArrayLike) -> Array:
     size = layer.size if isinstance(layer, Conv) else 1
     weight_scale, bias_scale = layer.w_std / (x.shape[-1] * size**2) ** 0.5, layer.b_std
     ntk = self.parameterization == "ntk"
     init, name = nn.initializers.normal(1.0 if ntk else weight_scale), f"layer_{i}"
     if isinstance(layer, Conv):
-      y = Convolution(features, size, init, name=name)(x)
+      y = Convolution(features, size, init, layer.stride, layer.padding, name=name)(x)
     else:
       y = nn.Dense(features, use_bias=False, param_dtype=x.dtype, kernel_init=init, name=name)(x)
     bias = self.param(
@@ -131,16 +156,51 @@ class Network(nn.Module):
 
 
 class Convolution(nn.Module):
-  """`convolve` with a learned kernel `(size, size, channels, features)`."""
+  """`convolve_windows` with a learned kernel `(size, size, channels, features)`."""
 
   features: int
   size: int
   kernel_init: Callable
+  stride: int = 1
+  padding: str = "SAME"
 
   @nn.compact
-  def __call__(self, x: Float[ArrayLike, "n h w c"]) -> Float[Array, "n h w features"]:
+  def __call__(self, x: Float[ArrayLike, "n h w c"]) -> Float[Array, "n _ _ features"]:
     shape = (self.size, self.size, x.shape[-1], self.features)
-    return convolve(x, self.param("kernel", self.kernel_init, shape, x.dtype))
+    kernel = self.param("kernel", self.kernel_init, shape, x.dtype)
+    return convolve_windows(x, kernel, Window(self.size, self.stride, self.padding))
+
+
+def convolve_windows(
+  x: Float[ArrayLike, "n h w c"], kernel: Float[ArrayLike, "size size c features"], window: Window
+) -> Float[Array, "n _ _ features"]:
+  """Convolution of `(n, h, w, c)` with `(size, size, c, features)` on the windows of an image.
+
+  With a stride or another padding, it is one matrix product of patches on CPUs, as the derivatives of XLA's
+  own convolution are slow inside a loop there.
+  """
+  if window.stride == 1 and window.padding == "SAME" and window.size % 2:
+    return convolve(x, kernel)
+  x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+  if jax.default_backend() != "cpu" and window.padding != "CIRCULAR":
+    return jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      (window.stride, window.stride),
+      window.padding,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+  pixels = jnp.concatenate(patches(x, window), axis=-1)
+  n, h, w, c = pixels.shape
+  return (pixels.reshape(-1, c) @ kernel.reshape(c, -1)).reshape(n, h, w, -1)
+
+
+def pool(x: Float[ArrayLike, "n h w c"], layer: AvgPool | SumPool) -> Float[Array, "n _ _ c"]:
+  """Mean or sum over the windows of a pooling layer."""
+  if isinstance(layer, AvgPool) and layer.disjoint:
+    return average_pool(x, layer.size)
+  total = functools.reduce(jnp.add, patches(jnp.asarray(x), layer.window))
+  return total / layer.size**2 if isinstance(layer, AvgPool) else total
 
 
 def average_pool(x: Float[ArrayLike, "n h w c"], size: int) -> Float[Array, "n _ _ c"]:
@@ -169,7 +229,7 @@ def network(
     num_outputs: units of the readout, >= 1.
     parameterization: "standard" (usual for training) or "ntk"; see `Network`.
     norm: "none", "instance" or "batch".
-    width_growth: factor of the channels after each pool, >= 1.
+    width_growth: factor of the channels after each pool and from each convolution with a stride on, >= 1.
     softplus: 0 for ReLU, or the beta > 0 of the softplus that replaces it.
 
   Returns:

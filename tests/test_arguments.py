@@ -225,6 +225,8 @@ INTEGERS = {
   "conv depth": lambda v: len(kipcore.conv_net(v).layers),
   "size of Conv": lambda v: Conv(v).size,
   "size of AvgPool": lambda v: AvgPool(v).size,
+  "stride of Conv": lambda v: Conv(stride=v).stride,
+  "stride of AvgPool": lambda v: AvgPool(2, v).stride,
   "width": lambda v: kipcore.network(kipcore.fc(1), v).width,
   "num_outputs": lambda v: kipcore.network(kipcore.fc(1), 4, v).num_outputs,
   "width_growth": lambda v: kipcore.network(kipcore.fc(1), width_growth=v).width_growth,
@@ -242,7 +244,10 @@ INTEGERS = {
 
 
 # Records convert such numbers to Python numbers, as their fields are annotated.
-RECORDS = {"w_std", "b_std", "slope", "tile_elements", "size of Conv", "size of AvgPool"}
+RECORDS = {
+  *("w_std", "b_std", "slope", "tile_elements"),
+  *("size of Conv", "size of AvgPool", "stride of Conv", "stride of AvgPool"),
+}
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Float, Shaped
 
 from kipcore import augment, blocks, checks, keys, krr, linalg, networks
-from kipcore.architectures import Architecture, Conv
+from kipcore.architectures import Architecture, Conv, nested
 from kipcore.evaluation import protocols
 from kipcore.evaluation.krr import check_support
 from kipcore.evaluation.protocols import Protocol
@@ -184,7 +184,9 @@ def network_of(
 
 
 def _is_dense(arch) -> bool:
-  return isinstance(arch, Architecture) and not any(isinstance(a, Conv) for a in arch.layers)
+  return isinstance(arch, Architecture) and not any(
+    isinstance(layer, Conv) for layer in nested(arch.layers)
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

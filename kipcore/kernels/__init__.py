@@ -14,7 +14,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from kipcore import checks, linalg, pytrees
-from kipcore.architectures import Architecture, AvgPool
+from kipcore.architectures import Architecture
 from kipcore.kernels import conv, dense
 from kipcore.kernels.base import Kernel, ProductKernel, ScaledKernel, SumKernel
 from kipcore.kernels.finite import EmpiricalNTK, empirical_ntk_fn
@@ -83,20 +83,10 @@ class NetworkKernel(Kernel):
 
   def _rows(self, name: str, x: ArrayLike) -> Array:
     x = super()._rows(name, x)
-    if not self.arch.convolutional:
-      if x.ndim < 2:
-        raise ValueError(f"{name}: expected rows (n, ...), got shape {x.shape}")
-      return x
-    if x.ndim != 4:
-      raise ValueError(f"{name}: expected NHWC images for {self.arch.name}, got shape {x.shape}")
-    side = min(x.shape[1:3])
-    for layer in self.arch.layers:
-      if isinstance(layer, AvgPool):
-        side //= layer.size
-    if side < 1:
-      raise ValueError(
-        f"{name}: expected larger images, got shape {x.shape[1:]}, too small for the pooling of {self.arch.name}"
-      )
+    if self.arch.convolutional:
+      self.arch.check_images(name, x)
+    elif x.ndim < 2:
+      raise ValueError(f"{name}: expected rows (n, ...), got shape {x.shape}")
     return x
 
 

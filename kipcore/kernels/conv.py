@@ -16,19 +16,29 @@ on the number of images. Activations need the variance of every pixel of both im
 from the pair of each image with itself, computed once per image.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kipcore import blocks, linalg
-from kipcore.architectures import AvgPool, Conv, Flatten, GlobalAvgPool
+from kipcore.architectures import (
+  REDUCERS,
+  AvgPool,
+  Conv,
+  Flatten,
+  GlobalSumPool,
+  Residual,
+  SumPool,
+  image_size,
+  nested,
+)
 from kipcore.kernels import covariance, dense
 from kipcore.types import Array
 
 # Numbers per tile: enough for a core's cache, or to fill an accelerator.
 _CPU_TILE, _ACCELERATOR_TILE = 1 << 18, 1 << 25
-_NOTHING = covariance.Block(None, None, 1)
 
 
 class _Plan(NamedTuple):
@@ -37,7 +47,7 @@ class _Plan(NamedTuple):
   Attributes:
     whole: blocks up to the last pooling; the convolution of the first becomes patches.
     diagonal: blocks after it.
-    average: True if GlobalAvgPool ends the spatial layers, False if Flatten does.
+    end: the layer after them, Flatten or a global pooling.
     with_ntk: whether to compute tangent kernels.
     precision: precision of products.
     tile_elements: numbers per tile.
@@ -47,7 +57,7 @@ class _Plan(NamedTuple):
 
   whole: tuple
   diagonal: tuple
-  average: bool
+  end: object
   with_ntk: bool
   precision: str
   tile_elements: int
@@ -60,7 +70,7 @@ class _Image(NamedTuple):
   Attributes:
     x: `(n, h, w, channels)`.
     variances: a map `(n, h, w)` before each activation after the first block.
-    nngp: variance after Flatten or GlobalAvgPool, `(n,)`.
+    nngp: variance after Flatten or the global pooling, `(n,)`.
     ntk: tangent kernel of the image with itself there, `(n,)`, or None.
   """
 
@@ -97,23 +107,19 @@ def conv_diag(kernel, x: Array) -> Array:
 def _plan(kernel) -> tuple[_Plan, tuple]:
   """The plan of the spatial layers, and the dense layers after them."""
   layers = kernel.arch.layers
-  end = next(i for i, layer in enumerate(layers) if isinstance(layer, (Flatten, GlobalAvgPool)))
-  average = isinstance(layers[end], GlobalAvgPool)
-  pooled = (
-    end
-    if average
-    else max(
-      (i + 1 for i, layer in enumerate(layers[:end]) if isinstance(layer, AvgPool)), default=0
-    )
-  )
-  # A global average of the pixels themselves needs a block that does nothing.
-  whole = _blocks(layers[:pooled]) or (_NOTHING,) * average
+  end = next(i for i, layer in enumerate(layers) if isinstance(layer, REDUCERS))
+  average = not isinstance(layers[end], Flatten)
+  pooled = end if average else max((i + 1 for i in range(end) if _pools(layers[i])), default=0)
+  whole = _blocks(layers[:pooled])
+  if (average or pooled) and not (whole and _computed_first(whole[0])):
+    # The covariance of the pixels themselves comes from a block that does nothing.
+    whole = (covariance.Block(), *whole)
   on_cpu = jax.default_backend() == "cpu"
   tile = kernel.tile_elements or (_CPU_TILE if on_cpu else _ACCELERATOR_TILE)
   plan = _Plan(
     whole,
     _blocks(layers[pooled:end]),
-    average,
+    layers[end],
     kernel.get == "ntk",
     kernel.precision,
     tile,
@@ -124,28 +130,46 @@ def _plan(kernel) -> tuple[_Plan, tuple]:
 
 def _blocks(layers: tuple) -> tuple:
   """The layers in blocks of at most a convolution, an activation and a pooling, in this order."""
-  found: list[covariance.Block] = []
+  found: list = []
   for layer in layers:
-    last = found[-1] if found else None
-    if isinstance(layer, Conv):
-      found.append(_NOTHING._replace(conv=layer))
-    elif isinstance(layer, AvgPool):
-      if last is None or last.pool > 1:
-        found.append(_NOTHING)
-      found[-1] = found[-1]._replace(pool=layer.size)
+    last = found[-1] if found and isinstance(found[-1], covariance.Block) else None
+    if isinstance(layer, Residual):
+      found.append(covariance.Branches(_blocks(layer.branch), _blocks(layer.shortcut)))
+    elif isinstance(layer, Conv):
+      found.append(covariance.Block(conv=layer))
+    elif isinstance(layer, (AvgPool, SumPool)):
+      if last is None or last.pool or not layer.disjoint:
+        found.append(covariance.Block())
+      found[-1] = found[-1]._replace(pool=layer)
     else:
-      if last is None or last.activation or last.pool > 1:
-        found.append(_NOTHING)
+      if last is None or last.activation or last.pool:
+        found.append(covariance.Block())
       found[-1] = found[-1]._replace(activation=layer)
   return tuple(found)
 
 
+def _computed_first(block) -> bool:
+  """Whether `covariance.first_block` can compute the block."""
+  return isinstance(block, covariance.Block) and (block.pool is None or block.pool.disjoint)
+
+
+def _pools(layer) -> bool:
+  return any(isinstance(a, (AvgPool, SumPool)) for a in nested((layer,)))
+
+
+def _pixels(plan: _Plan, x: Array) -> int:
+  """Pixels after the first convolution, for which the covariance of a pair is whole."""
+  layers = (plan.whole[0].conv,) if plan.whole and plan.whole[0].conv else ()
+  return math.prod(image_size(layers, (x.shape[1], x.shape[2])))
+
+
 def _tile(plan: _Plan, x: Array) -> int:
   """Pairs per tile of the later layers."""
-  pixels = x.shape[1] * x.shape[2]
+  pixels = _pixels(plan, x)
   if not plan.whole:
     return max(1, plan.tile_elements // pixels)
-  return max(1, plan.tile_elements // (pixels // plan.whole[0].pool ** 2) ** 2)
+  pool = plan.whole[0].pool
+  return max(1, plan.tile_elements // (pixels // (pool.size if pool else 1) ** 2) ** 2)
 
 
 def _self_pass(plan: _Plan, x: Array) -> _Image:
@@ -229,6 +253,9 @@ def _pairs(plan: _Plan, x1: Array, x2: Array, variances1, variances2):
 
   def through(layers, nngp, ntk):
     for block in layers:
+      if isinstance(block, covariance.Branches):
+        nngp, ntk = covariance.added(*(through(path, nngp, ntk) for path in block))
+        continue
       v = next(between) if between and block.activation else None
       nngp, ntk, v = covariance.later_block(block, nngp, ntk, plan.with_ntk, v)
       found.extend([v] if own and block.activation else [])
@@ -237,20 +264,23 @@ def _pairs(plan: _Plan, x1: Array, x2: Array, variances1, variances2):
   if plan.whole:
     first = lambda pair: _first(plan, pair[0], pair[1], own)
     if plan.batched:
-      together = max(1, plan.tile_elements // (x1.shape[1] * x1.shape[2]) ** 2)
+      together = max(1, plan.tile_elements // _pixels(plan, x1) ** 2)
       nngp, ntk = blocks.map_row_blocks(jax.vmap(first), (x1, x2), _even(x1.shape[0], together))
     else:
       nngp, ntk = jax.lax.map(first, (x1, x2))
     nngp, ntk = through(plan.whole[1:], nngp, ntk)
-    if not plan.average:
+    if isinstance(plan.end, Flatten):
       nngp, ntk = (None if k is None else covariance.spatial_diagonal(k) for k in (nngp, ntk))
   else:
     # Channels first: a sum over a short last axis is a scalar loop on CPU.
     x1, x2 = (jnp.moveaxis(linalg.rounded(x, plan.precision), -1, 1) for x in (x1, x2))
     nngp, ntk = jnp.sum(x1 * x2, axis=1) / x1.shape[1], None
   nngp, ntk = through(plan.diagonal, nngp, ntk)
-  mean = lambda k: jnp.mean(k.reshape(k.shape[0], -1), axis=1)
-  return mean(nngp), None if ntk is None else mean(ntk), tuple(found)
+  reduce = jnp.sum if isinstance(plan.end, GlobalSumPool) else jnp.mean
+  nngp, ntk = (
+    None if k is None else reduce(k.reshape(k.shape[0], -1), axis=1) for k in (nngp, ntk)
+  )
+  return nngp, ntk, tuple(found)
 
 
 def _first(plan: _Plan, x1: Array, x2: Array, own: bool):

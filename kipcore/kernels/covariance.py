@@ -12,17 +12,43 @@ import jax
 import jax.numpy as jnp
 
 from kipcore import linalg
-from kipcore.architectures import Conv
+from kipcore.architectures import AvgPool, Conv, SumPool, Window
 from kipcore.kernels import dual
 from kipcore.types import Array
 
+_MODES = {"SAME": "constant", "VALID": "constant", "CIRCULAR": "wrap"}  # of `jnp.pad`
+
 
 class Block(NamedTuple):
-  """Convolution, activation and pooling, computed together; None or 1 for a missing part."""
+  """Convolution, activation and pooling, computed together; None for a missing part."""
 
-  conv: Conv | None
-  activation: object | None
-  pool: int
+  conv: Conv | None = None
+  activation: object | None = None
+  pool: AvgPool | SumPool | None = None
+
+
+class Branches(NamedTuple):
+  """The blocks of a residual block."""
+
+  branch: tuple
+  shortcut: tuple
+
+
+def patches(x: Array, window: Window) -> list[Array]:
+  """The pixels at each position in the windows of `(..., h, w, channels)`: size^2 arrays, row by row."""
+  h, w = x.shape[-3:-1]
+  pads = [(0, 0)] * (x.ndim - 3) + [window.pads(h), window.pads(w), (0, 0)]
+  padded = jnp.pad(x, pads, _MODES[window.padding])
+  return [
+    padded[..., _shifted(window, h, i), _shifted(window, w, j), :]
+    for i in range(window.size)
+    for j in range(window.size)
+  ]
+
+
+def _shifted(window: Window, n: int, i: int) -> slice:
+  """Position i of each window along n pixels, after padding."""
+  return slice(i, i + (window.count(n) - 1) * window.stride + 1, window.stride)
 
 
 def pixel_vectors(conv: Conv | None, x: Array) -> Array:
@@ -34,14 +60,10 @@ def pixel_vectors(conv: Conv | None, x: Array) -> Array:
   """
   if conv is None:
     return x * x.shape[-1] ** -0.5
-  r, (h, w, channels) = conv.size // 2, x.shape[-3:]
-  padded = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(r, r), (r, r), (0, 0)])
-  patches = [
-    padded[..., i : i + h, j : j + w, :] for i in range(conv.size) for j in range(conv.size)
-  ]
-  bias = jnp.full((*x.shape[:-1], 1), conv.b_std, x.dtype)
-  scale = conv.w_std * (conv.size**2 * channels) ** -0.5
-  return jnp.concatenate([scale * patch for patch in patches] + [bias], axis=-1)
+  pixels = patches(x, conv.window)
+  bias = jnp.full((*pixels[0].shape[:-1], 1), conv.b_std, x.dtype)
+  scale = conv.w_std * (conv.size**2 * x.shape[-1]) ** -0.5
+  return jnp.concatenate([scale * patch for patch in pixels] + [bias], axis=-1)
 
 
 def first_block(
@@ -62,7 +84,7 @@ def first_block(
   product of about `tile_elements` numbers at most. The gradient recomputes it.
 
   Args:
-    block: its convolution is already in the pixel vectors.
+    block: its convolution is already in the pixel vectors, and the windows of its pooling are disjoint.
     with_ntk: whether to compute the tangent kernel.
     z1, z2: `(h, w, features)`.
     v1, v2: `(h, w)`, their squared norms.
@@ -73,7 +95,7 @@ def first_block(
   Returns:
     nngp, ntk: `(h / pool, w / pool, h / pool, w / pool)`.
   """
-  p, (h, w) = block.pool, z1.shape[:2]
+  p, (h, w) = 1 if block.pool is None else block.pool.size, z1.shape[:2]
   rows, cols = h // p, w // p
   windows = rows * cols
   run = _divisor(rows, tile_elements // (cols * p * p * windows))
@@ -114,8 +136,8 @@ def first_block(
     return jax.lax.scan(add, (zeros, zeros if tangent else None), images)[0]
 
   nngp, ntk = jax.lax.map(run_of_rows, (slabs(z1), slabs(v1), slabs(pixels)))
-  shape = (rows, cols, rows, cols)
-  return nngp.reshape(shape) * p**-4, None if ntk is None else ntk.reshape(shape) * p**-4
+  shape, scale = (rows, cols, rows, cols), 1 if isinstance(block.pool, SumPool) else p**-4
+  return nngp.reshape(shape) * scale, None if ntk is None else ntk.reshape(shape) * scale
 
 
 def later_block(
@@ -134,9 +156,9 @@ def later_block(
   """
   if block.conv is not None:
     w2, b2 = block.conv.w_std**2, block.conv.b_std**2
-    nngp = w2 * box(nngp, block.conv.size) + b2
+    nngp = w2 * _convolved(nngp, block.conv.window) + b2
     if with_ntk:
-      ntk = nngp if ntk is None else nngp + w2 * box(ntk, block.conv.size)
+      ntk = nngp if ntk is None else nngp + w2 * _convolved(ntk, block.conv.window)
   maps = None
   if block.activation is not None:
     v1, v2 = variances or (spatial_diagonal(nngp),) * 2
@@ -144,9 +166,47 @@ def later_block(
     if nngp.ndim == 5:
       v1, v2 = v1[:, :, :, None, None], v2[:, None, None]
     nngp, ntk = _activated(block.activation, nngp, ntk, v1, v2)
-  if block.pool > 1:
-    nngp, ntk = pool(nngp, block.pool), None if ntk is None else pool(ntk, block.pool)
+  if block.pool is not None:
+    nngp, ntk = _pooled(nngp, block.pool), None if ntk is None else _pooled(ntk, block.pool)
   return nngp, ntk, maps
+
+
+def added(branch: tuple, shortcut: tuple) -> tuple[Array, Array | None]:
+  """Nngp and ntk of the sum of independent Gaussians with weights of their own."""
+  (nngp1, ntk1), (nngp2, ntk2) = branch, shortcut
+  if ntk1 is None or ntk2 is None:
+    return nngp1 + nngp2, ntk2 if ntk1 is None else ntk1
+  return nngp1 + nngp2, ntk1 + ntk2
+
+
+def _convolved(k: Array, window: Window) -> Array:
+  """The mean over the windows, at equal positions in both images."""
+  if window.stride == 1 and window.padding == "SAME" and window.size % 2:
+    return box(k, window.size)
+  for axis in (1, 2):
+    k = _window_sums(k, window, (axis,) if k.ndim == 3 else (axis, axis + 2))
+  return k / window.size**2
+
+
+def _pooled(k: Array, layer: AvgPool | SumPool) -> Array:
+  """The mean or sum over the windows of both images."""
+  sums = isinstance(layer, SumPool)
+  if layer.disjoint:
+    return pool(k, layer.size) * layer.size**4 if sums else pool(k, layer.size)
+  for axis in range(1, 5):
+    k = _window_sums(k, layer.window, (axis,))
+  return k if sums else k * layer.size**-4
+
+
+def _window_sums(k: Array, window: Window, axes: tuple[int, ...]) -> Array:
+  """Sums over windows that are shifted along all `axes` at once; the axes are equally long."""
+  n = k.shape[axes[0]]
+  pads = [window.pads(n) if axis in axes else (0, 0) for axis in range(k.ndim)]
+  padded = jnp.pad(k, pads, _MODES[window.padding])
+  at = lambda i: tuple(
+    _shifted(window, n, i) if axis in axes else slice(None) for axis in range(k.ndim)
+  )
+  return functools.reduce(jnp.add, [padded[at(i)] for i in range(window.size)])
 
 
 @jax.checkpoint

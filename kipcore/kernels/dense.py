@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from kipcore import linalg
-from kipcore.architectures import Dense
+from kipcore.architectures import Dense, Residual
 from kipcore.kernels import dual
 from kipcore.types import Array
 
@@ -36,9 +36,10 @@ def dense_tail(
 
       Dense: nngp <- w^2 nngp + b^2,  ntk <- nngp + w^2 ntk      (NTK parameterization)
       activation: (nngp, derivative) <- dual.activation(nngp),  ntk <- derivative ntk
+      Residual: the sums of the two, of the branch and of the shortcut
 
   Args:
-    layers: `Dense` and activation records.
+    layers: `Dense`, activation and `Residual` records.
     get: "ntk" or "nngp".
     nngp: `(n1, n2)` covariance of the inputs of the first layer, per feature.
     v1, v2: `(n1,)` and `(n2,)` variances.
@@ -51,28 +52,43 @@ def dense_tail(
     Jacot, Gabriel and Hongler (2018), theorem 1; Lee et al. (2018).
   """
   ntk = jnp.zeros_like(nngp) if ntk is None else ntk
+  nngp, v1, v2, ntk = _tail(layers, nngp, v1, v2, ntk)
+  return ntk if get == "ntk" else nngp
+
+
+def _tail(layers: tuple, nngp: Array, v1: Array, v2: Array, ntk: Array) -> tuple[Array, ...]:
   for layer in layers:
     if isinstance(layer, Dense):
       nngp, v1, v2 = (layer.w_std**2 * a + layer.b_std**2 for a in (nngp, v1, v2))
       ntk = nngp + layer.w_std**2 * ntk
+    elif isinstance(layer, Residual):
+      paths = (_tail(path, nngp, v1, v2, ntk) for path in (layer.branch, layer.shortcut))
+      nngp, v1, v2, ntk = map(jnp.add, *paths)
     else:
       nngp, derivative = dual.activation(layer, nngp, v1[:, None], v2[None, :])
       ntk = derivative * ntk
       v1, v2 = (dual.activation_diag(layer, v)[0] for v in (v1, v2))
-  return ntk if get == "ntk" else nngp
+  return nngp, v1, v2, ntk
 
 
 def dense_tail_diag(layers: tuple, get: str, v: Array, ntk: Array | None = None) -> Array:
   """`dense_tail` of points with themselves, `(n,)`."""
-  ntk = jnp.zeros_like(v) if ntk is None else ntk
+  v, ntk = _tail_diag(layers, v, jnp.zeros_like(v) if ntk is None else ntk)
+  return ntk if get == "ntk" else v
+
+
+def _tail_diag(layers: tuple, v: Array, ntk: Array) -> tuple[Array, ...]:
   for layer in layers:
     if isinstance(layer, Dense):
       v = layer.w_std**2 * v + layer.b_std**2
       ntk = v + layer.w_std**2 * ntk
+    elif isinstance(layer, Residual):
+      paths = (_tail_diag(path, v, ntk) for path in (layer.branch, layer.shortcut))
+      v, ntk = map(jnp.add, *paths)
     else:
       v, derivative = dual.activation_diag(layer, v)
       ntk = derivative * ntk
-  return ntk if get == "ntk" else v
+  return v, ntk
 
 
 def with_exact_diagonal(k: Array, diagonal: Array) -> Array:

@@ -24,9 +24,12 @@ from kipcore.architectures import (
   Flatten,
   Gelu,
   GlobalAvgPool,
+  GlobalSumPool,
   Identity,
   LeakyRelu,
   Relu,
+  Residual,
+  SumPool,
 )
 from kipcore.kernels.base import Kernel
 from kipcore.types import Array
@@ -148,16 +151,18 @@ def to_stax(arch: Architecture, width: int = 1, num_outputs: int = 1) -> tuple:
     `(init_fn, apply_fn, kernel_fn)` in the NTK parameterization, NHWC.
   """
   stax = import_neural_tangents().stax
-  last = len(arch.layers) - 1
+  *hidden, readout = arch.layers
 
-  def layer_of(i, layer):
+  def layer_of(layer, units=width):
     match layer:
       case Dense():
-        return stax.Dense(num_outputs if i == last else width, layer.w_std, layer.b_std)
+        return stax.Dense(units, layer.w_std, layer.b_std)
       case Conv():
-        return stax.Conv(width, (layer.size, layer.size), (1, 1), "SAME", layer.w_std, layer.b_std)
+        return stax.Conv(units, *window_of(layer), layer.w_std, layer.b_std)
       case AvgPool():
-        return stax.AvgPool((layer.size, layer.size), (layer.size, layer.size), "VALID")
+        return stax.AvgPool(*window_of(layer))
+      case SumPool():
+        return stax.SumPool(*window_of(layer))
       case Relu():
         return stax.Relu()
       case LeakyRelu():
@@ -170,9 +175,20 @@ def to_stax(arch: Architecture, width: int = 1, num_outputs: int = 1) -> tuple:
         return stax.Identity()
       case GlobalAvgPool():
         return stax.GlobalAvgPool()
+      case GlobalSumPool():
+        return stax.GlobalSumPool()
       case Flatten():
         return stax.Flatten()
+      case Residual():
+        paths = [
+          stax.serial(*map(layer_of, p)) if p else stax.Identity()
+          for p in (layer.branch, layer.shortcut)
+        ]
+        return stax.serial(stax.FanOut(2), stax.parallel(*paths), stax.FanInSum())
       case _:
         raise TypeError(f"arch: expected layers that neural_tangents.stax has, got {layer!r}")
 
-  return stax.serial(*(layer_of(i, layer) for i, layer in enumerate(arch.layers)))
+  def window_of(layer):
+    return (layer.size,) * 2, (layer.stride,) * 2, layer.padding
+
+  return stax.serial(*map(layer_of, hidden), layer_of(readout, num_outputs))
