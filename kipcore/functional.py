@@ -83,7 +83,7 @@ class FunctionalNetwork:
     if self.features_of is None:
       raise ValueError(
         "network: expected features, the inputs of the last linear layer, which this method uses; give the module a "
-        "method `features(x)`, or pass as_network(network, features=...) with the name of a method or a function"
+        "method `features(x)`, or pass kipcore.as_network(network, features=...) with the name of a method or a function"
       )
 
   def parameters_only(self, x: Float[ArrayLike, "n ..."]) -> Any:
@@ -101,14 +101,13 @@ class FunctionalNetwork:
       )
     return shapes["params"]
 
-  def check_outputs(self, x: Float[ArrayLike, "n ..."], y: Float[ArrayLike, "n c"]) -> None:
-    """Raise ValueError unless rows like `x` have as many outputs as `y` has columns."""
+  def check_outputs(
+    self, x: Float[ArrayLike, "n ..."], name: str, y: Float[ArrayLike, "n c"]
+  ) -> None:
+    """Raise ValueError unless the labels `y`, an argument of that name, have as many columns as rows like `x` have outputs."""
     row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     out = jax.eval_shape(lambda row: self.apply(self.init(jax.random.key(0), row), row), row)
-    if out.shape[1] != y.shape[1]:
-      raise ValueError(
-        f"network: expected {y.shape[1]} outputs, one per column of the labels, got {out.shape[1]}"
-      )
+    checks.shape(name, y, (None, out.shape[1]))
 
   def _evaluated(self, what: str, function, variables: Any, x) -> Array:
     with linalg.permissive_promotion():
@@ -244,9 +243,7 @@ class _NNX(FunctionalNetwork):
   features_of: str | Callable | None
 
   def _init(self, key, x):
-    from flax import nnx
-
-    return _collections(_split(self.build(rngs=nnx.Rngs(key))))
+    return _collections(_split(_drawn(self.build, key)))
 
   def _run(self, function, variables, x, key):
     from flax import nnx
@@ -320,21 +317,27 @@ class _Copy:
     return nnx.merge(self.definition, jax.tree.unflatten(self.structure, values))
 
 
+def _drawn(build: Callable, key: Any) -> Any:
+  """The nnx module of a constructor."""
+  from flax import nnx
+
+  module = build(rngs=nnx.Rngs(key))
+  if not isinstance(module, nnx.Module):
+    raise TypeError(f"it returns a {type(module).__name__}")
+  return module
+
+
 def _abstract(build: Callable) -> Any:
   """The nnx module of a constructor, without values."""
   from flax import nnx
 
   try:
-    module = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: _drawn(build, 0))
   except TypeError as error:
     raise TypeError(
-      f"network: expected a class or function (*, rngs) -> flax.nnx module, got one whose call fails: {error}"
+      "network: expected a class or function (*, rngs) -> flax.nnx module, got one whose call fails: "
+      + checks.one_line(error)
     ) from error
-  if not isinstance(module, nnx.Module):
-    raise TypeError(
-      f"network: expected a flax.nnx module from the function, got a {type(module).__name__}"
-    )
-  return module
 
 
 def _split(module: Any) -> tuple:
@@ -381,8 +384,8 @@ def _hashable(module: nn.Module) -> nn.Module:
     hash(module)
   except TypeError as error:
     raise TypeError(
-      f"network: expected a module with hashable fields, such as tuples in place of arrays, got a {type(module).__name__} "
-      f"({error})"
+      "network: expected a module with hashable fields, such as tuples in place of arrays, got a "
+      f"{type(module).__name__}: {checks.one_line(error)}"
     ) from error
   return module
 

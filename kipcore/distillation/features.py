@@ -42,8 +42,8 @@ def network_of_method(
 
 def own_network(module: NetworkLike) -> Network | None:
   """The network of `networks.network` behind a network, None for those of users."""
-  module = getattr(module, "module", module)
-  return module if isinstance(module, Network) else None
+  found = getattr(as_network(module), "module", None)
+  return found if isinstance(found, Network) else None
 
 
 def without_statistics(network: FunctionalNetwork, x: Float[ArrayLike, "n ..."]) -> None:

@@ -106,7 +106,7 @@ def evaluate_network(
   module = as_network(
     network_of(arch, how, width, support.y.shape[1]) if isinstance(arch, Architecture) else arch
   )
-  module.check_outputs(support.x, support.y)
+  module.check_outputs(support.x, "support.y", support.y)
   stream = keys.stream(key, "evaluate_network")
   x, y = jnp.asarray(x), jnp.asarray(y)
   rate = how.learning_rate if learning_rate is None else learning_rate

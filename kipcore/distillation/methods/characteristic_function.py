@@ -79,7 +79,7 @@ class NCFM(Method):
     if self.trajectories is not None:
       size, _ = flat_parameters(self.module, support.x)
       checks.shape("trajectories", self.trajectories.array, (None, None, size))
-    self.module.check_outputs(support.x, support.y)
+    self.module.check_outputs(support.x, "support.y", support.y)
     without_statistics(self.module, support.x)
     return {"x": support.x, "y": support.y}
 

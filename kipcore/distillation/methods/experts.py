@@ -157,7 +157,7 @@ def train_expert(
   """
   checks.floating("x", x)
   network = as_network(module)
-  network.check_outputs(x, y)
+  network.check_outputs(x, "y", y)
   num_epochs = checks.positive_int("num_epochs", num_epochs)
   batch_size = checks.positive_int("batch_size", batch_size)
   learning_rate = checks.number("learning_rate", learning_rate, 0, above=True)

@@ -81,7 +81,7 @@ class FRePo(Method):
   name = "frepo"
 
   def init_params(self, support: Support) -> Params:
-    self.module.check_outputs(support.x, support.y)
+    self.module.check_outputs(support.x, "support.y", support.y)
     return {"x": support.x, "y": support.y / math.sqrt(support.y.shape[1] / 10)}
 
   def trainable(self, params: Params) -> dict[str, float]:

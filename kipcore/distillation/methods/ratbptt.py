@@ -79,7 +79,7 @@ class RaTBPTT(Method):
 
   def init_params(self, support: Support) -> Params:
     self.module.parameters_only(support.x)
-    self.module.check_outputs(support.x, support.y)
+    self.module.check_outputs(support.x, "support.y", support.y)
     params = {"x": support.x, "y": support.y}
     if self.options.loss == "cross_entropy":
       labels = label_distribution(support.y)

@@ -69,7 +69,7 @@ class TrajectoryMatching(Method):
   def init_params(self, support: Support) -> Params:
     size, _ = flat_parameters(self.module, support.x)
     checks.shape("trajectories", self.trajectories.array, (None, None, size))
-    self.module.check_outputs(support.x, support.y)
+    self.module.check_outputs(support.x, "support.y", support.y)
     log_rate = jnp.asarray(math.log(self.options.initial_rate), support.x.dtype)
     return {"x": support.x, "y": support.y, "log_rate": log_rate}
 
