@@ -135,8 +135,8 @@ def as_network(network: NetworkLike, features: str | Callable | None = None) -> 
       pair:   `init(key, x) -> params` and `apply(params, x) -> (n, c)`
 
   The call of a module may have an argument `train` or `training`, or `deterministic` or `use_running_average`, with
-  True or False for training; nnx modules are also set to their mode by `train()` and `eval()`. In training, dropout gets
-  a key and batch norm uses the batch; otherwise both use neither. Pairs have no mode.
+  the value for training or evaluation; nnx modules are also set by `train()` and `eval()`. In training, dropout gets a key and
+  batch norm uses the batch; in evaluation, dropout is off and batch norm uses its running statistics. Pairs have no mode.
 
   Args:
     network: one of these, hashable. The same object compiles once.
@@ -144,10 +144,10 @@ def as_network(network: NetworkLike, features: str | Callable | None = None) -> 
       `(module, x)`, for pairs `(params, x)`. None for the method `features` if the module has it.
 
   Returns:
-    A `FunctionalNetwork`; `network` itself if it is one and `features` is None.
+    A `FunctionalNetwork`; `network` itself if it is one.
 
   Raises:
-    TypeError: for anything else, such as an nnx module that is already drawn.
+    TypeError, ValueError: for anything else, such as an nnx module that is already drawn, or a name that is no method.
 
   Example:
     >>> def init(key, x):
@@ -156,12 +156,14 @@ def as_network(network: NetworkLike, features: str | Callable | None = None) -> 
     >>> net.apply(net.init(jax.random.key(0), jnp.ones((1, 3))), jnp.ones((5, 3))).shape
     (5, 2)
   """
+  if isinstance(network, FunctionalNetwork):
+    if features is not None:
+      raise TypeError("features: expected None for a network that as_network made")
+    return network
   if features is not None and not isinstance(features, str):
     if not callable(features):
       raise TypeError(f"features: expected a name or a function, got {features!r}")
     features = checks.hashable(features)
-  if isinstance(network, FunctionalNetwork):
-    return network if features is None else dataclasses.replace(network, features_of=features)  # type: ignore[type-var]
   if isinstance(network, nn.Module):
     return _Linen(_hashable(network), _named(type(network), features))
   if isinstance(network, tuple) and len(network) == 2 and all(map(callable, network)):
@@ -351,7 +353,7 @@ def _split(module: Any) -> tuple:
 
 
 def _collections(split: tuple) -> dict[str, Any]:
-  params, state = (tuple(jax.tree.leaves(part)) for part in split[1:3])
+  params, state = (tuple(jax.tree.leaves(part)) for part in (split[1], split[2]))
   return {"params": params, "state": state} if state else {"params": params}
 
 
