@@ -346,9 +346,8 @@ def _split(module: Any) -> tuple:
   """The definition of an nnx module, its parameters, other variables, random streams, and recorded values."""
   from flax import nnx
 
-  definition, params, streams, sown, state = nnx.split(
-    module, nnx.Param, nnx.RngState, nnx.Intermediate, ...
-  )
+  definition, *states = nnx.split(module, nnx.Param, nnx.RngState, nnx.Intermediate, ...)
+  params, streams, sown, state = states
   return definition, params, state, streams, sown
 
 
