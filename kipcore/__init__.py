@@ -63,6 +63,7 @@ from kipcore.evaluation.ranking import (
   evaluation_table,
   ranking_scores,
 )
+from kipcore.functional import FunctionalNetwork, as_network
 from kipcore.io.artifact import Artifact, ArtifactError, load_artifact, save_artifact
 from kipcore.io.checkpoint import CheckpointError, Checkpoints
 from kipcore.io.export import DistilledSet
@@ -215,6 +216,7 @@ __all__ = [
   "FRePoOptions",
   "FeatureKernel",
   "FeatureMap",
+  "FunctionalNetwork",
   "GPPosterior",
   "GradientFlow",
   "GradientMatchingOptions",
@@ -278,6 +280,7 @@ __all__ = [
   "approximate_krr_sensitivities",
   "architecture",
   "arrange_targets",
+  "as_network",
   "auto_candidates",
   "blocked_krr_sensitivities",
   "choose_expert",

@@ -32,6 +32,7 @@ from kipcore.convolution import convolve
 from kipcore.kernels.covariance import patches
 from kipcore.types import Array, ArrayLike, IntLike, RealLike
 
+NORMS = ("none", "instance", "batch")
 _MAX_WIDTH = 2**20
 
 
@@ -127,6 +128,10 @@ class Network(nn.Module):
         case _:
           raise TypeError(f"arch: expected layers that networks have, got {layer!r}")
     return h, width
+
+  def features(self, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n p"]:
+    """The inputs of the readout `(n, p)`, with running means in batch norm."""
+    return self(x, features=True)
 
   def _normalized(self, i: str, x: Array, train: bool) -> Array:
     if self.norm == "none":
@@ -244,7 +249,7 @@ def network(
   checks.in_range("width", width, 1, _MAX_WIDTH)
   num_outputs = checks.positive_int("num_outputs", num_outputs)
   checks.one_of("parameterization", parameterization, ("standard", "ntk"))
-  checks.one_of("norm", norm, ("none", "instance", "batch"))
+  checks.one_of("norm", norm, NORMS)
   width_growth = checks.positive_int("width_growth", width_growth)
   beta = checks.scalar("softplus", softplus)
   checks.non_negative("softplus", beta)

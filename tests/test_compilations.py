@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from helpers import standard_promotion
 
 import kipcore
@@ -188,12 +190,46 @@ def distiller():
   )
 
 
+class UserLinen(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(x)
+
+
+class UserNNX(nnx.Module):
+  def __init__(self, *, rngs):
+    self.readout = nnx.Linear(5, 3, rngs=rngs)
+
+  def features(self, x):
+    return x
+
+  def __call__(self, x):
+    return self.readout(x)
+
+
+def user_init(key, x):
+  return jax.random.normal(key, (5, 3))
+
+
+def user_apply(w, x):
+  return x @ w
+
+
+def user_features(network, x):
+  return x
+
+
 def method_calls(seed):
-  """The functions of a method with blocks and of one with networks, each made anew."""
+  """The functions of a method with blocks and of some with networks, each made anew."""
   batch, out = kipcore.Batch(x_of(seed), ONE_HOT), []
   for method in (
     kipcore.kip(kipcore.rbf_fn(1.0 + seed), kipcore.KIPOptions(block_size=5)),
     kipcore.dm(MODULE, kipcore.DMOptions(augmentation="")),
+    kipcore.dm(UserNNX, kipcore.DMOptions(augmentation="")),
+    kipcore.dm(kipcore.as_network(UserLinen(), user_features), kipcore.DMOptions(augmentation="")),
+    kipcore.dm(
+      kipcore.as_network((user_init, user_apply), user_features), kipcore.DMOptions(augmentation="")
+    ),
   ):
     params = method.init_params(kipcore.Support(x_of(seed)[:3], ONE_HOT[:3]))
     aux = method.init_aux(jax.random.key(seed), params)
@@ -227,6 +263,9 @@ PUBLIC = {
     seed, ROWS_KERNEL, x_of(seed), ONE_HOT, RIDGE + seed, 4, block_size=5
   ),
   "arrange_targets": lambda seed: kipcore.arrange_targets(rows(seed), np.asarray(ONE_HOT)),
+  "as_network": lambda seed: kipcore.evaluate_network(
+    seed, kipcore.as_network(UserNNX), *problem(seed), 1, num_steps=2
+  ),
   "auto_candidates": lambda seed: list(
     kipcore.auto_candidates(seed, x_of(seed), ONE_HOT, 2, ROWS_KERNEL, 8)
   ),

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "kipcore"
 # its left on the same line. `__init__` is the public list; nothing below it may import it.
 LAYERS = [
   ["version", "types", "checks", "pytrees", "keys", "linalg", "devices", "blocks", "convolution"],
-  ["architectures", "augment", "preprocess", "krr", "predictions"],
+  ["architectures", "augment", "preprocess", "krr", "predictions", "functional"],
   ["kernels", "networks"],
   ["evaluation"],
   ["selection"],

@@ -1,5 +1,6 @@
 """Shared parts of the methods that learn through finite networks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,40 +8,90 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float
 
-from kipcore import krr, linalg
+from kipcore import checks, krr, linalg
 from kipcore.distillation.method import Batch
-from kipcore.networks import Network
+from kipcore.functional import FunctionalNetwork, NetworkLike, as_network
+from kipcore.networks import NORMS, Network
 from kipcore.types import Array, ArrayLike, LossInfo
 
 # Ridge, as a fraction of the mean diagonal, of the predictions that samplers and logs use.
 _RELATIVE_RIDGE = 1e-3
 
 
+def network_of_method(
+  module: NetworkLike, norms: Sequence[str] = NORMS, needs_features: bool = True
+) -> FunctionalNetwork:
+  """The network of a method as functions.
+
+  Args:
+    module: a network of any library.
+    norms: the norms that a network of `networks.network` may have; variables of others are checked when the rows are known.
+    needs_features: whether the method cannot do without features.
+
+  Raises:
+    ValueError, TypeError: for another norm or kind of network, or missing features.
+  """
+  network = as_network(module)
+  if needs_features:
+    network.check_features()
+  own = own_network(network)
+  if own is not None:
+    checks.one_of("module.norm", own.norm, norms)
+  return network
+
+
+def own_network(module: NetworkLike) -> Network | None:
+  """The network of `networks.network` behind a network, None for those of users."""
+  found = getattr(as_network(module), "module", None)
+  return found if isinstance(found, Network) else None
+
+
+def without_statistics(network: FunctionalNetwork, x: Float[ArrayLike, "n ..."]) -> None:
+  """Raise ValueError for a network of a user with running statistics, which are arbitrary before its training."""
+  if own_network(network) is None:
+    network.parameters_only(x)
+
+
 def draw_networks(
-  key: Array, module: Network, x: Float[ArrayLike, "n ..."], num_networks: int
+  key: Array, module: NetworkLike, x: Float[ArrayLike, "n ..."], num_networks: int
 ) -> Any:
   """Draws the variables of `num_networks` random networks for inputs like `x`, stacked along a leading axis."""
-  with linalg.permissive_promotion():
-    return jax.vmap(lambda k: module.init(k, x[:1]))(jax.random.split(key, num_networks))
+  network = as_network(module)
+  return jax.vmap(lambda k: network.init(k, x[:1]))(jax.random.split(key, num_networks))
 
 
-def draw_network(key: Array, module: Network, x: Float[ArrayLike, "n ..."]) -> Any:
+def draw_network(key: Array, module: NetworkLike, x: Float[ArrayLike, "n ..."]) -> Any:
   """Draws the variables of one random network for inputs like `x`."""
   return jax.tree.map(lambda a: a[0], draw_networks(key, module, x, 1))
 
 
-def features(module: Network, variables: Any, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n p"]:
+def features(
+  module: NetworkLike, variables: Any, x: Float[ArrayLike, "n ..."]
+) -> Float[Array, "n p"]:
   """The inputs of the network's readout; batch norm uses its running means."""
-  with linalg.permissive_promotion():
-    phi: Any = module.apply(variables, x, features=True)
-  return phi
+  return as_network(module).features(variables, x)
 
 
-def outputs(module: Network, variables: Any, x: Float[ArrayLike, "n ..."]) -> Float[Array, "n c"]:
+def scored_features(
+  module: NetworkLike, variables: Any, x: Float[ArrayLike, "n ..."]
+) -> Float[Array, "n p"]:
+  """The features for `ridge_loss_info`, or the outputs of a network that does not say what its features are."""
+  network = as_network(module)
+  return (network.apply if network.features_of is None else network.features)(variables, x)
+
+
+def outputs(
+  module: NetworkLike, variables: Any, x: Float[ArrayLike, "n ..."]
+) -> Float[Array, "n c"]:
   """The outputs of the network; batch norm uses its running means."""
-  with linalg.permissive_promotion():
-    out: Any = module.apply(variables, x)
-  return out
+  return as_network(module).apply(variables, x)
+
+
+def training_outputs(
+  module: NetworkLike, variables: Any, x: Float[ArrayLike, "n ..."], key: Array
+) -> Float[Array, "n c"]:
+  """The outputs in training of a network that has parameters only; the key is for dropout."""
+  return as_network(module).train(variables, x, key)[0]
 
 
 def cross_entropy(logits: Float[Array, "n c"], y: Float[Array, "n c"]) -> Float[Array, " n"]:

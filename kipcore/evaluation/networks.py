@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from jaxtyping import Float, Shaped
 
 from kipcore import augment, blocks, checks, keys, krr, linalg, networks
@@ -17,6 +16,7 @@ from kipcore.architectures import Architecture, Conv, nested
 from kipcore.evaluation import protocols
 from kipcore.evaluation.krr import check_support
 from kipcore.evaluation.protocols import Protocol
+from kipcore.functional import NetworkLike, as_network
 from kipcore.types import ArrayLike, IntLike, NumericalError, RealLike, Status, Support
 
 # Adam's default rate, 1e-3, overfits networks of dense layers to a few images.
@@ -37,7 +37,7 @@ class Tuned(NamedTuple):
 
 def evaluate_network(
   key,
-  arch: Architecture | nn.Module,
+  arch: Architecture | NetworkLike,
   support: Support,
   x: Shaped[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
@@ -58,9 +58,8 @@ def evaluate_network(
 
   Args:
     key: random key (or integer seed).
-    arch: the architecture; NHWC inputs for a convolutional one. Or any Flax module
-      `(n, ...) -> (n, c)`, such as `networks.ResNet`, that is hashable and has no state other than
-      parameters; `width` and `norm` are then ignored.
+    arch: the architecture; NHWC inputs for a convolutional one. Or any network that `as_network` accepts, such as
+      `networks.ResNet`; `width` and `norm` are then ignored. Dropout and batch norm are active in its training.
     support: inputs `(m, ...)` and labels `(m, c)`.
     x: `(n, ...)` test rows.
     y: `(n, c)` test labels; the largest entry of a row is its class.
@@ -104,7 +103,10 @@ def evaluate_network(
     how, **{name: value for name, value in changes.items() if value is not None}
   )
   how = dataclasses.replace(how, batch_size=min(how.batch_size, support.x.shape[0]))
-  module = arch if isinstance(arch, nn.Module) else network_of(arch, how, width, support.y.shape[1])
+  module = as_network(
+    network_of(arch, how, width, support.y.shape[1]) if isinstance(arch, Architecture) else arch
+  )
+  module.check_outputs(support.x, "support.y", support.y)
   stream = keys.stream(key, "evaluate_network")
   x, y = jnp.asarray(x), jnp.asarray(y)
   rate = how.learning_rate if learning_rate is None else learning_rate
@@ -125,7 +127,7 @@ def evaluate_network(
 
 def tune(
   key,
-  arch: Architecture | nn.Module,
+  arch: Architecture | NetworkLike,
   support: Support,
   x: Shaped[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
@@ -205,7 +207,7 @@ def _train_and_score(module, num_steps, how, backend, key, support, x, y, learni
 
 
 def train(
-  module: nn.Module,
+  module: NetworkLike,
   how: Protocol,
   num_steps: int,
   key,
@@ -227,14 +229,14 @@ def train(
   Returns:
     Variables, with the moving average of the parameters if the protocol has one.
   """
+  network = as_network(module)
   optimizer = how.transformation(num_steps, learning_rate)
   m, draw = support.x.shape[0], augment.random_augmentation(how.augmentation)
   batch_size = min(how.batch_size, m)
   varied = batch_size < m or how.augmentation or how.cutmix
   # The initial outputs on the support, which are the same at every step if the batch is.
-  initial = module.apply(start, support.x) if how.subtract_initial and not varied else None
+  initial = network.apply(start, support.x) if how.subtract_initial and not varied else None
   params, state = start["params"], {k: v for k, v in start.items() if k != "params"}
-  train_mode = {"train": True} if state else {}
 
   def step(carry, i):
     params, state, average, opt_state = carry
@@ -245,13 +247,12 @@ def train(
       x_batch, y_batch = protocols.cutmix(mix_key, x_batch, y_batch)
     x_batch = draw(keys.at_step(keys.stream(key, "augment"), i))(x_batch)
     if how.subtract_initial:
-      offset = module.apply(start, x_batch) if initial is None else initial[rows]
+      offset = network.apply(start, x_batch) if initial is None else initial[rows]
       y_batch = y_batch + offset
 
     def loss(p):
-      outputs, new = module.apply(
-        {**state, "params": p}, x_batch, mutable=list(state), **train_mode
-      )
+      dropout = keys.at_step(keys.stream(key, "dropout"), i)
+      outputs, new = network.train({**state, "params": p}, x_batch, dropout)
       return jnp.mean(how.row_losses(outputs, y_batch)), new
 
     gradient, state = jax.grad(loss, has_aux=True)(params)
@@ -259,7 +260,7 @@ def train(
     params = optax.apply_updates(params, updates)
     if how.ema:
       average = jax.tree.map(lambda a, p: how.ema * a + (1 - how.ema) * p, average, params)
-    return (params, dict(state), average, opt_state), None
+    return (params, state, average, opt_state), None
 
   steps = jnp.arange(num_steps, dtype=jnp.int32)
   carry = (params, state, params if how.ema else None, optimizer.init(params))

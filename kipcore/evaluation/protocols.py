@@ -12,12 +12,12 @@ import optax
 from jaxtyping import Float
 
 from kipcore import augment, checks
+from kipcore.networks import NORMS
 from kipcore.types import Array, ArrayLike, Flag, Integer, Real
 
 LOSSES = ("squared_error", "cross_entropy", "soft_cross_entropy")
 SCHEDULES = ("constant", "cosine", "step")
 OPTIMIZERS = ("adam", "adamw", "sgd")
-NORMS = ("none", "instance", "batch")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Float, Shaped
 
 from kipcore import checks, keys
@@ -13,6 +12,7 @@ from kipcore.architectures import Architecture
 from kipcore.evaluation import krr as krr_evaluation
 from kipcore.evaluation import networks as network_evaluation
 from kipcore.evaluation.protocols import Protocol
+from kipcore.functional import NetworkLike
 from kipcore.types import ArrayLike, IntLike, KernelFn, RealLike, Support
 
 
@@ -26,7 +26,7 @@ class KernelEvaluator(NamedTuple):
 class NetworkEvaluator(NamedTuple):
   """Finite networks trained on the set; the fields are arguments of `evaluate_network`."""
 
-  network: Architecture | nn.Module
+  network: Architecture | NetworkLike
   width: int = 128
   norm: str | None = None
   augmentation: str | None = None

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kipcore import blocks, checks, linalg, pytrees
+from kipcore import blocks, checks, functional, linalg, pytrees
 from kipcore.kernels.base import Kernel
 from kipcore.types import Array, ArrayLike, IntLike
 
@@ -241,12 +241,12 @@ def _operations(f, params, x: Array) -> float:
 
 
 def empirical_ntk_fn(
-  apply_fn: Callable[[Any, Array], Array],
-  params: Any,
+  apply_fn: Callable[[Any, Array], Array] | functional.NetworkLike,
+  params: Any = None,
   memory_budget: IntLike = 2**30,
   implementation: str = "auto",
 ) -> EmpiricalNTK:
-  """The empirical tangent kernel of any function of parameters and inputs.
+  """The empirical tangent kernel of a network, or of any function of parameters and inputs.
 
       Theta(x, x') = 1/c sum_o <df_o(x)/dtheta, df_o(x')/dtheta>
 
@@ -255,7 +255,9 @@ def empirical_ntk_fn(
 
   Args:
     apply_fn: `apply_fn(params, x) -> (n, c)` for rows `(n, ...)` of any dtype. Kernels are equal, and share a
-      compilation, if their functions are equal.
+      compilation, if their functions are equal. Or a network: a `flax.linen` module or a result of `as_network` with its
+      variables, a pair `(init, apply)` with its parameters, or a `flax.nnx` module without `params`; then derivatives are
+      taken by parameters, dropout is off and batch norm uses its running statistics.
     params: any pytree. Derivatives are taken by its floating leaves; the others are constants.
     memory_budget: bytes for rows of Jacobians and for the scratch memory of their computation; the result and
       a copy of it are not counted.
@@ -281,4 +283,4 @@ def empirical_ntk_fn(
      [1. 5.]]
   """
   budget = checks.positive_int("memory_budget", memory_budget)
-  return EmpiricalNTK(apply_fn, params, budget, implementation)
+  return EmpiricalNTK(*functional.applied(apply_fn, params), budget, implementation)

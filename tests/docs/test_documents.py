@@ -22,7 +22,7 @@ DOCUMENTS = [
 
 
 def test_python_in_the_readme_runs(capsys):
-  quickstart, selection, rows, pipeline, sampler, fitting, layers = re.findall(
+  quickstart, own, selection, rows, pipeline, sampler, fitting, layers = re.findall(
     r"```python\n(.*?)```", README, flags=re.S
   )
   exec(compile(selection, "README.md", "exec"), {})
@@ -40,6 +40,10 @@ def test_python_in_the_readme_runs(capsys):
   bandwidth, noise = map(float, re.findall(r"[\d.]+", capsys.readouterr().out))
   assert 0.7 < bandwidth < 1.5 and 0.05 < noise < 0.15  # 0.1 in the data
   exec(compile(layers, "README.md", "exec"), {})
+  capsys.readouterr()
+  with standard_promotion():
+    exec(compile(own, "README.md", "exec"), {})
+  assert int(re.search(r"(\d+) % with a network", capsys.readouterr().out)[1]) > 50
   exec(compile(quickstart, "README.md", "exec"), {})
   real, distilled = (float(p) for p in re.findall(r"images: ([\d.]+) %", capsys.readouterr().out))
   assert distilled > real + 10

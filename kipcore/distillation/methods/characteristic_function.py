@@ -14,12 +14,14 @@ from kipcore.distillation.features import (
   cross_entropy,
   draw_network,
   features,
+  network_of_method,
   outputs,
   ridge_loss_info,
+  without_statistics,
 )
 from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
 from kipcore.distillation.methods.experts import ExpertArray, flat_parameters
-from kipcore.networks import Network
+from kipcore.functional import FunctionalNetwork, NetworkLike
 from kipcore.types import Array, ArrayLike, Integer, LossInfo, Real, Support
 
 # Factor of the published code.
@@ -67,7 +69,7 @@ def characteristic_distance(
 class NCFM(Method):
   """The method of `ncfm`; its auxiliary state is the variables of a network, and of the trained network that it lies on the way to."""
 
-  module: Network
+  module: FunctionalNetwork
   trajectories: ExpertArray | None
   options: NCFMOptions
 
@@ -77,7 +79,8 @@ class NCFM(Method):
     if self.trajectories is not None:
       size, _ = flat_parameters(self.module, support.x)
       checks.shape("trajectories", self.trajectories.array, (None, None, size))
-    checks.shape("support.y", support.y, (None, self.module.num_outputs))
+    self.module.check_outputs(support.x, "support.y", support.y)
+    without_statistics(self.module, support.x)
     return {"x": support.x, "y": support.y}
 
   def trainable(self, params: Params) -> dict[str, float]:
@@ -146,7 +149,7 @@ def _sums_of_waves(
 
 
 def ncfm(
-  module: Network,
+  module: NetworkLike,
   trajectories: Float[ArrayLike, "experts points p"] | None = None,
   options: NCFMOptions = NCFMOptions(),
 ) -> Method:
@@ -169,7 +172,8 @@ def ncfm(
   rate 0.01 for 20,000 steps, ConvNet of depth 3 with 128 channels and instance norm.
 
   Args:
-    module: the experts' network; `networks.network(conv_net(3), 128, c, norm="instance")`.
+    module: the experts' network; `networks.network(conv_net(3), 128, c, norm="instance")`, or any that `as_network`
+      accepts, with features. Its dropout is never active.
     trajectories: `(experts, epochs + 1, p)`, as for `mtt`; None for random networks.
     options: see `NCFMOptions`.
 
@@ -177,16 +181,18 @@ def ncfm(
     A `Method` that learns `x`; labels are constant, and their largest entry is the class.
 
   Raises:
-    ValueError: for trajectories without two points or of another network (checked when the support is known), or batch norm.
+    ValueError, TypeError: for trajectories without two points or of another network (checked when the support is known), batch
+      norm or missing features, or as `as_network`.
 
   References:
     Wang et al. (CVPR 2025), "Dataset Distillation with Neural Characteristic Function", eqs. 4 to 7.
   """
+  network = network_of_method(module)
   if trajectories is None:
-    return NCFM(module, None, options)
+    return NCFM(network, None, options)
   read = ExpertArray.of(trajectories)
   if read.array.shape[0] < 1 or read.array.shape[1] < 2:
     raise ValueError(
       f"trajectories: expected at least one expert with at least 2 points, got shape {read.array.shape}"
     )
-  return NCFM(module, read, options)
+  return NCFM(network, read, options)

@@ -8,10 +8,17 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from kipcore import augment, keys, linalg
-from kipcore.distillation.features import class_weights, draw_network, features, ridge_loss_info
+from kipcore.distillation.features import (
+  class_weights,
+  draw_network,
+  features,
+  network_of_method,
+  ridge_loss_info,
+  without_statistics,
+)
 from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
-from kipcore.networks import Network
-from kipcore.types import Array, Integer, LossInfo
+from kipcore.functional import FunctionalNetwork, NetworkLike
+from kipcore.types import Array, Integer, LossInfo, Support
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +39,14 @@ class DMOptions:
 class DM(Method):
   """The method of `dm`; its auxiliary state is the variables of one network."""
 
-  module: Network
+  module: FunctionalNetwork
   options: DMOptions
 
   name = "dm"
+
+  def init_params(self, support: Support) -> Params:
+    without_statistics(self.module, support.x)
+    return super().init_params(support)
 
   @compiled()
   def loss(
@@ -65,7 +76,7 @@ class DM(Method):
     return draw_network(key, self.module, params["x"])
 
 
-def dm(module: Network, options: DMOptions = DMOptions()) -> Method:
+def dm(module: NetworkLike, options: DMOptions = DMOptions()) -> Method:
   """Matches the mean feature of each class under a new random network at every step.
 
       loss = sum_c || sum_{t in c} w_t phi(x_t) / sum_{t in c} w_t  -  mean_{s in c} phi(x_s) ||^2
@@ -80,13 +91,18 @@ def dm(module: Network, options: DMOptions = DMOptions()) -> Method:
   and Gaussian (He) instead of uniform initial weights.
 
   Args:
-    module: the network; `networks.network(conv_net(3), 128, c, norm="instance")`.
+    module: the network; `networks.network(conv_net(3), 128, c, norm="instance")`, or any that `as_network` accepts, with
+      features. Its dropout is never active.
     options: see `DMOptions`.
 
   Returns:
     A `Method` that learns `x`; labels are constant.
 
+  Raises:
+    ValueError, TypeError: for a network of a user with batch norm, whose running statistics a random network has not learned,
+      or without features, or as `as_network`.
+
   References:
     Zhao and Bilen (2023), DM, eq. 6.
   """
-  return DM(module, options)
+  return DM(network_of_method(module), options)

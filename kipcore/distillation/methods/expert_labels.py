@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from jaxtyping import Float
 
 from kipcore import blocks, checks, keys
 from kipcore.architectures import Architecture
-from kipcore.distillation.features import outputs
+from kipcore.distillation.features import outputs, own_network
 from kipcore.distillation.methods.experts import flat_parameters
 from kipcore.evaluation import networks as network_evaluation
 from kipcore.evaluation.protocols import Protocol
-from kipcore.networks import Network
+from kipcore.functional import NetworkLike, as_network
 from kipcore.types import Array, ArrayLike, Integer, Real, Support
 
 _BLOCK = 500
@@ -36,7 +35,7 @@ class ExpertChoice(NamedTuple):
 
 
 def expert_labels(
-  module: Network,
+  module: NetworkLike,
   parameters: Float[ArrayLike, " p"],
   x: Float[ArrayLike, "n ..."],
   temperature: Real = 1.0,
@@ -64,7 +63,7 @@ def expert_labels(
 
 
 def expert_losses(
-  module: Network,
+  module: NetworkLike,
   parameters: Float[ArrayLike, " p"],
   x: Float[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
@@ -93,12 +92,12 @@ def expert_losses(
 
 def choose_expert(
   key: Any,
-  module: Network,
+  module: NetworkLike,
   trajectory: Float[ArrayLike, "epochs p"],
   rows: Float[ArrayLike, "m ..."],
   x: Float[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
-  arch: Architecture | nn.Module | None = None,
+  arch: Architecture | NetworkLike | None = None,
   epochs: Sequence[int] | None = None,
   protocol: str | Protocol = "soft",
   width: Integer = 32,
@@ -117,7 +116,7 @@ def choose_expert(
     rows: `(m, ...)` the rows to label.
     x: `(n, ...)` validation rows, on which neither the expert nor the student is trained.
     y: `(n, c)` their labels.
-    arch: architecture of the students; None for that of the expert.
+    arch: architecture or network of the students; None for that of the expert.
     epochs: tried indices into `trajectory`; None for 1, 2, 4, ... and the last.
     protocol: how students are trained.
     width: of the students.
@@ -132,6 +131,9 @@ def choose_expert(
     ValueError, TypeError: for an epoch out of range, or as `evaluate_network`.
   """
   last = trajectory.shape[0] - 1
+  if arch is None:
+    own = own_network(module)
+    arch = module if own is None else own.arch
   if epochs is None:
     epochs = sorted({2**i for i in range(last.bit_length())} | {last})
   accuracies: dict[int, float] = {}
@@ -140,7 +142,7 @@ def choose_expert(
     labels = expert_labels(module, trajectory[epoch], rows)
     scores = network_evaluation.evaluate_network(
       keys.stream(key, "choose_expert"),
-      arch or module.arch,
+      arch,
       Support(jnp.asarray(rows), labels),
       x,
       y,
@@ -154,8 +156,8 @@ def choose_expert(
   return ExpertChoice(max(accuracies, key=lambda epoch: accuracies[epoch]), accuracies)
 
 
-def _logits(module: Network, parameters, x) -> Array:
-  x, parameters = jnp.asarray(x), jnp.asarray(parameters)
+def _logits(module: NetworkLike, parameters, x) -> Array:
+  module, x, parameters = as_network(module), jnp.asarray(x), jnp.asarray(parameters)
   checks.floating("x", x)
   size, variables = flat_parameters(module, x)
   checks.shape("parameters", parameters, (size,))

@@ -12,12 +12,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float, Shaped
 
-from kipcore import augment, blocks, checks, keys, krr, linalg
+from kipcore import augment, blocks, checks, keys, krr
 from kipcore.distillation import samplers
-from kipcore.distillation.features import cross_entropy, outputs
+from kipcore.distillation.features import cross_entropy, outputs, training_outputs
 from kipcore.distillation.method import Sampler
 from kipcore.distillation.targets import Targets, arrange_targets
-from kipcore.networks import Network
+from kipcore.functional import NetworkLike, as_network
 from kipcore.types import Array, ArrayLike, Integer, LossInfo, Status
 
 _BLOCK = 500
@@ -84,28 +84,22 @@ class ExpertArray:
 
 
 def flat_parameters(
-  module: Network, x: Float[ArrayLike, "n ..."]
+  module: NetworkLike, x: Float[ArrayLike, "n ..."]
 ) -> tuple[int, Callable[[Float[Array, " p"]], Any]]:
   """The number p of parameters of a network for rows like those of `x`, and the function from `(p,)` to variables.
 
   Raises:
     ValueError: for a network with variables other than parameters (batch norm).
   """
-  row = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-  with linalg.permissive_promotion():
-    shapes = jax.eval_shape(module.init, jax.random.key(0), row)
-  if set(shapes) != {"params"}:
-    raise ValueError(
-      f"module: expected a network without other variables than parameters, got {', '.join(sorted(shapes))}"
-    )
-  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["params"])
+  shapes = as_network(module).parameters_only(x)
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
   flat, unravel = ravel_pytree(zeros)
   return flat.shape[0], lambda vector: {"params": unravel(vector)}
 
 
 def train_expert(
   key: Any,
-  module: Network,
+  module: NetworkLike,
   x: Float[ArrayLike, "n ..."],
   y: Float[ArrayLike, "n c"],
   num_epochs: int,
@@ -135,7 +129,7 @@ def train_expert(
 
   Args:
     key: random key (or int seed) of this expert.
-    module: the network, without batch norm.
+    module: the network, without batch norm; any that `as_network` accepts. Its dropout is active.
     x: `(n, ...)` rows, floating host array, in any order.
     y: `(n, c)` labels; the largest entry of a row is its class.
     num_epochs: >= 1.
@@ -161,8 +155,9 @@ def train_expert(
   References:
     Cazenavette et al. (2022), MTT, section 3.1.
   """
-  checks.shape("y", y, (None, module.num_outputs))
   checks.floating("x", x)
+  network = as_network(module)
+  network.check_outputs(x, "y", y)
   num_epochs = checks.positive_int("num_epochs", num_epochs)
   batch_size = checks.positive_int("batch_size", batch_size)
   learning_rate = checks.number("learning_rate", learning_rate, 0, above=True)
@@ -177,15 +172,15 @@ def train_expert(
       raise ValueError("validation: expected at least one row, got none")
   elif patience:
     raise ValueError(f"patience: expected 0 without validation rows, got {patience}")
-  size, _ = flat_parameters(module, x)
+  size, _ = flat_parameters(network, x)
   key = keys.canonical_key(key)
   targets = jax.tree.map(
     lambda a: jnp.asarray(a[0]), arrange_targets(x, y, 1, keys.stream(key, "arrange"))
   )
-  static = (module, sampler, augmentation, min(batch_size, x.shape[0]))
+  static = (network, sampler, augmentation, min(batch_size, x.shape[0]))
   rates = jnp.asarray([learning_rate, momentum], targets.x.dtype)
   epoch_steps = math.ceil(x.shape[0] / static[-1])
-  first = _first(module, key, targets.x[:1])
+  first = _first(network, key, targets.x[:1])
   fresh = sampler.init(targets.class_counts, x.shape[0])
   leaves, structure = jax.tree.flatten(fresh)
   if start is None:
@@ -215,7 +210,7 @@ def train_expert(
         "training of an expert", Status.OK if np.isfinite(walk[-1]).all() else Status.NOT_FINITE
       )
       if validation is not None:
-        accuracies.append(float(_accuracy(module, state[0], *map(jnp.asarray, validation))))
+        accuracies.append(float(_accuracy(network, state[0], *map(jnp.asarray, validation))))
     if progress is not None:
       sampler_state = tuple(map(np.asarray, jax.tree.leaves(state[2])))
       parameters, velocity = map(np.asarray, state[:2])
@@ -248,8 +243,7 @@ def _check_state(state: ExpertState, size: int, leaves: list, epoch_steps: int) 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _first(module, key, row):
-  with linalg.permissive_promotion():
-    return ravel_pytree(module.init(keys.stream(key, "init"), row)["params"])[0]
+  return ravel_pytree(module.init(keys.stream(key, "init"), row)["params"])[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -276,7 +270,7 @@ def _train(module, sampler, augmentation, size, key, targets: Targets, rates, st
     x = augment.random_augmentation(augmentation)(keys.stream(step_key, "augment"))(x)
 
     def loss(theta):
-      logits = outputs(module, variables(theta), x)
+      logits = training_outputs(module, variables(theta), x, keys.stream(step_key, "dropout"))
       per_example = cross_entropy(logits, y)
       return jnp.mean(weights.astype(y.dtype) * per_example), (
         per_example,

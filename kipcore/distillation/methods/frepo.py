@@ -11,9 +11,9 @@ from jaxtyping import Float
 
 from kipcore import keys, krr, linalg
 from kipcore.distillation import options as option_checks
-from kipcore.distillation.features import draw_networks, features
+from kipcore.distillation.features import draw_networks, features, network_of_method
 from kipcore.distillation.method import Batch, Method, Params, compiled
-from kipcore.networks import Network
+from kipcore.functional import FunctionalNetwork, NetworkLike
 from kipcore.types import Array, Flag, Integer, LossInfo, Real, Support
 
 
@@ -75,12 +75,13 @@ def label_margin(y: Float[Array, "m c"], bound: float) -> Float[Array, ""]:
 class FRePo(Method):
   """The method of `frepo`; its auxiliary state is a `Pool`."""
 
-  module: Network
+  module: FunctionalNetwork
   options: FRePoOptions
 
   name = "frepo"
 
   def init_params(self, support: Support) -> Params:
+    self.module.check_outputs(support.x, "support.y", support.y)
     return {"x": support.x, "y": support.y / math.sqrt(support.y.shape[1] / 10)}
 
   def trainable(self, params: Params) -> dict[str, float]:
@@ -118,7 +119,7 @@ class FRePo(Method):
       one = jax.lax.cond(
         age > self.options.max_age,
         lambda: jax.tree.map(lambda a: a[0], self._draw(keys.stream(key, "draw"), params, 1)),
-        lambda: self._train(keys.stream(key, "rows"), params, *one),
+        lambda: self._train(key, params, *one),
       )
     variables, opt_state = jax.tree.map(
       lambda a, b: a.at[i].set(b), (aux.variables, aux.opt_state), one
@@ -143,11 +144,12 @@ class FRePo(Method):
   def _train(self, key: Array, params: Params, variables: Any, opt_state: Any) -> tuple[Any, Any]:
     """One Adam step of a network on the support."""
     x, y = self._training_set(params)
-    rows = jax.random.permutation(key, x.shape[0])[: self.options.network_batch_size]
+    order = jax.random.permutation(keys.stream(key, "rows"), x.shape[0])
+    rows = order[: self.options.network_batch_size]
 
     def error(weights):
-      out, updated = self.module.apply(
-        {**variables, "params": weights}, x[rows], train=True, mutable=["batch_stats"]
+      out, updated = self.module.train(
+        {**variables, "params": weights}, x[rows], keys.stream(key, "dropout")
       )
       return jnp.mean(jnp.sum((out - y[rows]) ** 2, axis=1)), updated
 
@@ -158,7 +160,7 @@ class FRePo(Method):
     return {**variables, **updated, "params": weights}, opt_state
 
 
-def frepo(module: Network, options: FRePoOptions = FRePoOptions()) -> Method:
+def frepo(module: NetworkLike, options: FRePoOptions = FRePoOptions()) -> Method:
   """Ridge regression on learned features; the gradient does not flow through the training of the networks.
 
       K(a, b) = phi(a) . phi(b),   P = K_ts (K_ss + ridge I)^{-1} y_s
@@ -172,13 +174,17 @@ def frepo(module: Network, options: FRePoOptions = FRePoOptions()) -> Method:
   whose gradients are averaged), and a negative regularized matrix fails with a status (published: its absolute value is used).
 
   Args:
-    module: the network; `networks.network(conv_net(3), 128, c, norm="batch", width_growth=2)`.
+    module: the network; `networks.network(conv_net(3), 128, c, norm="batch", width_growth=2)`, or any that `as_network`
+      accepts, with features. Its dropout is active in the training steps only.
     options: see `FRePoOptions`.
 
   Returns:
     A `Method` that learns `x`, and `y` if requested.
 
+  Raises:
+    ValueError, TypeError: as `as_network`, and for a network without features.
+
   References:
     Zhou, Nezhadarya, Ba (2022), FRePo, algorithm 1 and section 3.
   """
-  return FRePo(module, options)
+  return FRePo(network_of_method(module), options)

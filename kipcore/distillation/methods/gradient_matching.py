@@ -8,18 +8,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from kipcore import augment, checks, keys
+from kipcore import augment, keys
 from kipcore.distillation import options as option_checks
 from kipcore.distillation.features import (
   class_weights,
   draw_network,
-  features,
+  network_of_method,
   outputs,
   ridge_loss_info,
+  scored_features,
+  training_outputs,
 )
 from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
-from kipcore.networks import Network
-from kipcore.types import Array, Integer, LossInfo, Real
+from kipcore.functional import FunctionalNetwork, NetworkLike
+from kipcore.types import Array, Integer, LossInfo, Real, Support
 
 _EPS, _TRAIN_BATCH = 1e-6, 256
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -141,9 +143,13 @@ def distance(real: Any, synthetic: Any) -> Float[Array, " c"]:
 class GradientMatching(Method):
   """The method of `dc` and `dsa`; its auxiliary state is the variables of one network."""
 
-  module: Network
+  module: FunctionalNetwork
   options: GradientMatchingOptions
   name: str = "dc"
+
+  def init_params(self, support: Support) -> Params:
+    self.module.parameters_only(support.x)
+    return super().init_params(support)
 
   @compiled()
   def loss(
@@ -154,7 +160,10 @@ class GradientMatching(Method):
     def objective(theta, x, weights, k):
       # As published, each class has its own transform, shared by its targets and its support.
       x = self._transform(keys.at_step(keys.stream(key, "augment"), k))(x)
-      return jnp.sum(weights * self._cross_entropies(theta, x, jnp.full(x.shape[:1], k)))
+      return jnp.sum(
+        weights
+        * _cross_entropies(outputs(self.module, {"params": theta}, x), jnp.full(x.shape[:1], k))
+      )
 
     def mean_gradients(x, y, weights, total=lambda sums: sums):
       mass = jnp.sum(class_weights(y.astype(x.dtype), weights), axis=1)
@@ -172,7 +181,7 @@ class GradientMatching(Method):
     )
     value = jnp.sum(jnp.where(in_batch & in_support, distance(real, synthetic), 0))
     phi_s, phi_t = (
-      features(self.module, aux, jax.lax.stop_gradient(x)) for x in (params["x"], batch.x)
+      scored_features(self.module, aux, jax.lax.stop_gradient(x)) for x in (params["x"], batch.x)
     )
     return value, ridge_loss_info(phi_s, params["y"], phi_t, batch)
 
@@ -194,35 +203,36 @@ class GradientMatching(Method):
   def _transform(self, key: Array) -> Callable[[Array], Array]:
     return augment.random_augmentation(self.options.augmentation)(key)
 
-  def _cross_entropies(self, theta: Any, x: Array, labels: Array) -> Array:
-    logits = outputs(self.module, {"params": theta}, x)
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
-
   def _train(self, key: Array, params: Params, aux: Any, passes: int) -> Any:
     """The network after `passes` passes of SGD over the support."""
     x, labels = params["x"], jnp.argmax(params["y"], axis=1)
     batches = -(-x.shape[0] // _TRAIN_BATCH)
 
     def descend(theta, draw):
-      rows, batch_key = draw
+      rows, batch_key, dropout = draw
       x_batch = self._transform(batch_key)(x[rows])
-      mean = lambda theta: jnp.mean(self._cross_entropies(theta, x_batch, labels[rows]))
+
+      def mean(theta):
+        out = training_outputs(self.module, {"params": theta}, x_batch, dropout)
+        return jnp.mean(_cross_entropies(out, labels[rows]))
+
       gradient = jax.grad(mean)(theta)
       return jax.tree.map(lambda a, g: a - self.options.network_rate * g, theta, gradient), None
 
     def one_pass(theta, i):
-      order_key, augment_key = (
-        keys.stream(keys.at_step(key, i), name) for name in ("order", "augment")
+      order_key, *others = (
+        keys.stream(keys.at_step(key, i), name) for name in ("order", "augment", "dropout")
       )
       order = jnp.resize(
         jax.random.permutation(order_key, x.shape[0]), (batches, -(-x.shape[0] // batches))
       )
-      return jax.lax.scan(descend, theta, (order, jax.random.split(augment_key, batches)))[0], None
+      draws = (order, *(jax.random.split(other, batches) for other in others))
+      return jax.lax.scan(descend, theta, draws)[0], None
 
     return {"params": jax.lax.scan(one_pass, aux["params"], jnp.arange(passes, dtype=jnp.int32))[0]}
 
 
-def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptions()) -> Method:
+def dc(module: NetworkLike, options: GradientMatchingOptions = GradientMatchingOptions()) -> Method:
   """Dataset condensation with gradient matching.
 
       loss = sum_c distance(g_c, h_c)
@@ -239,24 +249,27 @@ def dc(module: Network, options: GradientMatchingOptions = GradientMatchingOptio
   serves all rows of a training batch (published: parameters for each row).
 
   Args:
-    module: `networks.network(conv_net(3), 128, c, norm="instance")`; batch norm is not supported.
+    module: `networks.network(conv_net(3), 128, c, norm="instance")`, or any network that `as_network` accepts, whose weights
+      have the outputs of a layer on their last axis; batch norm is not supported. Dropout is active in its training,
+      not in the gradients that are matched. Samplers score the outputs of a network without features.
     options: see `GradientMatchingOptions`.
 
   Returns:
     A `Method` that learns `x`.
 
   Raises:
-    ValueError: for batch norm.
+    ValueError, TypeError: for batch norm, or as `as_network`.
 
   References:
     Zhao, Mopuri, Bilen (2021), DC, algorithm 1; Zhao and Bilen (2021), DSA, algorithm 1. Training is plain SGD, as in
     the later published code; the first version had momentum 0.5.
   """
-  checks.one_of("norm", module.norm, ("none", "instance"))
-  return GradientMatching(module, options)
+  return GradientMatching(_network(module), options)
 
 
-def dsa(module: Network, options: GradientMatchingOptions = GradientMatchingOptions()) -> Method:
+def dsa(
+  module: NetworkLike, options: GradientMatchingOptions = GradientMatchingOptions()
+) -> Method:
   """`dc` with differentiable siamese augmentation, `augment.DSA`.
 
   Args:
@@ -267,12 +280,19 @@ def dsa(module: Network, options: GradientMatchingOptions = GradientMatchingOpti
     A `Method`.
 
   Raises:
-    ValueError: as `dc`.
+    ValueError, TypeError: as `dc`.
 
   References:
     Zhao and Bilen (2021), DSA, eq. 7.
   """
-  checks.one_of("norm", module.norm, ("none", "instance"))
   return GradientMatching(
-    module, dataclasses.replace(options, augmentation=augment.DSA), name="dsa"
+    _network(module), dataclasses.replace(options, augmentation=augment.DSA), name="dsa"
   )
+
+
+def _network(module: NetworkLike) -> FunctionalNetwork:
+  return network_of_method(module, ("none", "instance"), needs_features=False)
+
+
+def _cross_entropies(logits: Array, labels: Array) -> Array:
+  return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]

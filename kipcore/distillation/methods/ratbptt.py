@@ -9,12 +9,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float
 
-from kipcore import augment, checks, keys, krr, linalg
+from kipcore import augment, keys, krr, linalg
 from kipcore.distillation import options as option_checks
-from kipcore.distillation.features import draw_network, outputs
+from kipcore.distillation.features import (
+  draw_network,
+  network_of_method,
+  outputs,
+  training_outputs,
+)
 from kipcore.distillation.method import Batch, Method, Params, compiled
 from kipcore.evaluation.protocols import label_distribution
-from kipcore.networks import Network
+from kipcore.functional import FunctionalNetwork, NetworkLike
 from kipcore.types import Array, Flag, Integer, LossInfo, Real, Support
 
 LOSSES = ("cross_entropy", "squared_error")
@@ -67,12 +72,14 @@ class RaTBPTTOptions:
 class RaTBPTT(Method):
   """The method of `rat_bptt`; it has no auxiliary state."""
 
-  module: Network
+  module: FunctionalNetwork
   options: RaTBPTTOptions
 
   name = "ratbptt"
 
   def init_params(self, support: Support) -> Params:
+    self.module.parameters_only(support.x)
+    self.module.check_outputs(support.x, "support.y", support.y)
     params = {"x": support.x, "y": support.y}
     if self.options.loss == "cross_entropy":
       labels = label_distribution(support.y)
@@ -139,6 +146,7 @@ class RaTBPTT(Method):
     options = self.options
     adam = optax.scale_by_adam(eps_root=options.eps_root)
     draw = augment.random_augmentation(options.augmentation)
+    dropout = keys.stream(key, "dropout")
 
     def step(params, state, i):
       variables, opt_state = state
@@ -149,7 +157,7 @@ class RaTBPTT(Method):
       x = draw(keys.at_step(keys.stream(key, "augment"), i))(x)
 
       def error(variables):
-        out = outputs(self.module, variables, x)
+        out = training_outputs(self.module, variables, x, keys.at_step(dropout, i))
         if options.loss == "squared_error":
           return jnp.mean(0.5 * jnp.sum((out - y) ** 2, axis=1))
         return jnp.mean(optax.softmax_cross_entropy(out, y + 1 / y.shape[1]))
@@ -159,13 +167,13 @@ class RaTBPTT(Method):
         rate = options.inner_rate
         if options.learn_rate:
           rate = rate * jnp.exp(params["log_rate"])
-        variables = jax.tree.map(lambda v, u: v - rate * u, variables, updates)
+        variables = jax.tree.map(lambda v, u: (v - rate * u).astype(v.dtype), variables, updates)
       return variables, opt_state
 
     return step
 
 
-def rat_bptt(module: Network, options: RaTBPTTOptions = RaTBPTTOptions()) -> Method:
+def rat_bptt(module: NetworkLike, options: RaTBPTTOptions = RaTBPTTOptions()) -> Method:
   """The loss on the targets of a network trained on the set, through a random window of its training.
 
       theta_{i+1} = theta_i - rate Adam(grad_theta mean_s l(f_theta(x_s), y_s)),   theta_0 random
@@ -181,20 +189,21 @@ def rat_bptt(module: Network, options: RaTBPTTOptions = RaTBPTTOptions()) -> Met
   learned labels are distributions.
 
   Args:
-    module: the network, without batch norm; `networks.network(conv_net(3), 128, c, norm="instance")`.
+    module: the network, without batch norm; `networks.network(conv_net(3), 128, c, norm="instance")`, or any that
+      `as_network` accepts. Its dropout is active in the training.
     options: see `RaTBPTTOptions`.
 
   Returns:
     A `Method` that learns `x`, and labels and learning rate if requested.
 
   Raises:
-    ValueError: for batch norm.
+    ValueError, TypeError: for batch norm, or as `as_network`.
 
   References:
     Feng, Vedantam, Kempe (ICLR 2024), Embarrassingly Simple Dataset Distillation, algorithm 1.
   """
-  checks.one_of("module.norm", module.norm, ("none", "instance"))
-  return RaTBPTT(module, options)
+  network = network_of_method(module, ("none", "instance"), needs_features=False)
+  return RaTBPTT(network, options)
 
 
 def _logits(y: Array) -> Array:

@@ -13,10 +13,15 @@ from jaxtyping import Float
 
 from kipcore import checks, keys, krr, linalg
 from kipcore.distillation import options as option_checks
-from kipcore.distillation.features import cross_entropy, draw_networks, features
+from kipcore.distillation.features import (
+  cross_entropy,
+  draw_networks,
+  features,
+  network_of_method,
+)
 from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
 from kipcore.distillation.methods.frepo import Pool, label_margin
-from kipcore.networks import Network
+from kipcore.functional import FunctionalNetwork, NetworkLike
 from kipcore.types import Array, Flag, Integer, LossInfo, Real, Support
 
 
@@ -72,12 +77,13 @@ class RCIGState(NamedTuple):
 class RCIG(Method):
   """The method of `rcig`; its auxiliary state is an `RCIGState`."""
 
-  module: Network
+  module: FunctionalNetwork
   options: RCIGOptions
 
   name = "rcig"
 
   def init_params(self, support: Support) -> Params:
+    self.module.parameters_only(support.x)
     log_temperature = jnp.asarray(math.log(self.options.initial_temperature), support.x.dtype)
     return {"x": support.x, "y": support.y, "log_temperature": log_temperature}
 
@@ -194,7 +200,7 @@ class RCIG(Method):
     return jax.random.randint(keys.stream(key, "choice"), (), 0, self.options.pool_size)
 
 
-def rcig(module: Network, options: RCIGOptions = RCIGOptions()) -> Method:
+def rcig(module: NetworkLike, options: RCIGOptions = RCIGOptions()) -> Method:
   """Learns images and labels through the linearized networks of a pool, whose readout is solved for.
 
       phi_w(x) = phi(x) + J(x) w,   K = phi_w(S) phi_w(S)^T,   P = phi_w(T) phi_w(S)^T (K + l2 m I)^{-1} y_s
@@ -210,20 +216,20 @@ def rcig(module: Network, options: RCIGOptions = RCIGOptions()) -> Method:
   published: the ridge on w, that pool networks minimize `inner` at w = 0, and that images and labels are clipped separately.
 
   Args:
-    module: the network, without batch norm; `networks.network(conv_net(3), 128, c, softplus=60.0)`.
+    module: the network, without batch norm; `networks.network(conv_net(3), 128, c, softplus=60.0)`, or any that
+      `as_network` accepts, with features. Its dropout is never active.
     options: see `RCIGOptions`.
 
   Returns:
     A `Method` that learns `x`, `y` and `log_temperature`; its support is the bias-corrected moving average.
 
   Raises:
-    ValueError: for batch norm.
+    ValueError, TypeError: for batch norm or a network without features, or as `as_network`.
 
   References:
     Loo, Hasani, Lechner, Rus (2023), RCIG, section 3.
   """
-  checks.one_of("module.norm", module.norm, ("none", "instance"))
-  return RCIG(module, options)
+  return RCIG(network_of_method(module, ("none", "instance")), options)
 
 
 def _row(stacked: Any, i: int | Array) -> Any:

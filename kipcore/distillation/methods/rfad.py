@@ -9,11 +9,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from kipcore import checks, krr, linalg
+from kipcore import krr, linalg
+from kipcore.architectures import Dense
 from kipcore.distillation import options as option_checks
-from kipcore.distillation.features import cross_entropy, draw_networks, features
+from kipcore.distillation.features import (
+  cross_entropy,
+  draw_networks,
+  features,
+  network_of_method,
+  own_network,
+)
 from kipcore.distillation.method import Batch, Method, Params, compiled
-from kipcore.networks import Network
+from kipcore.functional import FunctionalNetwork, NetworkLike, as_network
 from kipcore.types import Array, ArrayLike, Flag, Integer, LossInfo, Real, Support
 
 
@@ -48,7 +55,7 @@ class RFADOptions:
 
 
 def random_features(
-  module: Network, variables: Any, x: Float[ArrayLike, "n ..."]
+  module: NetworkLike, variables: Any, x: Float[ArrayLike, "n ..."]
 ) -> Float[Array, "n features"]:
   """Concatenated features of M networks, scaled so that inner products are means over networks and units.
 
@@ -60,7 +67,7 @@ def random_features(
   Returns:
     `(n, M p)`, with p the number of inputs of one readout.
   """
-  return _random_features(module, variables, x)
+  return _random_features(as_network(module), variables, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -71,7 +78,7 @@ def _random_features(module, variables, x):
 
 
 def random_feature_kernel(
-  module: Network, phi1: Float[Array, "n1 features"], phi2: Float[Array, "n2 features"]
+  module: NetworkLike, phi1: Float[Array, "n1 features"], phi2: Float[Array, "n2 features"]
 ) -> Float[Array, "n1 n2"]:
   """The kernel of M random networks, an estimate of the NNGP kernel of their architecture.
 
@@ -81,7 +88,8 @@ def random_feature_kernel(
   proportional to 1 / sqrt(M); the finite width of earlier layers also leaves a bias of order 1 / width.
 
   Args:
-    module: a network without normalization layers, for which the limit is known.
+    module: a network without normalization layers, for which the limit is known. For a network of a user, whose
+      readout is unknown, w_std^2 = 2 and b_std^2 = 0.01.
     phi1: `(n1, M p)` from `random_features`.
     phi2: `(n2, M p)`.
 
@@ -91,7 +99,8 @@ def random_feature_kernel(
   References:
     Loo et al. (2022), RFAD, section 3, with w_std^2 = 2 and b_std^2 = 0.01.
   """
-  readout = module.arch.layers[-1]
+  own = own_network(module)
+  readout = Dense() if own is None else own.arch.layers[-1]
   return _random_feature_kernel(readout.w_std**2, readout.b_std**2, phi1, phi2)
 
 
@@ -104,12 +113,13 @@ def _random_feature_kernel(w_variance, b_variance, phi1, phi2):
 class RFAD(Method):
   """The method of `rfad`."""
 
-  module: Network
+  module: FunctionalNetwork
   options: RFADOptions
 
   name = "rfad"
 
   def init_params(self, support: Support) -> Params:
+    self.module.parameters_only(support.x)
     params = {"x": support.x, "y": support.y, "log_scale": jnp.zeros((), support.x.dtype)}
     if self.options.learn_transform:
       params["transform"] = jnp.eye(math.prod(support.x.shape[1:]), dtype=support.x.dtype)
@@ -157,7 +167,7 @@ class RFAD(Method):
     )
 
 
-def rfad(module: Network, options: RFADOptions = RFADOptions()) -> Method:
+def rfad(module: NetworkLike, options: RFADOptions = RFADOptions()) -> Method:
   """KIP with `random_feature_kernel`, on transformed support images A x.
 
       P = K_ts (K_ss + ridge I)^{-1} y_s,   loss_t = CE(softmax(e^k P_t)) or 1/2 mean_c (P_tc - y_tc)^2
@@ -168,20 +178,19 @@ def rfad(module: Network, options: RFADOptions = RFADOptions()) -> Method:
   Differences from the published code: no conversion to float64, and batches come from the sampler.
 
   Args:
-    module: the network; `networks.network(conv_net(3), 256, c)`.
+    module: the network; `networks.network(conv_net(3), 256, c)`, or any that `as_network` accepts, with features.
     options: see `RFADOptions`.
 
   Returns:
     A `Method` that learns `x`, `transform` (A, if requested), `log_scale` (k, for cross-entropy) and `y` (if requested).
 
   Raises:
-    ValueError: for a network with normalization.
+    ValueError, TypeError: for a network with normalization or without features, or as `as_network`.
 
   References:
     Loo, Hasani, Amini, Rus (2022), RFAD, sections 3 and 4.
   """
-  checks.one_of("norm", module.norm, ("none",))
-  return RFAD(module, options)
+  return RFAD(network_of_method(module, ("none",)), options)
 
 
 def _images(params: Params) -> Array:

@@ -11,10 +11,16 @@ from jaxtyping import Float
 
 from kipcore import augment, checks, keys
 from kipcore.distillation import options as option_checks
-from kipcore.distillation.features import cross_entropy, features, outputs, ridge_loss_info
+from kipcore.distillation.features import (
+  cross_entropy,
+  network_of_method,
+  ridge_loss_info,
+  scored_features,
+  training_outputs,
+)
 from kipcore.distillation.method import Batch, Method, Params, compiled
 from kipcore.distillation.methods.experts import ExpertArray, flat_parameters
-from kipcore.networks import Network
+from kipcore.functional import FunctionalNetwork, NetworkLike
 from kipcore.types import Array, ArrayLike, Integer, LossInfo, Real, Support
 
 
@@ -54,7 +60,7 @@ class TrajectoryMatchingOptions:
 class TrajectoryMatching(Method):
   """The method of `mtt`; its auxiliary state is the expert at t and at t + M, `(2, p)`."""
 
-  module: Network
+  module: FunctionalNetwork
   trajectories: ExpertArray
   options: TrajectoryMatchingOptions
 
@@ -63,7 +69,7 @@ class TrajectoryMatching(Method):
   def init_params(self, support: Support) -> Params:
     size, _ = flat_parameters(self.module, support.x)
     checks.shape("trajectories", self.trajectories.array, (None, None, size))
-    checks.shape("support.y", support.y, (None, self.module.num_outputs))
+    self.module.check_outputs(support.x, "support.y", support.y)
     log_rate = jnp.asarray(math.log(self.options.initial_rate), support.x.dtype)
     return {"x": support.x, "y": support.y, "log_rate": log_rate}
 
@@ -90,7 +96,7 @@ class TrajectoryMatching(Method):
   ) -> tuple[Float[Array, ""], LossInfo]:
     (start, goal), (x, y) = aux, (params["x"], params["y"])
     _, variables = flat_parameters(self.module, x)
-    augmentations = keys.stream(key, "augment")
+    augmentations, dropout = keys.stream(key, "augment"), keys.stream(key, "dropout")
     augmentation = augment.random_augmentation(self.options.augmentation)
 
     # Inside a scan there is nothing that common-subexpression elimination could merge.
@@ -98,9 +104,11 @@ class TrajectoryMatching(Method):
     def step(theta, inputs):
       i, rows, share = inputs
       images = augmentation(keys.at_step(augmentations, i))(x[rows])
-      mean = lambda theta: jnp.sum(
-        share * cross_entropy(outputs(self.module, variables(theta), images), y[rows])
-      )
+
+      def mean(theta):
+        out = training_outputs(self.module, variables(theta), images, keys.at_step(dropout, i))
+        return jnp.sum(share * cross_entropy(out, y[rows]))
+
       return theta - jnp.exp(params["log_rate"]) * jax.grad(mean)(theta), None
 
     steps = (
@@ -109,7 +117,7 @@ class TrajectoryMatching(Method):
     )
     end, _ = jax.lax.scan(step, start, steps)
     value = jnp.sum((end - goal) ** 2) / jnp.sum((start - goal) ** 2)
-    phi_s, phi_t = (features(self.module, variables(start), rows) for rows in (x, batch.x))
+    phi_s, phi_t = (scored_features(self.module, variables(start), rows) for rows in (x, batch.x))
     return value, ridge_loss_info(phi_s, y, phi_t, batch)
 
   def _student_batches(self, key: Array, num_rows: int, dtype) -> tuple[Array, Array]:
@@ -127,7 +135,7 @@ class TrajectoryMatching(Method):
 
 
 def mtt(
-  module: Network,
+  module: NetworkLike,
   trajectories: Float[ArrayLike, "experts points p"],
   options: TrajectoryMatchingOptions = TrajectoryMatchingOptions(),
 ) -> Method:
@@ -149,7 +157,8 @@ def mtt(
   a step (published: parameters for each image).
 
   Args:
-    module: the experts' network; `networks.network(conv_net(3), 128, c, norm="instance")`.
+    module: the experts' network; `networks.network(conv_net(3), 128, c, norm="instance")`, or any that `as_network`
+      accepts. Its dropout is active in the training of students. Samplers score the outputs of a network without features.
     trajectories: `(experts, epochs + 1, p)`, an array or a memory map (`load_trajectories(path).array`), which stays on
       disk: each step reads two vectors of p numbers. Several processes need the same file. Methods with different array
       objects are not equal.
@@ -159,8 +168,8 @@ def mtt(
     A `Method` that learns `x` and `log_rate`; labels are constant, and their largest entry is the class.
 
   Raises:
-    ValueError: for batch norm, or trajectories that are too short or of another network (checked when the support
-      is known).
+    ValueError, TypeError: for batch norm, or trajectories that are too short or of another network (checked when the
+      support is known), or as `as_network`.
 
   References:
     Cazenavette et al. (2022), MTT, eq. 2 and algorithm 1.
@@ -172,4 +181,4 @@ def mtt(
       f"trajectories: expected at least one expert with at least {last + 1} points "
       f"(max_start_epoch + expert_epochs + 1), got shape {read.array.shape}"
     )
-  return TrajectoryMatching(module, read, options)
+  return TrajectoryMatching(network_of_method(module, needs_features=False), read, options)
