@@ -46,7 +46,7 @@ def own_network(module: NetworkLike) -> Network | None:
   return found if isinstance(found, Network) else None
 
 
-def without_statistics(network: FunctionalNetwork, x: Float[ArrayLike, "n ..."]) -> None:
+def check_no_statistics(network: FunctionalNetwork, x: Float[ArrayLike, "n ..."]) -> None:
   """Raise ValueError for a network of a user with running statistics, which are arbitrary before its training."""
   if own_network(network) is None:
     network.parameters_only(x)

@@ -17,7 +17,7 @@ from kipcore.distillation.features import (
   network_of_method,
   outputs,
   ridge_loss_info,
-  without_statistics,
+  check_no_statistics,
 )
 from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
 from kipcore.distillation.methods.experts import ExpertArray, flat_parameters
@@ -80,7 +80,7 @@ class NCFM(Method):
       size, _ = flat_parameters(self.module, support.x)
       checks.shape("trajectories", self.trajectories.array, (None, None, size))
     self.module.check_outputs(support.x, "support.y", support.y)
-    without_statistics(self.module, support.x)
+    check_no_statistics(self.module, support.x)
     return {"x": support.x, "y": support.y}
 
   def trainable(self, params: Params) -> dict[str, float]:

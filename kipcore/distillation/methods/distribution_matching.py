@@ -14,7 +14,7 @@ from kipcore.distillation.features import (
   features,
   network_of_method,
   ridge_loss_info,
-  without_statistics,
+  check_no_statistics,
 )
 from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
 from kipcore.functional import FunctionalNetwork, NetworkLike
@@ -45,7 +45,7 @@ class DM(Method):
   name = "dm"
 
   def init_params(self, support: Support) -> Params:
-    without_statistics(self.module, support.x)
+    check_no_statistics(self.module, support.x)
     return super().init_params(support)
 
   @compiled()
