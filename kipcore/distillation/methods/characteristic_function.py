@@ -10,6 +10,7 @@ from jaxtyping import Float
 from kipcore import augment, checks, keys, linalg
 from kipcore.distillation import options as option_checks
 from kipcore.distillation.features import (
+  check_no_statistics,
   class_weights,
   cross_entropy,
   draw_network,
@@ -17,7 +18,6 @@ from kipcore.distillation.features import (
   network_of_method,
   outputs,
   ridge_loss_info,
-  check_no_statistics,
 )
 from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
 from kipcore.distillation.methods.experts import ExpertArray, flat_parameters

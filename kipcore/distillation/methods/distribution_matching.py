@@ -9,12 +9,12 @@ from jaxtyping import Float
 
 from kipcore import augment, keys, linalg
 from kipcore.distillation.features import (
+  check_no_statistics,
   class_weights,
   draw_network,
   features,
   network_of_method,
   ridge_loss_info,
-  check_no_statistics,
 )
 from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
 from kipcore.functional import FunctionalNetwork, NetworkLike
