@@ -14,7 +14,7 @@ import kipcore
 from kipcore.evaluation import networks, protocols
 
 C, WIDTH = 3, 4
-ROW = np.zeros((1, 8, 8, 1))
+
 STD = 2**0.5
 # Running statistics of flax are float32.
 RTOL = {"none": 1e-8, "instance": 1e-8, "batch": 1e-6}
@@ -50,7 +50,7 @@ class NNX(nnx.Module):
   """The network of `reference`, with the parameters that it draws from the same key."""
 
   def __init__(self, norm, *, rngs):
-    theta = reference(norm).init(rngs.default.key.get_value(), jnp.asarray(ROW))["params"]
+    theta = reference(norm).init(rngs.default.key.get_value(), jnp.zeros((1, 8, 8, 1)))["params"]
     options = dict(param_dtype=jnp.float64, rngs=rngs)
     self.conv = nnx.Conv(1, WIDTH, (3, 3), **options)
     self.dense = nnx.Linear(16 * WIDTH, C, **options)
