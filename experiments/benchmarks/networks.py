@@ -80,9 +80,8 @@ def job(data_dir, shape: tuple[int, int, int], width: int) -> dict:
 
 
 JOBS = {
-  f"{h}x{w}x{c}, width {width}": functools.partial(job, shape=(h, w, c), width=width)
+  f"{h}x{w}x{c}, width 32": functools.partial(job, shape=(h, w, c), width=32)
   for h, w, c in ((28, 28, 1), (32, 32, 3))
-  for width in (32, 128)
 }
 
 if __name__ == "__main__":
