@@ -112,28 +112,29 @@ def _batch_correlation(arguments, axes, size):
   return jax.vmap(lambda x, g: _correlation(x, g, size), axes)(*arguments), 0
 
 
-for _primitive, _compute, _shape, _batch in (
-  (
-    _convolution_p,
-    _compute_convolution,
-    lambda x, kernel: (*x.shape[:3], kernel.shape[3]),
-    _batch_convolution,
-  ),
-  (
-    _correlation_p,
-    _correlation,
-    lambda x, g, size: (size, size, x.shape[3], g.shape[3]),
-    _batch_correlation,
-  ),
-):
-  _primitive.def_impl(jax.jit(_compute, static_argnames="size" if _compute is _correlation else ()))
-  _primitive.def_abstract_eval(
-    lambda x, other, _shape=_shape, **size: x.update(
-      shape=_shape(x, other, **size), weak_type=False
-    )
+def _define(primitive, compute, shape, batch, **static):
+  """What JAX needs to know of a primitive besides its derivatives."""
+  primitive.def_impl(jax.jit(compute, **static))
+  primitive.def_abstract_eval(
+    lambda x, other, **size: x.update(shape=shape(x, other, **size), weak_type=False)
   )
-  mlir.register_lowering(_primitive, mlir.lower_fun(_compute, multiple_results=False))
-  batching.primitive_batchers[_primitive] = _batch
+  mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
+  batching.primitive_batchers[primitive] = batch
+
+
+_define(
+  _convolution_p,
+  _compute_convolution,
+  lambda x, kernel: (*x.shape[:3], kernel.shape[3]),
+  _batch_convolution,
+)
+_define(
+  _correlation_p,
+  _correlation,
+  lambda x, g, size: (size, size, x.shape[3], g.shape[3]),
+  _batch_correlation,
+  static_argnames="size",
+)
 # Each is linear in each argument.
 ad.defbilinear(
   _convolution_p,

@@ -85,7 +85,7 @@ def _setting_title(name: str) -> str:
 def default_gain_table(results: dict) -> str:
   """Markdown of the default recipe in `ablation.json`: one row per dataset and images per class."""
   lines = [
-    "| dataset, images per class | uniform start and targets | default recipe | gain | gain in area under the curve | "
+    "| dataset (images per class) | uniform start and targets | default recipe | gain | gain in area under the curve | "
     "share of evaluations needed to match uniform's final accuracy |",
     "| --- | --- | --- | --- | --- | --- |",
   ]
@@ -373,7 +373,7 @@ def _compared() -> dict:
 def networks_table(results: dict) -> str:
   """Sets that teach networks, next to other sets under the same protocol."""
   lines = [
-    "| dataset, images per class | method | distilled | random real images | initial images | networks | goal (published) | minutes | steps |",
+    "| dataset (images per class) | method | distilled | random real images | initial images | networks | goal (published) | minutes | steps |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
   ]
   for name, job in results["jobs"].items():
