@@ -42,9 +42,22 @@ JOBS = {
     dict(_RATBPTT, dataset="fashion_mnist", steps=3000),
     "74 (FRePo 75.6)",
   ),
+  # With the method of CIFAR-10.
+  "fashion_mnist_1_frepo": (
+    dict(_FREPO, dataset="fashion_mnist", steps=3000),
+    "74 (FRePo 75.6)",
+  ),
   "fashion_mnist_10": (
     dict(_FREPO, dataset="fashion_mnist", images_per_class=10, steps=1000),
     "85 (FRePo 86.2)",
+  ),
+  "fashion_mnist_10_wide": (
+    dict(_FREPO, dataset="fashion_mnist", images_per_class=10, width=64, steps=1200),
+    "85 (FRePo 86.2)",
+  ),
+  "mnist_10_wide": (
+    dict(_FREPO, dataset="mnist", images_per_class=10, width=64, steps=1000),
+    "97.5 (FRePo 98.6)",
   ),
   "cifar10_1": (
     dict(_FREPO, dataset="cifar10", preprocess="zca", width=64, steps=1500, options="flip=True"),
