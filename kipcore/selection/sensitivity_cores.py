@@ -23,6 +23,12 @@ def label_term(residual2, objective):
   return jnp.where(objective > 0, residual2 / jnp.where(objective > 0, objective, 1), 0)
 
 
+def _sqrt(a):
+  """sqrt(a), whose derivative at 0 is 0 instead of infinite: a branch that is not taken must not add 0 * infinity to a gradient."""
+  positive = a > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, a, 1)), jnp.zeros_like(a))
+
+
 def joint(tau, residual2, part, bound):
   """Upper bound on s_i from a subproblem with minimum `part` and a lower bound `bound` on F*.
 
@@ -30,9 +36,9 @@ def joint(tau, residual2, part, bound):
   """
   safe = jnp.where(bound > 0, bound, 1)
   share, q = part / safe, residual2 / safe
-  root = jnp.sqrt(q * jnp.maximum(1 - share, 0))
-  inside = (bound > 0) & (share < 1) & (root > share * jnp.sqrt(tau))
-  optimum = (jnp.sqrt(jnp.maximum(1 - share, 0) * tau) + jnp.sqrt(q)) ** 2
+  root = _sqrt(q * jnp.maximum(1 - share, 0))
+  inside = (bound > 0) & (share < 1) & (root > share * _sqrt(tau))
+  optimum = (_sqrt(jnp.maximum(1 - share, 0) * tau) + _sqrt(q)) ** 2
   return jnp.where(inside, optimum, tau + label_term(residual2, part))
 
 
@@ -134,7 +140,7 @@ def two_pass_scores(alone, fit, tau, residual2, unseen, ridge, status):
   bound = jnp.maximum(jnp.min(alone[2]), reached - jnp.sum(unseen**2) / ridge)
   gap = jnp.maximum(label_term(reached, bound) - 1, 0)
   best = jnp.minimum(alone[0], tau)
-  label = (jnp.sqrt(label_term(residual2, bound)) + jnp.sqrt(best * gap)) ** 2
+  label = (_sqrt(label_term(residual2, bound)) + _sqrt(best * gap)) ** 2
   scores = jnp.minimum(best + label, joint(*alone, bound))
   return scores, best, bound, fit.lower_dimension, jnp.maximum(status, fit.status)
 
@@ -208,7 +214,7 @@ def nystrom_rows(kernel_fn, s: NystromStart, fit: NystromFit, ridge, xb, rb, yb)
   k = scoring.weighted_block(kernel_fn, xb, rb)
   unseen = jnp.sum(r * linalg.matmul(k, r), axis=0) - jnp.sum(linalg.matmul(v, r) ** 2, axis=0)
   tau = scoring.corrected(h, missed, fit.kept, fit.share, ridge)
-  return tau, jnp.sum(r**2, axis=1), jnp.sqrt(jnp.maximum(unseen, 0))
+  return tau, jnp.sum(r**2, axis=1), _sqrt(unseen)
 
 
 @functools.partial(jax.jit, static_argnums=1)

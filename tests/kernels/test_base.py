@@ -93,6 +93,18 @@ USES = {
   "landmark_leverage_scores": lambda k, x, y: kipcore.landmark_leverage_scores(
     k, x, np.arange(3), 0.5
   ),
+  **{
+    f"blocked_krr_sensitivities.{part}": lambda k, x, y, part=part: getattr(
+      kipcore.blocked_krr_sensitivities(k, x, y, 0.5, np.asarray([0, 1, 1, 0, 2, 1])), part
+    )
+    for part in ("scores", "leverage", "objective")
+  },
+  **{
+    f"approximate_krr_sensitivities.{part}": lambda k, x, y, part=part: getattr(
+      kipcore.approximate_krr_sensitivities(0, k, x, y, 0.5, 3, landmarks=np.arange(3)), part
+    )
+    for part in ("scores", "leverage")
+  },
   "kip": lambda k, x, y: kipcore.kip(k, kipcore.KIPOptions(0.1)).loss(
     kipcore.kip(k).init_params(kipcore.Support(x[:3], y[:3])),
     (),
