@@ -71,6 +71,14 @@ def label_margin(y: Float[Array, "m c"], bound: float) -> Float[Array, ""]:
   return jnp.mean(jnp.minimum(top[:, 0] - top[:, 1], bound))
 
 
+def training_set(params: Params, flip: bool) -> tuple[Array, Array]:
+  """Images and labels that networks learn from: the support, with its mirror images if requested."""
+  x, y = params["x"], params["y"]
+  if not flip:
+    return x, y
+  return jnp.concatenate([x, x[:, :, ::-1]]), jnp.concatenate([y, y])
+
+
 @dataclasses.dataclass(frozen=True)
 class FRePo(Method):
   """The method of `frepo`; its auxiliary state is a `Pool`."""
@@ -92,7 +100,7 @@ class FRePo(Method):
     self, params: Params, aux: Pool, batch: Batch, weights: Float[Array, " t"], key: Any
   ) -> tuple[Float[Array, ""], LossInfo]:
     variables = jax.tree.map(lambda a: a[aux.chosen], aux.variables)
-    x, y = self._training_set(params)
+    x, y = training_set(params, self.options.flip)
     phi_s, phi_t = features(self.module, variables, x), features(self.module, variables, batch.x)
     k_ss = linalg.matmul(phi_s, phi_s.T)
     fit = krr.krr_fit(k_ss, y, krr.relative_ridge(k_ss, self.options.relative_ridge))
@@ -127,13 +135,6 @@ class FRePo(Method):
     age = jnp.where(age > self.options.max_age, 0, age)
     return Pool(variables, opt_state, aux.age.at[i].set(age), self._choose(key))
 
-  def _training_set(self, params: Params) -> tuple[Array, Array]:
-    """The support, with mirror images if requested."""
-    x, y = params["x"], params["y"]
-    if not self.options.flip:
-      return x, y
-    return jnp.concatenate([x, x[:, :, ::-1]]), jnp.concatenate([y, y])
-
   def _choose(self, key: Array) -> Array:
     return jax.random.randint(keys.stream(key, "choice"), (), 0, self.options.pool_size)
 
@@ -143,7 +144,7 @@ class FRePo(Method):
 
   def _train(self, key: Array, params: Params, variables: Any, opt_state: Any) -> tuple[Any, Any]:
     """One Adam step of a network on the support."""
-    x, y = self._training_set(params)
+    x, y = training_set(params, self.options.flip)
     order = jax.random.permutation(keys.stream(key, "rows"), x.shape[0])
     rows = order[: self.options.network_batch_size]
 

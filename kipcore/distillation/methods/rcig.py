@@ -20,7 +20,7 @@ from kipcore.distillation.features import (
   network_of_method,
 )
 from kipcore.distillation.method import Batch, Method, Params, compiled, sum_over_devices
-from kipcore.distillation.methods.frepo import Pool, label_margin
+from kipcore.distillation.methods.frepo import Pool, label_margin, training_set
 from kipcore.functional import FunctionalNetwork, NetworkLike
 from kipcore.types import Array, Flag, Integer, LossInfo, Real, Support
 
@@ -41,6 +41,7 @@ class RCIGOptions:
     clip: whether the implicit gradient of each parameter is clipped to the norm of the direct one.
     decay: of the moving average of images and labels, which is the result; in [0, 1).
     initial_temperature: first value of the temperature.
+    flip: whether the support is extended by its mirror images with the same labels.
   """
 
   pool_size: Integer = 30
@@ -54,6 +55,7 @@ class RCIGOptions:
   clip: Flag = True
   decay: Real = 0.99
   initial_temperature: Real = 1.0
+  flip: Flag = False
 
   def __post_init__(self):
     option_checks.validate(
@@ -61,7 +63,7 @@ class RCIGOptions:
       positive=("pool_rate", "inner_rate", "l2", "initial_temperature"),
       non_negative=("decay",),
       counts={"pool_size": 1, "pool_steps": 1, "max_age": 1, "inner_steps": 1, "inverse_steps": 0},
-      flags=("clip",),
+      flags=("clip", "flip"),
     )
     checks.in_range("decay", self.decay, 0, 1 - 1e-9)
 
@@ -112,11 +114,13 @@ class RCIG(Method):
       return value + tangent
 
     def inner(w, p):
-      return self._ridge_loss(phi(w, p["x"]), p["y"]) + 0.5 * jnp.sum(w * w)
+      x, y = training_set(p, options.flip)
+      return self._ridge_loss(phi(w, x), y) + 0.5 * jnp.sum(w * w)
 
     def outer(p, w):
-      phi_s = phi(w, p["x"])
-      fit = self._regress(phi_s, p["y"])
+      x, y = training_set(p, options.flip)
+      phi_s = phi(w, x)
+      fit = self._regress(phi_s, y)
       predictions = krr.krr_predict(fit, linalg.matmul(phi(w, batch.x), phi_s.T))
       per_example = cross_entropy(jnp.exp(p["log_temperature"]) * predictions, batch.y)
       value = jnp.mean(weights.astype(per_example.dtype) * per_example) - label_margin(
@@ -169,9 +173,10 @@ class RCIG(Method):
     variables, opt_state, age, i = aux.pool
     too_old = age[i] + options.pool_steps >= options.max_age
     fresh = draw_networks(keys.stream(key, "draw"), self.module, params["x"], 1)
+    x, y = training_set(params, options.flip)
     trained = _minimize(
       adam,
-      lambda net: self._ridge_loss(features(self.module, net, params["x"]), params["y"]),
+      lambda net: self._ridge_loss(features(self.module, net, x), y),
       _row(variables, i),
       _row(opt_state, i),
       options.pool_steps,

@@ -336,3 +336,27 @@ def test_wrong_options_are_named(change, message):
 def test_batch_norm_is_refused():
   with pytest.raises(ValueError, match="module.norm: expected one of none, instance"):
     rcig.rcig(networks.network(kipcore.conv_net(1), 4, C, norm="batch"))
+
+
+def test_flip_trains_on_the_set_with_its_mirror_images(x64):
+  options = dataclasses.replace(QUICK, clip=False)
+  one = Setting(dataclasses.replace(options, flip=True))
+  mirror = lambda a: jnp.concatenate([a, a[:, :, ::-1]])
+  whole = Setting(options)
+  whole.params = {
+    **one.params,
+    "x": mirror(one.params["x"]),
+    "y": jnp.concatenate([one.params["y"]] * 2),
+  }
+  whole.aux = whole.method.init_aux(jax.random.key(0), whole.params)
+  (value, info), gradient = one.loss()
+  (expected, _), of_whole = whole.loss()
+  assert_close(value, expected, 1e-10)
+  assert int(info.status) == 0
+  first, second = jnp.split(of_whole["x"], 2)
+  assert_close(gradient["x"], first + second[:, :, ::-1], 1e-7)
+  assert_close(gradient["y"], sum(jnp.split(of_whole["y"], 2)), 1e-7)
+  pools = [
+    s.method.update_aux(jax.random.key(1), s.params, s.aux, 0).pool.variables for s in (one, whole)
+  ]
+  jax.tree.map(lambda a, b: assert_close(a, b, 1e-10), *pools)
