@@ -504,8 +504,12 @@ def _run(
     if not recipes.RECIPES[config.method].hard_labels:
       support, labels_text = others["expert_init"], ", expert labels"
   init_accuracy = score(config, data, support)
+  # Of a set for networks the ridge regression during the run says little: its accuracies name the kernel.
+  by_kernel = (
+    "" if recipe.kernel else f" ({config.score_architecture or config.architecture} kernel)"
+  )
   write(
-    f"random real {noun(data)}: {100 * np.mean(baseline):.1f} % test accuracy (mean of {_BASELINE_DRAWS} draws); "
+    f"random real {noun(data)}: {100 * np.mean(baseline):.1f} % test accuracy{by_kernel} (mean of {_BASELINE_DRAWS} draws); "
     f"initial {noun(data)} ({chosen.strategy}{labels_text}): {100 * init_accuracy:.1f} %"
   )
   movie = animations.Animation(folder if animation else None, data, chosen.y)
@@ -529,7 +533,9 @@ def _run(
       bar.logged(step)
       if "loss" in record:
         shown = "  ".join(
-          f"{k.removesuffix('_accuracy').replace('accuracy', 'batch')} {100 * v:.1f} %"
+          f"batch {100 * v:.1f} %"
+          if k == "accuracy"
+          else f"{k.removesuffix('_accuracy')}{by_kernel} {100 * v:.1f} %"
           for k, v in record.items()
           if k.endswith("accuracy")
         )
