@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from helpers import slow_except
 
 import kipcore
 from kipcore.cli import recipes
@@ -44,13 +45,7 @@ PAIRS = {
 
 @pytest.mark.parametrize(
   "method",
-  [
-    pytest.param(
-      method,
-      marks=pytest.mark.slow if method not in ("dm", "mtt", "ratbptt") else (),
-    )
-    for method in PAIRS
-  ],
+  slow_except(PAIRS, "mtt"),
 )
 def test_every_method_runs_by_name_and_writes_its_artifact(method, tmp_path):
   """The artifact reproduces the recorded score, and hard labels are unchanged."""

@@ -143,7 +143,9 @@ def test_networks_are_evaluated_on_the_artifact(run):
 
 
 def test_equal_seeds_give_equal_bytes_and_float64_artifacts(tmp_path, x64):
-  config = DistillConfig(x64=True, steps=5, num_devices=8, loss="cross_entropy", preprocess="zca")
+  config = DistillConfig(
+    x64=True, steps=3, num_devices=2, target_batch_size=100, loss="cross_entropy", preprocess="zca"
+  )
   runs = [pipeline.run_distill(config, str(tmp_path / name), verbose=False) for name in "ab"]
   a, b = (kipcore.load_artifact(folder / "distilled.npz") for folder, _ in runs)
   assert a.support.dtype == np.float64 and np.array_equal(a.support, b.support)
@@ -169,7 +171,10 @@ def test_unbalanced_color_images_of_43_classes_from_a_file(tmp_path):
     dict(method="label_solve"),
     dict(init="noise"),
     pytest.param(dict(sampler="class_balanced", images_per_class=3), marks=pytest.mark.slow),
-    dict(architecture="conv1", steps=2, test_rows=40, target_batch_size=20),
+    pytest.param(
+      dict(architecture="conv1", steps=2, test_rows=40, target_batch_size=20),
+      marks=pytest.mark.slow,
+    ),
     pytest.param(dict(kernel="nngp", steps=5), marks=pytest.mark.slow),
     pytest.param(
       dict(validation_fraction=0.0, steps=0, log_test_accuracy=True), marks=pytest.mark.slow
@@ -423,13 +428,19 @@ def test_commands_distill_and_evaluate(tmp_path):
     "--method=kip",
     "--steps=20",
     "--x64",
+    "--num_devices=1",
   )
   assert done.returncode == 0, done.stderr
   assert (
     "points over 10 random real images" in done.stdout and "Unable to initialize" not in done.stderr
   )
   recorded = json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"]
-  done = run_binary("experiments.run_evaluate", f"--artifact={tmp_path}/run/distilled.npz")
+  done = run_binary(
+    "experiments.run_evaluate",
+    f"--artifact={tmp_path}/run/distilled.npz",
+    "--baselines=uniform",
+    "--num_seeds=2",
+  )
   assert done.returncode == 0 and json.loads(done.stdout)["test_accuracy"] == recorded, done.stderr
   done = run_binary("experiments.run_evaluate", f"--artifact={tmp_path}/run/config.json")
   assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers import slow_except
 
 from kipcore.cli import recipes
 from kipcore.cli.cost.estimate import Part
@@ -44,7 +45,7 @@ def test_automatic_architecture_follows_the_rows(tmp_path):
   assert result["architecture"] == "fc1" and result["network_protocol"] == "soft"
 
 
-@pytest.mark.parametrize("method", ["ratbptt", "both", "kip"])
+@pytest.mark.parametrize("method", slow_except(["ratbptt", "both", "kip"], "ratbptt", "kip"))
 def test_a_run_leads_with_the_model_that_its_set_is_for(method, tmp_path, capsys):
   config = recipes.resolve(method=method, network_seeds=2, **TINY)
   config = dataclasses.replace(config, architecture="fc1")

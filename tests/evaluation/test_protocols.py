@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import image_problem
+from helpers import image_problem, slow_except
 
 import kipcore
 from kipcore import linalg
@@ -170,7 +170,7 @@ def test_cutmix_mixes_images_and_labels_by_area(x64):
   assert min(areas) < 0.05 and max(areas) > 0.6
 
 
-@pytest.mark.parametrize("name", sorted(PROTOCOLS))
+@pytest.mark.parametrize("name", slow_except(sorted(PROTOCOLS), "default", "rcig", "soft"))
 def test_every_named_protocol_trains_a_network(name):
   """The loss of the support falls to less than half, and the command's entry point accepts the name."""
   support, x, y = image_problem(np.float32)

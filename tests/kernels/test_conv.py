@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, slow_except
 from kernel_reference import images, neural_tangents_kernel, value_and_gradient
 
 import kipcore
@@ -44,11 +44,12 @@ UNUSUAL = {
 
 @pytest.mark.parametrize(
   "name, get",
-  [
-    pytest.param(name, "ntk", marks=pytest.mark.slow if name == "wide later" else ())
-    for name in UNUSUAL
-  ]
-  + [("1x1 first", "nngp"), ("two pools", "nngp")],
+  slow_except(
+    [(name, "ntk") for name in UNUSUAL] + [("1x1 first", "nngp"), ("two pools", "nngp")],
+    ("only an average", "ntk"),
+    ("wide windows", "ntk"),
+    ("two pools", "nngp"),
+  ),
 )
 def test_unusual_layers_equal_neural_tangents(name, get, x64):
   """On 7 x 5 images, whose rows and columns the windows do not divide."""
@@ -61,9 +62,7 @@ def test_unusual_layers_equal_neural_tangents(name, get, x64):
       assert_close(a, b, rtol=1e-10)
 
 
-@pytest.mark.parametrize(
-  "name", ["conv2", "conv2_vec", pytest.param("myrtle5", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", slow_except(["conv2", "conv2_vec", "myrtle5"], "conv2_vec"))
 def test_symmetric_half_equals_all_pairs(name, x64):
   """Even, odd, one and two rows; also in tiles that divide neither the images nor the pairs."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 6, 4, 1)))
@@ -100,7 +99,7 @@ def test_all_jax_transformations(x64):
   rng = np.random.default_rng(0)
   x, v = (jnp.asarray(rng.normal(size=(2, 5, 4, 1))) for _ in range(2))
   other = jnp.asarray(rng.normal(size=(3, 5, 4, 1)))
-  kernel = NetworkKernel(architecture("conv2"), "ntk")
+  kernel = NetworkKernel(architecture("conv1"), "ntk")
   f = jax.jit(lambda x: jnp.sum(jnp.sin(kernel(x, other))))
   gradient = jax.jit(jax.grad(f))
   h = 1e-5
@@ -109,7 +108,7 @@ def test_all_jax_transformations(x64):
   assert_close(jax.jvp(gradient, (x,), (v,))[1], curvature, rtol=1e-5)
   stack = jnp.stack([x, 2 * x])
   assert_close(
-    jax.vmap(lambda x: kernel(x, other))(stack),
+    jax.jit(jax.vmap(lambda x: kernel(x, other)))(stack),
     jnp.stack([kernel(x, other), kernel(2 * x, other)]),
     rtol=1e-12,
   )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import FLOAT64_IS_SLOW, assert_close
 
 import kipcore
 from kipcore.selection import coreset, representatives
@@ -29,6 +29,7 @@ def blobs(dtype=np.float32, sizes=(60, 25, 40), side=4, seed=0):
 
 
 @pytest.mark.parametrize("strategy", coreset.STRATEGIES)
+@FLOAT64_IS_SLOW
 def test_every_strategy_returns_a_valid_coreset(strategy, dtype):
   x, y = blobs(dtype)
   chosen = kipcore.select_coreset(3, x, y, 4, strategy, NTK, num_candidates=40)
@@ -122,6 +123,7 @@ def test_solved_labels_are_never_worse_than_the_weighted_coreset(x64):
     assert objective(solved) <= objective(weighted) * (1 + 1e-9)
 
 
+@FLOAT64_IS_SLOW
 def test_auto_is_never_worse_than_uniform_by_its_criterion(dtype):
   x, y = blobs(dtype)
   chosen = kipcore.select_coreset(0, x, y, 2, "auto", NTK, num_candidates=40)

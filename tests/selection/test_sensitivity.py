@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from helpers import RTOL, SHARED_DATA, assert_close, needs, read_idx
+from helpers import FLOAT64_IS_SLOW, RTOL, SHARED_DATA, assert_close, needs, read_idx
 from sklearn.cluster import KMeans
 
 from kipcore import kernels
@@ -285,6 +285,7 @@ def test_spectral_norm_bound(dtype):
   assert sensitivity_cores.norm_bound(jnp.zeros((4, 4), dtype)) == 0
 
 
+@FLOAT64_IS_SLOW
 def test_given_landmarks_inside_jit(dtype):
   x, y, _, u = problem()
   call = lambda key, ridge: approximate(
@@ -300,6 +301,7 @@ def test_given_landmarks_inside_jit(dtype):
   assert (np.asarray(eager.scores) >= truth - RTOL[dtype.name]).all()
 
 
+@FLOAT64_IS_SLOW
 def test_vmap_over_classes_matches_a_loop(dtype):
   x, y, _, _ = problem()
   k, y = (

@@ -71,6 +71,7 @@ def test_a_failed_part_is_reported():
   assert info.status == kipcore.Status.NOT_POSITIVE_DEFINITE
 
 
+@pytest.mark.slow
 def test_runs_on_devices_and_learns(x64):
   support, x, y = image_problem(np.float64, n=21)
   same_on_devices(kipcore.combined(*parts()[:2]), support, x, y, rtol=1e-9, num_steps=2)

@@ -6,12 +6,14 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
+  FLOAT64_IS_SLOW,
   RTOL,
   assert_close,
   check_image_gradient,
   image_problem,
   image_rows,
   same_on_devices,
+  slow_except,
 )
 
 import kipcore
@@ -81,7 +83,9 @@ def test_loss_equals_numpy_with_unequal_and_absent_classes(batch_labels, support
   assert info.predictions.shape == y.shape and info.per_example.shape == (10,) and info.status == 0
 
 
-@pytest.mark.parametrize("make, convolutional", [(gm.dc, False), (gm.dsa, True)])
+@pytest.mark.parametrize(
+  "make, convolutional", slow_except([(gm.dc, False), (gm.dsa, True)], (gm.dc, False))
+)
 def test_gradient_equals_finite_differences(make, convolutional, x64):
   support, x, y = problem(np.float64, n=20)
   check_image_gradient(make(net(convolutional)), support, x, y, 3)
@@ -220,6 +224,7 @@ def test_training_of_the_network_in_several_batches_lowers_its_loss():
   assert jax.tree.all(jax.tree.map(np.array_equal, again, trained))
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
   """Two steps with network training between, uneven shards and classes missing on a device."""
   support, x, y = problem(np.float64, n=21)
@@ -243,7 +248,9 @@ def test_equal_seeds_repeat():
   assert np.array_equal(runs[0].support.y, support.y)
 
 
-@pytest.mark.parametrize("make, sampler", [(gm.dc, "uniform"), (gm.dsa, "cross_entropy")])
+@pytest.mark.parametrize(
+  "make, sampler", slow_except([(gm.dc, "uniform"), (gm.dsa, "cross_entropy")], (gm.dc, "uniform"))
+)
 def test_distilling_teaches(make, sampler):
   """The loss under networks unseen in the run falls; float32."""
   support, x, y = problem()
@@ -288,6 +295,7 @@ def test_wrong_input_is_named(call, message):
     call()
 
 
+@FLOAT64_IS_SLOW
 def test_names_and_dtypes(dtype):
   support, x, y = problem(dtype, n=12)
   assert [make(net()).name for make in (gm.dc, gm.dsa)] == ["dc", "dsa"]
