@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 from binaries import run_binary
+from helpers import slow_except
 
 from kipcore.cli import evaluate, export
 from kipcore.cli.config import (
@@ -125,7 +126,7 @@ def test_each_launcher_has_its_console_script():
   } and modules == set(FLAGS)
 
 
-@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("name", slow_except(FLAGS, "distill", "select"))
 def test_help_lists_every_flag(name, tmp_path):
   (status, text, errors), (_, full, _), (_, version, _) = calls(
     f"kipcore-{name}", [["--help"], ["--no_such", "--helpfull"], ["--version"]], tmp_path

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FLOAT64_IS_SLOW
+from helpers import FLOAT64_IS_SLOW, slow_except
 
 import kipcore
 from kipcore import kernels
@@ -16,7 +16,9 @@ from kipcore.datasets import load_dataset
 from kipcore.io import npz
 
 
-@pytest.mark.parametrize("depth, m, t", [(1, 500, 1000), (5, 100, 2000)])
+@pytest.mark.parametrize(
+  "depth, m, t", slow_except([(1, 500, 1000), (5, 100, 2000)], (1, 500, 1000))
+)
 def test_the_plan_covers_the_memory_analysis_of_xla(depth, m, t):
   """Scratch memory of a step: at most that of a block as planned, plus that of the support."""
   method = kipcore.kip(

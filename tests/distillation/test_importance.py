@@ -63,7 +63,7 @@ def test_full_weights_are_unbiased_for_all_scores(balanced):
   )
 
 
-@pytest.mark.parametrize("exponent", [0.25, 1.0])
+@pytest.mark.parametrize("exponent", slow_except([0.25, 1.0], 0.25))
 def test_logged_accuracy_estimates_that_of_all_rows(exponent):
   """Hard rows are drawn far more often; the mean of the logged accuracy is still that of all rows."""
   support, x, y = image_problem(np.float32, n=300)
@@ -143,7 +143,7 @@ def test_exponent_is_a_power_of_the_weights():
   assert (w_none == 1).all()
 
 
-@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("balanced", slow_except([False, True], True))
 def test_flat_scores_draw_like_the_plain_sampler(balanced):
   ours = importance.importance(balanced=balanced)
   plain = samplers.class_balanced() if balanced else samplers.uniform()
@@ -244,6 +244,7 @@ def test_calibration_makes_cross_entropy_informative():
   assert float(importance.sampling_distribution(state, 0.0).gain) > 5
 
 
+@pytest.mark.slow
 def test_two_million_rows_never_draw_a_row_of_score_zero():
   n, size = 2_000_000, 1000
   scores = np.where(np.arange(n) % 2, np.random.default_rng(0).pareto(1.5, n), 0).astype(np.float32)

@@ -115,7 +115,7 @@ def test_all_jax_transformations(x64):
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4), (2, 5, 4, 5, 4)], ids=["diagonal", "whole"])
-@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("size", slow_except([1, 3, 5], 1, 3))
 def test_box_equals_its_definition_and_is_its_own_adjoint(shape, size, x64):
   rng = np.random.default_rng(0)
   k, other = rng.normal(size=shape), rng.normal(size=shape)
@@ -151,6 +151,7 @@ def test_pool_drops_remaining_rows_and_columns(x64):
   np.testing.assert_allclose(np.vdot(back, k), np.vdot(other, expected), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_pairs():
   """Forward and backward scratch memory for 576 and 2,304 pairs of 16x16 images."""
   kernel = NetworkKernel(architecture("conv2"), "ntk", tile_elements=1 << 15)
@@ -164,7 +165,7 @@ def test_memory_does_not_grow_with_the_pairs():
   assert scratch(48) - scratch(24) < 4 * images_bytes
 
 
-@pytest.mark.parametrize("name", ["fc2", "conv2", "conv2_vec"])
+@pytest.mark.parametrize("name", slow_except(["fc2", "conv2", "conv2_vec"], "fc2", "conv2_vec"))
 def test_narrow_products_have_the_stated_error(name):
   """The kernel of rounded inputs is positive semi-definite up to float32 rounding."""
   x = np.random.default_rng(0).normal(size=(6, 8, 8, 3)).astype(np.float32)

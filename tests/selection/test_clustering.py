@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FLOAT64_IS_SLOW, RTOL, assert_close
+from helpers import FLOAT64_IS_SLOW, RTOL, assert_close, slow_except
 from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.cluster import kmeans_plusplus as sklearn_plusplus
@@ -252,7 +252,7 @@ class TestSeeding:
     np.add.at(counts, (drawn[:, 0], drawn[:, 1]), 1)
     assert chi_square_p(counts.ravel(), (law / law.sum(1, keepdims=True)).ravel()) > 1e-3
 
-  @pytest.mark.parametrize("num_trials", [1, None])
+  @pytest.mark.parametrize("num_trials", slow_except([1, None], None))
   @pytest.mark.parametrize("name", ["blobs", "digits"])
   def test_cost_matches_scikit_learn(self, name, num_trials):
     x, k = (blobs(1000, 8, 20), 20) if name == "blobs" else (load_digits().data[:600], 30)

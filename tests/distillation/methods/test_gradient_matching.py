@@ -1,5 +1,7 @@
 """DC and DSA: per-class gradients, distance and its gradient, network schedule, devices, seeds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +93,7 @@ def test_gradient_equals_finite_differences(make, convolutional, x64):
   check_image_gradient(make(net(convolutional)), support, x, y, 3)
 
 
-@pytest.mark.parametrize("b", [1, 7, 300])
+@pytest.mark.parametrize("b", slow_except([1, 7, 300], 1, 7))
 def test_class_gradients_equal_one_gradient_per_class(b, x64):
   """Any counts, including absent and multi-chunk classes; also a second derivative."""
   rng, c = np.random.default_rng(b), 4
@@ -233,14 +235,16 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
   )
 
 
+@functools.cache
+def teaching(make, sampler):
+  """One distiller for several tests, which compiles once."""
+  method = make(net(), gm.GradientMatchingOptions(5, 2))
+  return loop.Distiller(method, importance.sampler(sampler), optax.sgd(0.3, momentum=0.5), 30)
+
+
 def test_equal_seeds_repeat():
   support, x, y = problem()
-  distiller = loop.Distiller(
-    gm.dc(net(), gm.GradientMatchingOptions(2, 1)),
-    importance.sampler("uniform"),
-    optax.sgd(0.1),
-    12,
-  )
+  distiller = teaching(gm.dc, "uniform")
   runs = [loop.distill(seed, distiller, support, x, y, 5) for seed in (0, 0, 1)]
   assert np.array_equal(runs[0].support.x, runs[1].support.x) and not np.array_equal(
     runs[0].support.x, runs[2].support.x
@@ -254,9 +258,7 @@ def test_equal_seeds_repeat():
 def test_distilling_teaches(make, sampler):
   """The loss under networks unseen in the run falls; float32."""
   support, x, y = problem()
-  method = make(net(), gm.GradientMatchingOptions(5, 2))
-  distiller = loop.Distiller(method, importance.sampler(sampler), optax.sgd(0.3, momentum=0.5), 30)
-  result = loop.distill(0, distiller, support, x, y, 80)
+  result = loop.distill(0, teaching(make, sampler), support, x, y, 80)
   plain = gm.dc(net())
 
   @jax.jit

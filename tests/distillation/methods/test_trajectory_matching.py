@@ -91,7 +91,7 @@ def matching_loss(x, log_rate, y, start, goal, batches):
   return np.sum((theta - goal) ** 2) / np.sum((start - goal) ** 2)
 
 
-@pytest.mark.parametrize("syn_batch, num_steps", [(256, 3), (2, 4)])
+@pytest.mark.parametrize("syn_batch, num_steps", slow_except([(256, 3), (2, 4)], (2, 4)))
 def test_loss_and_gradients_equal_a_student_by_hand(syn_batch, num_steps, x64):
   """With batches of 2 of 5 rows, step 3 has a single row and step 4 starts a new permutation."""
   x, y = data()
