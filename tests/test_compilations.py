@@ -112,7 +112,9 @@ def kernel_cases():
     for call in calls_of(kernel):
       if name in ("function", "unhashable") and call.startswith(("call", "diag")):
         continue  # a user function runs unjitted
-      yield pytest.param(name, call, id=f"{name}-{call}")
+      further = name in ("stax", "unhashable") and call != "gram"
+      marks = pytest.mark.slow if further else ()
+      yield pytest.param(name, call, id=f"{name}-{call}", marks=marks)
 
 
 OTHERS = {

@@ -355,6 +355,7 @@ def test_rows_of_another_shape_are_rejected_and_zero_rows_are_valid():
   )
 
 
+@FLOAT64_IS_SLOW
 def test_centered_labels_for_any_number_of_classes(dtype):
   rng = np.random.default_rng(4)
   for c in (1, 2, 10, 43, 100):

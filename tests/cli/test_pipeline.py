@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from binaries import run_binary
-from helpers import enable_x64
+from helpers import enable_x64, slow_except
 
 import kipcore
 from kipcore.cli import recipes
@@ -402,17 +402,23 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
   "arguments",
-  [
+  slow_except(
+    [
+      ["--no_such_flag=1"],
+      ["--steps=many"],
+      ["--loss=hinge"],
+      ["--dataset=no_such_file.npz"],
+      ["stray"],
+      ["--relative_ridge=0"],
+      ["--sampler=best"],
+      ["--uniform_mix=2"],
+      ["--distributed=here"],
+    ],
     ["--no_such_flag=1"],
-    ["--steps=many"],
-    ["--loss=hinge"],
     ["--dataset=no_such_file.npz"],
-    ["stray"],
     ["--relative_ridge=0"],
-    ["--sampler=best"],
-    ["--uniform_mix=2"],
     ["--distributed=here"],
-  ],
+  ),
 )
 def test_invalid_flags_end_with_status_2_and_one_line(arguments, tmp_path):
   done = run_binary("experiments.run_distill", f"--output_dir={tmp_path}/run", *arguments)

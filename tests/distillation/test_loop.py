@@ -120,6 +120,7 @@ def test_runs_are_determined_by_the_seed(num_devices):
   assert not np.array_equal(runs[0].support.x, runs[2].support.x)
 
 
+@FLOAT64_IS_SLOW
 def test_mapped_loop_equals_plain_steps(dtype):
   """`distill` on one device is `distill_step` under a Python loop."""
   support, x, y = problem(dtype)

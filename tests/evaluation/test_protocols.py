@@ -144,13 +144,13 @@ def test_networks_are_those_of_the_protocol(monkeypatch):
   support = kipcore.Support(x, np.eye(6, 3, dtype=np.float32))
   for protocol in ("frepo", "dsa", "default"):
     kipcore.evaluate_network(
-      0, kipcore.conv_net(2), support, x, support.y, 1, 2, 2, protocol=protocol
+      0, kipcore.conv_net(1), support, x, support.y, 1, 2, 2, protocol=protocol
     )
   assert [module.width_growth for module in made] == [2, 1, 1]
   assert [module.arch for module in made] == [
-    kipcore.conv_net(2, 1.0, 0.0),
-    kipcore.conv_net(2, 3**-0.5, 0.0),
-    kipcore.conv_net(2),
+    kipcore.conv_net(1, 1.0, 0.0),
+    kipcore.conv_net(1, 3**-0.5, 0.0),
+    kipcore.conv_net(1),
   ]
 
 

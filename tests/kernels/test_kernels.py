@@ -29,7 +29,6 @@ NAMES = ["fc1", "fc3", "conv2", "conv2_vec", "conv1_vec_gap", "conv2_gap", "myrt
     ("fc1", "ntk", "float32"),
     ("conv1_vec_gap", "ntk", "float32"),
     ("fc3", "ntk", "float64"),
-    ("conv2_vec", "ntk", "float64"),
     ("fc3", "nngp", "float32"),
   ),
 )
@@ -162,9 +161,7 @@ def test_bias_free_kernel_is_homogeneous(x64):
   assert_close(kernel(3.0 * x1, 0.5 * x2), 1.5 * kernel(x1, x2), rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-  "name", ["fc2", pytest.param("conv2", marks=pytest.mark.slow), "conv1_vec_gap"]
-)
+@pytest.mark.parametrize("name", slow_except(["fc2", "conv2", "conv1_vec_gap"], "conv1_vec_gap"))
 def test_monte_carlo_of_flax_networks_matches_the_kernel(name):
   """The mean over random networks is within 5 standard errors (and 3 % for the finite width)."""
   arch = architecture(name)

@@ -187,6 +187,7 @@ class TestSeeding:
     assert not np.array_equal(indices, kmeans_plusplus(jax.random.key(1), x, 25).indices)
 
   @pytest.mark.parametrize("num_trials", [1, 3])
+  @FLOAT64_IS_SLOW
   def test_duplicates_only_after_all_distinct_rows(self, dtype, num_trials):
     """Coordinates far from zero: float32 products of such rows do not cancel exactly."""
     rng = np.random.default_rng(0)
@@ -207,6 +208,7 @@ class TestSeeding:
     padded = kmeans_plusplus(0, same, 5, weights=jnp.array([0, 1, 1, 0, 0], dtype)).indices
     assert set(np.asarray(padded).tolist()) == {1, 2}
 
+  @FLOAT64_IS_SLOW
   def test_rows_of_zero_weight_are_ignored(self, dtype):
     x = jnp.asarray(blobs(), dtype)
     weights = jnp.asarray(np.arange(300) % 30 == 0, dtype)
@@ -326,6 +328,7 @@ class TestSeeding:
 
 
 class TestLloyd:
+  @FLOAT64_IS_SLOW
   def test_result_is_a_fixed_point(self, dtype):
     x = jnp.asarray(blobs(), dtype)
     weights = jnp.asarray(np.random.default_rng(0).integers(0, 4, 300), dtype)
@@ -385,6 +388,7 @@ class TestLloyd:
       np.sort(weighted.centers, axis=0), np.sort(repeated.cluster_centers_, axis=0), 1e-10
     )
 
+  @FLOAT64_IS_SLOW
   def test_more_clusters_than_distinct_rows(self, dtype):
     x = jnp.asarray(np.repeat([[0.0, 0.0], [5.0, 5.0], [9.0, 1.0]], [50, 1, 1], axis=0), dtype)
     result = kmeans(jax.random.key(0), x, 6)

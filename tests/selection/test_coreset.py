@@ -173,7 +173,12 @@ def repeated_rows(dtype, copies=10):
 EVERY_STRATEGY = [s for s in coreset.STRATEGIES if s not in ("noise", "krr_pursuit")]
 
 
-@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
+@pytest.mark.parametrize(
+  "strategy",
+  slow_except(
+    EVERY_STRATEGY, "auto", "uniform", "kmedoids", "kmeans_plusplus", "herding", "k_center"
+  ),
+)
 def test_duplicate_rows_keep_the_total_weight_and_issue_a_warning(strategy):
   x, y = repeated_rows("float32")
   with pytest.warns(UserWarning, match="got 5 for 2 distinct rows of class 0"):

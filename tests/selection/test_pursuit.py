@@ -128,6 +128,7 @@ class TestRPCholesky:
       30 * RTOL[dtype.name],
     )
 
+  @FLOAT64_IS_SLOW
   def test_duplicates_are_not_both_selected(self, dtype):
     x = jnp.asarray(np.repeat(rows(20, 4), 4, axis=0), dtype)
     for seed in range(5):
@@ -264,6 +265,7 @@ class TestKRRPursuit:
     assert (np.asarray(short.coefficients[2:]) == 0).all()
     assert_close(short.objectives[2:], np.full(3, float(short.objectives[2])), 0)
 
+  @FLOAT64_IS_SLOW
   def test_duplicates_are_skipped(self, dtype):
     x, y, _ = problem(dtype)
     pool = jnp.repeat(jnp.arange(6), 3)
@@ -275,6 +277,7 @@ class TestKRRPursuit:
       result.objectives[-1], best_objective(x, y, x[:6], self.ridge), 100 * RTOL[dtype.name]
     )
 
+  @FLOAT64_IS_SLOW
   def test_pool_of_separate_rows(self, dtype):
     x, y, _ = problem(dtype)
     means = jnp.stack([x[i::8].mean(0) for i in range(8)])

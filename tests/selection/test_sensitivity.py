@@ -163,6 +163,7 @@ def test_labels_as_an_extra_feature_give_lower_scores(x64):
 
 
 @pytest.mark.parametrize("ridge", [0.05, 1.0, 50.0])
+@FLOAT64_IS_SLOW
 def test_class_blocks_are_upper_bounds(dtype, ridge):
   x, y, label, u = problem()
   truth = exact(rbf_matrix(x), y, ridge, u)
@@ -334,6 +335,7 @@ def test_float32_has_three_digits_for_large_ridges():
 
 
 @pytest.mark.filterwarnings("ignore:scores are nearly equal")
+@FLOAT64_IS_SLOW
 def test_degenerate_data(dtype):
   x, y, _, _ = problem(n=30)
   k = jnp.asarray(rbf_matrix(x), dtype)

@@ -49,8 +49,8 @@ def test_loss_and_gradient_are_weighted_sums(x64):
     )
 
   for got, want in zip(
-    jax.tree.leaves(jax.value_and_grad(loss)(params)),
-    jax.tree.leaves(jax.value_and_grad(expected)(params)),
+    jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(params)),
+    jax.tree.leaves(jax.jit(jax.value_and_grad(expected))(params)),
   ):
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
   info = method.loss(params, aux, batch, row_weights, key)[1]
