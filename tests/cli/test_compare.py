@@ -47,6 +47,7 @@ PAIRS = {
   "method",
   slow_except(PAIRS, "mtt"),
 )
+@pytest.mark.usefixtures("without_pictures")
 def test_every_method_runs_by_name_and_writes_its_artifact(method, tmp_path):
   """The artifact reproduces the recorded score, and hard labels are unchanged."""
   init, sampler = PAIRS[method]
@@ -78,6 +79,7 @@ def test_every_method_runs_by_name_and_writes_its_artifact(method, tmp_path):
   assert (folder / "experts.npy").exists() == recipes.RECIPES[method].experts
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_closed_form_is_scored_in_its_features(tmp_path):
   _, result = pipeline.run_distill(
     recipes.resolve(method="krr_closed_form", options="feature_map=fcnn"),

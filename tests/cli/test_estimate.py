@@ -16,6 +16,8 @@ from kipcore.evaluation import ranking
 from kipcore.evaluation.protocols import PROTOCOLS
 from kipcore.networks import ResNet
 
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
+
 SMALL = dict(architecture="conv1", images_per_class=1, test_rows=20, seed=0)
 
 

@@ -142,6 +142,7 @@ def test_networks_are_evaluated_on_the_artifact(run):
   assert len(result["network_test_accuracy"]) == 2 and result["network_test_accuracy_mean"] > 0.3
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_equal_seeds_give_equal_bytes_and_float64_artifacts(tmp_path, x64):
   config = DistillConfig(
     x64=True, steps=3, num_devices=2, target_batch_size=100, loss="cross_entropy", preprocess="zca"
@@ -181,6 +182,7 @@ def test_unbalanced_color_images_of_43_classes_from_a_file(tmp_path):
     ),
   ],
 )
+@pytest.mark.usefixtures("without_pictures")
 def test_all_choices_run(changes, tmp_path):
   config = DistillConfig(**{**QUICK, **changes})
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=False)
@@ -236,6 +238,7 @@ def test_labels_are_solved_within_a_tenth_of_the_evaluations():
   )
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_measured_gain_over_uniform_targets_is_reported(tmp_path, capsys):
   config = DistillConfig(**{**QUICK, "measure_gain": True})
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=True)
@@ -246,6 +249,7 @@ def test_the_measured_gain_over_uniform_targets_is_reported(tmp_path, capsys):
   assert "with uniform targets and as many evaluations" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_label_solve_improves_on_its_initialization(tmp_path):
   config = DistillConfig(method="label_solve", images_per_class=10)
   _, result = pipeline.run_distill(config, str(tmp_path), verbose=False)

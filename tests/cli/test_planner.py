@@ -15,6 +15,8 @@ from kipcore.cli.runs import loading, pipeline
 from kipcore.datasets import load_dataset
 from kipcore.io import npz
 
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
+
 
 @pytest.mark.parametrize(
   "depth, m, t", slow_except([(1, 500, 1000), (5, 100, 2000)], (1, 500, 1000))

@@ -22,6 +22,8 @@ from kipcore.cli.errors import Stopped, UsageError
 from kipcore.cli.folder import lock, resume
 from kipcore.cli.runs import pipeline
 
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
+
 CONFIG = DistillConfig(steps=40, target_batch_size=60, num_devices=1, refresh_every=10)
 EVERY = CheckpointConfig(checkpoint_seconds=1e-9)
 RESUME = dataclasses.replace(EVERY, resume=True)

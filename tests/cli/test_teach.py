@@ -12,6 +12,8 @@ from kipcore.cli.cost.estimate import Part
 from kipcore.cli.errors import UsageError
 from kipcore.cli.runs import fitting, loading, measure, pipeline
 
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
+
 TINY = dict(width=4, steps=2, target_batch_size=40, network_steps=20, test_rows=100, num_devices=1)
 
 

@@ -55,7 +55,7 @@ def check_python(name, out):
     assert distilled > real + 10
 
 
-@pytest.mark.parametrize("name", PYTHON)
+@pytest.mark.parametrize("name", slow_except(PYTHON, "rows", "sampler", "fitting", "layers"))
 def test_python_in_the_readme_runs(name, capsys):
   promotion = standard_promotion() if name in ("fitting", "own") else contextlib.nullcontext()
   with promotion:  # the default of JAX
