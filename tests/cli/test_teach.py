@@ -57,7 +57,7 @@ def test_a_run_on_a_table_uses_a_dense_network(tmp_path):
   assert result["architecture"] == "fc1" and result["network_protocol"] == "soft"
 
 
-@pytest.mark.parametrize("method", slow_except(["ratbptt", "both", "kip"], "ratbptt", "kip"))
+@pytest.mark.parametrize("method", slow_except(["ratbptt", "both", "kip"], "ratbptt"))
 def test_a_run_leads_with_the_model_that_its_set_is_for(method, tmp_path, capsys):
   config = recipes.resolve(method=method, network_seeds=2, **TINY)
   config = dataclasses.replace(config, architecture="fc1")

@@ -48,7 +48,6 @@ UNUSUAL = {
     [(name, "ntk") for name in UNUSUAL] + [("1x1 first", "nngp"), ("two pools", "nngp")],
     ("only an average", "ntk"),
     ("wide windows", "ntk"),
-    ("two pools", "nngp"),
   ),
 )
 def test_unusual_layers_equal_neural_tangents(name, get, x64):

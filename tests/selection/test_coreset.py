@@ -73,6 +73,7 @@ def test_kmeans_weights_count_the_rows_of_each_cluster(x64):
   assert_close(means, expected, rtol=1e-2)  # Lloyd stops at a tolerance
 
 
+@pytest.mark.slow
 def test_sensitivity_weights_are_unbiased(x64):
   x, y = blobs(np.float64)
   f = np.random.default_rng(0).normal(size=125) + 2

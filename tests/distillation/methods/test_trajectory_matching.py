@@ -349,6 +349,7 @@ def distiller(
   return loop.Distiller(trajectory_matching.mtt(MODULE, walks, options), sampler, optimizer, 16)
 
 
+@pytest.mark.slow
 def test_runs_do_not_depend_on_devices_or_expert_storage(small, tmp_path, x64):
   """Expert files are read by a callback in a loop on 8 devices; equal seeds give equal bits."""
   x, y, walks = small[1].astype(np.float64), small[2].astype(np.float64), small[3]
