@@ -67,6 +67,18 @@ def x64():
     yield
 
 
+def empty_pictures():
+  """Runs write empty pictures and charts: drawing takes most of a small run, and few tests look at them."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+    patch.setattr("kipcore.report.pictures.panels", lambda figure: [b"<svg/>"])
+    yield
+
+
+without_pictures = pytest.fixture(empty_pictures)
+module_without_pictures = pytest.fixture(empty_pictures, scope="module")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_compilations():
   """Drops compiled functions before they exhaust the memory maps of a process (65,530)."""

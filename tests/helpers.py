@@ -50,6 +50,22 @@ def assert_close(actual, expected, rtol, atol=0.0):
   assert error <= rtol * scale + atol, f"error {error:.3g} of {scale:.3g} is over {rtol:.1g}"
 
 
+def slow_except(values, *kept) -> list:
+  """Parameters of a test of which only `kept` run by default; the others are marked slow."""
+  return [
+    value
+    if value in kept
+    else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+    for value in values
+  ]
+
+
+# The fixture `dtype` for tests whose float64 takes long; other tests cover it.
+FLOAT64_IS_SLOW = pytest.mark.parametrize(
+  "dtype", slow_except(["float32", "float64"], "float32"), indirect=True
+)
+
+
 def needs(path: pathlib.Path):
   """Skips the test, with the reason, if a data file is absent."""
   if not path.exists():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import FLOAT64_IS_SLOW, assert_close
 
 from kipcore import augment
 
@@ -33,6 +33,7 @@ def test_empty_names_are_the_identity_for_any_rows():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@FLOAT64_IS_SLOW
 def test_keeps_shape_and_dtype_and_draws_one_transform_per_key(name, apply, dtype):
   """Every image gets the same transform in any batch; other keys give others; dtypes agree."""
   x = images(dtype)

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from helpers import standard_promotion
+from helpers import slow_except, standard_promotion
 
 import kipcore
 from kipcore.kernels import StaxKernel, finite
@@ -112,7 +112,9 @@ def kernel_cases():
     for call in calls_of(kernel):
       if name in ("function", "unhashable") and call.startswith(("call", "diag")):
         continue  # a user function runs unjitted
-      yield pytest.param(name, call, id=f"{name}-{call}")
+      further = name in ("stax", "unhashable") and call != "gram"
+      marks = pytest.mark.slow if further else ()
+      yield pytest.param(name, call, id=f"{name}-{call}", marks=marks)
 
 
 OTHERS = {
@@ -496,12 +498,19 @@ def test_functions_of_kernels_compile_once(name, call):
   check(calls_of(KERNELS[name])[call])
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+  "name",
+  slow_except(
+    OTHERS, *(name for name in OTHERS if name not in ("methods", "empirical_ntk, whole"))
+  ),
+)
 def test_other_functions_compile_once(name):
   check(OTHERS[name])
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize(
+  "name", slow_except(PUBLIC, *(name for name in PUBLIC if name != "auto_candidates"))
+)
 @pytest.mark.filterwarnings("ignore:scores are nearly equal", "ignore:images_per_class")
 def test_public_functions_compile_once(name):
   check(PUBLIC[name])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import FLOAT64_IS_SLOW, assert_close, slow_except
 
 import kipcore
 from kipcore.selection import (
@@ -101,7 +101,13 @@ FUNCTIONS = {
 SMOOTH = [name for name, (_, smooth) in FUNCTIONS.items() if smooth]
 
 
-@pytest.mark.parametrize("name", list(FUNCTIONS))
+# Functions whose own tests map them over classes, which takes less than here.
+ALSO_MAPPED = ("leverage", "kmeans", "rpcholesky", "kmeans_plusplus")
+
+
+@pytest.mark.parametrize(
+  "name", slow_except(FUNCTIONS, *(name for name in FUNCTIONS if name not in ALSO_MAPPED))
+)
 def test_jit_and_vmap_change_nothing(name, x64):
   fn = FUNCTIONS[name][0]
   many = [data(seed=seed) for seed in range(3)]
@@ -113,7 +119,10 @@ def test_jit_and_vmap_change_nothing(name, x64):
   assert_close(jax.vmap(fn)(*map(jnp.stack, zip(*many))), jnp.stack(eager), 1e-8)
 
 
-@pytest.mark.parametrize("name", SMOOTH)
+# The gradient of `label_solve_rows` is also that of `tests/kernels/test_base.py`.
+@pytest.mark.parametrize(
+  "name", slow_except(SMOOTH, *(name for name in SMOOTH if name != "label_solve_rows"))
+)
 def test_gradients_are_finite_differences(name, x64):
   x, y = data()
   weigh = jnp.asarray(np.random.default_rng(1).normal(size=FUNCTIONS[name][0](x, y).shape))
@@ -127,6 +136,7 @@ def scores_of(x, y, ridge=0.5):
   return sensitivity.krr_sensitivity_scores(NTK(x, None), y, ridge)
 
 
+@FLOAT64_IS_SLOW
 def test_one_row(dtype):
   x, y = data(dtype, 1)
   scores = scores_of(x, y)
@@ -175,6 +185,7 @@ def test_constant_labels(x64):
   assert float(none.label_mass) == 0
 
 
+@FLOAT64_IS_SLOW
 def test_duplicate_rows(dtype):
   x, y = data(dtype, 8)
   x, y = jnp.concatenate([x, x, x]), jnp.concatenate([y, y, y])

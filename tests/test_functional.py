@@ -112,14 +112,14 @@ METHODS = {
 }
 CASES = [
   ("dm", "linen", "instance"),
-  ("rat_bptt", "pair", "none"),
+  ("dm", "pair", "instance"),
   ("frepo", "nnx", "batch"),
-  ("dc", "nnx", "none"),
   *(
     pytest.param(*case, marks=pytest.mark.slow)
     for case in (
       ("dm", "nnx", "instance"),
-      ("dm", "pair", "instance"),
+      ("dc", "nnx", "none"),
+      ("rat_bptt", "pair", "none"),
       ("rat_bptt", "linen", "instance"),
       ("rat_bptt", "nnx", "instance"),
       ("frepo", "linen", "batch"),

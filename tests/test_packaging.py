@@ -64,7 +64,8 @@ def test_every_import_is_declared():
 
 def test_every_declared_requirement_is_imported():
   core = distributions(configuration()["options"]["install_requires"])
-  unused = {name for name in core if import_name(name) not in imports()}
+  used = imports()
+  unused = {name for name in core if import_name(name) not in used}
   assert unused == set(IMPORTED_BY) and set(IMPORTED_BY.values()) <= core
 
 

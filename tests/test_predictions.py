@@ -93,6 +93,7 @@ def test_hyperparameters_are_fitted_by_gradient(x64):
 TIMES = np.array([0.0, 0.7, 20.0, 1e4])
 
 
+@pytest.mark.slow
 def test_gradient_flow_equals_neural_tangents(x64):
   nt, stax_kernel = import_neural_tangents(), to_stax(kipcore.fc(2, 1.3, 0.4))[2]
   with standard_promotion():

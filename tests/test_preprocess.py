@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import RTOL, SHARED_DATA, assert_close, needs
+from helpers import FLOAT64_IS_SLOW, RTOL, SHARED_DATA, assert_close, needs
 from sklearn.preprocessing import StandardScaler
 
 from kipcore import preprocess
@@ -199,6 +199,7 @@ def test_the_scale_of_the_pixels_matters_for_the_absolute_kind_only():
     assert np.allclose(wrong, as_bytes, rtol=1e-6, atol=1e-6) == (kind != "zca_absolute")
 
 
+@FLOAT64_IS_SLOW
 def test_jax_arrays_and_traces_agree_with_numpy(dtype):
   train, test = color_images(), color_images(8, seed=1)
   for kind in KINDS:
@@ -218,6 +219,7 @@ def test_jax_arrays_and_traces_agree_with_numpy(dtype):
     assert_close(one_by_one, eager, RTOL[dtype.name])
 
 
+@FLOAT64_IS_SLOW
 def test_gradients_are_finite_even_at_a_constant_image(dtype):
   fitted = fit_preprocess(color_images(), "zca_kip")
   x = jnp.full((2, 5, 5, 3), 9, dtype).at[1].set(jnp.asarray(color_images(1)[0], dtype))
@@ -353,6 +355,7 @@ def test_rows_of_another_shape_are_rejected_and_zero_rows_are_valid():
   )
 
 
+@FLOAT64_IS_SLOW
 def test_centered_labels_for_any_number_of_classes(dtype):
   rng = np.random.default_rng(4)
   for c in (1, 2, 10, 43, 100):

@@ -201,6 +201,7 @@ def test_each_module_imports_alone():
   assert json.loads(run_python("-c", IMPORT_ALONE, json.dumps(names)).stdout) == {}
 
 
+@pytest.mark.slow
 def test_order_of_imports_in_init_is_free(tmp_path):
   """With the imports of `kipcore/__init__.py` reversed, all public names are the same objects."""
   source = (PACKAGE / "__init__.py").read_text()

@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 from binaries import run_binary
+from helpers import slow_except
 
 from kipcore.cli import evaluate, export
 from kipcore.cli.config import (
@@ -74,21 +75,22 @@ def calls(script: str, commands: list[list[str]], cwd) -> list[tuple[int, str, s
   return json.loads(done.stdout)
 
 
-def test_forked_commands_behave_like_those_of_users():
+@pytest.mark.parametrize(
+  "argument, status", slow_except([("--help", 0), ("--dataset=nosuch.npz", 2)], ("--help", 0))
+)
+def test_forked_commands_behave_like_those_of_users(argument, status):
   """Output, errors and status of a forked process equal those of `python -m`, in success and failure."""
-  for arguments, status in ((["--help"], 0), (["--dataset=nosuch.npz"], 2)):
-    forked = run_binary("experiments.run_distill", *arguments)
-    done = subprocess.run(
-      [sys.executable, "-m", "experiments.run_distill", *arguments],
-      cwd=ROOT,
-      env={**os.environ, "JAX_PLATFORMS": "cpu"},
-      capture_output=True,
-      text=True,
-    )
-    assert forked.returncode == done.returncode == status
-    assert (forked.stdout, forked.stderr) == (done.stdout, done.stderr) and bool(
-      done.stdout
-    ) != bool(done.stderr)
+  forked = run_binary("experiments.run_distill", argument)
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.run_distill", argument],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+  assert forked.returncode == done.returncode == status
+  assert (forked.stdout, forked.stderr) == (done.stdout, done.stderr)
+  assert bool(done.stdout) != bool(done.stderr)
 
 
 def names(*kinds) -> set[str]:
@@ -125,7 +127,7 @@ def test_each_launcher_has_its_console_script():
   } and modules == set(FLAGS)
 
 
-@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("name", slow_except(FLAGS, "distill", "select"))
 def test_help_lists_every_flag(name, tmp_path):
   (status, text, errors), (_, full, _), (_, version, _) = calls(
     f"kipcore-{name}", [["--help"], ["--no_such", "--helpfull"], ["--version"]], tmp_path

@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from helpers import slow_except
 
 import kipcore
 from kipcore.cli import recipes
@@ -44,14 +45,9 @@ PAIRS = {
 
 @pytest.mark.parametrize(
   "method",
-  [
-    pytest.param(
-      method,
-      marks=pytest.mark.slow if method not in ("dm", "mtt", "ratbptt") else (),
-    )
-    for method in PAIRS
-  ],
+  slow_except(PAIRS, "mtt"),
 )
+@pytest.mark.usefixtures("without_pictures")
 def test_every_method_runs_by_name_and_writes_its_artifact(method, tmp_path):
   """The artifact reproduces the recorded score, and hard labels are unchanged."""
   init, sampler = PAIRS[method]
@@ -83,6 +79,7 @@ def test_every_method_runs_by_name_and_writes_its_artifact(method, tmp_path):
   assert (folder / "experts.npy").exists() == recipes.RECIPES[method].experts
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_closed_form_is_scored_in_its_features(tmp_path):
   _, result = pipeline.run_distill(
     recipes.resolve(method="krr_closed_form", options="feature_map=fcnn"),
@@ -137,7 +134,11 @@ def test_invalid_settings_are_named_before_any_work(given, message, tmp_path):
 
 
 GRID = CompareConfig(
-  methods=("label_solve", "dm"), inits=("uniform", "kmeans"), num_seeds=2, network_seeds=1
+  methods=("label_solve", "dm"),
+  inits=("uniform", "kmeans"),
+  samplers=("uniform",),
+  num_seeds=2,
+  network_seeds=1,
 )
 SHARED = {name: value for name, value in TINY.items() if name != "network_seeds"} | {
   "architecture": "fc1"
@@ -152,10 +153,10 @@ def cells(folder):
 def test_a_grid_writes_a_table_and_continues_with_missing_cells(tmp_path, monkeypatch, capsys):
   whole = comparison.run_compare(GRID, SHARED, str(tmp_path / "whole"), False)
   rows = cells(whole)
-  assert len(rows) == 2 * 2 + 2 * 2 * 2  # label solving has no sampler
+  assert len(rows) == 2 * 2 + 2 * 2
   assert {row["target_evaluations"] for row in rows if row["method"] == "dm"} == {"80"}
   text = (whole / "comparison.md").read_text()
-  assert text in capsys.readouterr().out + "\n" and text.count("\n") == 2 + 2 + 4 + 2
+  assert text in capsys.readouterr().out + "\n" and text.count("\n") == 2 + 2 + 2 + 2
   assert "±" not in text and "a and b: the values of two seeds" in text
   assert (
     json.loads((whole / "config.json").read_text())["environment"]["versions"]["jax"]
@@ -172,7 +173,7 @@ def test_a_grid_writes_a_table_and_continues_with_missing_cells(tmp_path, monkey
   ran = []
 
   def stopping(config):
-    if len(ran) == 5:
+    if len(ran) == 3:
       raise KeyboardInterrupt
     ran.append(config)
     return real(config)
@@ -181,11 +182,11 @@ def test_a_grid_writes_a_table_and_continues_with_missing_cells(tmp_path, monkey
   monkeypatch.setattr(comparison, "run_cell", stopping)
   with pytest.raises(KeyboardInterrupt):
     comparison.run_compare(GRID, SHARED, str(tmp_path / "cut"), False)
-  assert len(cells(tmp_path / "cut")) == 5
+  assert len(cells(tmp_path / "cut")) == 3
   ran.clear()
   monkeypatch.setattr(comparison, "run_cell", lambda config: ran.append(config) or real(config))
   comparison.run_compare(GRID, SHARED, str(tmp_path / "cut"), False)
-  assert len(ran) == 7
+  assert len(ran) == 5
   timeless = lambda rows: [
     {k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows
   ]
@@ -204,7 +205,7 @@ def test_a_grid_writes_a_table_and_continues_with_missing_cells(tmp_path, monkey
     str(tmp_path / "cut"),
     False,
   )
-  assert [config.seed for config in ran] == [2, 2] and len(cells(tmp_path / "cut")) == 14
+  assert [config.seed for config in ran] == [2, 2] and len(cells(tmp_path / "cut")) == 10
 
 
 def test_gains_are_paired_and_failures_are_counted():

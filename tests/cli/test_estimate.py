@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import slow_except
 
 import kipcore
 from kipcore.cli import recipes
@@ -14,6 +15,8 @@ from kipcore.cli.runs import measure, pipeline, selection
 from kipcore.evaluation import ranking
 from kipcore.evaluation.protocols import PROTOCOLS
 from kipcore.networks import ResNet
+
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
 
 SMALL = dict(architecture="conv1", images_per_class=1, test_rows=20, seed=0)
 
@@ -108,7 +111,9 @@ def test_networks_are_estimated_without_training_one(monkeypatch):
   assert (how.width, how.protocol, how.num_steps, count) == (4, "dsa", 40, len(data.x_test))
 
 
-@pytest.mark.parametrize("network", [kipcore.conv_net(1), ResNet(4, 10)])
+@pytest.mark.parametrize(
+  "network", slow_except([kipcore.conv_net(1), ResNet(4, 10)], kipcore.conv_net(1))
+)
 def test_seconds_of_a_network_grow_with_its_steps_and_the_scored_rows(network, monkeypatch):
   monkeypatch.setattr(estimate, "_timed", lambda call: call() and 0.01)
   support = kipcore.Support(jnp.ones((20, 8, 8, 1)), jnp.ones((20, 10)))

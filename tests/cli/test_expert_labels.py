@@ -13,6 +13,8 @@ from kipcore.cli.errors import Stopped, UsageError
 from kipcore.cli.runs import experts, pipeline, selection
 from kipcore.io import trajectories
 
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
+
 TINY = dict(
   width=4,
   steps=2,

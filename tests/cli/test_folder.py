@@ -21,6 +21,8 @@ from kipcore.cli.errors import UsageError
 from kipcore.cli.folder import lock, resume, run_folder
 from kipcore.cli.runs import evaluation, loading, pipeline, selection
 
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
+
 QUICK = dict(steps=3, num_devices=1, init="uniform", solve_labels=False, validation_fraction=0.0)
 QUICK |= dict(sampler="uniform", target_batch_size=50, test_rows=50, train_rows=200)
 

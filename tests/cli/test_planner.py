@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import FLOAT64_IS_SLOW, slow_except
 
 import kipcore
 from kipcore import kernels
@@ -14,8 +15,12 @@ from kipcore.cli.runs import loading, pipeline
 from kipcore.datasets import load_dataset
 from kipcore.io import npz
 
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
 
-@pytest.mark.parametrize("depth, m, t", [(1, 500, 1000), (5, 100, 2000)])
+
+@pytest.mark.parametrize(
+  "depth, m, t", slow_except([(1, 500, 1000), (5, 100, 2000)], (1, 500, 1000))
+)
 def test_the_plan_covers_the_memory_analysis_of_xla(depth, m, t):
   """Scratch memory of a step: at most that of a block as planned, plus that of the support."""
   method = kipcore.kip(
@@ -38,6 +43,7 @@ def test_the_plan_covers_the_memory_analysis_of_xla(depth, m, t):
   assert 0 < scratch(t) - scratch(8) < planner._ARRAYS_PER_BLOCK * m * t * 4
 
 
+@FLOAT64_IS_SLOW
 def test_blocks_do_not_change_the_loss(dtype):
   rng = np.random.default_rng(0)
   x, y = jnp.asarray(rng.normal(size=(6, 5)), dtype), jnp.asarray(rng.normal(size=(6, 2)), dtype)

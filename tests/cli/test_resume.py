@@ -22,6 +22,8 @@ from kipcore.cli.errors import Stopped, UsageError
 from kipcore.cli.folder import lock, resume
 from kipcore.cli.runs import pipeline
 
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
+
 CONFIG = DistillConfig(steps=40, target_batch_size=60, num_devices=1, refresh_every=10)
 EVERY = CheckpointConfig(checkpoint_seconds=1e-9)
 RESUME = dataclasses.replace(EVERY, resume=True)
@@ -291,11 +293,11 @@ def wait_for(path: pathlib.Path, process) -> None:
   [
     pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
     (signal.SIGTERM, 143),
-    (signal.SIGINT, 130),
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
   ],
 )
 def test_a_killed_command_resumes_with_identical_results(tmp_path, number, status):
-  flags = ["--method=kip", "--steps=300", "--target_batch_size=60", "--checkpoint_seconds=0.000001"]
+  flags = ["--method=kip", "--steps=100", "--target_batch_size=60", "--checkpoint_seconds=0.000001"]
   process = binary(*flags, f"--output_dir={tmp_path / 'run'}")
   wait_for(tmp_path / "run" / "checkpoints", process)
   process.send_signal(number)
@@ -307,7 +309,7 @@ def test_a_killed_command_resumes_with_identical_results(tmp_path, number, statu
   out = again.communicate(timeout=240)[0]
   assert again.returncode == 0 and "resuming from step" in out, out
   expected, _ = pipeline.run_distill(
-    DistillConfig(steps=300, target_batch_size=60, num_devices=1),
+    DistillConfig(steps=100, target_batch_size=60, num_devices=1),
     str(tmp_path / "whole"),
     verbose=False,
   )

@@ -11,6 +11,8 @@ from kipcore.cli.errors import UsageError
 from kipcore.cli.runs import pipeline, saved_sets
 from kipcore.preprocess import one_hot_centered
 
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
+
 SETTINGS = dict(
   dataset="digits", method="kip", architecture="fc1", steps=1, target_batch_size=50, network_seeds=0
 )

@@ -5,11 +5,14 @@ import time
 
 import numpy as np
 import pytest
+from helpers import slow_except
 
 from kipcore.cli import recipes
 from kipcore.cli.cost.estimate import Part
 from kipcore.cli.errors import UsageError
 from kipcore.cli.runs import fitting, loading, measure, pipeline
+
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
 
 TINY = dict(width=4, steps=2, target_batch_size=40, network_steps=20, test_rows=100, num_devices=1)
 
@@ -24,7 +27,8 @@ def test_the_goal_chooses_the_method():
     recipes.resolve(method="kip", teach="network")
 
 
-def test_automatic_architecture_follows_the_rows(tmp_path):
+def table(tmp_path) -> str:
+  """A file of 100 rows of five numbers, in two classes."""
   rng = np.random.default_rng(0)
   arrays = {
     "x_train": rng.normal(size=(100, 5)).astype(np.float32),
@@ -33,18 +37,27 @@ def test_automatic_architecture_follows_the_rows(tmp_path):
     "y_test": np.arange(20) % 2,
   }
   np.savez(tmp_path / "table.npz", **arrays)
-  config = recipes.resolve(dataset=str(tmp_path / "table.npz"), **TINY)
+  return str(tmp_path / "table.npz")
+
+
+def test_automatic_architecture_follows_the_rows(tmp_path):
+  config = recipes.resolve(dataset=table(tmp_path), **TINY)
   assert loading.load(config).kernel_fn.arch.name == "fc1"
   assert loading.load(recipes.resolve(**TINY)).kernel_fn.arch.name == "conv2"  # 8 x 8 pixels
   shapes = {(28, 28, 1): "conv3", (16, 40, 3): "conv3", (15, 15, 1): "conv2", (4, 4, 1): "conv1"}
   shapes |= {(2, 3, 1): "conv1", (1, 9, 1): "fc1", (9,): "fc1"}
   for shape, name in shapes.items():
     assert loading.architecture_of(config, shape) == name
+
+
+@pytest.mark.slow
+def test_a_run_on_a_table_uses_a_dense_network(tmp_path):
+  config = recipes.resolve(dataset=table(tmp_path), **TINY)
   folder, result = pipeline.run_distill(config, str(tmp_path / "run"), verbose=False)
   assert result["architecture"] == "fc1" and result["network_protocol"] == "soft"
 
 
-@pytest.mark.parametrize("method", ["ratbptt", "both", "kip"])
+@pytest.mark.parametrize("method", slow_except(["ratbptt", "both", "kip"], "ratbptt"))
 def test_a_run_leads_with_the_model_that_its_set_is_for(method, tmp_path, capsys):
   config = recipes.resolve(method=method, network_seeds=2, **TINY)
   config = dataclasses.replace(config, architecture="fc1")

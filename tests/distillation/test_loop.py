@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import RTOL, assert_close, check_gradient, same_on_devices
+from helpers import FLOAT64_IS_SLOW, RTOL, assert_close, check_gradient, same_on_devices
 
 import kipcore
 from kipcore.distillation import importance, loop, samplers
@@ -62,6 +62,7 @@ def test_loss_equals_numpy_and_gradient_finite_differences(loss, x64):
   check_gradient(f, params)
 
 
+@FLOAT64_IS_SLOW
 def test_only_requested_parameters_are_learned(dtype):
   support, x, y = problem(dtype)
   for options, learned in (
@@ -78,6 +79,7 @@ def test_only_requested_parameters_are_learned(dtype):
 
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@FLOAT64_IS_SLOW
 def test_distilling_teaches(loss, dtype):
   support, x, y = problem(dtype, n=400, m=3)
   options = kip.KIPOptions(1e-3, loss, True)
@@ -118,6 +120,7 @@ def test_runs_are_determined_by_the_seed(num_devices):
   assert not np.array_equal(runs[0].support.x, runs[2].support.x)
 
 
+@FLOAT64_IS_SLOW
 def test_mapped_loop_equals_plain_steps(dtype):
   """`distill` on one device is `distill_step` under a Python loop."""
   support, x, y = problem(dtype)

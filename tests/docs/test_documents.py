@@ -1,5 +1,6 @@
 """README, WORKSPACE and notebooks are correct: their code runs and their commands exist."""
 
+import contextlib
 import json
 import pathlib
 import re
@@ -7,13 +8,14 @@ import re
 import numpy as np
 import pytest
 from binaries import run_binary
-from helpers import standard_promotion
+from helpers import slow_except, standard_promotion
 
 import kipcore
 from kipcore import datasets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DOCUMENTS = [
   *ROOT.glob("*.md"),
   ROOT / "experiments" / "results" / "README.md",
@@ -21,32 +23,44 @@ DOCUMENTS = [
 ]
 
 
-def test_python_in_the_readme_runs(capsys):
-  quickstart, own, selection, rows, pipeline, sampler, fitting, layers = re.findall(
-    r"```python\n(.*?)```", README, flags=re.S
+PYTHON = dict(
+  zip(
+    ("quickstart", "own", "selection", "rows", "pipeline", "sampler", "fitting", "layers"),
+    re.findall(r"```python\n(.*?)```", README, flags=re.S),
+    strict=True,
   )
-  exec(compile(selection, "README.md", "exec"), {})
-  total, streamed, dimension = (float(n) for n in re.findall(r"\d+", capsys.readouterr().out))
-  assert dimension < total < 4 * dimension and abs(streamed - total) < 0.2 * total
-  exec(compile(rows, "README.md", "exec"), {})
-  assert int(re.search(r"(\d+) % of the variance", capsys.readouterr().out)[1]) > 75
-  exec(compile(pipeline, "README.md", "exec"), {})
-  assert int(re.search(r"(\d+) % accuracy", capsys.readouterr().out)[1]) > 85
-  exec(compile(sampler, "README.md", "exec"), {})
-  accuracy, gain = map(float, re.findall(r"[\d.]+", capsys.readouterr().out))
-  assert accuracy > 85 and gain > 1.5
-  with standard_promotion():  # the default of JAX
-    exec(compile(fitting, "README.md", "exec"), {})
-  bandwidth, noise = map(float, re.findall(r"[\d.]+", capsys.readouterr().out))
-  assert 0.7 < bandwidth < 1.5 and 0.05 < noise < 0.15  # 0.1 in the data
-  exec(compile(layers, "README.md", "exec"), {})
-  capsys.readouterr()
-  with standard_promotion():
-    exec(compile(own, "README.md", "exec"), {})
-  assert int(re.search(r"(\d+) % with a network", capsys.readouterr().out)[1]) > 50
-  exec(compile(quickstart, "README.md", "exec"), {})
-  real, distilled = (float(p) for p in re.findall(r"images: ([\d.]+) %", capsys.readouterr().out))
-  assert distilled > real + 10
+)
+
+
+def check_python(name, out):
+  """What the code of the README with a name prints."""
+  numbers = [float(n) for n in re.findall(r"\d+(?:\.\d+)?", out)]
+  if name == "selection":
+    total, streamed, dimension = numbers
+    assert dimension < total < 4 * dimension and abs(streamed - total) < 0.2 * total
+  elif name == "rows":
+    assert int(re.search(r"(\d+) % of the variance", out)[1]) > 75
+  elif name == "pipeline":
+    assert int(re.search(r"(\d+) % accuracy", out)[1]) > 85
+  elif name == "sampler":
+    accuracy, gain = numbers
+    assert accuracy > 85 and gain > 1.5
+  elif name == "fitting":
+    bandwidth, noise = numbers
+    assert 0.7 < bandwidth < 1.5 and 0.05 < noise < 0.15  # 0.1 in the data
+  elif name == "own":
+    assert int(re.search(r"(\d+) % with a network", out)[1]) > 50
+  elif name == "quickstart":
+    real, distilled = (float(p) for p in re.findall(r"images: ([\d.]+) %", out))
+    assert distilled > real + 10
+
+
+@pytest.mark.parametrize("name", slow_except(PYTHON, "rows", "sampler", "fitting", "layers"))
+def test_python_in_the_readme_runs(name, capsys):
+  promotion = standard_promotion() if name in ("fitting", "own") else contextlib.nullcontext()
+  with promotion:  # the default of JAX
+    exec(compile(PYTHON[name], "README.md", "exec"), {})
+  check_python(name, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("marker", ["distill", "test"])
@@ -55,14 +69,19 @@ def test_each_command_is_one_line(marker):
   assert "\n" not in block and block.startswith("python3 -m venv")
 
 
-def test_commands_name_flags_that_exist():
-  text = "".join(path.read_text() for path in DOCUMENTS)
-  for module in set(re.findall(r"-m (experiments(?:\.\w+)+)", text)):
-    done = run_binary(module, "--helpfull")
-    shown = done.stdout + done.stderr
-    for line in re.findall(rf"-m {re.escape(module)}([^`\n&]*)", text):
-      for flag in re.findall(r"--(\w+)", line):
-        assert re.search(rf"--(\[no\])?{flag}\b", shown), f"{module} has no flag --{flag}"
+TEXT = "".join(path.read_text() for path in DOCUMENTS)
+MODULES = sorted(set(re.findall(r"-m (experiments(?:\.\w+)+)", TEXT)))
+
+
+@pytest.mark.parametrize(
+  "module", slow_except(MODULES, *(name for name in MODULES if ".run_" in name))
+)
+def test_commands_name_flags_that_exist(module):
+  done = run_binary(module, "--helpfull")
+  shown = done.stdout + done.stderr
+  for line in re.findall(rf"-m {re.escape(module)}([^`\n&]*)", TEXT):
+    for flag in re.findall(r"--(\w+)", line):
+      assert re.search(rf"--(\[no\])?{flag}\b", shown), f"{module} has no flag --{flag}"
 
 
 def test_workspace_names_every_module():
@@ -72,7 +91,11 @@ def test_workspace_names_every_module():
       assert f"`{path.stem}`" in text, f"WORKSPACE.md does not name {path.stem}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+  "path",
+  slow_except(NOTEBOOKS, *(path for path in NOTEBOOKS if path.stem == "quickstart")),
+  ids=lambda p: p.name,
+)
 def test_notebooks_run_and_contain_no_outputs(path):
   notebook = json.loads(path.read_text())
   scope = {}
@@ -192,7 +215,14 @@ COMMANDS = re.findall(
 )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+# Those that finish in seconds; whole runs, selections and grids are tested in `tests/cli`.
+QUICK = ("--dry_run", "--protocol=", "--resume", "run_report", "run_export")
+
+
+@pytest.mark.parametrize(
+  "command",
+  slow_except(COMMANDS, *(command for command in COMMANDS if any(q in command for q in QUICK))),
+)
 def test_commands_of_the_readme_run(place, command):
   """Runs each command with few steps and digits instead of named datasets; none needs a network."""
   module = command.split()[0].removeprefix("experiments.")

@@ -18,6 +18,8 @@ from kipcore.evaluation import ranking
 from kipcore.selection import representatives
 from kipcore.types import Support
 
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
+
 
 def rows(n=40, d=5, seed=0):
   return np.random.default_rng(seed).normal(size=(n, d))

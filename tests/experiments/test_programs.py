@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 from binaries import ROOT, run_binary
+from helpers import slow_except
 
 PROGRAMS = sorted(
   ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -13,7 +14,12 @@ PROGRAMS = sorted(
 )
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+  "program",
+  slow_except(
+    PROGRAMS, *(name for name in PROGRAMS if "run_" in name), "experiments.robustness.survival"
+  ),
+)
 def test_help_is_printed_without_any_work(program):
   done = run_binary(program, "--help")
   assert done.returncode == 0, done.stdout + done.stderr

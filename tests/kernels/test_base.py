@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, enable_x64
+from helpers import assert_close, enable_x64, slow_except
 
 import kipcore
 from kipcore.architectures import Architecture, Conv, Dense, Flatten, LeakyRelu
@@ -58,7 +58,7 @@ def total(name, p):
   )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_except(FAMILIES, "nngp", "combination", "rbf"))
 def test_gradients_by_hyperparameters_are_finite_differences(name, x64):
   p, f = jnp.asarray(FAMILIES[name][1]), jax.jit(lambda p: total(name, p))
   gradient, h = jax.jit(jax.grad(f))(p), 1e-5
@@ -259,7 +259,7 @@ SMOOTH = {
 }
 
 
-@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("name", slow_except(SMOOTH, "ntk", "combination", "rbf"))
 def test_second_derivatives_at_identical_rows_are_finite(name, x64):
   """By the position of one of two equal rows and by a hyperparameter."""
   make, rows = SMOOTH[name]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, slow_except
 from kernel_reference import images, neural_tangents_kernel, value_and_gradient
 
 import kipcore
@@ -44,11 +44,11 @@ UNUSUAL = {
 
 @pytest.mark.parametrize(
   "name, get",
-  [
-    pytest.param(name, "ntk", marks=pytest.mark.slow if name == "wide later" else ())
-    for name in UNUSUAL
-  ]
-  + [("1x1 first", "nngp"), ("two pools", "nngp")],
+  slow_except(
+    [(name, "ntk") for name in UNUSUAL] + [("1x1 first", "nngp"), ("two pools", "nngp")],
+    ("only an average", "ntk"),
+    ("wide windows", "ntk"),
+  ),
 )
 def test_unusual_layers_equal_neural_tangents(name, get, x64):
   """On 7 x 5 images, whose rows and columns the windows do not divide."""
@@ -61,21 +61,20 @@ def test_unusual_layers_equal_neural_tangents(name, get, x64):
       assert_close(a, b, rtol=1e-10)
 
 
+@pytest.mark.parametrize("name", slow_except(["conv2", "conv2_vec", "myrtle5"], "conv2_vec"))
 @pytest.mark.parametrize(
-  "name", ["conv2", "conv2_vec", pytest.param("myrtle5", marks=pytest.mark.slow)]
+  "n, tile", slow_except([(1, None), (2, None), (5, 500), (6, 500)], (1, None), (5, 500))
 )
-def test_symmetric_half_equals_all_pairs(name, x64):
+def test_symmetric_half_equals_all_pairs(name, n, tile, x64):
   """Even, odd, one and two rows; also in tiles that divide neither the images nor the pairs."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 6, 4, 1)))
-  for n, tile in ((1, None), (2, None), (5, 500), (6, 500)):
-    kernel = jax.jit(NetworkKernel(architecture(name), "ntk", tile))
-    one, two = kernel(x[:n]), kernel(x[:n], x[:n])
-    off = ~np.eye(n, dtype=bool)
-    np.testing.assert_allclose(np.asarray(one)[off], np.asarray(two)[off], rtol=1e-12)
-    np.testing.assert_allclose(
-      one, two, rtol=1e-6
-    )  # at an angle of 0 the arc cosine loses half of the digits
-    np.testing.assert_array_equal(one, one.T)
+  kernel = jax.jit(NetworkKernel(architecture(name), "ntk", tile))
+  one, two = kernel(x[:n]), kernel(x[:n], x[:n])
+  off = ~np.eye(n, dtype=bool)
+  np.testing.assert_allclose(np.asarray(one)[off], np.asarray(two)[off], rtol=1e-12)
+  # At an angle of 0 the arc cosine loses half of the digits.
+  np.testing.assert_allclose(one, two, rtol=1e-6)
+  np.testing.assert_array_equal(one, one.T)
 
 
 def test_duplicated_rescaled_and_constant_images():
@@ -100,7 +99,7 @@ def test_all_jax_transformations(x64):
   rng = np.random.default_rng(0)
   x, v = (jnp.asarray(rng.normal(size=(2, 5, 4, 1))) for _ in range(2))
   other = jnp.asarray(rng.normal(size=(3, 5, 4, 1)))
-  kernel = NetworkKernel(architecture("conv2"), "ntk")
+  kernel = NetworkKernel(architecture("conv1"), "ntk")
   f = jax.jit(lambda x: jnp.sum(jnp.sin(kernel(x, other))))
   gradient = jax.jit(jax.grad(f))
   h = 1e-5
@@ -109,14 +108,14 @@ def test_all_jax_transformations(x64):
   assert_close(jax.jvp(gradient, (x,), (v,))[1], curvature, rtol=1e-5)
   stack = jnp.stack([x, 2 * x])
   assert_close(
-    jax.vmap(lambda x: kernel(x, other))(stack),
+    jax.jit(jax.vmap(lambda x: kernel(x, other)))(stack),
     jnp.stack([kernel(x, other), kernel(2 * x, other)]),
     rtol=1e-12,
   )
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 4), (2, 5, 4, 5, 4)], ids=["diagonal", "whole"])
-@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("size", slow_except([1, 3, 5], 1, 3))
 def test_box_equals_its_definition_and_is_its_own_adjoint(shape, size, x64):
   rng = np.random.default_rng(0)
   k, other = rng.normal(size=shape), rng.normal(size=shape)
@@ -152,6 +151,7 @@ def test_pool_drops_remaining_rows_and_columns(x64):
   np.testing.assert_allclose(np.vdot(back, k), np.vdot(other, expected), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_pairs():
   """Forward and backward scratch memory for 576 and 2,304 pairs of 16x16 images."""
   kernel = NetworkKernel(architecture("conv2"), "ntk", tile_elements=1 << 15)
@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_the_pairs():
   assert scratch(48) - scratch(24) < 4 * images_bytes
 
 
-@pytest.mark.parametrize("name", ["fc2", "conv2", "conv2_vec"])
+@pytest.mark.parametrize("name", slow_except(["fc2", "conv2", "conv2_vec"], "fc2", "conv2_vec"))
 def test_narrow_products_have_the_stated_error(name):
   """The kernel of rounded inputs is positive semi-definite up to float32 rounding."""
   x = np.random.default_rng(0).normal(size=(6, 8, 8, 3)).astype(np.float32)

@@ -212,6 +212,7 @@ def test_text_from_data_is_escaped(hostile):
   ) + html_report.cards([("<i>",) * 3])
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_run_on_vectors_speaks_of_points(tmp_path, capsys):
   """A dataset of vectors has neither images nor pixels, in the terminal and in every text of the folder."""
   rng = np.random.default_rng(0)

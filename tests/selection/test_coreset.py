@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import FLOAT64_IS_SLOW, assert_close, slow_except
 
 import kipcore
 from kipcore.selection import coreset, representatives
@@ -29,6 +29,7 @@ def blobs(dtype=np.float32, sizes=(60, 25, 40), side=4, seed=0):
 
 
 @pytest.mark.parametrize("strategy", coreset.STRATEGIES)
+@FLOAT64_IS_SLOW
 def test_every_strategy_returns_a_valid_coreset(strategy, dtype):
   x, y = blobs(dtype)
   chosen = kipcore.select_coreset(3, x, y, 4, strategy, NTK, num_candidates=40)
@@ -72,6 +73,7 @@ def test_kmeans_weights_count_the_rows_of_each_cluster(x64):
   assert_close(means, expected, rtol=1e-2)  # Lloyd stops at a tolerance
 
 
+@pytest.mark.slow
 def test_sensitivity_weights_are_unbiased(x64):
   x, y = blobs(np.float64)
   f = np.random.default_rng(0).normal(size=125) + 2
@@ -122,6 +124,7 @@ def test_solved_labels_are_never_worse_than_the_weighted_coreset(x64):
     assert objective(solved) <= objective(weighted) * (1 + 1e-9)
 
 
+@FLOAT64_IS_SLOW
 def test_auto_is_never_worse_than_uniform_by_its_criterion(dtype):
   x, y = blobs(dtype)
   chosen = kipcore.select_coreset(0, x, y, 2, "auto", NTK, num_candidates=40)
@@ -171,7 +174,12 @@ def repeated_rows(dtype, copies=10):
 EVERY_STRATEGY = [s for s in coreset.STRATEGIES if s not in ("noise", "krr_pursuit")]
 
 
-@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
+@pytest.mark.parametrize(
+  "strategy",
+  slow_except(
+    EVERY_STRATEGY, "auto", "uniform", "kmedoids", "kmeans_plusplus", "herding", "k_center"
+  ),
+)
 def test_duplicate_rows_keep_the_total_weight_and_issue_a_warning(strategy):
   x, y = repeated_rows("float32")
   with pytest.warns(UserWarning, match="got 5 for 2 distinct rows of class 0"):
@@ -238,7 +246,7 @@ def test_coresets_can_pass_through_jit():
   )
 
 
-@pytest.mark.parametrize("offset, features", [(128.0, 300), (1000.0, 8)])
+@pytest.mark.parametrize("offset, features", slow_except([(128.0, 300), (1000.0, 8)], (1000.0, 8)))
 def test_selection_does_not_depend_on_a_common_shift(offset, features):
   """float32 rows far from the origin give the selection of the centered rows."""
   rng = np.random.default_rng(0)

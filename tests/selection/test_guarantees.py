@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import FLOAT64_IS_SLOW, assert_close
 
 from kipcore.selection import certificate, guarantees, sampling
 
@@ -264,6 +264,7 @@ def test_all_rows_have_no_error_in_float32():
   assert found.measured_epsilon < 2e-4 and abs(found.objective_ratio - 1) < 2e-4
 
 
+@FLOAT64_IS_SLOW
 def test_landmarks_give_bounds_on_the_exact_values(dtype):
   """Few landmarks: the lower bound stays below F* and tightens with steps; rows are streamed in uneven blocks."""
   rng = np.random.default_rng(7)

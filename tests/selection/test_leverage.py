@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import RTOL, assert_close
+from helpers import FLOAT64_IS_SLOW, RTOL, assert_close
 
 from kipcore.selection import leverage, score_ridge
 from kipcore.types import Status
@@ -284,6 +284,7 @@ def test_float32_rejects_a_tiny_ridge():
   assert np.isfinite(jax.jit(leverage.ridge_leverage_scores)(k, 1.0)).all()
 
 
+@FLOAT64_IS_SLOW
 def test_transformations_agree_and_do_not_recompile(dtype):
   k = jnp.asarray(rbf_matrix(points()), dtype)
   eager = leverage.ridge_leverage_scores(k, 0.5)

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, slow_except
 
 import kipcore
 from kipcore.selection import clustering, coreset, duplicates, representatives, rows
@@ -30,7 +30,10 @@ def of(array, index):
   return None if array is None else array[index]
 
 
-@pytest.mark.parametrize("kind, strategy", CASES)
+# `auto` chooses among other strategies.
+@pytest.mark.parametrize(
+  "kind, strategy", slow_except(CASES, *(case for case in CASES if case[1] != "auto"))
+)
 def test_repeated_rows_equal_weighted_rows(kind, strategy):
   """Rows with their counts as weights give the rows and weights of as many copies, and a valid result."""
   y = LABELS[kind]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import FLOAT64_IS_SLOW, assert_close
 
 from kipcore.selection import draws, sampling
 from kipcore.types import Status
@@ -160,6 +160,7 @@ def test_inclusion_matches_the_capped_probabilities(x64):
   assert np.asarray(always).sum() >= 2
 
 
+@FLOAT64_IS_SLOW
 def test_systematic_frequencies_distinct_rows_and_certain_rows(dtype):
   """Empirical inclusion within 3 sigma (allowing the 0.3 % that lies beyond by chance), capped rows in every draw."""
   scores, times = skewed(dtype).at[:2].set(1000.0), 4000
@@ -248,6 +249,7 @@ def test_gumbel_weights_are_unbiased_and_naive_weights_are_not(x64):
   assert not within_standard_errors((f[indices] / (b * p[indices])).sum(1)[:, None], f.sum(), 10.0)
 
 
+@FLOAT64_IS_SLOW
 def test_merge_duplicates_keeps_sums(dtype):
   indices = jnp.asarray([7, 2, 7, 7, 0, 2], jnp.int32)
   weights = jnp.asarray([1, 2, 3, 4, 5, 6], dtype)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from helpers import RTOL, SHARED_DATA, assert_close, needs, read_idx
+from helpers import FLOAT64_IS_SLOW, RTOL, SHARED_DATA, assert_close, needs, read_idx
 from sklearn.cluster import KMeans
 
 from kipcore import kernels
@@ -163,6 +163,7 @@ def test_labels_as_an_extra_feature_give_lower_scores(x64):
 
 
 @pytest.mark.parametrize("ridge", [0.05, 1.0, 50.0])
+@FLOAT64_IS_SLOW
 def test_class_blocks_are_upper_bounds(dtype, ridge):
   x, y, label, u = problem()
   truth = exact(rbf_matrix(x), y, ridge, u)
@@ -285,6 +286,7 @@ def test_spectral_norm_bound(dtype):
   assert sensitivity_cores.norm_bound(jnp.zeros((4, 4), dtype)) == 0
 
 
+@FLOAT64_IS_SLOW
 def test_given_landmarks_inside_jit(dtype):
   x, y, _, u = problem()
   call = lambda key, ridge: approximate(
@@ -300,6 +302,7 @@ def test_given_landmarks_inside_jit(dtype):
   assert (np.asarray(eager.scores) >= truth - RTOL[dtype.name]).all()
 
 
+@FLOAT64_IS_SLOW
 def test_vmap_over_classes_matches_a_loop(dtype):
   x, y, _, _ = problem()
   k, y = (
@@ -332,6 +335,7 @@ def test_float32_has_three_digits_for_large_ridges():
 
 
 @pytest.mark.filterwarnings("ignore:scores are nearly equal")
+@FLOAT64_IS_SLOW
 def test_degenerate_data(dtype):
   x, y, _, _ = problem(n=30)
   k = jnp.asarray(rbf_matrix(x), dtype)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import RTOL, assert_close
+from helpers import FLOAT64_IS_SLOW, RTOL, assert_close, slow_except
 
 from kipcore import keys
 from kipcore.kernels import rbf_fn
@@ -24,7 +24,8 @@ def problem(dtype, n=230, d=5, c=3):
 
 
 @pytest.mark.parametrize("refine", [True, False])
-@pytest.mark.parametrize("block_size", [50, 230, 1000])
+@pytest.mark.parametrize("block_size", slow_except([50, 230, 1000], 50))
+@FLOAT64_IS_SLOW
 def test_file_and_array_give_the_same_scores(dtype, tmp_path, refine, block_size):
   x, y = problem(dtype)
   x.tofile(tmp_path / "x.bin")

@@ -132,6 +132,7 @@ def test_rows_without_features_have_a_finite_gradient():
   assert np.isfinite(jax.jit(jax.grad(loss))(x)).all()
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
   support, x, y = problem(np.float64, n=21)
   method = ncfm(net(), walks(net(), jnp.asarray(x)), NCFMOptions(F))

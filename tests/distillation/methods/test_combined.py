@@ -49,8 +49,8 @@ def test_loss_and_gradient_are_weighted_sums(x64):
     )
 
   for got, want in zip(
-    jax.tree.leaves(jax.value_and_grad(loss)(params)),
-    jax.tree.leaves(jax.value_and_grad(expected)(params)),
+    jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(params)),
+    jax.tree.leaves(jax.jit(jax.value_and_grad(expected))(params)),
   ):
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
   info = method.loss(params, aux, batch, row_weights, key)[1]
@@ -71,6 +71,7 @@ def test_a_failed_part_is_reported():
   assert info.status == kipcore.Status.NOT_POSITIVE_DEFINITE
 
 
+@pytest.mark.slow
 def test_runs_on_devices_and_learns(x64):
   support, x, y = image_problem(np.float64, n=21)
   same_on_devices(kipcore.combined(*parts()[:2]), support, x, y, rtol=1e-9, num_steps=2)

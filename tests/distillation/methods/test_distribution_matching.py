@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, check_image_gradient, image_problem, image_rows, same_on_devices
+from helpers import (
+  assert_close,
+  check_image_gradient,
+  image_problem,
+  image_rows,
+  same_on_devices,
+  slow_except,
+)
 
 import kipcore
 from kipcore.distillation import importance, loop
@@ -74,13 +81,14 @@ def test_support_equal_to_the_data_has_loss_zero(x64):
     assert f(jax.random.key(seed), x) < 1e-20 < 1e-3 < f(jax.random.key(seed), x[::-1])
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
   """Two steps, including uneven shards and classes missing on a device."""
   support, x, y = problem(np.float64, n=21)
   same_on_devices(dm(net()), support, x, y, rtol=1e-11, num_steps=2)
 
 
-@pytest.mark.parametrize("sampler", ["uniform", "cross_entropy"])
+@pytest.mark.parametrize("sampler", slow_except(["uniform", "cross_entropy"], "uniform"))
 def test_distilling_teaches(sampler):
   """The loss under networks unseen in the run falls; equal seeds give equal results; float32."""
   support, x, y = problem()

@@ -1,17 +1,21 @@
 """DC and DSA: per-class gradients, distance and its gradient, network schedule, devices, seeds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from helpers import (
+  FLOAT64_IS_SLOW,
   RTOL,
   assert_close,
   check_image_gradient,
   image_problem,
   image_rows,
   same_on_devices,
+  slow_except,
 )
 
 import kipcore
@@ -81,13 +85,15 @@ def test_loss_equals_numpy_with_unequal_and_absent_classes(batch_labels, support
   assert info.predictions.shape == y.shape and info.per_example.shape == (10,) and info.status == 0
 
 
-@pytest.mark.parametrize("make, convolutional", [(gm.dc, False), (gm.dsa, True)])
+@pytest.mark.parametrize(
+  "make, convolutional", slow_except([(gm.dc, False), (gm.dsa, True)], (gm.dc, False))
+)
 def test_gradient_equals_finite_differences(make, convolutional, x64):
   support, x, y = problem(np.float64, n=20)
   check_image_gradient(make(net(convolutional)), support, x, y, 3)
 
 
-@pytest.mark.parametrize("b", [1, 7, 300])
+@pytest.mark.parametrize("b", slow_except([1, 7, 300], 1, 7))
 def test_class_gradients_equal_one_gradient_per_class(b, x64):
   """Any counts, including absent and multi-chunk classes; also a second derivative."""
   rng, c = np.random.default_rng(b), 4
@@ -220,6 +226,7 @@ def test_training_of_the_network_in_several_batches_lowers_its_loss():
   assert jax.tree.all(jax.tree.map(np.array_equal, again, trained))
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
   """Two steps with network training between, uneven shards and classes missing on a device."""
   support, x, y = problem(np.float64, n=21)
@@ -228,14 +235,16 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
   )
 
 
+@functools.cache
+def teaching(make, sampler):
+  """One distiller for several tests, which compiles once."""
+  method = make(net(), gm.GradientMatchingOptions(5, 2))
+  return loop.Distiller(method, importance.sampler(sampler), optax.sgd(0.3, momentum=0.5), 30)
+
+
 def test_equal_seeds_repeat():
   support, x, y = problem()
-  distiller = loop.Distiller(
-    gm.dc(net(), gm.GradientMatchingOptions(2, 1)),
-    importance.sampler("uniform"),
-    optax.sgd(0.1),
-    12,
-  )
+  distiller = teaching(gm.dc, "uniform")
   runs = [loop.distill(seed, distiller, support, x, y, 5) for seed in (0, 0, 1)]
   assert np.array_equal(runs[0].support.x, runs[1].support.x) and not np.array_equal(
     runs[0].support.x, runs[2].support.x
@@ -243,13 +252,13 @@ def test_equal_seeds_repeat():
   assert np.array_equal(runs[0].support.y, support.y)
 
 
-@pytest.mark.parametrize("make, sampler", [(gm.dc, "uniform"), (gm.dsa, "cross_entropy")])
+@pytest.mark.parametrize(
+  "make, sampler", slow_except([(gm.dc, "uniform"), (gm.dsa, "cross_entropy")], (gm.dc, "uniform"))
+)
 def test_distilling_teaches(make, sampler):
   """The loss under networks unseen in the run falls; float32."""
   support, x, y = problem()
-  method = make(net(), gm.GradientMatchingOptions(5, 2))
-  distiller = loop.Distiller(method, importance.sampler(sampler), optax.sgd(0.3, momentum=0.5), 30)
-  result = loop.distill(0, distiller, support, x, y, 80)
+  result = loop.distill(0, teaching(make, sampler), support, x, y, 80)
   plain = gm.dc(net())
 
   @jax.jit
@@ -288,6 +297,7 @@ def test_wrong_input_is_named(call, message):
     call()
 
 
+@FLOAT64_IS_SLOW
 def test_names_and_dtypes(dtype):
   support, x, y = problem(dtype, n=12)
   assert [make(net()).name for make in (gm.dc, gm.dsa)] == ["dc", "dsa"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_close, enable_x64, same_on_devices
+from helpers import assert_close, enable_x64, same_on_devices, slow_except
 
 import kipcore
 from kipcore import krr, networks
@@ -242,6 +242,7 @@ def test_implicit_part_is_clipped_to_the_norm_of_the_direct_one(x64, quick):
     )
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
   support, x, y = problem(n=29)
   same_on_devices(rcig.rcig(NETWORK, QUICK), support, x, y)
@@ -291,7 +292,7 @@ def quick_objective(setting, net):
   return 0.5 * np.vdot(y, np.linalg.solve(phi @ phi.T + QUICK.l2 * M * np.eye(M), y))
 
 
-@pytest.mark.parametrize("sampler", ["uniform", "cross_entropy"])
+@pytest.mark.parametrize("sampler", slow_except(["uniform", "cross_entropy"], "cross_entropy"))
 def test_distilling_teaches_and_repeats(sampler):
   support, x, y = problem(np.float32)
   method = rcig.rcig(
