@@ -66,8 +66,9 @@ class TestDrawRows:
     draws = np.asarray(draw(jax.random.key(0), jnp.asarray(weights, dtype), 20_000))
     assert chi_square_p(np.bincount(draws, minlength=11), weights) > 1e-3
 
-  def test_rows_of_zero_weight_are_never_drawn(self):
-    n = 200_000
+  # In float32, the rounding of cumulative sums grows with the number of rows.
+  @pytest.mark.parametrize("n", slow_except([200_000, 2_000_000], 200_000))
+  def test_rows_of_zero_weight_are_never_drawn(self, n):
     weights = np.random.default_rng(0).uniform(size=n).astype(np.float32)
     weights[::2] = 0
     draws = np.concatenate(
