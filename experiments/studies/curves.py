@@ -38,7 +38,7 @@ ARMS = {
 def curve_of(settings: dict, steps: tuple[int, ...], seed: int, networks: int) -> dict:
   """Target evaluations and mean accuracy of networks at some steps of a run."""
   from kipcore.cli import recipes
-  from kipcore.cli.runs import comparison, pipeline
+  from kipcore.cli.runs import comparison, pipeline, trained_networks
 
   config = recipes.resolve(**_COMMON, **settings, seed=seed, network_seeds=networks)
   data = comparison.loaded(config)
@@ -46,7 +46,7 @@ def curve_of(settings: dict, steps: tuple[int, ...], seed: int, networks: int) -
   batch, found = pipeline.batch_size_of(config, data), {}
 
   def score(step, support, record):
-    scores = pipeline.network_scores(config, data, support)
+    scores = trained_networks.scores(config, data, support)
     found[step] = scores["network_test_accuracy_mean"]
 
   outcome = pipeline.distill(config, data, start.support, log_steps=steps, callback=score)

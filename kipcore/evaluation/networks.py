@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +49,7 @@ def evaluate_network(
   norm: str | None = None,
   augmentation: str | None = None,
   protocol: str | Protocol = "default",
+  known: MutableMapping[int, float] | None = None,
 ) -> Float[np.ndarray, " num_seeds"]:
   """Train finite networks on the support by a protocol and score them on held-out rows.
 
@@ -74,6 +75,8 @@ def evaluate_network(
       them); each step applies a random one of them to its batch. "" for none, None for those of the protocol (none).
     protocol: a name of `protocols.PROTOCOLS` or a `Protocol`: how the networks are trained. A named one augments images
       only, and images of one channel without mirror images.
+    known: accuracies by the number of the network, from 0; these networks are not trained again. Those of the others are
+      added, each as soon as it is known.
 
   Returns:
     `(num_seeds,)` accuracies in [0, 1].
@@ -113,16 +116,16 @@ def evaluate_network(
   rate = jnp.asarray(checks.scalar("learning_rate", rate), support.x.dtype)
   # Equal up to the rate, protocols share a compilation.
   options = (module, steps, dataclasses.replace(how, learning_rate=1.0), jax.default_backend())
-  with linalg.permissive_promotion():
-    scores = np.array(
-      [
-        _train_and_score(*options, keys.at_step(stream, seed), support, x, y, rate)
-        for seed in range(num_seeds)
-      ]
-    )
-  if not np.isfinite(scores).all():
-    checks.raise_for_status("training of a finite network", Status.NOT_FINITE)
-  return scores
+  known = {} if known is None else known
+  for seed in range(num_seeds):
+    if seed in known:
+      continue
+    with linalg.permissive_promotion():
+      score = float(_train_and_score(*options, keys.at_step(stream, seed), support, x, y, rate))
+    if not np.isfinite(score):
+      checks.raise_for_status("training of a finite network", Status.NOT_FINITE)
+    known[seed] = score
+  return np.array([known[seed] for seed in range(num_seeds)], support.y.dtype)
 
 
 def tune(

@@ -22,7 +22,7 @@ from kipcore.cli.config import CompareConfig, DataConfig, DistillConfig, validat
 from kipcore.cli.cost import estimate, progress
 from kipcore.cli.errors import UsageError, usage
 from kipcore.cli.folder import lock, outputs, readme, reporting, run_folder
-from kipcore.cli.runs import pipeline
+from kipcore.cli.runs import pipeline, trained_networks
 from kipcore.io import atomic, npz
 from kipcore.report import pictures
 from kipcore.types import NumericalError
@@ -250,7 +250,7 @@ def run_cell(config: DistillConfig) -> dict:
     )
     if pipeline.noun(data) == "images" and data.x_train.shape[-1] in (1, 3):
       row["images"] = _first_of_each_class(data, start.coreset.y, outcome.support.x)
-    row["network_test_accuracy"] = pipeline.network_scores(config, data, outcome.support).get(
+    row["network_test_accuracy"] = trained_networks.scores(config, data, outcome.support).get(
       "network_test_accuracy_mean", ""
     )
   except NumericalError as error:

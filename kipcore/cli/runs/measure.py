@@ -16,7 +16,7 @@ from kipcore.cli import recipes
 from kipcore.cli.config import DistillConfig
 from kipcore.cli.cost import estimate
 from kipcore.cli.cost.estimate import Part, Work
-from kipcore.cli.runs import direct, experts, pipeline
+from kipcore.cli.runs import direct, experts, pipeline, trained_networks
 from kipcore.distillation import loop
 from kipcore.distillation.methods import experts as in_experts
 
@@ -254,7 +254,7 @@ def _experts(config, data, support) -> tuple[list, list]:
 def _label_expert(config, data, support) -> list:
   """Seconds of the expert of the labels, at most, unless its file exists, and of the students of all tried epochs."""
   one, compiled = estimate.of_network(
-    pipeline.network_evaluator(config, data), support, len(data.x_validation)
+    trained_networks.evaluator(config, data), support, len(data.x_validation)
   )
   students = experts.num_students(config.expert_epochs)
   seconds = [
@@ -273,7 +273,7 @@ def _label_expert(config, data, support) -> list:
 
 def _networks(config, data, support) -> tuple[float, float]:
   one, compiled = estimate.of_network(
-    pipeline.network_evaluator(config, data), support, len(data.x_test)
+    trained_networks.evaluator(config, data), support, len(data.x_test)
   )
   others = 4 if config.labels == "expert" else 2
   networks = config.network_seeds + others * min(config.network_seeds, 2)

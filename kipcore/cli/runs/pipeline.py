@@ -1,5 +1,6 @@
 """A distillation run: data, initialization, distillation, scores, artifact, pictures and report."""
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -26,20 +27,17 @@ from kipcore.cli.errors import Stopped, UsageError, usage
 from kipcore.cli.folder import animation as animations
 from kipcore.cli.folder import event_log, lock, outputs, readme, reporting, run_folder
 from kipcore.cli.folder.resume import RunCheckpoints, StopSignals, stop_signals
-from kipcore.cli.runs import direct, experts, fitting, loading, saved_sets
+from kipcore.cli.runs import direct, experts, fitting, loading, saved_sets, trained_networks
 from kipcore.cli.runs.direct import Outcome
 from kipcore.cli.runs.loading import Data, load, prepare  # noqa: F401, for callers
 from kipcore.distillation import importance, loop, method, optimizers
 from kipcore.evaluation import krr as krr_evaluation
-from kipcore.evaluation import networks as network_evaluation
-from kipcore.evaluation import protocols, ranking
+from kipcore.evaluation import protocols
 from kipcore.io import trajectories
 from kipcore.selection import absorb, coreset
 from kipcore.types import Support
 
 _BASELINE_DRAWS = 3
-# Networks trained on each set that a result is compared with.
-_COMPARED_NETWORKS = 2
 _VALIDATION_ROWS = 2000
 # Fewer rows per image than this do not determine its label.
 _ROWS_PER_LABEL = 10
@@ -231,65 +229,6 @@ def shown_rows(config: DistillConfig) -> int:
   return min(_VALIDATION_ROWS, config.test_rows or _VALIDATION_ROWS)
 
 
-def network_evaluator(config: DistillConfig, data: Data) -> ranking.NetworkEvaluator:
-  """How the networks of `network_scores` are trained."""
-  return ranking.NetworkEvaluator(
-    data.kernel_fn.arch,
-    config.network_width or config.width,
-    recipes.RECIPES[config.method].norm if config.protocol == "default" else None,
-    num_steps=config.network_steps or None,
-    protocol=config.protocol,
-  )
-
-
-def network_scores(
-  config: DistillConfig, data: Data, support: Support, others: dict[str, Support] | None = None
-) -> dict:
-  """Test accuracy of finite networks trained on a support, for `result.json`; {} without seeds.
-
-  Args:
-    config: settings of the run.
-    data: its data.
-    support: the result.
-    others: sets to compare with under the same protocol, by the first part of their key.
-
-  Returns:
-    Accuracies of the networks, their mean and standard deviation, and the means of the other sets.
-  """
-  if not config.network_seeds:
-    return {}
-  scores = _network_accuracies(config, data, support)
-  fewer = dataclasses.replace(config, network_seeds=min(config.network_seeds, _COMPARED_NETWORKS))
-  found = {
-    "network_test_accuracy": scores,
-    "network_test_accuracy_mean": float(np.mean(scores)),
-    "network_protocol": config.protocol,
-  }
-  if len(scores) > 1:
-    found["network_test_accuracy_std"] = float(np.std(scores, ddof=1))
-  for name, other in (others or {}).items():
-    mean = float(np.mean(_network_accuracies(fewer, data, other)))
-    found[f"{name}_network_test_accuracy_mean"] = mean
-  return found
-
-
-def _network_accuracies(config: DistillConfig, data: Data, support: Support) -> list[float]:
-  how = network_evaluator(config, data)
-  scores = network_evaluation.evaluate_network(
-    config.seed,
-    how.network,
-    support,
-    data.x_test,
-    data.y_test,
-    config.network_seeds,
-    how.width,
-    how.num_steps,
-    norm=how.norm,
-    protocol=how.protocol,
-  )
-  return [float(score) for score in scores]
-
-
 def label_with_expert(
   config: DistillConfig, data: Data, x, folder: pathlib.Path, stop: StopSignals, shown: bool
 ) -> experts.ExpertLabels:
@@ -301,7 +240,7 @@ def label_with_expert(
       expert = experts.label_expert(config, data, config.experts, stop)
   except Stopped as error:
     raise Stopped(str(error), stop.status) from None
-  students = network_evaluator(config, data)
+  students = trained_networks.evaluator(config, data)
   with progress.working("choosing the epoch of the expert", shown=shown):
     choice = experts.choose(config, data, expert, x, students, folder)
   own = 0 if recipes.RECIPES[config.method].experts else expert.target_evaluations
@@ -565,8 +504,10 @@ def _run(
     outcome = outcome._replace(support=labeling.of(outcome.support.x))
   with progress.working("scoring", shown=verbose, remedy=planner.FEWER_ROWS):
     test_accuracy = score(config, data, outcome.support)
-  with progress.working("training networks on the result", shown=verbose):
-    networks = network_scores(config, data, outcome.support, others)
+  scored = trained_networks.KeptScores(folder, stop, write) if jax.process_count() == 1 else None
+  waiting = stop.at_checkpoints() if scored is not None else contextlib.nullcontext()
+  with waiting, progress.working("training networks on the result", shown=verbose):
+    networks = trained_networks.scores(config, data, outcome.support, others, scored)
   measured = {}
   if config.measure_gain and has_loop:
     measured["uniform_targets_test_accuracy"] = uniform_targets(
@@ -620,6 +561,8 @@ def _run(
   events.close(result["steps"], [folder / "images.png", folder / "learning_curve.png"])
   readme.of_distillation(folder, given, result)
   kept.done()
+  if scored is not None:
+    scored.done()
   write(_summary(folder, config, data, result))
   return folder, result
 
