@@ -381,7 +381,8 @@ def networks_table(results: dict) -> str:
     (run,) = job["runs"][:1]
     own = f"{100 * run['network_test_accuracy_mean']:.1f} ± {100 * run['network_test_accuracy_std']:.1f}"
     others = [
-      f"{100 * run[f'{key}_network_test_accuracy_mean']:.1f}" for key in ("random_baseline", "init")
+      f"{100 * run[name]:.1f}" if name in run else "not scored"
+      for name in (f"{key}_network_test_accuracy_mean" for key in ("random_baseline", "init"))
     ]
     others[1] += f" (`{run['init']}`)"
     minutes = f"{run['wall_seconds'] / 60:.0f}"

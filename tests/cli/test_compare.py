@@ -150,6 +150,13 @@ def cells(folder):
     return list(csv.DictReader(file))
 
 
+def test_every_combination_is_a_cell_and_methods_without_steps_have_one_sampler():
+  found = comparison.cells_of(dataclasses.replace(GRID, samplers=("uniform", "cross_entropy")))
+  assert len(set(found)) == len(found) == 2 * 2 + 2 * 2 * 2
+  assert {cell.sampler for cell in found if cell.method == "dm"} == {"uniform", "cross_entropy"}
+  assert {cell.sampler for cell in found if cell.method == "label_solve"} == {"uniform"}
+
+
 def test_a_grid_writes_a_table_and_continues_with_missing_cells(tmp_path, monkeypatch, capsys):
   whole = comparison.run_compare(GRID, SHARED, str(tmp_path / "whole"), False)
   rows = cells(whole)

@@ -81,7 +81,6 @@ def test_support_equal_to_the_data_has_loss_zero(x64):
     assert f(jax.random.key(seed), x) < 1e-20 < 1e-3 < f(jax.random.key(seed), x[::-1])
 
 
-@pytest.mark.slow
 def test_loss_and_gradient_do_not_depend_on_the_number_of_devices(x64):
   """Two steps, including uneven shards and classes missing on a device."""
   support, x, y = problem(np.float64, n=21)
