@@ -11,7 +11,7 @@ import kipcore
 from kipcore.cli import recipes
 from kipcore.cli.config import DistillConfig, SelectConfig
 from kipcore.cli.cost import estimate
-from kipcore.cli.runs import measure, pipeline, selection
+from kipcore.cli.runs import measure, pipeline, selection, trained_networks
 from kipcore.evaluation import ranking
 from kipcore.evaluation.protocols import PROTOCOLS
 from kipcore.networks import ResNet
@@ -104,7 +104,7 @@ def test_networks_are_estimated_without_training_one(monkeypatch):
   monkeypatch.setattr(
     estimate, "of_network", lambda how, _, count: rows.append((how, count)) or (2.0, 5.0)
   )
-  monkeypatch.setattr(pipeline.network_evaluation, "evaluate_network", None)
+  monkeypatch.setattr(trained_networks.networks, "evaluate_network", None)
   # Three networks on the result, and two on each of the sets that it is compared with.
   assert measure._networks(config, data, support) == ((3 + 2 * 2) * 2.0, 5.0)
   ((how, count),) = rows
