@@ -443,7 +443,7 @@ def _run(
     if not recipes.RECIPES[config.method].hard_labels:
       support, labels_text = others["expert_init"], ", expert labels"
   init_accuracy = score(config, data, support)
-  # Of a set for networks the ridge regression during the run says little: its accuracies name the kernel.
+  # During a run, sets are scored by ridge regression. Where they are for networks, the printed accuracies say so.
   by_kernel = (
     "" if recipe.kernel else f" ({config.score_architecture or config.architecture} kernel)"
   )
