@@ -159,7 +159,7 @@ def fill_classes(data: Dataset, images_per_class: int, fill: str, seed: int = 0)
   return data._replace(
     x_train=x_train,
     y_train=y_train,
-    hashes={**data.hashes, "train": _sha256(x_train, y_train)},
+    hashes={**data.hashes, "train": sha256_of(x_train, y_train)},
     note="; ".join(filter(None, (data.note, note))),
     train_sources=np.concatenate([np.arange(len(data.x_train)), sources]),
   )
@@ -207,7 +207,7 @@ def _finish(
   held = _stratified(y_train, fraction, seed)
   arrays = (x_train[~held], y_train[~held], x_train[held], y_train[held], x_test, y_test)
   hashes = {
-    key: _sha256(*arrays[2 * i : 2 * i + 2])
+    key: sha256_of(*arrays[2 * i : 2 * i + 2])
     for i, key in enumerate(("train", "validation", "test"))
   }
   return Dataset(name, *arrays, num_classes, class_names, pixel_max, hashes, note)
@@ -223,7 +223,8 @@ def _layout_note(shape: tuple[int, ...]) -> str:
   )
 
 
-def _sha256(*arrays) -> str:
+def sha256_of(*arrays) -> str:
+  """Hash in hex of arrays, over dtype, shape and bytes; the same on every machine."""
   digest = hashlib.sha256()
   for array in arrays:
     array = np.ascontiguousarray(

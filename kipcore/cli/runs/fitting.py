@@ -53,23 +53,21 @@ def fitted(planned, started: float, verbose: bool = True, cheaper: DistillConfig
     count = int(left / one)
     widths.add(config.width)
     if cheaper is not None and count < _LEAST_BEFORE_CHEAPER:
-      break
+      if verbose:
+        tqdm.write(
+          f"--minutes={config.minutes:g}: time for {max(count, 0):,} steps of {config.method}; trying {cheaper.method}",
+          file=sys.stdout,
+        )
+      cheaper = dataclasses.replace(cheaper, architecture=config.architecture)
+      with contextlib.suppress(UsageError):  # too little time for its scores
+        return fitted(pipeline.plan(cheaper, planned.data), started, verbose)
+      return fitted(planned, started, verbose)
     wider = config.width * 2 if count > _MOST_STEPS else config.width // 2
     if not through_networks or _LEAST_STEPS <= count <= _MOST_STEPS:
       break
     if wider in widths or not _NARROWEST <= wider <= _WIDEST:
       break
     config = dataclasses.replace(config, width=wider)
-  if cheaper is not None and count < _LEAST_BEFORE_CHEAPER:
-    if verbose:
-      tqdm.write(
-        f"--minutes={config.minutes:g}: time for {max(count, 0):,} steps of {config.method}; trying {cheaper.method}",
-        file=sys.stdout,
-      )
-    cheaper = dataclasses.replace(cheaper, architecture=config.architecture)
-    with contextlib.suppress(UsageError):  # too little time for its scores
-      return fitted(pipeline.plan(cheaper, planned.data), started, verbose)
-    return fitted(planned, started, verbose)
   if count < 1:
     raise UsageError(
       f"--minutes: expected more than {(60 * config.minutes - left) / 60:.1f} for the scores alone, got {config.minutes:g}; "

@@ -5,14 +5,14 @@ Training a few may take as long as all steps, so their accuracies are kept in th
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable
 
 import numpy as np
 
+from kipcore import datasets
 from kipcore.cli import recipes
 from kipcore.cli.config import DistillConfig
 from kipcore.cli.cost import estimate
@@ -55,16 +55,17 @@ class KeptScores:
       write: prints a line.
     """
     self._path, self._stop, self.write = folder / _NAME, stop, write
-    self._found: dict[str, dict[str, float]] = {}
+    self._found: dict[str, dict] = {}
     with contextlib.suppress(OSError, ValueError):  # none, or a file that was cut
       self._found = json.loads(self._path.read_text(encoding="utf-8"))
 
-  def of(self, config: DistillConfig, support: Support, name: str) -> MutableMapping[int, float]:
+  def of(self, config: DistillConfig, support: Support, name: str) -> dict[int, float]:
     """The accuracies of the networks that were trained on a set, by number; the `known` of `evaluate_network`."""
-    content = [np.asarray(support.x).tobytes(), np.asarray(support.y).tobytes()]
-    content.append(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    digest = hashlib.sha256(b"".join(content)).hexdigest()
-    return _Known(self, self._found.setdefault(digest, {}), name, config.network_seeds)
+    settings = json.dumps(dataclasses.asdict(config), sort_keys=True).encode()
+    digest = datasets.sha256_of(support.x, support.y, np.frombuffer(settings, np.uint8))
+    before = {int(number): accuracy for number, accuracy in self._found.get(digest, {}).items()}
+    self._found[digest] = _Known(self, before, name, config.network_seeds)
+    return self._found[digest]
 
   def added(self) -> None:
     """Writes the file; raises `Stopped` after a signal."""
@@ -80,18 +81,16 @@ class KeptScores:
     self._path.unlink(missing_ok=True)
 
 
-class _Known(MutableMapping[int, float]):
+class _Known(dict[int, float]):
   """Accuracies of the networks of one set, which are written as they are added."""
 
-  def __init__(self, kept: KeptScores, values: dict[str, float], name: str, count: int):
-    self._kept, self._values, self._name, self._count = kept, values, name, count
+  def __init__(self, kept: KeptScores, before: dict[int, float], name: str, count: int):
+    super().__init__(before)
+    self._kept, self._name, self._count = kept, name, count
     self._started = time.perf_counter()
 
-  def __getitem__(self, number: int) -> float:
-    return self._values[str(number)]
-
   def __setitem__(self, number: int, accuracy: float) -> None:
-    self._values[str(number)] = accuracy
+    super().__setitem__(number, accuracy)
     seconds = time.perf_counter() - self._started
     if seconds > _SILENT_SECONDS:
       self._kept.write(
@@ -100,15 +99,6 @@ class _Known(MutableMapping[int, float]):
       )
     self._kept.added()
     self._started = time.perf_counter()
-
-  def __delitem__(self, number: int) -> None:
-    del self._values[str(number)]
-
-  def __iter__(self) -> Iterator[int]:
-    return map(int, self._values)
-
-  def __len__(self) -> int:
-    return len(self._values)
 
 
 def scores(
