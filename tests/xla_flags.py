@@ -14,6 +14,9 @@ FLAGS = (
   "--xla_backend_optimization_level=0",
   "--xla_cpu_use_fusion_emitters=false",
   "--xla_cpu_parallel_codegen_split_count=1",
+  # With this scheduler and the flags above, XLA counted nine participants in an all-reduce of eight devices on a busy machine,
+  # and aborted the process.
+  "--xla_cpu_enable_concurrency_optimized_scheduler=false",
 )
 
 
