@@ -447,6 +447,36 @@ def expert_labels_table(results: dict) -> str:
   )
 
 
+def exact_kernels_table(results: dict) -> str:
+  """Markdown of `exact_kernels.json`: one row per job and seed, one column per phase."""
+  phases = ("start", "warm", "solve", "steps", "solve_again")
+  lines = [
+    "| dataset (images per class) | initial images | cheap method | labels solved | exact steps | labels solved again | networks | minutes | kernel pairs |",
+    "| --- |" + " --- |" * 8,
+  ]
+  for name, job in results["jobs"].items():
+    dataset, size, _ = re.fullmatch(r"(.*)_(\d+)_seed(\d+)", name).groups()
+    found = job["phases"]
+    cells = [f"{100 * found[phase]['accuracy']:.1f}" if phase in found else "" for phase in phases]
+    cells[1] += f" (`{job['settings']['warm']['method']}`)" if cells[1] else ""
+    networks = found.get("networks")
+    cells.append(f"{100 * statistics.mean(networks['accuracies']):.1f}" if networks else "")
+    done = [found[phase] for phase in phases if phase in found]
+    cells.append(f"{sum(phase['seconds'] for phase in done) / 60:.0f}")
+    cells.append(f"{sum(phase['kernel_pairs'] for phase in done):,}")
+    lines.append(f"| {TITLES[dataset]}, {size} | {' | '.join(cells)} |")
+  job = next(iter(results["jobs"].values()))
+  return "\n".join(
+    [
+      *lines,
+      "",
+      f"Test accuracy (%) of ridge regression under the exact {job['settings']['steps']['kernel'].upper()} of ConvNet-3 after each phase, on the first {job['test_rows']:,} test rows; "
+      "*networks*: mean of networks trained on the final images under the protocol of the cheap method; minutes without scores, on one CPU core; kernel pairs: entries of exact "
+      "kernel matrices between images and targets. From `experiments/results/exact_kernels.json` (`python -m experiments.studies.exact_kernels`).",
+    ]
+  )
+
+
 def selection_table(results: dict) -> str:
   """Markdown of `selection.json`: one row per dataset, model and number of rows, best strategy in bold."""
   cells = {name: cell for name, cell in results["cells"].items() if cell}
@@ -501,6 +531,7 @@ TABLES = {
   "selection": ("selection", selection_table),
   "networks": ("networks", networks_table),
   "expert_labels": ("expert_labels", expert_labels_table),
+  "exact_kernels": ("exact_kernels", exact_kernels_table),
   "conformance": ("conformance", conformance_table),
   "starting_points": ("starting_points", starting_points_table),
   "default_gain": ("ablation", default_gain_table),
