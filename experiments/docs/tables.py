@@ -264,19 +264,23 @@ def cross_architecture_table(results: dict) -> str:
 
 def published_table(results: dict) -> str:
   """Markdown of `published_sets.json`: one row per published set and evaluator."""
-  lines = ["| set and evaluator | accuracy, % | reference, % |", "| --- | --- | --- |"]
+  lines = [
+    "| set and evaluator | accuracy, % | reference, % | test rows | training rows |",
+    "| --- |" + " --- |" * 4,
+  ]
   for name, part in results["parts"].items():
     deviation = "" if part.get("std_percent") is None else f" ± {part['std_percent']:.1f}"
+    lossy = " †" * ("images" in part)
     lines.append(
-      f"| `{name}` | {part['accuracy_percent']:.1f}{deviation} | {part['reference_percent']} |"
+      f"| `{name}` | {part['accuracy_percent']:.1f}{deviation} | {part['reference_percent']} | "
+      f"{part['test_rows']:,}{lossy} | {part['training_rows']:,} |"
     )
-  part = next(iter(results["parts"].values()))
   return "\n".join(
     [
       *lines,
       "",
-      f"On the first {part['test_rows']:,} test rows of CIFAR-10, original pixels, whitening fitted on {part['training_rows']:,} training rows; "
-      "deviation over networks. From `experiments/results/published_sets.json` (`python -m experiments.studies.published_sets`), which contains the recipe of each row.",
+      "CIFAR-10, the first test rows with their original pixels (†: all rows, decoded from JPEG files of quality 75), whitening fitted on the training rows; deviation over "
+      "networks. From `experiments/results/published_sets.json` (`python -m experiments.studies.published_sets`), which contains the recipe of each row.",
     ]
   )
 
