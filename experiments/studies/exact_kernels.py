@@ -33,29 +33,29 @@ _EXACT = dict(
   architecture="conv3",
   kernel="ntk",
   relative_ridge=5e-3,
-  learning_rate=0.01,
+  learning_rate=0.02,
   schedule="cosine",
   target_batch_size=60,
 )
 # name -> (settings of the data, of the cheap method, of the exact steps, training rows from which labels are solved)
 JOBS = {
-  "mnist_1": (dict(dataset="mnist"), dict(_WARM, steps=3000), dict(_EXACT, steps=300), 5000),
+  "mnist_1": (dict(dataset="mnist"), dict(_WARM, steps=1000), dict(_EXACT, steps=100), 5000),
   "fashion_mnist_1": (
     dict(dataset="fashion_mnist"),
-    dict(_WARM, steps=3000),
-    dict(_EXACT, steps=300),
+    dict(_WARM, steps=1000),
+    dict(_EXACT, steps=100),
     5000,
   ),
   "cifar10_1": (
     dict(dataset="cifar10", preprocess="zca"),
     dict(_WARM, steps=1500, width=64, options="flip=True"),
-    dict(_EXACT, steps=200),
+    dict(_EXACT, steps=100),
     2000,
   ),
   "mnist_10": (
     dict(dataset="mnist", images_per_class=10),
     dict(_WARM, steps=1000),
-    dict(_EXACT, steps=60),
+    dict(_EXACT, steps=50),
     2000,
   ),
 }
