@@ -178,6 +178,7 @@ from kipcore.selection.sensitivity import (
 )
 from kipcore.selection.streamed_rows import stream_select
 from kipcore.selection.streaming import stream_krr_sensitivities
+from kipcore.selection.thinning import kernel_thinning
 from kipcore.types import (
   DatasetError,
   KernelFn,
@@ -323,6 +324,7 @@ __all__ = [
   "k_center",
   "kernel_herding",
   "kernel_kmeans_plusplus",
+  "kernel_thinning",
   "kip",
   "kmeans",
   "kmeans_plusplus",

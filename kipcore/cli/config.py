@@ -388,7 +388,7 @@ class RowsConfig:
   )
   strategy: str = setting(
     "auto",
-    "Read in blocks: uniform, lightweight, leverage, krr_sensitivity; in memory: kmedoids, kmeans_plusplus, herding, kernel_herding, k_center, krr_pursuit; or auto.",
+    "Read in blocks: uniform, lightweight, leverage, krr_sensitivity; in memory: kmedoids, kmeans_plusplus, herding, kernel_herding, kernel_thinning, k_center, krr_pursuit; or auto.",
     ROWS,
   )
   preprocess: str = setting(

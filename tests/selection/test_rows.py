@@ -21,7 +21,10 @@ UNBIASED = ("uniform", "leverage", "krr_sensitivity", "lightweight")
 LABELS = {"classes": CLASSES, "real": REAL, "none": None}
 CASES = [
   *(("classes", strategy) for strategy in rows.STRATEGIES),
-  *(("real", strategy) for strategy in ("krr_sensitivity", "herding", "kernel_herding")),
+  *(
+    ("real", strategy)
+    for strategy in ("krr_sensitivity", "herding", "kernel_herding", "kernel_thinning")
+  ),
   *(("none", strategy) for strategy in ("uniform", "leverage", "lightweight", "k_center")),
 ]
 
