@@ -147,6 +147,7 @@ from kipcore.selection.leverage import (
 from kipcore.selection.pursuit import Pursuit, krr_pursuit
 from kipcore.selection.representatives import herding, k_center, kernel_herding
 from kipcore.selection.rows import select
+from kipcore.selection.rows_certificate import RowsCertificate, measure_rows
 from kipcore.selection.sampling import (
   MergedSample,
   Sample,
@@ -259,6 +260,7 @@ __all__ = [
   "RankingScores",
   "ResNet",
   "RidgeValidation",
+  "RowsCertificate",
   "Sample",
   "Sampler",
   "SamplingPlan",
@@ -348,6 +350,7 @@ __all__ = [
   "load_expert_state",
   "load_trajectories",
   "measure_coreset",
+  "measure_rows",
   "measured_objective",
   "merge_duplicates",
   "mtt",

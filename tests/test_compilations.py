@@ -387,6 +387,11 @@ PUBLIC = {
       num_queries=3,
     ).measured_epsilon
   ),
+  "measure_rows": lambda seed: (
+    kipcore.measure_rows(
+      seed, rows(seed), None, np.arange(4), scores_of(seed)[:4], kernel_fn=ROWS_KERNEL
+    ).mmd
+  ),
   "measured_objective": lambda seed: kipcore.measured_objective(
     ROWS_KERNEL, coreset_of(seed), x_of(seed), ONE_HOT
   ),

@@ -397,6 +397,11 @@ class RowsConfig:
     ROWS,
     choices=("standardize", "none"),
   )
+  certificate: bool = setting(
+    True,
+    "Measure what the selection loses: the MMD to all rows, and errors of ridge and logistic regression; reads the rows three more times.",
+    ROWS,
+  )
   seed: int = setting(0, "Seed of all random streams.", ROWS, 0, 2**63 - 1)
   x64: bool = setting(False, "Use float64 throughout.", ROWS)
 

@@ -20,6 +20,8 @@ FORMATS = (".npy", ".npz", ".parquet", ".csv")
 TASKS = ("auto", "classification", "regression")
 ROW, WEIGHT = "coreset_row", "coreset_weight"
 _BLOCK_ROWS = 4096
+# Bytes of a CSV file that are parsed at a time, which a row must fit into. A few blocks are read ahead.
+_CSV_BYTES = 2**20
 
 
 class RowFile(NamedTuple):
@@ -403,5 +405,6 @@ def _batches(pa, path: str, suffix: str, names: list[str], kinds: dict) -> Itera
     column_types={name: kind for name, kind in kinds.items() if name in names},
     strings_can_be_null=True,
   )
-  with pa.csv.open_csv(path, convert_options=options) as reader:
+  reading = pa.csv.ReadOptions(block_size=_CSV_BYTES)
+  with pa.csv.open_csv(path, reading, convert_options=options) as reader:
     yield from reader

@@ -273,6 +273,7 @@ U = np.ones(N, "f4")
     (dict(y=CLASSES[:9]), r"y: expected shape \(60,\)"),
     (dict(y=np.stack([CLASSES, CLASSES], 1)), "y: expected one-hot rows or floats"),
     (dict(x=X.astype(int)), "x: expected a floating dtype"),
+    (dict(x=X.astype(str)), "x: expected a floating dtype, got <U"),
     (dict(x=X[:, 0]), "x: expected at least one row"),
     (dict(x=np.where(X > 0, X, np.inf)), "x: expected finite values"),
   ],
