@@ -21,7 +21,7 @@ from kipcore.types import ArrayLike, KernelFn
 # Models are trained for rows of at most this many numbers, because ridge regression needs their square.
 MODEL_COLUMNS = 4096
 MODELS = ("ridge", "logistic")
-_TEST_FRACTION, _TEST_ROWS = 0.2, 10_000
+_TEST_FRACTION = 0.2
 _LOGISTIC_STEPS = 200
 _PADDED = 1024  # numbers of rows are rounded up to a multiple, for fewer compilations
 
@@ -116,8 +116,8 @@ def measure_rows(
   standardized with the moments of all rows; the penalty is `penalty` per unit of weight, without the
   intercept. Errors are weighted means over test rows.
 
-  Without `x_test` a fifth of the rows that were not selected (at most 10,000) is held out of all three
-  models. The selection may have depended on these rows, and rows like the selected ones are missing
+  Without `x_test` a fifth of the rows that were not selected (at most max_rows / 2) is held out of all
+  three models. The selection may have depended on these rows, and rows like the selected ones are missing
   among them, which matters if a large part of the rows is selected. For an unbiased error, split the
   rows before the selection and pass `x_test`.
 
@@ -127,7 +127,7 @@ def measure_rows(
   Args:
     key: random key (or int seed) of held-out rows, random rows and samples.
     x: `(n, ...)` rows: an array, or an object with `shape` that supports slices and ascending integer
-      arrays as indices. It is read in blocks, three times.
+      arrays as indices. It is read three times, in blocks; about 1.5 max_rows + 2 m rows are held.
     y: labels as for `select`, or None for the MMD alone.
     indices: `(m,)` selected rows.
     weights: `(m,)` their weights, >= 0.
@@ -217,7 +217,7 @@ def _draw(key, mass, indices, own, hold_out: bool, max_rows: int) -> _Weights:
   test = np.zeros(n)
   if hold_out:
     free = np.flatnonzero((mass > 0) & (np.bincount(indices, minlength=n) == 0))
-    count = min(int(_TEST_FRACTION * free.size), _TEST_ROWS)
+    count = min(int(_TEST_FRACTION * free.size), max_rows // 2)
     order = np.asarray(jax.random.permutation(keys.stream(key, "test"), free.size))
     test[free[order[:count]]] = mass[free[order[:count]]]
   population = mass if n <= max_rows else draws("rows", mass, max_rows)

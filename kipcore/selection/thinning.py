@@ -82,7 +82,7 @@ def kernel_thinning(
     targets: `(n, q)` floating targets, centered and scaled; None for none.
 
   Returns:
-    `(m,)` int32 distinct indices. Cost for p rows in the pool: about p (n + 3 p + 2 m) kernel entries;
+    `(m,)` int32 distinct indices. Cost for p rows in the pool: about p (n + 2 p + 4 m) kernel entries;
     memory is linear in n.
 
   Raises:

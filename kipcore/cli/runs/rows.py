@@ -22,6 +22,7 @@ from kipcore.types import DatasetError
 # With more bytes of rows, "auto" chooses a strategy that reads them in blocks.
 AUTO_BYTES = 2**30
 _BLOCK_ROWS = 4096
+_CERTIFICATE_BYTES = 2**28  # of rows that are held for the certificate
 # What `result.json` contains of the certificate.
 _MEASURED = (
   "mmd",
@@ -173,6 +174,7 @@ def _run(config: RowsConfig, planned: Plan, folder: pathlib.Path, verbose: bool)
         weights,
         input_weights=file.weights,
         transform=convert,
+        max_rows=int(np.clip(_CERTIFICATE_BYTES * n // planned.num_bytes, 256, 20_000)),
         block_size=_BLOCK_ROWS,
       ).as_dict()
     run_folder.write_json(folder / "certificate.json", certified)
