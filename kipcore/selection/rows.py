@@ -142,9 +142,9 @@ def select(
       best of AUTO_RIDGES. Candidates that would take more than AUTO_OPERATIONS are skipped.
 
   Weights of unbiased strategies are u / (inclusion probability). herding, kernel_herding and
-  kernel_thinning give equal weights within a class. kmeans_plusplus, k_center and krr_pursuit give each point the weight
-  of the rows nearest to it. Without unbiasedness, the weights of a class sum to the weight of its
-  rows.
+  kernel_thinning give equal weights within a class. kmeans_plusplus, k_center and krr_pursuit give
+  each point the weight of the rows nearest to it. Without unbiasedness, the weights of a class sum to
+  the weight of its rows.
 
   Args:
     key: random key (or int seed).

@@ -22,7 +22,7 @@ from kipcore.types import DatasetError
 # With more bytes of rows, "auto" chooses a strategy that reads them in blocks.
 AUTO_BYTES = 2**30
 _BLOCK_ROWS = 4096
-_CERTIFICATE_BYTES = 2**28  # of rows that are held for the certificate
+_CERTIFICATE_BYTES = 2**26  # of rows that are held for the certificate
 # What `result.json` contains of the certificate.
 _MEASURED = (
   "mmd",
