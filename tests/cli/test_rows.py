@@ -245,6 +245,18 @@ def test_damaged_and_missing_files_are_refused(tmp_path, name):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_text_labels_of_many_batches_are_those_of_the_column(tmp_path, monkeypatch, suffix):
+  """Also if batches have different values, and where Parquet stores codes."""
+  monkeypatch.setattr(row_files, "_CSV_BYTES", 600)
+  kind = np.array([f"k{i // 20}" for i in range(N)])
+  for column in (kind, pa.array(kind).dictionary_encode()):
+    path = table(tmp_path / f"table{suffix}", kind=column)
+    file = row_files.open_rows(path, "kind", task="auto")
+    assert file.class_names == ("k0", "k1", "k2")
+    np.testing.assert_array_equal(file.y, np.arange(N) // 20)
+
+
 def test_truncated_and_text_arrays_are_refused(tmp_path):
   np.save(tmp_path / "x.npy", X)
   content = (tmp_path / "x.npy").read_bytes()
