@@ -40,7 +40,8 @@ class RowsCertificate:
     mmd: maximum mean discrepancy between all rows and the selected rows, both with weights of sum 1.
     random_mmd: root mean square of the MMD of m rows drawn in proportion to the weights.
     exact: whether all rows were used for `mmd` and `logistic_error_all`. Otherwise
-      `measured_rows` were drawn, and the square of `mmd` is unbiased (0 if it is negative).
+      `measured_rows` were drawn, and `mmd` is too large: its mean square is that of the MMD plus
+      random_mmd^2 m / measured_rows.
     measured_rows: see `exact`.
     held_out: whether the test rows are rows of x that were not selected; otherwise they were given.
     num_test_rows: rows on which the errors were measured.
@@ -239,8 +240,7 @@ def _discrepancies(kernel_fn, points, used: _Weights, m: int, num_draws: int | N
   diagonal = population @ np.asarray(gram_diag(kernel_fn, points), np.float64)
   square, mean = difference @ products[:, 0], population @ products[:, 1]
   if num_draws is not None:
-    # Without the pairs of a draw and itself, both are unbiased.
-    square, mean = (a - (diagonal - mean) / max(num_draws - 1, 1) for a in (square, mean))
+    mean -= (diagonal - mean) / max(num_draws - 1, 1)  # without the pairs of a draw and itself
   return {
     "mmd": float(np.sqrt(max(float(square), 0.0))),
     "random_mmd": float(np.sqrt(max(float(diagonal - mean), 0.0) / m)),

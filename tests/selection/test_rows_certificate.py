@@ -67,17 +67,21 @@ def test_the_mean_square_of_the_mmd_of_random_rows_is_the_one_reported():
   assert abs(found.random_mmd**2 - squares.mean()) < 4 * error
 
 
-def test_mmd_from_draws_of_the_rows_is_unbiased():
-  low = np.argsort(REAL[:N])[:M]  # of large MMD, so that no estimate is negative
+def test_mmd_from_draws_of_the_rows_is_too_large_by_a_known_amount():
+  low = np.argsort(REAL[:N])[:M]
   u, w = shares(low, WEIGHTS, MASS)
   square = (u - w) @ gram(MASS) @ (u - w)
   found = [
     kipcore.measure_rows(seed, X[:N], None, low, WEIGHTS, input_weights=MASS, max_rows=50)
     for seed in range(30)
   ]
-  squares = np.array([one.mmd**2 for one in found])
+  excess = [one.random_mmd**2 * M / 50 for one in found]
+  squares = np.array([one.mmd**2 for one in found]) - excess
   assert not found[0].exact and found[0].measured_rows == 50 and squares.std() > 0
   assert abs(squares.mean() - square) < 4 * squares.std() / np.sqrt(30) < 0.5 * square
+  exact = kipcore.measure_rows(0, X[:N], None, low, WEIGHTS, input_weights=MASS)
+  spread = np.std([one.random_mmd**2 for one in found]) / np.sqrt(30)
+  assert abs(np.mean([one.random_mmd**2 for one in found]) - exact.random_mmd**2) < 4 * spread
 
 
 @pytest.mark.parametrize("kind", ["real", "classes"])

@@ -120,7 +120,7 @@ def _about_rows(certified: dict) -> str:
     )
   if not certified["exact"]:
     texts.append(
-      f"The MMD and logistic regression on all rows are estimated from {certified['measured_rows']:,} draws of rows."
+      f"The MMD and logistic regression on all rows use {certified['measured_rows']:,} draws of rows, whose noise makes the MMD too large."
     )
   return " ".join([*texts, "All of this is measured; nothing is guaranteed."])
 
