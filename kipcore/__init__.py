@@ -147,6 +147,7 @@ from kipcore.selection.leverage import (
 from kipcore.selection.pursuit import Pursuit, krr_pursuit
 from kipcore.selection.representatives import herding, k_center, kernel_herding
 from kipcore.selection.rows import select
+from kipcore.selection.rows_certificate import RowsCertificate, measure_rows
 from kipcore.selection.sampling import (
   MergedSample,
   Sample,
@@ -178,6 +179,7 @@ from kipcore.selection.sensitivity import (
 )
 from kipcore.selection.streamed_rows import stream_select
 from kipcore.selection.streaming import stream_krr_sensitivities
+from kipcore.selection.thinning import kernel_thinning
 from kipcore.types import (
   DatasetError,
   KernelFn,
@@ -258,6 +260,7 @@ __all__ = [
   "RankingScores",
   "ResNet",
   "RidgeValidation",
+  "RowsCertificate",
   "Sample",
   "Sampler",
   "SamplingPlan",
@@ -323,6 +326,7 @@ __all__ = [
   "k_center",
   "kernel_herding",
   "kernel_kmeans_plusplus",
+  "kernel_thinning",
   "kip",
   "kmeans",
   "kmeans_plusplus",
@@ -346,6 +350,7 @@ __all__ = [
   "load_expert_state",
   "load_trajectories",
   "measure_coreset",
+  "measure_rows",
   "measured_objective",
   "merge_duplicates",
   "mtt",

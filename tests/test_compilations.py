@@ -345,6 +345,7 @@ PUBLIC = {
   "kernel_kmeans_plusplus": lambda seed: kipcore.kernel_kmeans_plusplus(
     seed, ROWS_KERNEL, x_of(seed), 3
   ),
+  "kernel_thinning": lambda seed: kipcore.kernel_thinning(seed, ROWS_KERNEL, x_of(seed), 3),
   "kmeans": lambda seed: kipcore.kmeans(seed, x_of(seed), 3),
   "kmeans_plusplus": lambda seed: kipcore.kmeans_plusplus(seed, x_of(seed), 3),
   "kmeans_sensitivities": lambda seed: kipcore.kmeans_sensitivities(
@@ -385,6 +386,11 @@ PUBLIC = {
       num_landmarks=6,
       num_queries=3,
     ).measured_epsilon
+  ),
+  "measure_rows": lambda seed: (
+    kipcore.measure_rows(
+      seed, rows(seed), None, np.arange(4), scores_of(seed)[:4], kernel_fn=ROWS_KERNEL
+    ).mmd
   ),
   "measured_objective": lambda seed: kipcore.measured_objective(
     ROWS_KERNEL, coreset_of(seed), x_of(seed), ONE_HOT
@@ -435,7 +441,7 @@ PUBLIC = {
     f"select, {strategy}": lambda seed, strategy=strategy: (
       kipcore.select(seed, x_of(seed), ONE_HOT, 6, None, strategy, ROWS_KERNEL).x
     )
-    for strategy in ("auto", "leverage", "kernel_herding")
+    for strategy in ("auto", "leverage", "kernel_herding", "kernel_thinning")
   },
   "stream_select": lambda seed: kipcore.stream_select(seed, x_of(seed), ONE_HOT, 6, block_size=8).x,
   "sensitivity_sample": lambda seed: kipcore.sensitivity_sample(seed, scores_of(seed), 4),

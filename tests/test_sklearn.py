@@ -95,3 +95,21 @@ def test_input_weights_and_regression_targets():
 def test_invalid_parameters(sampler, message):
   with pytest.raises((ValueError, TypeError), match=message):
     sampler.fit(X, Y)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(y=0 * Y), "y: expected at least 2 classes, got only class 0; omit y to select without"),
+    (dict(y=0.5 + 0 * REAL), "y: expected targets that differ, got the constant 0.5; omit y"),
+    (dict(y=np.where(REAL > 0, np.nan, REAL)), "NaN"),
+    (dict(X=np.where(X > 0, np.nan, X)), "NaN"),
+    (dict(X=np.full((300, 2), "text")), "could not convert string"),
+    (dict(sample_weight=np.zeros(300)), "at least one non-zero number"),
+    (dict(sample_weight=-np.ones(300)), "weights: expected values >= 0"),
+  ],
+)
+def test_invalid_data(change, message):
+  """Constant targets and a single class are refused with the remedy; others as scikit-learn does."""
+  with pytest.raises((ValueError, TypeError), match=message):
+    CoresetSampler(9, "uniform").fit(**{"X": X, "y": Y, **change})

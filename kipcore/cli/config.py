@@ -388,7 +388,7 @@ class RowsConfig:
   )
   strategy: str = setting(
     "auto",
-    "Read in blocks: uniform, lightweight, leverage, krr_sensitivity; in memory: kmedoids, kmeans_plusplus, herding, kernel_herding, k_center, krr_pursuit; or auto.",
+    "Read in blocks: uniform, lightweight, leverage, krr_sensitivity; in memory: kmedoids, kmeans_plusplus, herding, kernel_herding, kernel_thinning, k_center, krr_pursuit; or auto.",
     ROWS,
   )
   preprocess: str = setting(
@@ -396,6 +396,11 @@ class RowsConfig:
     "standardize: columns with mean 0 and variance 1 (the rows are written unchanged); or none.",
     ROWS,
     choices=("standardize", "none"),
+  )
+  certificate: bool = setting(
+    True,
+    "Measure what the selection loses: the MMD to all rows, and errors of ridge and logistic regression; reads the rows three more times.",
+    ROWS,
   )
   seed: int = setting(0, "Seed of all random streams.", ROWS, 0, 2**63 - 1)
   x64: bool = setting(False, "Use float64 throughout.", ROWS)

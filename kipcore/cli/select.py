@@ -2,7 +2,8 @@
 
 Writes the selected points, their weights and scores, certificate.json (what a weighted ridge
 regression on them loses, measured and guaranteed) and pictures. With --input it selects weighted
-rows of a file, with or without labels, and writes them with their weights and row numbers.
+rows of a file, with or without labels, and writes them with their weights and row numbers, and what
+they lose (MMD to all rows, errors of models trained on them).
 
 Examples:
   kipcore-select

@@ -20,6 +20,8 @@ FORMATS = (".npy", ".npz", ".parquet", ".csv")
 TASKS = ("auto", "classification", "regression")
 ROW, WEIGHT = "coreset_row", "coreset_weight"
 _BLOCK_ROWS = 4096
+# Bytes of a CSV file that are parsed at a time, which a row must fit into. A few blocks are read ahead.
+_CSV_BYTES = 2**20
 
 
 class RowFile(NamedTuple):
@@ -312,13 +314,19 @@ def _open_table(path, suffix, target, weights, ignore, task) -> RowFile:
   for batch in batches(used or columns[:1]):
     n += batch.num_rows
     for name in used:
-      read[name].append(batch.column(batch.schema.get_field_index(name)))
+      column = batch.column(batch.schema.get_field_index(name))
+      # Only the codes of text stay in memory.
+      read[name].append(column.dictionary_encode() if _is_text(pa, column.type) else column)
   if not n:
     raise DatasetError(f"{path}: expected at least one row, got none")
   y, names = None, None
   if target:
-    y = _target(pa, f"{path}: column {target!r}", pa.chunked_array(read[target]))
-    y, names = _labels(f"{path}: column {target!r}", y, task, n)
+    what, values = f"{path}: column {target!r}", pa.chunked_array(read[target])
+    _complete(what, values.is_null().to_numpy())
+    if pa.types.is_dictionary(values.type) and _is_text(pa, values.type.value_type):
+      y, names = _text_labels(what, values, task)
+    else:
+      y, names = _labels(what, _target(pa, what, values), task, n)
   mass = None
   if weights:
     values = pa.chunked_array(read[weights]).to_numpy()
@@ -370,14 +378,29 @@ def _is_number(pa, kind) -> bool:
   )
 
 
+def _is_text(pa, kind) -> bool:
+  return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _text_labels(what: str, values, task: str) -> tuple[np.ndarray, tuple[str, ...]]:
+  """`_labels` of text with a dictionary, from its codes alone."""
+  if task == "regression":
+    raise DatasetError(f"{what}: expected numbers for regression, got text")
+  chunks = values.unify_dictionaries().chunks
+  codes = np.concatenate([chunk.indices.to_numpy() for chunk in chunks])
+  words = np.asarray(chunks[0].dictionary.to_pylist(), np.str_)
+  names, place = np.unique(words, return_inverse=True)
+  used = np.zeros(names.size, bool)
+  used[place[codes]] = True
+  place = (np.cumsum(used) - 1)[place]
+  return place[codes], tuple(checks.one_line(name, 80) for name in names[used].tolist())
+
+
 def _target(pa, what: str, values) -> np.ndarray:
-  """The values of a column of labels as NumPy: integers, booleans, floats or text."""
+  """The values of a column of labels as NumPy: integers, booleans or floats."""
   kind = values.type
   if pa.types.is_dictionary(kind):
     values, kind = values.cast(kind.value_type), kind.value_type
-  _complete(what, values.is_null().to_numpy())
-  if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-    return np.asarray(values.to_pylist(), np.str_)
   if not _is_number(pa, kind):
     raise DatasetError(f"{what}: expected numbers or text, got {kind}")
   return values.to_numpy()
@@ -403,5 +426,6 @@ def _batches(pa, path: str, suffix: str, names: list[str], kinds: dict) -> Itera
     column_types={name: kind for name, kind in kinds.items() if name in names},
     strings_can_be_null=True,
   )
-  with pa.csv.open_csv(path, convert_options=options) as reader:
+  reading = pa.csv.ReadOptions(block_size=_CSV_BYTES)
+  with pa.csv.open_csv(path, reading, convert_options=options) as reader:
     yield from reader

@@ -117,10 +117,7 @@ def kernel_herding(
   num_rows, _, present, mass = _checked(x, num_rows, present, weights)
   x = jnp.asarray(x)
   if targets is not None:
-    checks.floating("targets", targets)
-    checks.finite("targets", targets)
-    checks.shape("targets", targets, (x.shape[0], None))
-    targets = jnp.asarray(targets, x.dtype)
+    targets = checked_targets(targets, x)
   return padded_kernel_herding(kernel_fn, num_rows, x, present, mass, targets, block_size)
 
 
@@ -128,11 +125,26 @@ def padded_kernel_herding(kernel_fn, num_rows, x, present, weights, targets, blo
   """`kernel_herding` for checked input."""
   kernel_fn = checks.hashable(kernel_fn)
   weights = jnp.where(present, weights, 0)
-  v = (weights / jnp.sum(weights))[:, None]
-  mean = gram_matvec(kernel_fn, x, x, v, block_size)[:, 0]
-  if targets is not None:
-    mean += jnp.sum(targets * gram_matvec(kernel_fn, x, x, v * targets, block_size), axis=1)
+  share = weights / jnp.sum(weights)
+  mean = mean_embedding(kernel_fn, x, x, share, targets, targets, block_size)
   return _kernel_herding(kernel_fn, num_rows, x, present, mean, targets)
+
+
+def mean_embedding(kernel_fn, x1, x2, share, targets1=None, targets2=None, block_size=None):
+  """sum_j share_j k(x2_j, x1_i) `(n1,)`, with targets for the kernel k (1 + <t, t'>)."""
+  mean = gram_matvec(kernel_fn, x1, x2, share[:, None], block_size)[:, 0]
+  if targets1 is None:
+    return mean
+  with_targets = gram_matvec(kernel_fn, x1, x2, share[:, None] * targets2, block_size)
+  return mean + jnp.sum(targets1 * with_targets, axis=1)
+
+
+def checked_targets(targets, x):
+  """Targets `(n, q)` in the dtype of the rows."""
+  checks.floating("targets", targets)
+  checks.finite("targets", targets)
+  checks.shape("targets", targets, (x.shape[0], None))
+  return jnp.asarray(targets, x.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

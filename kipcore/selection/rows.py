@@ -22,6 +22,7 @@ from kipcore.selection import (
   sampling,
   sensitivity,
   strategies,
+  thinning,
 )
 from kipcore.selection.coreset import Coreset
 from kipcore.types import Array, ArrayLike, KernelFn, NumericalError
@@ -36,11 +37,14 @@ STRATEGIES = (
   "kmeans_plusplus",
   "herding",
   "kernel_herding",
+  "kernel_thinning",
   "k_center",
   "krr_pursuit",
 )
 NEEDS_LABELS = ("krr_sensitivity", "krr_pursuit")
-USES_KERNEL = ("leverage", "krr_sensitivity", "kernel_herding", "krr_pursuit")
+USES_KERNEL = ("leverage", "krr_sensitivity", "kernel_herding", "kernel_thinning", "krr_pursuit")
+# Rows of equal weight within a class.
+_EQUAL_WEIGHTS = ("herding", "kernel_herding", "kernel_thinning")
 ALLOCATIONS = ("proportional", "balanced", "sensitivity")
 # Share of draws by weight alone in strategies by score, which bounds the weights of rows.
 UNIFORM_MIX = 0.1
@@ -128,6 +132,8 @@ def select(
       weighted sum of the distances of all rows to their medoids.
     kmeans_plusplus: seeds of greedy k-means++.
     herding, kernel_herding (K), k_center: see `representatives`; deterministic.
+    kernel_thinning (K): see `kernel_thinning`; with real targets under the kernel with targets, of a
+      pool of at most 8,192 rows of each class (or 4 times its size).
     krr_pursuit (S, K): greedy minimization of the ridge regression objective (`krr_pursuit`) over a
       random pool of at most 2,000 rows.
     auto: without labels kmedoids, or lightweight where k-means would be slow. With labels the
@@ -135,10 +141,10 @@ def select(
       the given rows (at most 10,000) as error rate (classes) or squared error (real targets), at the
       best of AUTO_RIDGES. Candidates that would take more than AUTO_OPERATIONS are skipped.
 
-  Weights of unbiased strategies are u / (inclusion probability). herding and kernel_herding give
-  equal weights within a class. kmeans_plusplus, k_center and krr_pursuit give each point the weight
-  of the rows nearest to it. Without unbiasedness, the weights of a class sum to the weight of its
-  rows.
+  Weights of unbiased strategies are u / (inclusion probability). herding, kernel_herding and
+  kernel_thinning give equal weights within a class. kmeans_plusplus, k_center and krr_pursuit give
+  each point the weight of the rows nearest to it. Without unbiasedness, the weights of a class sum to
+  the weight of its rows.
 
   Args:
     key: random key (or int seed).
@@ -456,7 +462,7 @@ def _choose(key, problem: Problem, quotas: np.ndarray, strategy: str) -> Chosen:
     weights = jnp.concatenate([points.masses for points in found])
     return Chosen(np.concatenate([points.rows for points in found]), weights)
   rows = _by_group(key, problem, quotas, strategy)
-  if strategy in ("herding", "kernel_herding"):
+  if strategy in _EQUAL_WEIGHTS:
     masses = np.bincount(problem.groups, weights=problem.weights)
     weights = jnp.asarray(np.repeat(masses / quotas, quotas), mass.dtype)
   else:
@@ -480,6 +486,11 @@ def _by_group(key, problem: Problem, quotas, strategy: str) -> list[np.ndarray]:
     return [points.rows for points in found[strategy]]
   if strategy in ("herding", "k_center"):
     return strategies.greedy(strategy, *data, problem.weights)
+  targets = problem.targets if problem.kind == "real" else None
+  if strategy == "kernel_thinning":
+    return thinning.thin_groups(
+      key, problem.kernel_fn, problem.x, problem.groups, quotas, problem.weights, targets
+    )
   if strategy == "kernel_herding":
     return [
       rows[
@@ -490,7 +501,7 @@ def _by_group(key, problem: Problem, quotas, strategy: str) -> list[np.ndarray]:
             problem.x[padded],
             mass > 0,
             mass,
-            problem.targets[padded] if problem.kind == "real" else None,
+            None if targets is None else targets[padded],
           )
         )[:quota]
       ]

@@ -177,6 +177,22 @@ def block_moments(old: Moments | None, block: np.ndarray, weights: np.ndarray) -
   )
 
 
+def moments_of(read: Callable, n: int, weights: np.ndarray, block_size: int) -> Moments:
+  """Moments of n rows as vectors, which `read` returns for slices."""
+  moments: Any = None
+  for part in blocks.row_slices(n, block_size):
+    block = read(part)
+    moments = block_moments(moments, block.reshape(block.shape[0], -1), weights[part])
+  return moments
+
+
+def standardization(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and standard deviation `(d,)` of each column; 1 for columns that are constant up to rounding."""
+  deviation = np.sqrt(moments.variance)
+  rounding = 8 * np.finfo(np.float32).eps * np.abs(moments.mean)
+  return moments.mean, np.where(deviation > rounding, deviation, 1)
+
+
 def _first_pass(read, n, block_size, mass) -> tuple[Moments, np.ndarray]:
   """Moments of the rows as vectors, and two hashes of each row."""
   hashes = np.empty((n, 2), np.uint64)

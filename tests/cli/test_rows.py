@@ -8,6 +8,7 @@ import pytest
 import kipcore
 from kipcore.cli.config import RowsConfig
 from kipcore.cli.errors import UsageError
+from kipcore.cli.folder import reporting
 from kipcore.cli.runs import rows as runs
 from kipcore.datasets import row_files
 
@@ -54,7 +55,8 @@ def small_blocks(monkeypatch):
 
 
 def select(tmp_path, **settings):
-  folder, result = runs.run_rows(RowsConfig(**settings), str(tmp_path / "run"), verbose=False)
+  config = RowsConfig(**{"certificate": False, **settings})
+  folder, result = runs.run_rows(config, str(tmp_path / "run"), verbose=False)
   assert result == json.loads((folder / "result.json").read_text())
   found = np.load(folder / "selection.npz")
   return folder, result, found["indices"], found["weights"]
@@ -83,6 +85,38 @@ def test_rows_of_a_table_are_written_with_weights_and_row_numbers(tmp_path, suff
     assert written[name] == column[indices].tolist(), name
   assert result["columns"] == ["p", "q", "r"] and result["labels"] == "real"
   assert result["read_in_blocks"] and "lightweight" in (folder / "README.txt").read_text()
+  assert "mmd" not in result and not (folder / "certificate.json").exists()
+  assert "Certificate" not in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["lightweight", "herding"])
+def test_the_certificate_is_that_of_the_standardized_rows(tmp_path, strategy, capsys):
+  """Of rows that are read in blocks, and of rows in memory; in certificate.json, the result and the report."""
+  config = RowsConfig(
+    input=table(tmp_path / "table.csv", kind=None),
+    target="price",
+    input_weights="count",
+    size=M,
+    strategy=strategy,
+  )
+  folder, result = runs.run_rows(config, str(tmp_path / "run"))
+  stored = np.load(folder / "selection.npz")
+  std = np.sqrt(np.cov(X.T, aweights=COUNT, ddof=0).diagonal())
+  x = ((X - np.average(X, axis=0, weights=COUNT)) / std).astype("f4")
+  weights = COUNT.astype("f8")
+  measured = kipcore.measure_rows(
+    0, x, PRICE, stored["indices"], stored["weights"], input_weights=weights
+  )
+  certified = json.loads((folder / "certificate.json").read_text())
+  assert certified.keys() == measured.as_dict().keys() and certified["num_test_rows"] > 0
+  for name in ("mmd", "random_mmd", "ridge_error", "ridge_error_all", "ridge_error_random"):
+    assert certified[name] == pytest.approx(getattr(measured, name), rel=1e-3), name
+    assert result[name] == certified[name]
+  assert f"MMD to all rows {result['mmd']:.3g}" in capsys.readouterr().out
+  page = (folder / "report.html").read_text()
+  assert f"{result['ridge_error']:.4g}" in page and "squared error" in page
+  reporting.write_report(folder, tmp_path / "again.html")
+  assert (tmp_path / "again.html").read_text() == page
 
 
 def test_arrays_are_selected_like_tables(tmp_path):
@@ -211,6 +245,18 @@ def test_damaged_and_missing_files_are_refused(tmp_path, name):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_text_labels_of_many_batches_are_those_of_the_column(tmp_path, monkeypatch, suffix):
+  """Also if batches have different values, and where Parquet stores codes."""
+  monkeypatch.setattr(row_files, "_CSV_BYTES", 600)
+  kind = np.array([f"k{i // 20}" for i in range(N)])
+  for column in (kind, pa.array(kind).dictionary_encode()):
+    path = table(tmp_path / f"table{suffix}", kind=column)
+    file = row_files.open_rows(path, "kind", task="auto")
+    assert file.class_names == ("k0", "k1", "k2")
+    np.testing.assert_array_equal(file.y, np.arange(N) // 20)
+
+
 def test_truncated_and_text_arrays_are_refused(tmp_path):
   np.save(tmp_path / "x.npy", X)
   content = (tmp_path / "x.npy").read_bytes()
@@ -226,11 +272,17 @@ def test_truncated_and_text_arrays_are_refused(tmp_path):
       runs.plan(RowsConfig(input=str(tmp_path / name), size=M))
 
 
-def test_memory_of_a_pass_over_parquet_does_not_grow_with_the_rows(tmp_path):
-  content = pa.table({f"c{i}": RNG.normal(size=40_000) for i in range(8)})  # 2.4 MiB
-  pa.parquet.write_table(content, tmp_path / "t.parquet", row_group_size=2000)
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_memory_of_a_pass_over_a_table_does_not_grow_with_the_rows(tmp_path, monkeypatch, suffix):
+  content = pa.table({f"c{i}": RNG.normal(size=40_000) for i in range(8)})  # 2.4 MiB, 6 MiB of text
+  path = tmp_path / f"t{suffix}"
+  if suffix == ".csv":
+    monkeypatch.setattr(row_files, "_CSV_BYTES", 2**14)
+    pa.csv.write_csv(content, path)
+  else:
+    pa.parquet.write_table(content, path, row_group_size=2000)
   del content
-  file = row_files.open_rows(tmp_path / "t.parquet")
+  file = row_files.open_rows(path)
   before, most = pa.total_allocated_bytes(), 0
   for first in range(0, 40_000, 1000):
     assert len(file.x[first : first + 1000]) == 1000

@@ -1,6 +1,7 @@
 """README, WORKSPACE and notebooks are correct: their code runs and their commands exist."""
 
 import contextlib
+import io
 import json
 import pathlib
 import re
@@ -93,20 +94,30 @@ def test_workspace_names_every_module():
 
 @pytest.mark.parametrize(
   "path",
-  slow_except(NOTEBOOKS, *(path for path in NOTEBOOKS if path.stem == "quickstart")),
+  slow_except(
+    NOTEBOOKS, *(path for path in NOTEBOOKS if path.stem in ("quickstart", "select_rows"))
+  ),
   ids=lambda p: p.name,
 )
-def test_notebooks_run_and_contain_no_outputs(path):
+def test_notebooks_run_and_stored_outputs_are_printed_text(path):
+  """Of stored outputs, which only some notebooks have, the words are compared, and not the numbers."""
   notebook = json.loads(path.read_text())
+  assert any(cell.get("outputs") for cell in notebook["cells"]) == (path.stem == "select_rows")
   scope = {}
   for cell in notebook["cells"]:
     if cell["cell_type"] != "code":
       continue
-    assert not cell["outputs"] and cell["execution_count"] is None
+    assert cell["execution_count"] is None
     source = "".join(cell["source"])
     code = "\n".join(line for line in source.splitlines() if not line.startswith(("%", "!")))
-    with standard_promotion():  # the default of JAX
+    printed = io.StringIO()
+    with standard_promotion(), contextlib.redirect_stdout(printed):  # the default of JAX
       exec(compile(code, path.name, "exec"), scope)
+    words = lambda text: re.sub(r"[\d.]+", "#", text)
+    for output in cell["outputs"]:
+      assert output["output_type"] == "stream"
+      assert words("".join(output["text"])) == words(printed.getvalue())
+  assert path.stat().st_size < 40_000
 
 
 def test_notebooks_have_the_same_install_cell():

@@ -21,7 +21,10 @@ UNBIASED = ("uniform", "leverage", "krr_sensitivity", "lightweight")
 LABELS = {"classes": CLASSES, "real": REAL, "none": None}
 CASES = [
   *(("classes", strategy) for strategy in rows.STRATEGIES),
-  *(("real", strategy) for strategy in ("krr_sensitivity", "herding", "kernel_herding")),
+  *(
+    ("real", strategy)
+    for strategy in ("krr_sensitivity", "herding", "kernel_herding", "kernel_thinning")
+  ),
   *(("none", strategy) for strategy in ("uniform", "leverage", "lightweight", "k_center")),
 ]
 
@@ -270,6 +273,7 @@ U = np.ones(N, "f4")
     (dict(y=CLASSES[:9]), r"y: expected shape \(60,\)"),
     (dict(y=np.stack([CLASSES, CLASSES], 1)), "y: expected one-hot rows or floats"),
     (dict(x=X.astype(int)), "x: expected a floating dtype"),
+    (dict(x=X.astype(str)), "x: expected a floating dtype, got <U"),
     (dict(x=X[:, 0]), "x: expected at least one row"),
     (dict(x=np.where(X > 0, X, np.inf)), "x: expected finite values"),
   ],

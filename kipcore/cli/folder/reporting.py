@@ -11,6 +11,7 @@ from kipcore.cli.folder import outputs, run_folder
 from kipcore.io import artifact, export
 from kipcore.report import html, pictures
 from kipcore.report.html import Section
+from kipcore.selection import rows_certificate
 
 _MAX_CELLS = 120  # images with a caption each
 _MAX_IMAGES = 200  # in a grid of rows
@@ -23,12 +24,27 @@ def write_report(folder: pathlib.Path, path: pathlib.Path | None = None) -> None
   """Writes the report of a distillation or a selection from the files of its folder.
 
   Args:
-    folder: contains config.json, result.json and distilled.npz; sections whose files are missing are omitted.
+    folder: contains config.json, result.json and, except for selected rows of a file, distilled.npz; sections
+      whose files are missing are omitted.
     path: the file; None for report.html in the folder.
   """
   config, result = (
     json.loads((folder / name).read_text()) for name in ("config.json", "result.json")
   )
+  if "input" in config:
+    title, lead, sections = _selected_rows(folder, config, result)
+  else:
+    title, lead, sections = _distilled_or_selected(folder, config, result)
+  settings = {key: value for key, value in config.items() if key != "environment"}
+  sections += [
+    Section("Configuration", [html.properties(settings)], True),
+    Section("Environment", [html.properties(config["environment"])], True),
+  ]
+  html.write_html(path or folder / "report.html", title, sections, lead, _footer(folder, config))
+
+
+def _distilled_or_selected(folder, config: dict, result: dict) -> tuple[str, str, list[Section]]:
+  """Title, summary and sections of a run with an artifact."""
   stored = artifact.load_artifact(folder / "distilled.npz")
   name, m = pathlib.Path(config["dataset"]).stem, result["support_size"]
   kernel = f"the {config['kernel'].upper()} of {config['architecture']}"
@@ -48,13 +64,65 @@ def write_report(folder: pathlib.Path, path: pathlib.Path | None = None) -> None
       f"seed {config['seed']}."
     )
     sections = _distillation(folder, config, result, stored)
-  settings = {key: value for key, value in config.items() if key != "environment"}
-  sections += [
-    Section("Use it elsewhere", _use(stored)),
-    Section("Configuration", [html.properties(settings)], True),
-    Section("Environment", [html.properties(config["environment"])], True),
-  ]
-  html.write_html(path or folder / "report.html", title, sections, lead, _footer(folder, config))
+  return title, lead, [*sections, Section("Use it elsewhere", _use(stored))]
+
+
+def _selected_rows(folder, config: dict, result: dict) -> tuple[str, str, list[Section]]:
+  """Title, summary and sections of selected rows of a file."""
+  certified: dict = {}
+  number = lambda value: f"{value:.4g}"
+  if (folder / "certificate.json").exists():
+    certified = json.loads((folder / "certificate.json").read_text())
+  proof: list[str] = []
+  if certified:
+    compared = {"MMD to all rows": (certified["mmd"], 0.0, certified["random_mmd"])}
+    for model in rows_certificate.MODELS:
+      if certified[f"{model}_error"] is not None:
+        compared[f"{model} regression, {certified['error']}"] = tuple(
+          certified[f"{model}_error{of}"] for of in ("", "_all", "_random")
+        )
+    cards = [
+      (number(own), name, f"random rows: {number(random)}")
+      for name, (own, _, random) in compared.items()
+    ]
+    rows = [[name, *map(number, values)] for name, values in compared.items()]
+    proof = [
+      html.cards(cards),
+      html.table(["", "selected rows", "all rows", "as many random rows"], rows),
+      _about_rows(certified),
+    ]
+  labels = f"{len(result['class_names'])} classes" if result["class_names"] else result["labels"]
+  facts = {
+    "rows": f"{result['rows']:,}, of weight {number(result['total_weight'])}",
+    "selected": f"{result['support_size']:,}, of weight {number(result['selected_weight'])}",
+    "labels": labels,
+    "errors by which auto chose": json.dumps(result["objectives"]) if result["objectives"] else "",
+    "effective dimension": number(result["d_eff"]) if "d_eff" in result else "",
+    "total sensitivity": number(result["total_sensitivity"]) if "d_eff" in result else "",
+  }
+  return (
+    f"{result['support_size']:,} selected rows of {pathlib.Path(config['input']).name}",
+    f"Selected by {result['chosen_strategy']} from {result['rows']:,} rows, seed {config['seed']}.",
+    [
+      Section("Certificate", proof),
+      Section("Rows", [html.properties({name: text for name, text in facts.items() if text})]),
+      Section("Cost", [html.properties(_cost(result))]),
+    ],
+  )
+
+
+def _about_rows(certified: dict) -> str:
+  """How the certificate of selected rows was measured."""
+  texts = []
+  if certified["num_test_rows"]:
+    texts.append(
+      f"Errors are measured on {certified['num_test_rows']:,} rows that were not selected and are in no training set."
+    )
+  if not certified["exact"]:
+    texts.append(
+      f"The MMD and logistic regression on all rows use {certified['measured_rows']:,} draws of rows, whose noise makes the MMD too large."
+    )
+  return " ".join([*texts, "All of this is measured; nothing is guaranteed."])
 
 
 def write_comparison(

@@ -36,7 +36,7 @@ RUN_FILES = {
   "selected.npz": "the selected rows, their labels, weights and row numbers",
   "selected.csv": "the selected rows, with their row numbers and weights as the last columns",
   "selected.parquet": "the selected rows, with their row numbers and weights as the last columns",
-  "certificate.json": "what a weighted regression on the selected points loses, measured and guaranteed",
+  "certificate.json": "what models on the selected points lose against all rows, measured, and for images guaranteed",
   "certificate.png": "the scores, and the selected points among them",
   "experts.npy": "parameters of the networks that mtt, ncfm or expert labels learn from, after every epoch",
   "experts.json": "how they were trained",

@@ -14,14 +14,22 @@ from kipcore.cli import clock
 from kipcore.cli.config import RowsConfig, validate
 from kipcore.cli.cost import estimate, progress
 from kipcore.cli.errors import UsageError, usage
-from kipcore.cli.folder import lock, outputs, readme, run_folder
+from kipcore.cli.folder import lock, outputs, readme, reporting, run_folder
 from kipcore.datasets import row_files
-from kipcore.selection import rows, streamed_rows
+from kipcore.selection import rows, rows_certificate, streamed_rows
 from kipcore.types import DatasetError
 
 # With more bytes of rows, "auto" chooses a strategy that reads them in blocks.
 AUTO_BYTES = 2**30
 _BLOCK_ROWS = 4096
+_CERTIFICATE_BYTES = 2**26  # of rows that are held for the certificate
+# What `result.json` contains of the certificate.
+_MEASURED = (
+  "mmd",
+  "random_mmd",
+  "error",
+  *(f"{m}_error{of}" for m in rows_certificate.MODELS for of in ("", "_all", "_random")),
+)
 
 
 class Plan(NamedTuple):
@@ -125,7 +133,9 @@ def _run(config: RowsConfig, planned: Plan, folder: pathlib.Path, verbose: bool)
   with _file_errors(), progress.working(f"selecting rows ({planned.strategy})", shown=verbose):
     center, scale = np.zeros(()), np.ones(())
     if config.preprocess == "standardize":
-      center, scale = _standardization(file.x, mass)
+      read = lambda part: _finite(file.x, part)
+      moments = streamed_rows.moments_of(read, n, mass, _BLOCK_ROWS)
+      center, scale = (a.reshape(file.x.shape[1:]) for a in streamed_rows.standardization(moments))
 
     def transform(block) -> np.ndarray:
       with np.errstate(over="ignore"):  # reported as infinite
@@ -137,6 +147,8 @@ def _run(config: RowsConfig, planned: Plan, folder: pathlib.Path, verbose: bool)
       "allocation": config.allocation,
       "weights": file.weights,
     }
+    source: Any = file.x
+    convert: Any = transform
     if planned.streamed:
       chosen = streamed_rows.stream_select(
         config.seed, file.x, file.y, transform=transform, block_size=_BLOCK_ROWS, **common
@@ -146,10 +158,26 @@ def _run(config: RowsConfig, planned: Plan, folder: pathlib.Path, verbose: bool)
       for part in blocks.row_slices(n, _BLOCK_ROWS):
         x[part] = transform(file.x[part])
       chosen = rows.select(config.seed, x, file.y, **common)
+      source, convert = x, None
     order = np.argsort(chosen.indices)
     indices = np.asarray(chosen.indices)[order].astype(np.int64)
     weights = np.asarray(chosen.weights, np.float64)[order]
     saved = file.save(folder, indices, weights)
+  certified: dict[str, Any] = {}
+  if config.certificate:
+    with _file_errors(), progress.working("measuring the certificate", shown=verbose):
+      certified = rows_certificate.measure_rows(
+        config.seed,
+        source,
+        file.y,
+        indices,
+        weights,
+        input_weights=file.weights,
+        transform=convert,
+        max_rows=int(np.clip(_CERTIFICATE_BYTES * n // planned.num_bytes, 256, 20_000)),
+        block_size=_BLOCK_ROWS,
+      ).as_dict()
+    run_folder.write_json(folder / "certificate.json", certified)
   scores = chosen.scores
   arrays = {} if scores is None else {"scores": np.asarray(scores.scores)}
   outputs.save_arrays(folder / "selection.npz", indices=indices, weights=weights, **arrays)
@@ -176,32 +204,45 @@ def _run(config: RowsConfig, planned: Plan, folder: pathlib.Path, verbose: bool)
       "total_sensitivity": float(scores.total),
       "max_over_mean_score": float(scores.max_over_mean),
     }
+  result |= {name: value for name, value in certified.items() if name in _MEASURED}
   result |= {"wall_seconds": time.perf_counter() - started, **run_folder.peak_memory()}
   run_folder.write_json(folder / "result.json", result)
+  reporting.write_report(folder)
   title = f"{len(indices)} of {n:,} rows of {config.input} selected by {chosen.strategy}."
   readme.write(folder, title, readme.rows_command(config, folder))
   write(
     f"{title} The weights sum to {weights.sum():.6g} for rows of weight {mass.sum():.6g}.\n"
-    f"{result['wall_seconds']:.1f} s in total; the rows are in {folder / saved}"
+    f"{_losses(certified)}{result['wall_seconds']:.1f} s in total; the rows are in {folder / saved}"
   )
   return result
 
 
-def _standardization(x, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Weighted mean and standard deviation of each column, in one pass; 1 for constant columns."""
-  moments: Any = None
-  for part in blocks.row_slices(x.shape[0], _BLOCK_ROWS):
-    block = np.asarray(x[part], np.float64)
-    if not np.isfinite(block).all():
-      raise DatasetError(
-        f"rows: expected finite values, got NaN or infinite ones in rows {part.start} to {part.stop - 1}"
+def _finite(x, part: slice) -> np.ndarray:
+  """Rows in float64, checked."""
+  block = np.asarray(x[part], np.float64)
+  if not np.isfinite(block).all():
+    raise DatasetError(
+      f"rows: expected finite values, got NaN or infinite ones in rows {part.start} to {part.stop - 1}"
+    )
+  return block
+
+
+def _losses(certified: dict) -> str:
+  """The certificate in words, a line for each part that was measured."""
+  lines = []
+  if certified:
+    lines.append(
+      f"MMD to all rows {certified['mmd']:.3g}, of random rows {certified['random_mmd']:.3g}"
+    )
+  for model in rows_certificate.MODELS:
+    own, everything, random = (
+      certified.get(f"{model}_error{name}") for name in ("", "_all", "_random")
+    )
+    if own is not None:
+      lines.append(
+        f"{model} regression, {certified['error']}: {own:.4g}; on all rows {everything:.4g}, on random rows {random:.4g}"
       )
-    flat = block.reshape(len(block), -1)
-    moments = streamed_rows.block_moments(moments, flat, mass[part])
-  deviation = np.sqrt(moments.variance)
-  rounding = 8 * np.finfo(np.float32).eps * np.abs(moments.mean)
-  scale = np.where(deviation > rounding, deviation, 1)
-  return moments.mean.reshape(x.shape[1:]), scale.reshape(x.shape[1:])
+  return "".join(f"{line}\n" for line in lines)
 
 
 @contextlib.contextmanager
