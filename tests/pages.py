@@ -5,6 +5,7 @@ import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GUIDES = ROOT / "experiments" / "docs" / "guides"
+THEORY = ROOT / "experiments" / "docs" / "theory"
 
 
 def python_blocks(text: str) -> list[str]:

@@ -57,6 +57,8 @@ TOPICS = {
   "api.files": ("Datasets, files and reports", ("io", "datasets", "report")),
   "api.types": ("Types and errors", ("types",)),
 }
+# Titles of pages whose first heading says something else.
+TITLES = {"index": "Index", "overview": "Overview"}
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:)([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -91,7 +93,9 @@ def markdown(page: str, pictures: set[pathlib.Path]) -> str:
       return f"![{text}]({url(page, f'files/{target.relative_to(ROOT).as_posix()}')})"
     if target in pages:
       there = pages[target]
-      return f"[{text}]({anchor if there == page and anchor else url(page, address(there)) + anchor})"
+      return (
+        f"[{text}]({anchor if there == page and anchor else url(page, address(there)) + anchor})"
+      )
     return f"{text} (`{target.relative_to(ROOT).as_posix()}`)"
 
   def named(match: re.Match) -> str:
@@ -113,9 +117,11 @@ def markdown(page: str, pictures: set[pathlib.Path]) -> str:
 
 
 def title(page: str) -> str:
-  """The first heading of a Markdown page, or the title of a topic."""
+  """The title in the menu: of a topic, or the first heading of a Markdown page."""
   if page in TOPICS:
     return TOPICS[page][0]
+  if page in TITLES:
+    return TITLES[page]
   return MARKDOWN[page][0].read_text().lstrip().splitlines()[0].lstrip("# ")
 
 
@@ -169,13 +175,13 @@ def build(folder: pathlib.Path) -> list[pathlib.Path]:
   texts = {page: markdown(page, pictures) for page in MARKDOWN} | {
     page: topic(page) for page in TOPICS
   }
+  topics = "\n".join(f"- [{title(page)}]({address(page)})" for page in TOPICS)
+  texts["index"] += f"\n## API reference\n\n{topics}\n"
   modules = {page: pdoc.doc.Module(types.ModuleType(page, text)) for page, text in texts.items()}
   names = [module.name for module in pkgutil.walk_packages(kipcore.__path__, "kipcore.")]
   names = [name for name in names if not name.startswith("kipcore.cli")]
   modules |= {name: pdoc.doc.Module.from_name(name) for name in ["kipcore", *names]}
-  modules["kipcore"].docstring = "\n".join(
-    [inspect.getdoc(kipcore), "", *(f"- [{title(page)}]({address(page)})" for page in TOPICS)]
-  )
+  modules["kipcore"].docstring = f"{inspect.getdoc(kipcore)}\n\n{topics}"
   modules["kipcore"].members.clear()  # they are on the pages of their modules
 
   # `optax.OptState` refers to a name by a string that pdoc looks up in the module that uses it.
