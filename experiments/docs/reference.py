@@ -59,7 +59,10 @@ TOPICS = {
 }
 # Titles of pages whose first heading says something else.
 TITLES = {"index": "Index", "overview": "Overview"}
-_LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:)([^)#\s]*)(#[^)\s]*)?\)")
+# Code, or a link or picture that is not an address.
+_CODE_OR_LINK = re.compile(
+  r"`(?P<code>[^`]+)`|(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?!\w+:)(?P<file>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)"
+)
 
 
 def url(page: str, target: str) -> str:
@@ -86,31 +89,27 @@ def markdown(page: str, pictures: set[pathlib.Path]) -> str:
   names = public_names()
 
   def convert(match: re.Match, file: pathlib.Path) -> str:
-    picture, text, name, anchor = match[1], match[2], match[3], match[4] or ""
+    text, name, anchor = match["text"], match["file"], match["anchor"] or ""
+    if code := match["code"]:
+      module, qualified = names.get(code.removeprefix("kipcore."), ("", ""))
+      linked = code.startswith("kipcore.") and module
+      return f"[{match[0]}]({url(page, address(module))}#{qualified})" if linked else match[0]
     target = (file.parent / name).resolve() if name else file
-    if picture:
+    path = target.relative_to(ROOT).as_posix()
+    if match["picture"]:
       pictures.add(target)
-      return f"![{text}]({url(page, f'files/{target.relative_to(ROOT).as_posix()}')})"
-    if target in pages:
-      there = pages[target]
-      return (
-        f"[{text}]({anchor if there == page and anchor else url(page, address(there)) + anchor})"
-      )
-    return f"{text} (`{target.relative_to(ROOT).as_posix()}`)"
-
-  def named(match: re.Match) -> str:
-    if match[1] not in names:
-      return match[0]
-    module, name = names[match[1]]
-    return f"[{match[0]}]({url(page, address(module))}#{name})"
+      return f"![{text}]({url(page, f'files/{path}')})"
+    if target not in pages:
+      return f"{text} (`{path}`)"
+    there = "" if pages[target] == page and anchor else url(page, address(pages[target]))
+    return f"[{text}]({there}{anchor})"
 
   texts = []
   for file in MARKDOWN[page]:
     text = re.sub(r"<!--.*?-->\n?", "\n", file.read_text(), flags=re.S)
     parts = re.split(r"(^```.*?^```$)", text, flags=re.S | re.M)  # code blocks stay as they are
     for i in range(0, len(parts), 2):
-      parts[i] = _LINK.sub(lambda match, file=file: convert(match, file), parts[i])
-      parts[i] = re.sub(r"(?<!\[)`kipcore\.(\w+)`", named, parts[i])
+      parts[i] = _CODE_OR_LINK.sub(lambda match, file=file: convert(match, file), parts[i])
     texts.append("".join(parts))
   # Markdown halves the two backslashes that end a row in LaTeX.
   return "\n\n".join(texts).replace("\\\\", "\\\\\\\\")

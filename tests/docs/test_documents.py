@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from binaries import run_binary
 from helpers import slow_except, standard_promotion
-from pages import GUIDES, ROOT, THEORY, python_blocks
+from pages import GUIDES, ROOT, THEORY, python_blocks, without_code
 
 import kipcore
 from kipcore import datasets
@@ -149,7 +149,7 @@ def test_notebooks_have_the_same_install_cell():
 def test_links_resolve():
   """The files and headings that documents link to exist."""
   for path in DOCUMENTS:
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", without_code(path.read_text())):
       name, _, heading = target.partition("#")
       there = path.parent / name if name else path
       assert there.exists(), f"{path.name}: {target}"
