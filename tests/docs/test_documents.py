@@ -268,7 +268,7 @@ def test_commands_in_documents_run(place, command):
   """Runs each command with few steps and digits instead of named datasets; none needs a network."""
   module = command.split()[0].removeprefix("experiments.")
   command = re.sub(
-    r"--dataset=(mnist|cifar10)|--data_dir=DIR|--minutes=\d+",
+    r"--dataset=(mnist|cifar10)|--data_dir=DIR|--minutes=\d+|--target_batch_size=\d+",
     "",
     command.replace("path/to", str(place)).replace("runs/", f"{place}/"),
   )
@@ -277,7 +277,7 @@ def test_commands_in_documents_run(place, command):
   networks = module == "run_distill" and "--teach=kernel" not in command
   small = SMALL.get(module, "") + SMALL_NETWORKS * networks
   if "--labels=expert" in command:
-    small += " --architecture=conv1 --width=4 --expert_epochs=1 --network_steps=1"
+    small += " --width=4 --expert_epochs=1 --network_steps=1"
   done = run_binary(*(command + ("" if "--resume" in command else small)).split())
   finished = "--resume" in command and "already finished" in done.stderr
   assert done.returncode == 0 or finished, f"{command}\n{done.stdout}\n{done.stderr}"
