@@ -212,10 +212,10 @@ def place(tmp_path_factory):
   data = datasets.load_dataset("digits")
   arrays = {name: getattr(data, name)[:300] for name in ("x_train", "y_train", "x_test", "y_test")}
   np.savez(path / "data.npz", **arrays)
-  rows = arrays["x_train"].reshape(300, -1).astype(np.float32)
+  rows = data.x_train.reshape(len(data.x_train), -1).astype(np.float32)
   np.save(path / "embeddings.npy", rows)
-  np.save(path / "labels.npy", arrays["y_train"])
-  table = [f"{r[20]},{r[21]},a,b,{r[22]}" for r in np.tile(rows, (4, 1)) + np.arange(1200)[:, None]]
+  np.save(path / "labels.npy", data.y_train)
+  table = [f"{row[20]},{row[21]},a,b,{row[22]}" for row in rows]
   (path / "table.csv").write_text("\n".join(["first,second,name,city,price", *table]))
   for name, images, labels in (
     ("train", data.x_train, data.y_train),
