@@ -1,40 +1,52 @@
-"""README, WORKSPACE and notebooks are correct: their code runs and their commands exist."""
+"""README, guides, WORKSPACE and notebooks are correct: their code runs and their commands exist."""
 
 import contextlib
 import io
 import json
-import pathlib
 import re
 
 import numpy as np
 import pytest
 from binaries import run_binary
 from helpers import slow_except, standard_promotion
+from pages import GUIDES, ROOT, THEORY, python_blocks, without_code
 
 import kipcore
 from kipcore import datasets
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DOCUMENTS = [
   *ROOT.glob("*.md"),
   ROOT / "experiments" / "results" / "README.md",
   ROOT / "tests" / "README.md",
+  *sorted(GUIDES.glob("*.md")),
+  *sorted(THEORY.glob("*.md")),
 ]
 
+# Names of the code blocks of each document, in order. `test_neural_tangents` executes the page without names.
+BLOCKS = {
+  ROOT / "README.md": ("quickstart",),
+  GUIDES / "distill.md": ("own",),
+  GUIDES / "select_rows.md": ("rows", "pipeline", "selection"),
+  GUIDES / "kernels.md": ("fitting", "layers"),
+  GUIDES / "add_a_method.md": ("method", "sampler"),
+  GUIDES / "devices.md": ("devices",),
+}
+PYTHON = {
+  name: code
+  for path, names in BLOCKS.items()
+  for name, code in zip(names, python_blocks(path.read_text()), strict=True)
+}
 
-PYTHON = dict(
-  zip(
-    ("quickstart", "own", "selection", "rows", "pipeline", "sampler", "fitting", "layers"),
-    re.findall(r"```python\n(.*?)```", README, flags=re.S),
-    strict=True,
-  )
-)
+
+def test_every_code_block_is_executed():
+  executed = {*BLOCKS, GUIDES / "neural_tangents.md"}
+  assert {path for path in DOCUMENTS if python_blocks(path.read_text())} == executed
 
 
 def check_python(name, out):
-  """What the code of the README with a name prints."""
+  """What the code block with a name prints."""
   numbers = [float(n) for n in re.findall(r"\d+(?:\.\d+)?", out)]
   if name == "selection":
     total, streamed, dimension = numbers
@@ -51,16 +63,22 @@ def check_python(name, out):
     assert 0.7 < bandwidth < 1.5 and 0.05 < noise < 0.15  # 0.1 in the data
   elif name == "own":
     assert int(re.search(r"(\d+) % with a network", out)[1]) > 50
+  elif name == "method":
+    initial, distilled = numbers
+    assert distilled > initial + 10
+  elif name == "devices":
+    count, difference = re.search(r"(\d+) devices: the images differ by (\S+) of", out).groups()
+    assert int(count) > 1 and float(difference) < 1e-5
   elif name == "quickstart":
     real, distilled = (float(p) for p in re.findall(r"images: ([\d.]+) %", out))
     assert distilled > real + 10
 
 
 @pytest.mark.parametrize("name", slow_except(PYTHON, "rows", "sampler", "fitting", "layers"))
-def test_python_in_the_readme_runs(name, capsys):
-  promotion = standard_promotion() if name in ("fitting", "own") else contextlib.nullcontext()
-  with promotion:  # the default of JAX
-    exec(compile(PYTHON[name], "README.md", "exec"), {})
+def test_python_in_documents_runs(name, capsys):
+  standard = name in ("fitting", "own", "method", "devices")
+  with standard_promotion() if standard else contextlib.nullcontext():  # the default of JAX
+    exec(compile(PYTHON[name], name, "exec"), {})
   check_python(name, capsys.readouterr().out)
 
 
@@ -70,7 +88,16 @@ def test_each_command_is_one_line(marker):
   assert "\n" not in block and block.startswith("python3 -m venv")
 
 
-TEXT = "".join(path.read_text() for path in DOCUMENTS)
+def launched(text):
+  """The text with installed commands as the launchers of a clone, which take the same flags."""
+  return re.sub(
+    r"\bkipcore-(distill|select|evaluate|compare|export|report)\b",
+    r"python -m experiments.run_\1",
+    text,
+  )
+
+
+TEXT = launched("".join(path.read_text() for path in DOCUMENTS))
 MODULES = sorted(set(re.findall(r"-m (experiments(?:\.\w+)+)", TEXT)))
 
 
@@ -133,7 +160,7 @@ def test_notebooks_have_the_same_install_cell():
 def test_links_resolve():
   """The files and headings that documents link to exist."""
   for path in DOCUMENTS:
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", without_code(path.read_text())):
       name, _, heading = target.partition("#")
       there = path.parent / name if name else path
       assert there.exists(), f"{path.name}: {target}"
@@ -189,13 +216,18 @@ def test_tables_come_from_the_result_files():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-  """A folder with the inputs of the README's commands: a run, an .npz file, a folder of images."""
+  """A folder with the inputs of the commands: a run, an .npz file, a folder of images, a table and embeddings."""
   from PIL import Image
 
   path = tmp_path_factory.mktemp("readme")
   data = datasets.load_dataset("digits")
   arrays = {name: getattr(data, name)[:300] for name in ("x_train", "y_train", "x_test", "y_test")}
   np.savez(path / "data.npz", **arrays)
+  rows = data.x_train.reshape(len(data.x_train), -1).astype(np.float32)
+  np.save(path / "embeddings.npy", rows)
+  np.save(path / "labels.npy", data.y_train)
+  table = [f"{row[20]},{row[21]},a,b,{row[22]}" for row in rows]
+  (path / "table.csv").write_text("\n".join(["first,second,name,city,price", *table]))
   for name, images, labels in (
     ("train", data.x_train, data.y_train),
     ("test", data.x_test, data.y_test),
@@ -221,9 +253,18 @@ SMALL = {
   "--network_seeds=0 --architecture=conv1 --set=width=4",
   "run_evaluate": " --baselines=uniform --num_seeds=2 --network_steps=2 --width=4 --test_rows=50",
 }
-COMMANDS = re.findall(
-  r"^python -m (.+)$", "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S)), flags=re.M
+SHELL = "".join(
+  block
+  for path in DOCUMENTS
+  if path.parent in (ROOT, GUIDES)
+  for block in re.findall(r"```bash\n(.*?)```", path.read_text(), flags=re.S)
 )
+# `--distributed` needs several processes, which `tests/cli/test_processes.py` starts.
+COMMANDS = [
+  command
+  for command in dict.fromkeys(re.findall(r"^python -m (.+)$", launched(SHELL), flags=re.M))
+  if "--distributed" not in command
+]
 
 
 # Those that finish in seconds; whole runs, selections and grids are tested in `tests/cli`.
@@ -234,11 +275,11 @@ QUICK = ("--dry_run", "--protocol=", "--resume", "run_report", "run_export")
   "command",
   slow_except(COMMANDS, *(command for command in COMMANDS if any(q in command for q in QUICK))),
 )
-def test_commands_of_the_readme_run(place, command):
+def test_commands_in_documents_run(place, command):
   """Runs each command with few steps and digits instead of named datasets; none needs a network."""
   module = command.split()[0].removeprefix("experiments.")
   command = re.sub(
-    r"--dataset=(mnist|cifar10)|--data_dir=DIR|--minutes=\d+",
+    r"--dataset=(mnist|cifar10)|--data_dir=DIR|--minutes=\d+|--target_batch_size=\d+",
     "",
     command.replace("path/to", str(place)).replace("runs/", f"{place}/"),
   )
@@ -246,6 +287,8 @@ def test_commands_of_the_readme_run(place, command):
     command += f" --output_dir={place}/{len(list(place.iterdir()))}"
   networks = module == "run_distill" and "--teach=kernel" not in command
   small = SMALL.get(module, "") + SMALL_NETWORKS * networks
+  if "--labels=expert" in command:
+    small += " --width=4 --expert_epochs=1 --network_steps=1"
   done = run_binary(*(command + ("" if "--resume" in command else small)).split())
   finished = "--resume" in command and "already finished" in done.stderr
   assert done.returncode == 0 or finished, f"{command}\n{done.stdout}\n{done.stderr}"
