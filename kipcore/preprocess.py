@@ -79,6 +79,23 @@ class Step:
     inverse = np.linalg.inv(self.arrays["whitening"])
     return 0.5 * (inverse + inverse.T)
 
+  def operands(self, inverse: bool) -> dict[str, np.ndarray]:
+    """The arrays with which the step, or its inverse, transforms rows."""
+    if self.name == "zca":
+      return {"matrix": self.unwhitening if inverse else self.arrays["whitening"]}
+    return dict(self.arrays)
+
+  @functools.cached_property
+  def _on_device(self) -> dict[tuple, dict[str, jax.Array]]:
+    return {}
+
+  def operands_on_device(self, inverse: bool, dtype) -> dict[str, jax.Array]:
+    """`operands` in `dtype`, placed once."""
+    if (key := (inverse, np.dtype(dtype))) not in self._on_device:
+      with jax.ensure_compile_time_eval():  # no tracers, which would outlive their trace
+        self._on_device[key] = {k: jnp.asarray(a, dtype) for k, a in self.operands(inverse).items()}
+    return self._on_device[key]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Preprocess:
@@ -86,8 +103,8 @@ class Preprocess:
 
   `apply` and `invert` take `(n, *row_shape)`. For NumPy arrays they return NumPy arrays and work in
   row blocks of about 64 MiB: entrywise steps in float64, the whitening product in `dtype`. For a
-  `jax.Array` they return a `jax.Array`, computed on all rows at once in `dtype`; it may be traced,
-  and the `(d, d)` whitening matrix is then a constant of the compiled function.
+  `jax.Array` they return a `jax.Array`, computed on all rows at once in `dtype`, compiled once per
+  shape; it may be traced, and the `(d, d)` whitening matrix is then a constant of the compiled function.
 
   Attributes:
     kind: name of the recipe, or "custom".
@@ -126,9 +143,8 @@ class Preprocess:
     checks.shape("x", x, (None, *self.row_shape))
     if isinstance(x, jax.Array):
       dtype = jax.dtypes.canonicalize_dtype(dtype)
-      return functools.reduce(
-        lambda rows, step: _transform(step, rows, jnp, dtype, inverse), steps, x.astype(dtype)
-      )
+      operands = [step.operands_on_device(inverse, dtype) for step in steps]
+      return _run_compiled(tuple(step.name for step in steps), dtype, inverse, x, operands)
     out = np.empty(x.shape, dtype)
     for rows, block in _processed_blocks(x, steps, out.dtype, inverse):
       out[rows] = block
@@ -328,18 +344,24 @@ def _mean_and_norm(x, xp):
   return x, mean, xp.sqrt(xp.where(varies, squares, 1.0)), varies
 
 
-def _transform(step: Step, x, xp, dtype, inverse):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_compiled(names, dtype, inverse, x, operands):
+  x = x.astype(dtype)
+  for name, arrays in zip(names, operands):
+    x = _transform(name, arrays, x, jnp, dtype, inverse)
+  return x
+
+
+def _transform(name: str, operands: Mapping, x, xp, dtype, inverse):
   """Apply or invert one step on a block of rows."""
-  if step.name == "zca":
-    matrix = step.unwhitening if inverse else step.arrays["whitening"]
+  if name == "zca":
+    matrix = xp.asarray(operands["matrix"], dtype)
     flat = x.reshape(x.shape[0], matrix.shape[0]).astype(dtype)
-    return (np.matmul if xp is np else linalg.matmul)(flat, xp.asarray(matrix, dtype)).reshape(
-      x.shape
-    )
-  if step.name == "unit_norm" and not inverse:
+    return (np.matmul if xp is np else linalg.matmul)(flat, matrix).reshape(x.shape)
+  if name == "unit_norm" and not inverse:
     x, _, norm, _ = _mean_and_norm(x, xp)
     return x / norm
-  mean, divisor = step.arrays.get("mean", np.zeros(())), step.arrays.get("divisor", np.ones(()))
+  mean, divisor = operands.get("mean", np.zeros(())), operands.get("divisor", np.ones(()))
   mean, divisor = (
     xp.asarray(a.reshape((1,) * (x.ndim - a.ndim) + a.shape), x.dtype) for a in (mean, divisor)
   )
@@ -352,7 +374,7 @@ def _processed_blocks(x, steps, dtype, inverse=False):
   for rows in blocks.row_slices(x.shape[0], size):
     block = x[rows].astype(np.float64)
     for step in steps:
-      block = _transform(step, block, np, dtype, inverse)
+      block = _transform(step.name, step.operands(inverse), block, np, dtype, inverse)
     yield rows, block
 
 

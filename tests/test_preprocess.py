@@ -152,6 +152,15 @@ def test_tabular_features_equal_scikit_learn_and_constant_ones_keep_std_one():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_call_within_a_trace_leaves_no_tracers_behind():
+  x = np.random.default_rng(0).normal(size=(40, 2, 2, 1))
+  fitted = fit_preprocess(x, "zca")
+  traced = jax.jit(lambda rows: fitted.invert(fitted.apply(rows)))(jnp.asarray(x))
+  eager = fitted.invert(fitted.apply(jnp.asarray(x)))
+  np.testing.assert_allclose(traced, eager, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(eager, x, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
   "case", ["constant", "one constant image", "zero channel", "one row", "all zero", "tiny"]
 )
