@@ -158,7 +158,9 @@ def _tests(python, source: pathlib.Path) -> dict:
     check=False,
   )
   if not report.exists():
-    raise RuntimeError(f"pytest ended with status {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    raise RuntimeError(
+      f"pytest ended with status {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    )
   (suite,) = ElementTree.parse(report).getroot()
   bad = [
     case for case in suite if case.find("failure") is not None or case.find("error") is not None
