@@ -75,9 +75,9 @@ SETS = {
 
 
 def changes(before: dict[str, str], after: dict[str, str]) -> dict:
-  """Packages that an installation added, and those that it replaced with their versions before and after."""
+  """Packages that the installation added besides kipcore, and those that it replaced with their versions before and after."""
   return {
-    "added": sorted(set(after) - set(before)),
+    "added": sorted(set(after) - set(before) - {"kipcore"}),
     "replaced": {
       name: [version, after.get(name)]
       for name, version in before.items()
@@ -120,10 +120,10 @@ def _interpreter(version: str) -> str:
   return found
 
 
-def _run(command, **options) -> subprocess.CompletedProcess:
+def _run(command) -> subprocess.CompletedProcess:
   """A process that must succeed."""
   done = subprocess.run(
-    list(map(str, command)), capture_output=True, text=True, check=False, **options
+    list(map(str, command)), env=_environment(), capture_output=True, text=True, check=False
   )
   if done.returncode:
     raise RuntimeError(f"{command[0]} ended with status {done.returncode}: {done.stderr[-2000:]}")

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_changes_of_an_installation():
-  before, after = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "2.1", "d": "4"}
+  before, after = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "2.1", "d": "4", "kipcore": "1"}
   assert versions.changes(before, after) == {
     "added": ["d"],
     "replaced": {"b": ["2", "2.1"], "c": ["3", None]},
