@@ -17,9 +17,12 @@ IMPORT_NAMES = {
   "scikit-learn": "sklearn",
   "jinja2": "jinja2",
 }
-# Imports that another requirement installs, and requirements that another one imports without declaring them.
-INSTALLED_BY = {"tensorflow": "neural-tangents"}
+# Requirements that another one imports without declaring them.
 IMPORTED_BY = {"importlib_resources": "tensorflow-datasets"}
+# Extras that kipcore imports; the others are tools.
+OPTIONAL = ("neural-tangents", "tfds", "torch", "tensorboard", "arrow")
+# What requires TensorFlow, which Colab does not have on TPUs, and TensorFlow Datasets.
+TENSORFLOW = {"tensorflow", "tensorflow-datasets", "neural-tangents"}
 
 
 def configuration() -> configparser.ConfigParser:
@@ -52,21 +55,28 @@ def import_name(distribution: str) -> str:
   return IMPORT_NAMES.get(distribution, distribution.replace("-", "_"))
 
 
-def test_every_import_is_declared():
+def requirements() -> tuple[set[str], dict[str, set[str]]]:
+  """Names of the packages that are always installed, and of those that each extra adds."""
   parser = configuration()
   extras = {name: distributions(text) for name, text in parser["options.extras_require"].items()}
-  core = distributions(parser["options"]["install_requires"])
-  optional = extras["torch"] | extras["tensorboard"] | extras["arrow"]
-  declared = {import_name(name) for name in core | optional}
-  assert imports() - declared == set(INSTALLED_BY)
-  assert set(INSTALLED_BY.values()) <= core
+  return distributions(parser["options"]["install_requires"]), extras
 
 
-def test_every_declared_requirement_is_imported():
-  core = distributions(configuration()["options"]["install_requires"])
+def test_imports_equal_the_declared_requirements():
+  core, extras = requirements()
+  declared = core.union(*(extras[name] for name in OPTIONAL))
   used = imports()
-  unused = {name for name in core if import_name(name) not in used}
-  assert unused == set(IMPORTED_BY) and set(IMPORTED_BY.values()) <= core
+  assert used <= {import_name(name) for name in declared}
+  assert {name for name in declared if import_name(name) not in used} == set(IMPORTED_BY)
+  assert all({name, user} <= extras["tfds"] for name, user in IMPORTED_BY.items())
+
+
+def test_tensorflow_is_optional_and_the_tests_install_it():
+  core, extras = requirements()
+  assert not core & TENSORFLOW
+  assert extras["neural-tangents"] | extras["tfds"] >= TENSORFLOW
+  (own,) = re.findall(r"^kipcore\[(.*)\]$", configuration()["options.extras_require"]["test"], re.M)
+  assert set(own.split(",")) == {"neural-tangents", "tfds"}
 
 
 def test_only_kipcore_is_installed():

@@ -21,8 +21,11 @@ FLAGS = (
 
 
 def known(flags=FLAGS) -> str:
-  """The flags that the installed jaxlib knows: XLA aborts the process on any other."""
-  names = {flag: flag.removeprefix("--").partition("=")[0].encode() for flag in flags}
+  """The flags that the installed jaxlib knows: XLA aborts the process on any other.
+
+  The library contains their names between zero bytes, and names of removed flags only inside descriptions of messages.
+  """
+  names = {flag: b"\0%b\0" % flag.removeprefix("--").partition("=")[0].encode() for flag in flags}
   libraries = sorted(
     pathlib.Path(jaxlib.__file__).parent.glob("*.so"), key=lambda p: p.stat().st_size
   )

@@ -555,10 +555,48 @@ def selection_table(results: dict) -> str:
   return "\n".join(lines)
 
 
+def versions_table(results: dict) -> str:
+  """Markdown of `versions.json`: one row per set of versions."""
+  packages = list(next(iter(results["sets"].values()))["versions"])
+  lines = [
+    "| versions | Python | "
+    + " | ".join(packages)
+    + " | replaced | added | MB before, after | tests passed | failed | command |",
+    "| --- | --- |" + " --- |" * (len(packages) + 6),
+  ]
+  for name, row in results["sets"].items():
+    replaced = ", ".join(f"{package} {old}" for package, (old, _) in row["replaced"].items())
+    tests, status = row["tests"], row["command"]["status"]
+    cells = [
+      name,
+      row["python"],
+      *row["versions"].values(),
+      replaced or "none",
+      str(len(row["added"])),
+      f"{row['megabytes'][0]:,}, {row['megabytes'][1]:,}",
+      str(tests["passed"]),
+      str(len(tests["failed"])),
+      f"status {status}" if status else f"{100 * row['command']['test_accuracy']:.1f} %",
+    ]
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(
+    [
+      *lines,
+      "",
+      "Each row: a new virtual environment with these versions, and kipcore installed into it. *Replaced*: packages whose version this changed; *added*: "
+      "number of packages that it added; MB: size of the environment; *tests*: of "
+      + ", ".join(f"`{path}`" for path in results["tests"])
+      + f", without neural-tangents; *command*: test accuracy of `{' '.join(results['command'])}`. *Colab TPU*: the versions of that runtime in August 2026. "
+      "From `experiments/results/versions.json` (`python -m experiments.robustness.versions`), which also names the packages.",
+    ]
+  )
+
+
 # marker in the document -> result file, and the function that renders it
 TABLES = {
   "selection": ("selection", selection_table),
   "networks": ("networks", networks_table),
+  "versions": ("versions", versions_table),
   "expert_labels": ("expert_labels", expert_labels_table),
   "teach": ("teach", teach_table),
   "exact_kernels": ("exact_kernels", exact_kernels_table),

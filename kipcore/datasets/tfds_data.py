@@ -1,4 +1,8 @@
-"""Images of TensorFlow Datasets, read silently and only as many as requested."""
+"""Images of TensorFlow Datasets, read silently and only as many as requested.
+
+Prepared files in a format with random access (array_record) are read without TensorFlow. TFDS needs it for other formats, and to
+prepare a dataset, because it encodes images by TensorFlow.
+"""
 
 import contextlib
 import difflib
@@ -16,10 +20,10 @@ from collections.abc import Callable
 import numpy as np
 
 from kipcore import checks
-from kipcore.io.quiet_tensorflow import quiet_tensorflow
+from kipcore.io.quiet_tensorflow import import_tensorflow, quiet_tfds
 from kipcore.types import DatasetError
 
-_BATCH = 256  # images decoded at a time if only some are requested
+_BATCH = 256  # images decoded at a time
 
 
 def read(name: str, data_dir, pick: Callable) -> dict:
@@ -34,11 +38,15 @@ def read(name: str, data_dir, pick: Callable) -> dict:
     x_train uint8 `(n, h, w, c)`, y_train `(n,)`, x_test, y_test, `class_names`, `note`.
 
   Raises:
-    DatasetError: for an unknown name, other features, or data that are missing and cannot be downloaded; and for exceptions of TFDS.
+    DatasetError: for an unknown name, other features, packages that are not installed, or data that are missing and cannot be
+      downloaded; and for exceptions of TFDS.
   """
   _require_known(name, data_dir)
-  with quiet_tensorflow() as (_, tfds):
-    return _read(tfds, name, data_dir, pick)
+  try:
+    with quiet_tfds() as tfds:
+      return _read(tfds, name, data_dir, pick)
+  except ImportError as error:
+    raise DatasetError(f"{name}: {checks.one_line(error)}") from error
 
 
 def _require_known(name: str, data_dir) -> None:
@@ -101,27 +109,21 @@ def _read(tfds, name, data_dir, pick) -> dict:
       f"{name}: expected images of one size, got image shape {features[x_key].shape}"
     )
   if not builder.is_prepared():
+    import_tensorflow()  # otherwise, TFDS fails after the download
     _require_host(name, builder)
     builder.download_and_prepare()
+  batches = _batches(tfds, builder)
 
-  def rows_of(split, decoded, batch_size=-1):
-    decoders = tfds.decode.PartialDecoding({key: True for key in decoded})
-    return builder.as_dataset(
-      split=split, batch_size=batch_size, shuffle_files=False, decoders=decoders
-    )
+  def labels(split):
+    return np.concatenate([y for y in batches(split, y_key, skip=x_key)])
 
-  def images(wanted):
-    if wanted.all():
-      return rows_of(main, (x_key,))[x_key].numpy()
-    out, first, done = (
-      np.empty((wanted.sum(), *features[x_key].shape), features[x_key].np_dtype),
-      0,
-      0,
-    )
-    for batch in tfds.as_numpy(rows_of(main, (x_key,), _BATCH)):
-      here = batch[x_key][wanted[first : first + _BATCH]]
+  def images(split, wanted):
+    out = np.empty((wanted.sum(), *features[x_key].shape), features[x_key].np_dtype)
+    first, done = 0, 0
+    for batch in batches(split, x_key):
+      here = batch[wanted[first : first + len(batch)]]
       out[done : done + len(here)] = here
-      first, done = first + _BATCH, done + len(here)
+      first, done = first + len(batch), done + len(here)
     return out
 
   splits = builder.info.splits
@@ -131,22 +133,20 @@ def _read(tfds, name, data_dir, pick) -> dict:
   raw = {"note": "" if main == "train" else f"the only split is called {main}"}
   for split in ("test", "validation"):
     if split in splits and split != main:
-      rows = rows_of(split, (x_key, y_key))
-      if (rows[y_key].numpy() >= 0).all():  # Some test splits come without labels, as -1.
+      y = labels(split)
+      if (y >= 0).all():  # Some test splits come without labels, as -1.
         raw |= {
-          "x_test": rows[x_key].numpy(),
-          "y_test": rows[y_key].numpy(),
+          "x_test": images(split, np.ones(len(y), bool)),
+          "y_test": y,
           "note": "" if split == "test" else "the TFDS validation split is the test split",
         }
         break
-  y = rows_of(main, (y_key,))[y_key].numpy()
+  y = labels(main)
   train, test = pick(y, cut="x_test" not in raw)
   wanted = np.zeros(len(y), bool)
   wanted[train] = wanted[test] = True
-  x, place = (
-    images(wanted),
-    np.cumsum(wanted) - 1,
-  )  # position of each requested row among the requested ones
+  # The position of each requested row among the requested ones.
+  x, place = images(main, wanted), np.cumsum(wanted) - 1
   if len(test):
     raw |= {"x_test": x[place[test]], "y_test": y[test]}
     x = x[place[train]]
@@ -156,6 +156,30 @@ def _read(tfds, name, data_dir, pick) -> dict:
     "y_train": y[train],
     "class_names": tuple(features[y_key].names or ()) or None,
   }
+
+
+def _batches(tfds, builder) -> Callable:
+  """`(split, key, skip=None) -> iterator` over batches of the feature `key`, in an order that is always the same; `skip` is not decoded."""
+
+  def by_tensorflow(split, key, skip=None):
+    del skip
+    rows = builder.as_dataset(
+      split=split,
+      batch_size=_BATCH,
+      shuffle_files=False,
+      decoders=tfds.decode.PartialDecoding({key: True}),
+    )
+    return (batch[key] for batch in tfds.as_numpy(rows))
+
+  def by_position(split, key, skip=None):
+    decoders = {skip: tfds.decode.SkipDecoding()} if skip else None
+    rows = builder.as_data_source(split=split, decoders=decoders)
+    for first in range(0, len(rows), _BATCH):
+      batch = rows.__getitems__(range(first, min(first + _BATCH, len(rows))))
+      yield np.stack([row[key] for row in batch])
+
+  formats = builder.info.available_file_formats()
+  return by_position if formats & tfds.core.FileFormat.with_random_access() else by_tensorflow
 
 
 def _require_host(name, builder):

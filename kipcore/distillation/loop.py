@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Float, Int
 
 from kipcore import blocks, checks, keys, linalg
-from kipcore.devices import AXIS, device_axis, pmap
+from kipcore.devices import AXIS, device_axis, first, over_devices
 from kipcore.distillation import snapshot
 from kipcore.distillation.method import Batch, Method, Params, Sampler
 from kipcore.distillation.optimizers import Optimizer
@@ -285,6 +285,7 @@ def distill(
   checkpoint_policy: CheckpointPolicy | None = None,
   resume: Snapshot | None = None,
   keeping: CheckpointPolicy | None = None,
+  mapping: str = "pmap",
 ) -> DistillResult:
   """Distills: `num_steps` updates of the support.
 
@@ -309,19 +310,21 @@ def distill(
     resume: a snapshot of a run with the same arguments to continue from. On the same number of
       devices the result equals that of the uninterrupted run bit for bit.
     keeping: deprecated name of `checkpoint_policy`.
+    mapping: how steps are mapped over the devices: "pmap" by `jax.pmap`, "shard_map" by `jax.shard_map` (one process only).
+      The results are equal.
 
   Returns:
     `DistillResult`.
 
   Raises:
     NumericalError: if a step met a failed factorization or a value that is not finite; it names the step.
-    ValueError: for shapes that disagree, fewer rows than devices, devices with several processes, or
-      a snapshot of another run.
+    ValueError: for shapes that disagree, fewer rows than devices, devices or shard_map with several processes, an unknown
+      mapping, or a snapshot of another run.
   """
   if keeping is not None:
     warnings.warn("keeping is deprecated: use checkpoint_policy", DeprecationWarning, stacklevel=2)
     checkpoint_policy = keeping
-  axis = device_axis(devices)
+  axis = device_axis(devices, mapping)
   num_steps = checks.integer("num_steps", num_steps, 0)
   checks.rank("support.y", support.y, 2)
   checks.shape("x_target", x_target, (None, *support.x.shape[1:]))
@@ -342,12 +345,12 @@ def distill(
       raise ValueError(
         f"resume: expected a snapshot of at most {num_steps} steps, got one of {done}"
       )
-  mapped: Any = pmap(_run_steps, axis, donate_argnums=(2,), static_broadcasted_argnums=(0,))
+  mapped: Any = over_devices(_run_steps, axis, donate_argnums=(2,), static_broadcasted_argnums=(0,))
   run = functools.partial(mapped, distiller)
   started = time.perf_counter()
   raw_key = np.broadcast_to(jax.random.key_data(key), (axis.local, *jax.random.key_data(key).shape))
   # Placed on the devices once: otherwise every call would copy, and the second would recompile.
-  place = pmap(_identity, axis)
+  place = over_devices(_identity, axis)
   raw_key, state, targets = place((raw_key, state, targets))
   if compiled is not None:
     run = mapped.lower(distiller, raw_key, state, targets, axis.every(0), axis.every(0)).compile()
@@ -359,7 +362,7 @@ def distill(
   compile_seconds = time.perf_counter() - started
 
   def result():
-    final, scores = _first(state), snapshot.row_scores(state, distiller.sampler, axis, *dealt)
+    final, scores = first(state), snapshot.row_scores(state, distiller.sampler, axis, *dealt)
     return DistillResult(
       distiller.method.support(final.params, final.aux),
       final,
@@ -409,7 +412,7 @@ def distill(
     logged = {name: np.asarray(value)[0].tolist() for name, value in metrics.items()}
     record = {"step": done, "seconds": seconds, **record, **logged}
     if callback is not None:
-      callback(done, distiller.method.support(_first(state.params), _first(state.aux)), record)
+      callback(done, distiller.method.support(first(state.params), first(state.aux)), record)
     history.append(record)
     if checkpoint_policy is not None and (due or done == num_steps):
       checkpoint_policy.save(snapshot.take(state, axis, history, seconds))
@@ -418,7 +421,7 @@ def distill(
 
 
 def _run_steps(distiller: Distiller, raw_key, state, targets, count, due):
-  """Steps on one device of the axis; called through `pmap`.
+  """Steps on one device of the axis; called through `over_devices`.
 
   The number of steps is an argument, so one compilation serves every distance between two logged
   steps, and every run of an equal distiller.
@@ -447,11 +450,6 @@ def _run_steps(distiller: Distiller, raw_key, state, targets, count, due):
 
 def _identity(tree):
   return tree
-
-
-def _first(tree):
-  """The copy on the first device."""
-  return jax.tree.map(lambda a: a[0], tree)
 
 
 def _optimizer(distiller: Distiller, params: Params) -> optax.GradientTransformation:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from kipcore import checks
-from kipcore.devices import AXIS, Axis, pmap
+from kipcore.devices import AXIS, Axis, first, over_devices
 from kipcore.distillation.method import Sampler
 from kipcore.distillation.targets import deal_rows, gather_rows, scatter_rows
 
@@ -76,7 +76,7 @@ def scale_learning_rate(snapshot: Snapshot, factor: float) -> Snapshot:
 
 def take(state: Any, axis: Axis, history: list, seconds: float) -> Snapshot:
   """Copies a mapped state, whose leaves have a leading axis over the local devices, to the host."""
-  once = jax.tree.map(lambda leaf: np.asarray(leaf[0]), state._replace(sampler=()))
+  once = jax.tree.map(np.asarray, first(state._replace(sampler=())))
   arrays = jax.tree.leaves(once._replace(sampler=_of_all_devices(state.sampler, axis)))
   return Snapshot(arrays, int(once.step), axis.size, [dict(line) for line in history], seconds)
 
@@ -100,7 +100,7 @@ def row_scores(
 def _of_all_devices(tree: Any, axis: Axis) -> Any:
   """Leaves `(D, ...)` on the host, including those of other processes."""
   if axis.local != axis.size:
-    tree = jax.tree.map(lambda leaf: leaf[0], pmap(_gather, axis)(tree))
+    tree = first(over_devices(_gather, axis)(tree))
   return jax.tree.map(np.asarray, tree)
 
 
@@ -138,9 +138,9 @@ def restore(
       f"snapshot: expected the {structure.num_leaves} arrays of this run, got {len(snapshot.arrays)}"
     )
   saved = jax.tree.unflatten(structure, snapshot.arrays)
-  learned, first = saved._replace(sampler=()), fresh._replace(sampler=())
-  _check_same_types(learned, jax.tree.map(lambda leaf: leaf[0], first))
-  state = jax.tree.map(lambda leaf, value: np.broadcast_to(value, leaf.shape), first, learned)
+  learned, initial = saved._replace(sampler=()), fresh._replace(sampler=())
+  _check_same_types(learned, jax.tree.map(lambda leaf: leaf[0], initial))
+  state = jax.tree.map(lambda leaf, value: np.broadcast_to(value, leaf.shape), initial, learned)
   if snapshot.num_devices == axis.size:
     mine = jax.tree.map(lambda leaf: leaf[axis.own], saved.sampler)
     _check_same_types(mine, fresh.sampler)

@@ -142,7 +142,7 @@ class Artifact:
 
     Raises:
       ValueError, TypeError: for an unknown format or space, or a set that PNG cannot hold.
-      ImportError: for "torch" if PyTorch is not installed.
+      ImportError: for "torch" and "tfds" if a package they need is not installed.
       OSError: if it cannot be written, or the path is taken.
     """
     export.write(path, format, self.distilled_set(space, pixel_max), overwrite)

@@ -241,7 +241,7 @@ def write(path, format: str, content: DistilledSet, overwrite: bool = False) -> 
   Raises:
     ValueError, TypeError: for an unknown format or space, arrays with inconsistent shapes or
       non-finite entries, or a set that PNG cannot represent.
-    ImportError: for "torch" if PyTorch is not installed.
+    ImportError: for "torch" and "tfds" if a package they need is not installed.
     OSError: if the export cannot be written; FileExistsError if the path exists.
   """
   check(path, format, content, overwrite)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from kipcore import blocks, checks, linalg, pytrees
-from kipcore.devices import Axis, device_axis, pmap
+from kipcore.devices import Axis, device_axis, over_devices
 from kipcore.kernels.base import diagonal
 from kipcore.types import Array, ArrayLike, IntLike, KernelFn
 
@@ -30,6 +30,7 @@ def gram(
   block_size: IntLike | None = None,
   devices: Sequence | None = None,
   memory_budget: IntLike | None = None,
+  mapping: str = "pmap",
 ) -> Float[Array, "n1 n2"]:
   """The kernel matrix k(x1_i, x2_j), computed in blocks of rows of `x1`.
 
@@ -44,13 +45,14 @@ def gram(
     memory_budget: bytes of working memory, in place of `block_size`: the largest block for which XLA's
       memory analysis of the kernel stays within it. The arguments and the result are not counted, nor
       the copy of a result in blocks that `x2=None` needs to make it exactly symmetric.
+    mapping: how rows are mapped over `devices`: "pmap" or "shard_map", with equal results.
 
   Returns:
     `(n1, n2)`.
 
   Raises:
     ValueError, TypeError: for rows of `x1` and `x2` that differ in shape, a block size or budget that
-      is not a positive integer, both of them, or a budget below the memory for one row.
+      is not a positive integer, both of them, a budget below the memory for one row, or an unknown mapping.
 
   Example:
     >>> x, kernel_fn = jnp.arange(12.0).reshape(6, 2), kipcore.rbf_fn(3.0)
@@ -76,7 +78,8 @@ def gram(
     block_size = _block_size_within(budget, kernel_fn, x1, x1 if x2 is None else x2)
   if devices is None:
     return _gram(kernel_fn, block_size, jax.default_backend(), x1, x2)
-  k = _rows_over_devices(kernel_fn, x1, x1 if x2 is None else x2, block_size, device_axis(devices))
+  axis = device_axis(devices, mapping)
+  k = _rows_over_devices(kernel_fn, x1, x1 if x2 is None else x2, block_size, axis)
   if x2 is None:
     k = _symmetric(k, gram_diag(kernel_fn, x1, block_size))
   return k
@@ -227,6 +230,8 @@ def _rows_over_devices(kernel_fn, x1, x2, block_size: int | None, axis: Axis) ->
     return kernel_fn(x1, x2)
   rows = -(-n // axis.size)
   x1 = blocks.pad_rows(x1, axis.size * rows)
-  mapped = pmap(_block_rows, axis, in_axes=(0, None, None, None), static_broadcasted_argnums=3)
+  mapped = over_devices(
+    _block_rows, axis, in_axes=(0, None, None, None), static_broadcasted_argnums=3
+  )
   k = mapped(x1.reshape(axis.size, rows, *x1.shape[1:]), x2, kernel_fn, block_size)
   return jnp.asarray(jax.device_get(k)).reshape(axis.size * rows, -1)[:n]

@@ -49,10 +49,18 @@ def import_neural_tangents() -> types.ModuleType:
   Raises:
     ImportError: if it is not installed, or JAX has moved more names.
   """
-  if "neural_tangents" in sys.modules:
-    return sys.modules["neural_tangents"]
-  with _names_of_old_jax():
-    return importlib.import_module("neural_tangents")
+  if module := sys.modules.get("neural_tangents"):
+    return module
+  try:
+    with _names_of_old_jax():
+      return importlib.import_module("neural_tangents")
+  except ModuleNotFoundError as error:
+    if error.name != "neural_tangents":
+      raise
+    raise ModuleNotFoundError(
+      f"expected neural-tangents to be installed, got {error}; pip install 'kipcore[neural-tangents]'",
+      name=error.name,
+    ) from error
 
 
 @contextlib.contextmanager
@@ -74,11 +82,13 @@ def _names_of_old_jax():
     supply(jax.interpreters.ad, "zeros_like_p", object())
     stand_ins = {"neural_tangents.experimental": types.ModuleType("neural_tangents.experimental")}
     if not _importable("jax.util"):
-      stand_ins["jax.util"] = util = types.ModuleType("jax.util")
-      util.safe_map, util.safe_zip = _safe_map, _safe_zip
+      stand_ins["jax.util"] = types.ModuleType("jax.util")
     for name, module in stand_ins.items():
       sys.modules[name] = module
       undo.callback(sys.modules.pop, name)
+    # JAX 0.7 has the module without these two.
+    supply(sys.modules["jax.util"], "safe_map", _safe_map)
+    supply(sys.modules["jax.util"], "safe_zip", _safe_zip)
     yield
 
 

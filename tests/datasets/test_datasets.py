@@ -1,8 +1,11 @@
 """Data files and TFDS: checks, splits, hashes, one-line errors, and no unpickling."""
 
+import contextlib
 import gzip
 import hashlib
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +17,7 @@ import pytest
 from helpers import SHARED_DATA, needs
 from sklearn.datasets import load_digits
 
-from kipcore.datasets import DatasetError, load_dataset
+from kipcore.datasets import DatasetError, load_dataset, tfds_data
 
 
 def arrays_of(n=60, m=20, c=4, shape=(4, 4, 3), seed=0):
@@ -376,9 +379,20 @@ def test_import_and_file_reading_do_not_import_tensorflow(tmp_path):
   assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == 0
 
 
-def prepare_tiny(folder, name="tiny_shapes", splits=("train", "test"), label=None):
+def record_writer(path):
+  """Writes the file format that the path ends in."""
+  if ".array_record-" in path.name:
+    from array_record.python import array_record_module
+
+    return contextlib.closing(array_record_module.ArrayRecordWriter(str(path), "group_size:1"))
+  return pytest.importorskip("tensorflow").io.TFRecordWriter(str(path))
+
+
+def prepare_tiny(
+  folder, name="tiny_shapes", splits=("train", "test"), label=None, file_format="tfrecord"
+):
   """Writes a prepared TFDS dataset without a builder class, a download or a network."""
-  tfds, tf = pytest.importorskip("tensorflow_datasets"), pytest.importorskip("tensorflow")
+  tfds = pytest.importorskip("tensorflow_datasets")
   features = tfds.features.FeaturesDict(
     {
       "image": tfds.features.Image(shape=(5, 6, 3)),
@@ -392,14 +406,17 @@ def prepare_tiny(folder, name="tiny_shapes", splits=("train", "test"), label=Non
     x = rng.integers(0, 256, (n, 5, 6, 3)).astype(np.uint8)
     y = np.full(n, -1) if split == "unlabeled" else np.arange(n) % 2
     split = "test" if split == "unlabeled" else split
-    file = target / f"{name}-{split}.tfrecord-00000-of-00001"
-    with tf.io.TFRecordWriter(str(file)) as writer:
+    with record_writer(target / f"{name}-{split}.{file_format}-00000-of-00001") as writer:
       for image, k in zip(x, y):
         writer.write(features.serialize_example({"image": image, "label": int(k)}))
     infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[n], num_bytes=0))
     written |= {f"x_{split}": x, f"y_{split}": y}
   tfds.folder_dataset.write_metadata(
-    data_dir=str(target), features=features, split_infos=infos, supervised_keys=("image", "label")
+    data_dir=str(target),
+    features=features,
+    split_infos=infos,
+    supervised_keys=("image", "label"),
+    check_data=False,  # can read TFRecord files only
   )
   return written
 
@@ -415,6 +432,50 @@ def test_prepared_tfds_folder_is_read_exactly_and_silently(tmp_path, capfd):
   assert (
     data.class_names == ("disc", "square") and data.x_train.dtype == np.uint8 and data.note == ""
   )
+
+
+WITHOUT_TENSORFLOW = """
+import json, sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name == "tensorflow" else find(name, *rest)
+from kipcore.datasets import DatasetError, load_dataset
+try:
+  data = load_dataset(sys.argv[1], data_dir=sys.argv[2], train_rows=8, validation_fraction=0)
+except DatasetError as error:
+  sys.exit(str(error))
+print(json.dumps([data.x_train.tolist(), data.y_train.tolist(), data.x_test.tolist(), data.y_test.tolist()]))
+"""
+
+
+def test_array_records_are_read_without_tensorflow(tmp_path):
+  prepare_tiny(tmp_path, "tiny_records")
+  prepare_tiny(tmp_path, "tiny_arrays", file_format="array_record")
+
+  def run(name):
+    command = [sys.executable, "-c", WITHOUT_TENSORFLOW, name, str(tmp_path)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+  expected = load_dataset("tiny_records", tmp_path, train_rows=8, validation_fraction=0)
+  here = load_dataset("tiny_arrays", tmp_path, train_rows=8, validation_fraction=0)
+  found = json.loads(run("tiny_arrays").stdout)
+  for field, value in zip(("x_train", "y_train", "x_test", "y_test"), found):
+    assert np.array_equal(getattr(expected, field), value)
+    assert np.array_equal(getattr(here, field), value)
+  message = (
+    "tiny_records: expected TensorFlow to be installed, got .*; pip install 'kipcore\\[tfds\\]'"
+  )
+  assert re.fullmatch(message + "\n", run("tiny_records").stderr)
+
+
+def test_missing_tfds_is_reported_in_one_line(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+  tfds_data.builder_names.cache_clear()
+  message = (
+    r"mnist: expected tensorflow-datasets to be installed, got .*; pip install 'kipcore\[tfds\]'"
+  )
+  fault("mnist", message)
+  tfds_data.builder_names.cache_clear()
 
 
 @pytest.mark.parametrize(

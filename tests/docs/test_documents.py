@@ -3,7 +3,13 @@
 import contextlib
 import io
 import json
+import os
+import pathlib
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 
 import numpy as np
 import pytest
@@ -147,14 +153,70 @@ def test_notebooks_run_and_stored_outputs_are_printed_text(path):
   assert path.stat().st_size < 40_000
 
 
-def test_notebooks_have_the_same_install_cell():
-  cells = {
+def install_cells() -> set[str]:
+  return {
     "".join(cell["source"])
-    for path in (ROOT / "notebooks").glob("*.ipynb")
+    for path in NOTEBOOKS
     for cell in json.loads(path.read_text())["cells"]
     if "KIPCORE_SOURCE" in "".join(cell["source"])
   }
-  assert len(cells) == 1
+
+
+def test_notebooks_have_the_same_install_cell():
+  assert len(install_cells()) == 1
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+  """A clone of kipcore, the address of its repository, and its wheel."""
+  folder = tmp_path_factory.mktemp("sources")
+  clone = folder / "clone" / "kipcore"
+  (clone / "notebooks").mkdir(parents=True)
+  for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    shutil.copy2(ROOT / name, clone)
+  shutil.copytree(ROOT / "kipcore", clone / "kipcore", ignore=shutil.ignore_patterns("__pycache__"))
+  user = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+  for command in (("init", "-q"), ("add", "."), (*user, "commit", "-q", "-m", "clone")):
+    subprocess.run(["git", *command], cwd=clone, check=True, capture_output=True)
+  build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+  subprocess.run([*build, "-w", folder, clone], check=True, capture_output=True)
+  (wheel,) = folder.glob("*.whl")
+  return {"clone": str(clone), "repository": f"git+file://{clone}", "wheel": str(wheel)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clone", "repository", "wheel", "clone next to it", "absent"])
+def test_the_install_cell_installs_or_raises_an_error(kind, sources, tmp_path):
+  """In an environment that has the requirements of kipcore, but not kipcore itself."""
+  (cell,) = install_cells()
+  subprocess.run(
+    [sys.executable, "-m", "venv", "--without-pip", tmp_path / "environment"], check=True
+  )
+  python = tmp_path / "environment" / "bin" / "python"
+  (there,) = (tmp_path / "environment").glob("lib/python*/site-packages")
+  (there / "requirements.pth").write_text(sysconfig.get_path("purelib") + "\n")
+  source = {"clone next to it": "", "absent": str(tmp_path / "absent.whl")}.get(
+    kind, sources.get(kind)
+  )
+  done = subprocess.run(
+    [python, "-c", cell + "\nimport kipcore; print(kipcore.__file__)"],
+    # The cell looks in this folder and above it if the source is empty.
+    cwd=pathlib.Path(sources["clone"], "notebooks"),
+    env={
+      **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+      "KIPCORE_SOURCE": source,
+      "PIP_NO_DEPS": "1",
+      "PIP_NO_BUILD_ISOLATION": "0",  # pip's spelling of --no-build-isolation
+    },
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  if kind == "absent":
+    assert done.returncode and "RuntimeError: kipcore could not be installed from" in done.stderr
+  else:
+    assert done.returncode == 0, done.stderr
+    assert pathlib.Path(done.stdout.strip()).is_relative_to(there)
 
 
 def test_links_resolve():

@@ -245,11 +245,22 @@ def test_pytorch_export_round_trips(tmp_path, stored):
   )
 
 
-def test_missing_pytorch_is_reported_in_one_line(tmp_path, monkeypatch, stored):
-  monkeypatch.setitem(sys.modules, "torch", None)
-  for call in (stored.as_torch, lambda: stored.export(tmp_path / "set.pt", "torch")):
+@pytest.mark.parametrize(
+  "module, format, package, command",
+  [
+    ("torch", "torch", "PyTorch", "torch"),
+    ("tensorflow", "tfds", "TensorFlow", r"'kipcore\[tfds\]'"),
+    ("tensorflow_datasets", "tfds", "tensorflow-datasets", r"'kipcore\[tfds\]'"),
+  ],
+)
+def test_missing_packages_are_reported_in_one_line(
+  tmp_path, monkeypatch, stored, module, format, package, command
+):
+  monkeypatch.setitem(sys.modules, module, None)
+  path = tmp_path / ("set" + export.SUFFIXES.get(format, ""))
+  for call in (getattr(stored, f"as_{format}"), lambda: stored.export(path, format)):
     with pytest.raises(
-      ImportError, match=r"expected PyTorch to be installed, got .*pip install torch"
+      ImportError, match=rf"expected {package} to be installed, got .*; pip install {command}$"
     ):
       call()
   assert not content(tmp_path)

@@ -1,5 +1,8 @@
 """Kernels against neural-tangents, Monte Carlo networks, and identities."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,9 +202,6 @@ def test_parameterizations_draw_the_same_distribution_of_functions():
 
 def test_importing_neural_tangents_leaves_jax_unchanged():
   """The moved names exist only during its import; TensorFlow is not imported."""
-  import subprocess
-  import sys
-
   code = (
     "import sys, jax, jax.core\nbefore = set(dir(jax.core)) | set(dir(jax.interpreters.ad))\n"
     "from kipcore.kernels.stax import import_neural_tangents\n"
@@ -211,6 +211,15 @@ def test_importing_neural_tangents_leaves_jax_unchanged():
     "assert 'neural_tangents.experimental' not in sys.modules\n"
   )
   subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_missing_neural_tangents_is_reported_in_one_line(monkeypatch):
+  monkeypatch.setitem(sys.modules, "neural_tangents", None)
+  command = r"pip install 'kipcore\[neural-tangents\]'"
+  with pytest.raises(
+    ImportError, match=f"^expected neural-tangents to be installed, got .*; {command}$"
+  ):
+    to_stax(kipcore.fc(1))
 
 
 @FLOAT64_IS_SLOW
