@@ -64,7 +64,6 @@ def pages(site):
   }
 
 
-@pytest.mark.slow
 def test_links_and_anchors_exist(site, pages):
   anchors = {name: {*re.findall(r' (?:id|name)="([^"]+)"', text)} for name, text in pages.items()}
   for name, text in pages.items():
