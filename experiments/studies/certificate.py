@@ -41,7 +41,7 @@ NUM_LANDMARKS = 128
 def define_flags() -> None:
   """Defines the flags of this program."""
   flags.DEFINE_integer("num_seeds", 100, "Draws for each number of rows.", lower_bound=2)
-  flags.DEFINE_integer("num_rows", 600, "Rows of each dataset.", lower_bound=20)
+  flags.DEFINE_integer("num_rows", 400, "Rows of each dataset.", lower_bound=20)
   flags.DEFINE_string("output", "experiments/results/certificate.json", "Result file.")
 
 

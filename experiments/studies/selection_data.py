@@ -63,14 +63,14 @@ def _friedman(_, n: int = 20_000):
   return _split(*make_friedman1(n + 2000, 10, noise=1.0, random_state=0), 2000)
 
 
-def _heavy_tailed(_, n: int = 20_000):
+def _heavy_tailed(_, n: int = 5000):
   """A linear target of columns with Student's t distribution (3 degrees of freedom), and such noise."""
   rng = np.random.default_rng(0)
   x = rng.standard_t(3, (n + 2000, 10))
   return _split(x, x @ rng.normal(size=10) + rng.standard_t(3, n + 2000), 2000)
 
 
-def _imbalanced(_, n: int = 20_000):
+def _imbalanced(_, n: int = 5000):
   """Two classes, 100 : 1."""
   from sklearn.datasets import make_classification
 
@@ -80,7 +80,7 @@ def _imbalanced(_, n: int = 20_000):
   return _split(x, y, 10_000)
 
 
-def _wrong_tabular(_, n: int = 10_000):
+def _wrong_tabular(_, n: int = 5000):
   """Five classes, 10 % of the training labels wrong."""
   from sklearn.datasets import make_classification
 

@@ -29,7 +29,13 @@ def study(tmp_path, monkeypatch):
   monkeypatch.setattr(selection_data, "load", lambda *_: rows(True))
   monkeypatch.setattr(selection, "FRACTIONS", (0.001, 0.1))
   monkeypatch.setitem(selection_models.NETWORK, "steps", 5)
-  values = {"output": tmp_path / "result.json", "datasets": [], "data_dir": None, "train_rows": 0}
+  values = {
+    "output": tmp_path / "result.json",
+    "datasets": [],
+    "fractions": [],
+    "data_dir": None,
+    "train_rows": 0,
+  }
 
   def run(*strategies, num_seeds=2):
     chosen = types.SimpleNamespace(**values, strategies=strategies, num_seeds=num_seeds)
