@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import pytest
+from helpers import standard_promotion
 from sklearn.linear_model import Ridge
 
 from experiments.docs import tables
@@ -20,6 +21,13 @@ def rows(classes: bool) -> selection_data.Rows:
   y = x[:, 0] + 0.1 * rng.normal(size=N + 40).astype(np.float32)
   y = (y > 0.3).astype(np.int32) if classes else y
   return selection_data.Rows(x[:N], y[:N], x[N:], y[N:])
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+  """The default of JAX, which optax and other packages need."""
+  with standard_promotion():
+    yield
 
 
 @pytest.fixture
