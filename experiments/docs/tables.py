@@ -534,7 +534,7 @@ def selection_table(results: dict) -> str:
   """Markdown of `selection.json`: one row per dataset, model and number of rows; random, "auto" and the best."""
   errors = _selection_errors(results)
   lines = [
-    "| dataset, rows | model | all rows | `uniform` | `auto` | best other strategy | best other package | `sklearn_nystroem` † |",
+    "| dataset, rows | model | all rows | `uniform` | `auto` | best other strategy of kipcore | best other package | `sklearn_nystroem` † |",
     "| --- |" + " --- |" * 7,
   ]
 
@@ -624,7 +624,7 @@ def selection_strategies_table(results: dict) -> str:
     "",
     "A cell is a dataset, number of rows and model. *Error relative to `uniform`*: geometric mean of the ratios; *better*, *worse*: cells that differ from `uniform` by more than "
     "the standard error of the difference; *best*: cells with the smallest mean error (`auto` ties with the strategy that it chose); seconds: median over datasets and sizes of "
-    "the median over seeds, on one busy CPU core, compiled with little optimization. Strategies with fewer cells were not measured at all sizes, so their ratios are not comparable. "
+    "the median over seeds, on one busy CPU core, most cells compiled with little optimization. Strategies with different cells are not comparable by their ratios. "
     f"`auto` is within one standard error of the best of all others, or better, in {matched} of {len(auto)} cells. †: trained on all rows, so it is not compared.",
   ]
   return "\n".join(lines)
