@@ -35,7 +35,7 @@ def define_flags() -> None:
   flags.DEFINE_string("data_dir", None, "Folder of the prepared TFDS datasets.")
   flags.DEFINE_list("datasets", [], "Datasets to measure; all that are available by default.")
   flags.DEFINE_list("strategies", [], "Strategies to measure; all by default.")
-  flags.DEFINE_list("fractions", [], f"Of {FRACTIONS}, those to measure; all by default.")
+  flags.DEFINE_list("fractions", [], f"Fractions of the rows; {FRACTIONS} by default.")
   flags.DEFINE_integer("num_seeds", 5, "Seeds of each cell.", lower_bound=1)
   flags.DEFINE_integer("train_rows", 0, "Training rows of each dataset at most; 0 for all.", 0)
   flags.DEFINE_string("output", "experiments/results/selection.json", "Result file.")
