@@ -506,41 +506,65 @@ def exact_kernels_table(results: dict) -> str:
   )
 
 
+# Strategy of the study of selected rows that is trained on all rows, so it is not among the compared.
+ALL_ROWS = "sklearn_nystroem"
+
+
+def _selection_errors(results: dict) -> dict:
+  """Errors of all seeds by (dataset, fraction, model) and strategy."""
+  found: dict = {}
+  for name, cell in results["cells"].items():
+    if not cell or name.endswith("/all"):
+      continue
+    dataset, strategy, fraction = name.split("/")
+    for model in ("ridge", "logistic", "network"):
+      if model in cell["runs"][0]:
+        runs = [run[model] for run in cell["runs"]]
+        found.setdefault((dataset, fraction, model), {})[strategy] = runs
+  return found
+
+
+def _difference(one: list, other: list) -> tuple[float, float]:
+  """The difference of two means, and its standard error."""
+  variance = lambda runs: statistics.variance(runs) / len(runs) if len(runs) > 1 else 0.0
+  return statistics.mean(one) - statistics.mean(other), (variance(one) + variance(other)) ** 0.5
+
+
 def selection_table(results: dict) -> str:
-  """Markdown of `selection.json`: one row per dataset, model and number of rows, best strategy in bold."""
-  cells = {name: cell for name, cell in results["cells"].items() if cell}
-  strategies = list(dict.fromkeys(name.split("/")[1] for name in cells if "/all" not in name))
+  """Markdown of `selection.json`: one row per dataset, model and number of rows; random, "auto" and the best."""
+  errors = _selection_errors(results)
   lines = [
-    "| dataset, model, rows | all | " + " | ".join(f"`{name}`" for name in strategies) + " |",
-    "| --- | --- |" + " --- |" * len(strategies),
+    "| dataset, rows | model | all rows | `uniform` | `auto` | best other strategy of kipcore | best other package | `sklearn_nystroem` † |",
+    "| --- |" + " --- |" * 7,
   ]
-  groups = dict.fromkeys(
-    (name.split("/")[0], name.split("/")[2]) for name in cells if "/all" not in name
-  )
-  for dataset, fraction in groups:
-    complete = cells[f"{dataset}/all"]
-    for model in ("ridge", "logistic"):
-      if model not in complete["runs"][0]:
-        continue
-      runs = {
-        name: [run[model] for run in cells[f"{dataset}/{name}/{fraction}"]["runs"]]
-        for name in strategies
-        if f"{dataset}/{name}/{fraction}" in cells
-      }
-      best = min(runs, key=lambda name: statistics.mean(runs[name]))
-      row = []
-      for name in strategies:
-        if name not in runs:
-          row.append("")
-          continue
-        error = statistics.stdev(runs[name]) / len(runs[name]) ** 0.5
-        text = f"{statistics.mean(runs[name]):.3f} ± {error:.3f}"
-        row.append(f"**{text}**" if name == best else text)
-      size = cells[f"{dataset}/uniform/{fraction}"]["size"]
-      of = f"{size} of {complete['size']:,}"
-      lines.append(
-        f"| {dataset}, {model}, {of} | {complete['runs'][0][model]:.3f} | " + " | ".join(row) + " |"
-      )
+
+  def shown(runs, name: str = "") -> str:
+    if not runs:
+      return ""
+    error = _difference(runs, [0.0])[1]
+    return f"{statistics.mean(runs):.3f} ± {error:.3f}" + (f" (`{name}`)" if name else "")
+
+  for (dataset, fraction, model), found in errors.items():
+    complete = results["cells"][f"{dataset}/all"]
+    size = next(
+      cell["size"]
+      for name, cell in results["cells"].items()
+      if cell and name.startswith(f"{dataset}/") and name.endswith(f"/{fraction}")
+    )
+    row = [f"{dataset}, {size:,} of {complete['size']:,}", model]
+    row.append(f"{statistics.mean(run[model] for run in complete['runs']):.3f}")
+    row += [shown(found.get(name)) for name in ("uniform", "auto")]
+    external = lambda name: name.startswith(("coreax", "goodpoints", "sklearn"))
+    for packages in (False, True):
+      names = [
+        name
+        for name in found
+        if name not in ("uniform", "auto", ALL_ROWS) and external(name) == packages
+      ]
+      best = min(names, key=lambda name: statistics.mean(found[name]), default="")
+      row.append(shown(found.get(best), best))
+    row.append(shown(found.get(ALL_ROWS)))
+    lines.append("| " + " | ".join(row) + " |")
   settings = results["settings"]
   rows = (
     f"at most {settings['train_rows']:,} rows of each dataset"
@@ -549,8 +573,9 @@ def selection_table(results: dict) -> str:
   )
   lines += [
     "",
-    "Test error of models trained on the weighted rows (*all*: on all rows): error rate, the mean over classes, or squared error divided by the variance; mean and standard error over "
-    f"{settings['num_seeds']} seeds of the selection, {rows}, from `experiments/results/selection.json` (`python -m experiments.studies.selection`), which also contains the seconds.",
+    "Test error of models trained on the weighted rows: error rate, the mean over classes, or squared error divided by the variance; mean and standard error over "
+    f"{settings['num_seeds']} seeds of selection and network, {rows}. The best of several strategies is chosen on the test error, which favors it. †: ridge regression on as many "
+    "Nystroem features, trained on all rows and labels. From `experiments/results/selection.json` (`python -m experiments.studies.selection`), which contains all strategies and the seconds.",
   ]
   return "\n".join(lines)
 
@@ -592,9 +617,106 @@ def versions_table(results: dict) -> str:
   )
 
 
+def selection_strategies_table(results: dict) -> str:
+  """Markdown of `selection.json`: one row per strategy, compared with random rows over all datasets."""
+  errors = _selection_errors(results)
+  names = dict.fromkeys(name for found in errors.values() for name in found if name != "uniform")
+  lines = [
+    "| strategy | cells | error relative to `uniform` | better | worse | best | seconds |",
+    "| --- |" + " --- |" * 6,
+  ]
+  for name in names:
+    cells = [found for found in errors.values() if name in found and "uniform" in found]
+    if not cells:
+      continue
+    apart = [_difference(found[name], found["uniform"]) for found in cells]
+    ratios = [statistics.mean(found[name]) / statistics.mean(found["uniform"]) for found in cells]
+    mean = lambda found, other: statistics.mean(found[other])
+    compared = lambda found: [other for other in found if other != ALL_ROWS]
+    best = sum(mean(found, name) <= min(mean(found, c) for c in compared(found)) for found in cells)
+    seconds = [
+      statistics.median(run["seconds"] for run in cell["runs"])
+      for key, cell in results["cells"].items()
+      if cell and key.split("/")[1] == name
+    ]
+    row = [
+      f"`{name}`" + (" †" if name == ALL_ROWS else ""),
+      str(len(cells)),
+      f"{statistics.geometric_mean(ratios):.2f}",
+      str(sum(difference < -error for difference, error in apart)),
+      str(sum(difference > error for difference, error in apart)),
+      "" if name == ALL_ROWS else str(best),
+      f"{statistics.median(seconds):.2f}",
+    ]
+    lines.append("| " + " | ".join(row) + " |")
+  auto = [found for found in errors.values() if {"auto", "uniform"} <= set(found)]
+  matched = 0
+  for found in auto:
+    others = [name for name in found if name not in ("auto", ALL_ROWS)]
+    difference, error = _difference(
+      found["auto"], min((found[name] for name in others), key=statistics.mean)
+    )
+    matched += difference <= error
+  lines += [
+    "",
+    "A cell is a dataset, number of rows and model. *Error relative to `uniform`*: geometric mean of the ratios; *better*, *worse*: cells that differ from `uniform` by more than "
+    "the standard error of the difference; *best*: cells with the smallest mean error (`auto` ties with the strategy that it chose); seconds: median over datasets and sizes of "
+    "the median over seeds, on one busy CPU core, most cells compiled with little optimization. Strategies with different cells are not comparable by their ratios. "
+    f"`auto` is within one standard error of the best of all others, or better, in {matched} of {len(auto)} cells. †: trained on all rows, so it is not compared.",
+  ]
+  return "\n".join(lines)
+
+
+def certificate_table(results: dict) -> str:
+  """Markdown of `certificate.json`: one row per dataset, sampler and number of draws."""
+  lines = [
+    "| dataset, draws by | m | exact error | largest of the test queries | guaranteed | coverage | error at the optimum | guaranteed | coverage | excess of the minimizer | guaranteed | coverage |",
+    "| --- |" + " --- |" * 11,
+  ]
+  number = lambda value: "" if value is None else f"{value:.2g}"
+  slopes, bounds = [], []
+  for dataset, entry in results["datasets"].items():
+    for sampler, measured in entry["samplers"].items():
+      for m, cell in measured["sizes"].items():
+        row = [f"{dataset}, `{sampler}`", f"{int(m):,}"]
+        for kind in ("exact", "optimum", "excess"):
+          errors, promised = cell["errors"].get(kind), cell["promised"][kind]
+          row.append(number(statistics.median(errors)) if errors else "")
+          if kind == "exact":
+            row.append(number(statistics.median(cell["errors"]["queries"])))
+          row.append(number(promised) if errors else "")
+          covered = errors and promised is not None
+          row.append(
+            f"{100 * sum(error <= promised for error in errors) / len(errors):.0f} %"
+            if covered
+            else ""
+          )
+        lines.append("| " + " | ".join(row) + " |")
+      shown = ", ".join(f"{kind} {value:.2f}" for kind, value in measured["slopes"].items())
+      slopes.append(f"{dataset}, `{sampler}`: {shown}")
+    found = entry["lower_bounds"]
+    valid = sum(ratio <= 1 + 1e-5 for ratio in found)
+    bounds.append(
+      f"{dataset}: {valid} of {len(found)} valid, median {statistics.median(found):.3f} F*"
+    )
+  settings = results["settings"]
+  return "\n".join(
+    [
+      *lines,
+      "",
+      f"Kernel ridge regression of real targets, {settings['num_rows']} rows, effective dimension 10, draws with replacement; medians over {settings['num_seeds']} seeds. Guarantees hold with "
+      f"probability {1 - settings['delta']:.0%} (blank: no bound at this size), and coverage is the share of seeds that satisfy them. For uniform draws the total sensitivity is n times the largest "
+      "one. Exponents of m fitted to the medians (predicted: -0.5, and -1 for the excess): "
+      f"{'; '.join(slopes)}. Lower bounds on F* from 128 landmarks: {'; '.join(bounds)}. From `experiments/results/certificate.json` (`python -m experiments.studies.certificate`).",
+    ]
+  )
+
+
 # marker in the document -> result file, and the function that renders it
 TABLES = {
   "selection": ("selection", selection_table),
+  "selection_strategies": ("selection", selection_strategies_table),
+  "certificate": ("certificate", certificate_table),
   "networks": ("networks", networks_table),
   "versions": ("versions", versions_table),
   "expert_labels": ("expert_labels", expert_labels_table),

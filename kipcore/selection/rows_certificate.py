@@ -277,29 +277,29 @@ def _errors(
   train = mass.copy()
   train[used.rows[used.test > 0]] = 0
   parts = blocks.row_slices(n, block_size)
-  everything = (_sums(columns(read(part)), targets[part], train[part]) for part in parts)
+  everything = (ridge_sums(columns(read(part)), targets[part], train[part]) for part in parts)
   sets = {"": used.selected, "_random": used.random}
   sums = {
     "_all": functools.reduce(lambda a, b: tuple(map(np.add, a, b)), everything),
-    **{name: _sums(points, targets[used.rows], weights) for name, weights in sets.items()},
+    **{name: ridge_sums(points, targets[used.rows], weights) for name, weights in sets.items()},
   }
   found: dict[str, Any] = {
     "num_test_rows": int(test.size),
     "error": "error rate" if classes else "squared error",
   }
   for name, terms in sums.items():
-    coefficients, intercept = _ridge(terms, penalty)
+    coefficients, intercept = ridge_solution(terms, penalty)
     predicted = tested @ coefficients + intercept
     found[f"ridge_error{name}"] = error(predicted.argmax(axis=1) if classes else predicted)
   if classes:
     for name, weights in {**sets, "_all": used.train}.items():
       live = weights > 0
-      model = _logistic(points[live], codes[used.rows[live]], weights[live], penalty)
+      model = logistic_regression(points[live], codes[used.rows[live]], weights[live], penalty)
       found[f"logistic_error{name}"] = error(model(tested))
   return found
 
 
-def _sums(x, targets, weights) -> tuple[Any, ...]:
+def ridge_sums(x, targets, weights) -> tuple[Any, ...]:
   """Sums of the weights, columns, targets and their products over rows, for ridge regression."""
   weighted = weights[:, None] * x
   return (
@@ -311,7 +311,7 @@ def _sums(x, targets, weights) -> tuple[Any, ...]:
   )
 
 
-def _ridge(sums: tuple[Any, ...], penalty: float) -> tuple[np.ndarray, np.ndarray]:
+def ridge_solution(sums: tuple[Any, ...], penalty: float) -> tuple[np.ndarray, np.ndarray]:
   """Coefficients `(d, c)` and intercept `(c,)` of ridge regression, from the sums over rows."""
   total = sums[0]
   x, targets, squares, products = (a / total for a in sums[1:])
@@ -320,7 +320,7 @@ def _ridge(sums: tuple[Any, ...], penalty: float) -> tuple[np.ndarray, np.ndarra
   return coefficients, targets - x @ coefficients
 
 
-def _logistic(x, codes, weights, penalty) -> Callable[[np.ndarray], np.ndarray]:
+def logistic_regression(x, codes, weights, penalty) -> Callable[[np.ndarray], np.ndarray]:
   """Prediction of classes by logistic regression; constant if there is a single class."""
   from sklearn.linear_model import LogisticRegression
 

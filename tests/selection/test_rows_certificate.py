@@ -139,9 +139,9 @@ def test_all_rows_have_no_mmd_and_equal_errors():
 def test_held_out_rows_are_in_no_training_set(monkeypatch):
   """A fifth of the rows that were not selected; their labels enter only the errors."""
   trained = []
-  sums = rows_certificate._sums
+  sums = rows_certificate.ridge_sums
   monkeypatch.setattr(
-    rows_certificate, "_sums", lambda x, t, w: trained.append((x, w)) or sums(x, t, w)
+    rows_certificate, "ridge_sums", lambda x, t, w: trained.append((x, w)) or sums(x, t, w)
   )
   found = kipcore.measure_rows(0, X[:N], CLASSES[:N], INDICES, WEIGHTS, block_size=N)
   assert found.held_out and found.num_test_rows == (N - M) // 5
