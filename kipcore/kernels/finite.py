@@ -99,6 +99,11 @@ class EmpiricalNTK(Kernel):
     same, x2 = x2 is None, x1 if x2 is None else x2
     f, params, num_outputs, dtype = self._checked(x1)
     rows = self._contracted_rows(f, params, num_outputs, x1, x2, same)
+    if rows is not None and self._fits(f, params, num_outputs, x1, x2, same):
+      # Without a loop over outputs, in which XLA on CPU is slow at convolutions.
+      first = _all_jacobians(f, params, num_outputs, x1)
+      second = first if same else _all_jacobians(f, params, num_outputs, x2)
+      return _inner(first, second).astype(dtype) / num_outputs
 
     def add(total, o):
       if rows is None:
@@ -154,6 +159,11 @@ class EmpiricalNTK(Kernel):
     f = lambda trained, constant, row, o: outputs(trained, constant, row)[0, o].astype(dtype)
     return f, params, shape[1], dtype
 
+  def _fits(self, f, params, num_outputs, x1, x2, same) -> bool:
+    """Whether the budget allows the Jacobians of all outputs at all rows."""
+    rows = x1.shape[0] + (0 if same else x2.shape[0])
+    return num_outputs * rows * _row_bytes(f, params, x1) <= self.memory_budget
+
   def _contracted_rows(self, f, params, num_outputs, x1, x2, same) -> tuple[int, int] | None:
     """Rows of x1 and x2 whose Jacobians are contracted at a time, or None for Jacobian products."""
     used, n1, n2 = _row_bytes(f, params, x1), x1.shape[0], x2.shape[0]
@@ -186,6 +196,12 @@ def _at_least_float32(dtype):
 def _jacobian(f, params, o, x: Array) -> list:
   """The derivatives of output o at each row by the parameters, leaves `(b, ...)`."""
   return jax.vmap(jax.grad(f), in_axes=(None, None, 0, None))(*params, x, o)
+
+
+def _all_jacobians(f, params, num_outputs: int, x: Array) -> list:
+  """The derivatives of all outputs at each row, leaves `(b, c, ...)`."""
+  outputs = jnp.arange(num_outputs, dtype=jnp.int32)
+  return jax.vmap(lambda o: _jacobian(f, params, o, x), out_axes=1)(outputs)
 
 
 def _contraction(f, params, o, x1: Array, x2: Array, same: bool, rows: tuple[int, int]) -> Array:

@@ -127,7 +127,7 @@ def test_tokens_are_rows_and_the_budget_selects_the_implementation(monkeypatch):
   tokens = jnp.asarray([[1, 5], [5, 7], [0, 0]], jnp.int32)
   np.testing.assert_allclose(kernel(tokens), [[2, 1, 0], [1, 2, 0], [0, 0, 4]], rtol=1e-6)
   chosen = []
-  for name in ("_contraction", "_products"):
+  for name in ("_all_jacobians", "_contraction", "_products"):
     original = getattr(finite, name)
     monkeypatch.setattr(
       finite,
@@ -138,7 +138,8 @@ def test_tokens_are_rows_and_the_budget_selects_the_implementation(monkeypatch):
   dense = jnp.asarray(RNG.normal(size=(4, 64)), jnp.float32)
   for fn, params, rows, budget, expected in (
     (apply_embedding, table, tokens, 2**31, "_products"),
-    (apply_tanh, dense, x, 2**31, "_contraction"),
+    (apply_tanh, dense, x, 2**31, "_all_jacobians"),
+    (apply_tanh, dense, x, 100_000, "_contraction"),
     (apply_tanh, dense, x, 1500, "_products"),
   ):
     kipcore.empirical_ntk_fn(fn, params, budget)(rows)
@@ -163,6 +164,8 @@ def test_the_budget_bounds_the_scratch_memory(implementation):
     assert scratch(budget) < 1.1 * budget
     if implementation == "contraction":
       assert scratch(2**30) > 3 * budget
+      for larger in (8_000_000, 16_000_000, 32_000_000):  # one output at a time, and all
+        assert scratch(larger) < 1.1 * larger
 
 
 def apply_two_layers(p, x):
