@@ -21,12 +21,6 @@ from kipcore.cli import flags as common
 from kipcore.types import NumericalError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("sets", [], "Names of the sets to run; empty for all.")
-flags.DEFINE_string(
-  "path", "", "Folders with pythonX.Y, separated by colons, before those of PATH."
-)
-flags.DEFINE_string("output", "experiments/results/versions.json", "Result file.")
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _COPIED = ("kipcore", "tests", "experiments", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 _TOOLS = ("pytest", "hypothesis", "beartype")
@@ -42,6 +36,15 @@ TESTS = (
 COMMAND = ("kipcore-distill", "--teach=kernel", "--steps=20", "--test_rows=200")
 # Of the packages whose versions are shown.
 SHOWN = ("jax", "flax", "optax", "numpy", "absl-py")
+
+
+def define_flags() -> None:
+  """Defines the flags of this program."""
+  flags.DEFINE_list("sets", [], "Names of the sets to run; empty for all.")
+  flags.DEFINE_string(
+    "path", "", "Folders with pythonX.Y, separated by colons, before those of PATH."
+  )
+  flags.DEFINE_string("output", "experiments/results/versions.json", "Result file.")
 
 
 class Versions(NamedTuple):
@@ -217,4 +220,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+  define_flags()
   common.launch(main)
