@@ -143,7 +143,8 @@ JOBS = {
     f"convnet, neural-tangents, {name.lower()}": functools.partial(
       theirs, implementation=name, n=_IMAGES
     )
-    for name in ("JACOBIAN_CONTRACTION", "NTK_VECTOR_PRODUCTS", "STRUCTURED_DERIVATIVES")
+    # Its structured derivatives fail on current JAX.
+    for name in ("JACOBIAN_CONTRACTION", "NTK_VECTOR_PRODUCTS")
   },
 }
 
