@@ -670,7 +670,7 @@ def expectation(field: dataclasses.Field) -> str:
   """What a value of a setting must be, in words."""
   kind = type_of(field)
   if field.metadata["choices"]:
-    return f"one of {', '.join(field.metadata['choices'])}"
+    return f"one of {', '.join(filter(None, field.metadata['choices']))}"
   if kind not in (int, float):
     return {bool: "true or false", tuple: "a comma-separated list"}.get(kind, "text")
   low, high = bounds(field)

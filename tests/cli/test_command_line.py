@@ -151,6 +151,7 @@ WRONG = [
   (["--uniform_mix=half"], "--uniform_mix: expected a number from 0 to 1, got 'half'"),
   (["--learning_rate=-1"], "--learning_rate: expected a number from 1e-30 to 1e+30, got -1.0"),
   (["--loss=hinge"], "--loss: expected one of mse, cross_entropy, got 'hinge'"),
+  (["--teach=bot"], "--teach: expected one of network, kernel, both, got 'bot'"),
   (["--x64=perhaps"], "--x64: expected true or false, got 'perhaps'"),
   (["stray"], "expected flags only, as --name=value, got 'stray'"),
   (["--method=frep"], "did you mean frepo?"),
