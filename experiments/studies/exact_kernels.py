@@ -7,6 +7,7 @@ A phase is skipped if its file exists in --runs_dir, so that a second start cont
 experiments/results/exact_kernels.json after every phase.
 """
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -121,8 +122,6 @@ def run_job(name: str, seed: int, record) -> None:
 
 def trained(config, data, support) -> dict:
   """Accuracy of networks trained on a set under the protocol of the cheap method."""
-  import dataclasses
-
   from kipcore.cli.runs import trained_networks
 
   started = time.perf_counter()

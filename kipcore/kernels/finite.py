@@ -98,8 +98,10 @@ class EmpiricalNTK(Kernel):
   def _matrix(self, x1: Array, x2: Array | None) -> Array:
     same, x2 = x2 is None, x1 if x2 is None else x2
     f, params, num_outputs, dtype = self._checked(x1)
-    rows = self._contracted_rows(f, params, num_outputs, x1, x2, same)
-    if rows is not None and self._fits(f, params, num_outputs, x1, x2, same):
+    used = _row_bytes(f, params, x1)
+    rows = self._contracted_rows(f, params, used, x1, x2, same)
+    num_rows = x1.shape[0] + (0 if same else x2.shape[0])
+    if rows is not None and num_outputs * num_rows * used <= self.memory_budget:
       # Without a loop over outputs, in which XLA on CPU is slow at convolutions.
       first = _all_jacobians(f, params, num_outputs, x1)
       second = first if same else _all_jacobians(f, params, num_outputs, x2)
@@ -108,9 +110,7 @@ class EmpiricalNTK(Kernel):
     def add(total, o):
       if rows is None:
         # As many rows at a time as rows of the Jacobian fit: an upper bound on their scratch memory.
-        part = _products(
-          f, params, o, x1, x2, max(1, self.memory_budget // _row_bytes(f, params, x1))
-        )
+        part = _products(f, params, o, x1, x2, max(1, self.memory_budget // used))
       else:
         part = _contraction(f, params, o, x1, x2, same, rows)
       return total + part.astype(dtype), None
@@ -159,14 +159,9 @@ class EmpiricalNTK(Kernel):
     f = lambda trained, constant, row, o: outputs(trained, constant, row)[0, o].astype(dtype)
     return f, params, shape[1], dtype
 
-  def _fits(self, f, params, num_outputs, x1, x2, same) -> bool:
-    """Whether the budget allows the Jacobians of all outputs at all rows."""
-    rows = x1.shape[0] + (0 if same else x2.shape[0])
-    return num_outputs * rows * _row_bytes(f, params, x1) <= self.memory_budget
-
-  def _contracted_rows(self, f, params, num_outputs, x1, x2, same) -> tuple[int, int] | None:
-    """Rows of x1 and x2 whose Jacobians are contracted at a time, or None for Jacobian products."""
-    used, n1, n2 = _row_bytes(f, params, x1), x1.shape[0], x2.shape[0]
+  def _contracted_rows(self, f, params, used, x1, x2, same) -> tuple[int, int] | None:
+    """Rows of x1 and x2 whose Jacobians, of `used` bytes a row, are contracted at a time, or None for Jacobian products."""
+    n1, n2 = x1.shape[0], x2.shape[0]
     together = self.memory_budget // used
     least = 1 if n1 == 1 and same else 2
     if self.implementation == "products" or (self.implementation == "auto" and together < least):
